@@ -1,0 +1,137 @@
+//! The public door: an [`Attention`] says what to compute, a [`Backend`] computes it.
+
+use kernels_gpu::element::Element;
+
+use crate::{
+    backend::Backend,
+    error::{Operand, Result},
+    plan::Plan,
+    problem::{Mask, Problem},
+    tensor::{Layout, Tensor},
+};
+
+/// Whether a forward pass that allocates its results returns the LSE.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Lse {
+    /// Only O.
+    Omit,
+    /// O and the LSE: what a backward pass, or combining partial results, needs.
+    #[default]
+    Return,
+}
+
+/// One attention: a problem and how to compute it.
+///
+/// O = softmax(scale · Q·Kᵀ + mask) · V and LSE, the natural log-sum-exp of each query's scaled, masked scores, f32
+/// (batch, heads_q, seqlen_q) (FlashAttention-2, arXiv 2307.08691, algorithm 1). Scores, softmax and accumulators are
+/// f32. A query that sees no key gets O = 0 and LSE = −∞.
+///
+/// ```
+/// use ferroflash::{Attention, Dtype, Mask, Problem};
+///
+/// let problem =
+///     Problem { batch: 2, heads_q: 8, heads_kv: 2, seqlen_q: 300, seqlen_k: 500, head_dim: 96, dtype: Dtype::F16 };
+/// let attention = Attention::new(problem).mask(Mask::Causal);
+/// println!("{}", attention.plan(132)?);
+/// # Ok::<(), ferroflash::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attention {
+    problem: Problem,
+    mask: Mask,
+    scale: Option<f32>,
+    lse: Lse,
+}
+
+impl Attention {
+    /// Attention without a mask, with the scale 1/√head_dim, returning the LSE. The problem is checked when it is
+    /// planned or run.
+    pub fn new(problem: Problem) -> Self {
+        Attention { problem, mask: Mask::default(), scale: None, lse: Lse::default() }
+    }
+
+    /// Which keys a query sees.
+    pub fn mask(mut self, mask: Mask) -> Self {
+        self.mask = mask;
+        self
+    }
+
+    /// The factor of the scores: finite and above 0.
+    pub fn scale(mut self, scale: f32) -> Self {
+        self.scale = Some(scale);
+        self
+    }
+
+    /// Whether [`Attention::forward`] returns the LSE.
+    pub fn lse(mut self, lse: Lse) -> Self {
+        self.lse = lse;
+        self
+    }
+
+    /// How a forward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU; needs no such
+    /// machine.
+    ///
+    /// # Errors
+    /// Those of [`Plan::forward`].
+    pub fn plan(&self, sm_count: u32) -> Result<Plan> {
+        Plan::forward(&self.problem, self.mask, self.scale, sm_count)
+    }
+
+    /// Computes O, and the LSE unless it is omitted, into memory that the backend allocates.
+    ///
+    /// `q` is (batch, heads_q, seqlen_q, head_dim), `k` and `v` are (batch, heads_kv, seqlen_k, head_dim), each in any
+    /// stride order; strides of dimensions longer than 1 are multiples of 8 elements, and those of inputs may be 0.
+    ///
+    /// # Errors
+    /// Those of [`Plan::forward`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
+    /// `q`, `k` or `v`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    pub fn forward<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        q: Tensor<B::Slice<'_, E>>,
+        k: Tensor<B::Slice<'_, E>>,
+        v: Tensor<B::Slice<'_, E>>,
+    ) -> Result<Output<B::Buffer<E>, B::Buffer<f32>>> {
+        let plan = self.plan(backend.sm_count())?;
+        backend.check_inputs(&plan, &q, &k, &v)?;
+        let shape = self.problem.q_shape();
+        let mut o = backend.allocate(Operand::O, Layout::bhsd(shape).required_len()?, E::from_f32(0.0))?;
+        let mut lse = match self.lse {
+            Lse::Return => Some(backend.allocate(Operand::Lse, self.problem.lse_len(), 0.0)?),
+            Lse::Omit => None,
+        };
+        let o_view = Tensor::bhsd(B::slice_mut(&mut o), shape);
+        backend.forward_into(&plan, q, k, v, o_view, lse.as_mut().map(B::slice_mut))?;
+        Ok(Output { o, lse })
+    }
+
+    /// Computes O, and the LSE where a buffer for it is given, into the caller's memory.
+    ///
+    /// `o` is (batch, heads_q, seqlen_q, head_dim) in any stride order, no two rows sharing memory; what lies between
+    /// its rows is left alone. `lse` has exactly batch · heads_q · seqlen_q elements. See [`Attention::forward`] for
+    /// the inputs.
+    ///
+    /// # Errors
+    /// Those of [`Attention::forward`], and every error that names `o` or `lse`. Unless the error comes from running,
+    /// nothing was written.
+    pub fn forward_into<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        q: Tensor<B::Slice<'_, E>>,
+        k: Tensor<B::Slice<'_, E>>,
+        v: Tensor<B::Slice<'_, E>>,
+        o: Tensor<B::SliceMut<'_, E>>,
+        lse: Option<B::SliceMut<'_, f32>>,
+    ) -> Result<()> {
+        backend.forward_into(&self.plan(backend.sm_count())?, q, k, v, o, lse)
+    }
+}
+
+/// The results of a forward pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output<O, L> {
+    /// O, (batch, heads_q, seqlen_q, head_dim), contiguous in that order.
+    pub o: O,
+    /// The LSE, f32 (batch, heads_q, seqlen_q), contiguous; `None` where it was omitted.
+    pub lse: Option<L>,
+}

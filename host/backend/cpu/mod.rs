@@ -1,0 +1,170 @@
+//! The CPU executor: the GPU's own kernels, work tiles spread over rayon's threads.
+//!
+//! It runs the same plan as the GPU: same variant, tiles and order. A kernel that breaks the pipeline's protocol panics
+//! with a name for what it did; that becomes [`Error::KernelFault`].
+
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
+
+use kernels_gpu::{
+    element::Element,
+    params::{ForwardParams, Strided},
+};
+use rayon::prelude::*;
+
+use crate::{
+    backend::{Backend, sealed::Sealed},
+    error::{Error, Operand, Result},
+    operands::{AddressSpace, Buffers, RawForward, RawTensor, check_dtype, check_tensor},
+    plan::Plan,
+    tensor::{Layout, Tensor},
+};
+
+/// The CPU. Tensors are slices, of any alignment; work tiles run on the current rayon thread pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cpu;
+
+impl Sealed for Cpu {}
+
+impl Backend for Cpu {
+    type Slice<'a, T: Copy + Send + Sync + 'static> = &'a [T];
+    type SliceMut<'a, T: Copy + Send + Sync + 'static> = &'a mut [T];
+    type Buffer<T: Copy + Send + Sync + 'static> = Vec<T>;
+
+    fn sm_count(&self) -> u32 {
+        u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX)
+    }
+
+    fn allocate<T: Copy + Send + Sync + 'static>(&self, operand: Operand, len: usize, fill: T) -> Result<Vec<T>> {
+        let mut buffer = Vec::new();
+        buffer
+            .try_reserve_exact(len)
+            .map_err(|_| Error::OutOfMemory { operand, bytes: len as u128 * size_of::<T>() as u128 })?;
+        buffer.resize(len, fill);
+        Ok(buffer)
+    }
+
+    fn slice_mut<T: Copy + Send + Sync + 'static>(buffer: &mut Vec<T>) -> &mut [T] {
+        buffer
+    }
+
+    fn check_inputs<E: Element>(
+        &self,
+        plan: &Plan,
+        q: &Tensor<&[E]>,
+        k: &Tensor<&[E]>,
+        v: &Tensor<&[E]>,
+    ) -> Result<()> {
+        check_dtype(plan.problem(), E::DTYPE)?;
+        for (operand, tensor) in [(Operand::Q, q), (Operand::K, k), (Operand::V, v)] {
+            let raw = raw(tensor.data.as_ptr(), tensor.layout);
+            check_tensor(plan.problem(), operand, &raw, AddressSpace::Host, Some(tensor.data.len()))?;
+        }
+        Ok(())
+    }
+
+    fn forward_into<E: Element>(
+        &self,
+        plan: &Plan,
+        q: Tensor<&[E]>,
+        k: Tensor<&[E]>,
+        v: Tensor<&[E]>,
+        o: Tensor<&mut [E]>,
+        mut lse: Option<&mut [f32]>,
+    ) -> Result<()> {
+        let buffers = Buffers {
+            dtype: E::DTYPE,
+            q: q.data.len(),
+            k: k.data.len(),
+            v: v.data.len(),
+            o: o.data.len(),
+            lse: lse.as_ref().map(|lse| lse.len()),
+        };
+        let args = RawForward {
+            q: raw(q.data.as_ptr(), q.layout),
+            k: raw(k.data.as_ptr(), k.layout),
+            v: raw(v.data.as_ptr(), v.layout),
+            o: raw(o.data.as_mut_ptr(), o.layout),
+            lse: lse.as_mut().map(|lse| lse.as_mut_ptr().expose_provenance() as u64),
+        };
+        args.validate_buffers(plan, AddressSpace::Host, &buffers)?;
+        // SAFETY: the arguments were validated against the plan; they come from slices that are borrowed until this
+        // function returns, those of `o` and `lse` mutably.
+        unsafe { run::<E>(plan, &args.params(plan)) }
+    }
+}
+
+/// A slice's address and layout.
+fn raw<T>(data: *const T, layout: Layout) -> RawTensor {
+    RawTensor { address: data.expose_provenance() as u64, layout }
+}
+
+/// Runs every work tile of `plan`, in parallel; stops at the first fault.
+///
+/// # Safety
+/// `params` has passed [`RawForward::validate_buffers`] for `plan` with elements `E`, and its memory is valid, for
+/// writing `o` and `lse` and for reading the rest, until this function returns.
+unsafe fn run<E: Element>(plan: &Plan, params: &ForwardParams<Strided>) -> Result<()> {
+    // With one work tile a job, threads steal the short tiles that a causal mask leaves to the end.
+    (0..plan.work_tiles()).into_par_iter().with_max_len(1).try_for_each(|work_tile| {
+        let tile = || {
+            // SAFETY: by this function's contract the memory is valid and its layouts are those of the plan, whose
+            // variant and tile count these are; outputs alias nothing, and each row of them belongs to one work tile,
+            // so tiles may run at the same time.
+            unsafe { kernels_gpu::cpu::forward::<E>(plan.variant(), params, work_tile) }
+        };
+        // A tile that panics leaves behind nothing but its rows of the output, which the error calls unspecified.
+        catch_unwind(AssertUnwindSafe(tile)).map_err(|panic| Error::KernelFault {
+            symbol: plan.variant().symbol,
+            work_tile,
+            message: message(&*panic),
+        })
+    })
+}
+
+/// What a panic says.
+fn message(panic: &(dyn Any + Send)) -> String {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(text), _) => (*text).to_owned(),
+        (_, Some(text)) => text.clone(),
+        _ => "panicked without a message".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels_gpu::variants::Dtype;
+
+    use super::*;
+    use crate::problem::{Mask, Problem};
+
+    #[test]
+    fn plan_and_kernel_count_the_same_tiles() {
+        for (mask, head_dim, seqlen_q) in [(Mask::None, 64, 1), (Mask::Causal, 128, 1000), (Mask::None, 256, 384)] {
+            let problem =
+                Problem { batch: 3, heads_q: 6, heads_kv: 2, seqlen_q, seqlen_k: 50, head_dim, dtype: Dtype::F16 };
+            let plan = Plan::forward(&problem, mask, None, 1).unwrap();
+            assert_eq!(plan.work_tiles(), kernels_gpu::cpu::grid(plan.variant(), &problem.kernel_shape()));
+        }
+    }
+
+    #[test]
+    fn panics_become_messages() {
+        for (panic, text) in [
+            (catch_unwind(|| panic!("plain")), "plain"),
+            (catch_unwind(|| panic!("stage {}", 3)), "stage 3"),
+            (catch_unwind(|| std::panic::panic_any(1)), "panicked without a message"),
+        ] {
+            let panic: Box<dyn Any + Send> = panic.unwrap_err();
+            assert_eq!(message(&*panic), text);
+        }
+    }
+
+    #[test]
+    fn memory_that_can_not_be_had_is_an_error() {
+        let error = Cpu.allocate(Operand::O, usize::MAX, 0u16).unwrap_err();
+        assert_eq!(error, Error::OutOfMemory { operand: Operand::O, bytes: 2 * usize::MAX as u128 });
+    }
+}

@@ -1,0 +1,70 @@
+//! The machines that run a [`Plan`]: what they have in common.
+//!
+//! A backend checks the tensors against the plan (in `operands`, the same rules for all), then runs the plan's kernel
+//! over its work tiles. Call it through [`Attention`](crate::Attention).
+
+use kernels_gpu::element::Element;
+
+use crate::{
+    error::{Operand, Result},
+    plan::Plan,
+    tensor::Tensor,
+};
+
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+
+/// A machine that runs attention. The crate implements it for each; others can't.
+pub trait Backend: sealed::Sealed {
+    /// Borrowed elements.
+    type Slice<'a, T: Copy + Send + Sync + 'static>: Copy;
+    /// Mutably borrowed elements.
+    type SliceMut<'a, T: Copy + Send + Sync + 'static>;
+    /// Owned elements.
+    type Buffer<T: Copy + Send + Sync + 'static>;
+
+    /// How many CTAs run at once, each on a multiprocessor: threads on the CPU.
+    fn sm_count(&self) -> u32;
+
+    /// Allocates `len` elements, each `fill` where the memory must hold something; `operand` is what errors call it.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    fn allocate<T: Copy + Send + Sync + 'static>(&self, operand: Operand, len: usize, fill: T)
+    -> Result<Self::Buffer<T>>;
+
+    /// All of a buffer.
+    fn slice_mut<T: Copy + Send + Sync + 'static>(buffer: &mut Self::Buffer<T>) -> Self::SliceMut<'_, T>;
+
+    /// Checks the inputs of a forward pass by themselves, before memory for its results is allocated.
+    ///
+    /// # Errors
+    /// Every error that names `q`, `k` or `v`.
+    fn check_inputs<E: Element>(
+        &self,
+        plan: &Plan,
+        q: &Tensor<Self::Slice<'_, E>>,
+        k: &Tensor<Self::Slice<'_, E>>,
+        v: &Tensor<Self::Slice<'_, E>>,
+    ) -> Result<()>;
+
+    /// Runs a forward plan; see [`Attention::forward_into`](crate::Attention::forward_into).
+    ///
+    /// # Errors
+    /// As there.
+    fn forward_into<E: Element>(
+        &self,
+        plan: &Plan,
+        q: Tensor<Self::Slice<'_, E>>,
+        k: Tensor<Self::Slice<'_, E>>,
+        v: Tensor<Self::Slice<'_, E>>,
+        o: Tensor<Self::SliceMut<'_, E>>,
+        lse: Option<Self::SliceMut<'_, f32>>,
+    ) -> Result<()>;
+}
+
+mod sealed {
+    /// Keeps [`Backend`](super::Backend) to this crate, so that it can grow.
+    pub trait Sealed {}
+}

@@ -1,0 +1,281 @@
+//! One error type for the whole crate: each variant names the field, its value and what is allowed.
+//!
+//! Everything that a caller can get wrong is found before anything is launched; only the variants from
+//! [`Error::OutOfMemory`] on come from the machine.
+
+use std::fmt;
+
+use kernels_gpu::variants::Dtype;
+
+use crate::problem::Mask;
+
+/// What this crate's functions return.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why an attention could not be computed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A count of the problem is 0 where at least 1 is needed.
+    #[error("{field} is 0; at least 1 is needed")]
+    Zero {
+        /// The field of [`Problem`](crate::Problem).
+        field: &'static str,
+    },
+    /// Query heads can't be shared out evenly among the key heads.
+    #[error("heads_q is {heads_q}; a multiple of heads_kv, which is {heads_kv}, is needed")]
+    HeadsNotDivisible {
+        /// Query heads asked for.
+        heads_q: usize,
+        /// Key and value heads asked for.
+        heads_kv: usize,
+    },
+    /// The head dim has no kernel.
+    #[error("head_dim is {value}; allowed are the multiples of 8 from 8 to 256")]
+    HeadDim {
+        /// The head dim asked for.
+        value: usize,
+    },
+    /// A number is beyond what kernels or addresses can hold.
+    #[error("{field} is {value}; at most {limit} is allowed")]
+    TooLarge {
+        /// What the number counts.
+        field: &'static str,
+        /// The number, capped at `u128::MAX`.
+        value: u128,
+        /// The largest number allowed.
+        limit: u128,
+    },
+    /// The softmax scale is zero, negative or not finite.
+    #[error("scale is {value}; a finite number above 0 is needed")]
+    Scale {
+        /// The scale asked for.
+        value: f32,
+    },
+    /// A text names no mask.
+    #[error("mask is {value:?}; allowed are \"none\" and \"causal\"")]
+    UnknownMask {
+        /// The text.
+        value: String,
+    },
+    /// No kernel was compiled for the problem.
+    #[error("no kernel is compiled for dtype {}, head_dim {head_dim}, mask {mask}", dtype.name())]
+    NoVariant {
+        /// Element type of the problem.
+        dtype: Dtype,
+        /// Head dim of the problem.
+        head_dim: usize,
+        /// Mask of the problem.
+        mask: Mask,
+    },
+    /// The tensors' element type is not the problem's.
+    #[error("the tensors' elements are {}; the problem's dtype is {}", found.name(), expected.name())]
+    DtypeMismatch {
+        /// Element type of the tensors.
+        found: Dtype,
+        /// Element type of the problem.
+        expected: Dtype,
+    },
+    /// A tensor's shape is not the one that follows from the problem.
+    #[error("{operand}.shape is {shape:?}; the problem needs {expected:?} (batch, heads, seqlen, head_dim)")]
+    ShapeMismatch {
+        /// The tensor.
+        operand: Operand,
+        /// Its shape.
+        shape: [usize; 4],
+        /// The shape that follows from the problem.
+        expected: [usize; 4],
+    },
+    /// A stride is not a multiple of 16 bytes.
+    #[error("{operand}.strides: the {dim} stride is {stride} elements; a multiple of {multiple} (16 bytes) is needed")]
+    StrideNotMultiple {
+        /// The tensor.
+        operand: Operand,
+        /// The dimension whose stride it is.
+        dim: Dim,
+        /// The stride, in elements.
+        stride: usize,
+        /// What it must be a multiple of, in elements.
+        multiple: usize,
+    },
+    /// A stride is too large for the copy engine, which counts up to 2^40 bytes.
+    #[error("{operand}.strides: the {dim} stride is {stride} elements; at most {limit} are allowed (under 2^40 bytes)")]
+    StrideTooLarge {
+        /// The tensor.
+        operand: Operand,
+        /// The dimension whose stride it is.
+        dim: Dim,
+        /// The stride, in elements.
+        stride: usize,
+        /// The largest stride allowed, in elements.
+        limit: u64,
+    },
+    /// A tensor reaches beyond what an address can hold.
+    #[error("{operand} spans {bytes} bytes from address {address:#x}; at most {limit} are allowed")]
+    SpanTooLarge {
+        /// The tensor.
+        operand: Operand,
+        /// Address of its first element.
+        address: u64,
+        /// Bytes from its first element to the end of its last.
+        bytes: u128,
+        /// The most bytes allowed.
+        limit: u128,
+    },
+    /// A buffer ends before the last element of its layout.
+    #[error("{operand} has {len} elements; its layout needs {required}")]
+    BufferTooSmall {
+        /// The tensor.
+        operand: Operand,
+        /// Elements of the buffer.
+        len: usize,
+        /// Elements that the layout spans.
+        required: u128,
+    },
+    /// The LSE buffer is not exactly (batch, heads_q, seqlen_q).
+    #[error("lse has {len} elements; exactly {expected} are needed (batch × heads_q × seqlen_q)")]
+    LseLength {
+        /// Elements of the buffer.
+        len: usize,
+        /// Elements that the problem has.
+        expected: usize,
+    },
+    /// A device pointer is null although the tensor is not empty.
+    #[error("{operand} is a null pointer; its tensor is not empty")]
+    NullPointer {
+        /// The tensor.
+        operand: Operand,
+    },
+    /// A device pointer is not aligned.
+    #[error("{operand} is at address {address:#x}; a multiple of {alignment} bytes is needed")]
+    Misaligned {
+        /// The tensor.
+        operand: Operand,
+        /// Its address.
+        address: u64,
+        /// The alignment needed, in bytes.
+        alignment: u64,
+    },
+    /// Rows of an output share memory, or its dimensions do not nest.
+    #[error(
+        "{operand}.strides: the {dim} stride is {stride} elements; an output's rows must not share memory, so at least \
+         {required} are needed here"
+    )]
+    OutputAliasesItself {
+        /// The output.
+        operand: Operand,
+        /// The dimension whose stride is too small.
+        dim: Dim,
+        /// The stride, in elements.
+        stride: usize,
+        /// Elements that the dimensions within it span.
+        required: u128,
+    },
+    /// An output shares memory with another tensor.
+    #[error("{output} overlaps {other}; an output needs memory of its own")]
+    Overlap {
+        /// The output.
+        output: Operand,
+        /// The tensor that it overlaps.
+        other: Operand,
+    },
+    /// Memory for a result could not be had.
+    #[error("no memory for {bytes} bytes of {operand}")]
+    OutOfMemory {
+        /// The tensor that it was for.
+        operand: Operand,
+        /// Bytes asked for.
+        bytes: u128,
+    },
+    /// A kernel broke its own rules: a bug of this crate, found by the CPU executor. Outputs are unspecified.
+    #[error("kernel {symbol} failed at work tile {work_tile}: {message}")]
+    KernelFault {
+        /// The kernel.
+        symbol: &'static str,
+        /// The work tile that it was at.
+        work_tile: u32,
+        /// What it says.
+        message: String,
+    },
+    /// There is no CUDA device, or no driver.
+    #[error("no CUDA device: {reason}")]
+    NoDevice {
+        /// What was looked for and not found.
+        reason: String,
+    },
+    /// No kernel is compiled for the device.
+    #[error("{name} has compute capability {major}.{minor}; {needed} is needed")]
+    UnsupportedDevice {
+        /// The device's name.
+        name: String,
+        /// The device's compute capability, before the point.
+        major: u32,
+        /// The device's compute capability, after the point.
+        minor: u32,
+        /// What this build has kernels for.
+        needed: &'static str,
+    },
+    /// A call of the CUDA driver failed.
+    #[error("{call} failed: {message}")]
+    Driver {
+        /// The driver's function.
+        call: &'static str,
+        /// What it says.
+        message: String,
+    },
+}
+
+/// A tensor of the operator, as errors name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Operand {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// The result.
+    O,
+    /// The log-sum-exp of each row's scores.
+    Lse,
+}
+
+impl fmt::Display for Operand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Operand::Q => "q",
+            Operand::K => "k",
+            Operand::V => "v",
+            Operand::O => "o",
+            Operand::Lse => "lse",
+        })
+    }
+}
+
+/// A dimension with a stride, as errors name it; its number is its place in
+/// [`Layout::strides`](crate::Layout::strides).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dim {
+    /// Items of the batch.
+    Batch,
+    /// Heads.
+    Heads,
+    /// Rows of one head.
+    Seqlen,
+}
+
+impl Dim {
+    /// The dimensions in the order of [`Layout::strides`](crate::Layout::strides).
+    pub const ALL: [Dim; 3] = [Dim::Batch, Dim::Heads, Dim::Seqlen];
+}
+
+impl fmt::Display for Dim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Dim::Batch => "batch",
+            Dim::Heads => "heads",
+            Dim::Seqlen => "seqlen",
+        })
+    }
+}

@@ -1,0 +1,81 @@
+//! Exact attention for NVIDIA GPUs, in Rust from the kernel to the command line.
+//!
+//! ferroflash computes O = softmax(scale · Q·Kᵀ + mask) · V and its log-sum-exp, exactly, in memory that grows with the
+//! sequence and not with its square (FlashAttention-2, arXiv 2307.08691; FlashAttention-3, arXiv 2407.08608). A kernel
+//! is an ordinary generic Rust function over a small tile algebra: rustc compiles it to PTX for the GPU, and the same
+//! function to native code for the CPU, where it is tested.
+//!
+//! ```
+//! use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, Tensor, bf16};
+//!
+//! let problem =
+//!     Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 100, seqlen_k: 150, head_dim: 64, dtype: Dtype::Bf16 };
+//! let elements = |shape: [usize; 4], seed: f32| -> Vec<bf16> {
+//!     (0..shape.iter().product::<usize>()).map(|i| bf16::from_f32((i as f32 * seed).sin())).collect()
+//! };
+//! let (q, k, v) =
+//!     (elements(problem.q_shape(), 1.7), elements(problem.kv_shape(), 2.3), elements(problem.kv_shape(), 3.1));
+//!
+//! let out = Attention::new(problem).mask(Mask::Causal).forward(
+//!     &Cpu,
+//!     Tensor::bhsd(&q, problem.q_shape()),
+//!     Tensor::bhsd(&k, problem.kv_shape()),
+//!     Tensor::bhsd(&v, problem.kv_shape()),
+//! )?;
+//!
+//! assert_eq!(out.o.len(), 2 * 4 * 100 * 64); // (batch, heads_q, seqlen_q, head_dim)
+//! let lse = out.lse.expect("returned unless omitted");
+//! assert_eq!(lse.len(), 2 * 4 * 100); // (batch, heads_q, seqlen_q)
+//! assert!(lse.iter().all(|x| x.is_finite()));
+//! # Ok::<(), ferroflash::Error>(())
+//! ```
+//!
+//! # Terms
+//! - **Shapes** are (batch, heads, seqlen, head_dim) for every tensor, in any stride order with a contiguous head_dim
+//!   ([`Layout`]): [`Tensor::bhsd`], [`Tensor::bshd`], or [`Tensor::strided`] for a part of a packed tensor. Strides
+//!   count elements.
+//! - **Dtypes** are [`f16`](struct@f16) and [`bf16`]; scores, softmax, accumulators and LSE are f32. Head dims are the
+//!   multiples of 8 up to 256.
+//! - **Grouped heads**: query head h reads key head h / (heads_q / heads_kv).
+//! - **Causal** is aligned to the bottom right: query i sees key j when j ≤ i + seqlen_k − seqlen_q, so the last query
+//!   sees every key. PyTorch's `is_causal` is aligned to the top left, which differs where the lengths do.
+//! - **Rows without a key**, by the mask or because seqlen_k is 0, give O = 0 and LSE = −∞, never NaN.
+//! - **LSE** is the natural logarithm of the sum of the exponentials of the scaled scores.
+//! - **Errors**: whatever a caller can get wrong is an [`Error`] that names the field, its value and what is allowed,
+//!   before anything is launched. The library does not panic.
+//!
+//! # Backends
+//! [`Cpu`] runs everywhere, over [rayon](https://docs.rs/rayon)'s threads. With the feature `cuda`, `Cuda` runs the
+//! same kernels on a GPU of compute capability 9.0, on slices of device memory or, for frameworks, from raw device
+//! pointers on the caller's stream with neither allocation nor synchronisation ([`RawForward`]).
+//!
+//! # Where things are
+//! [`Problem`] and [`Mask`] say what to compute, [`Plan`] how it will run (kernel, tiles, grid: pure and printable),
+//! [`Attention`] is the way in, and [`mod@reference`] is the f64 oracle that both backends are tested against.
+
+#![deny(missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod attention;
+pub mod backend;
+mod error;
+mod operands;
+mod overlap;
+mod plan;
+mod problem;
+mod tensor;
+
+pub use attention::{Attention, Lse, Output};
+#[cfg(feature = "cuda")]
+pub use backend::cuda::Cuda;
+pub use backend::{Backend, cpu::Cpu};
+pub use error::{Dim, Error, Operand, Result};
+pub use half::{bf16, f16};
+pub use kernels_gpu::{
+    element::Element,
+    variants::{Dtype, MaskKind, Op, VARIANTS, Variant},
+};
+pub use operands::{RawForward, RawTensor};
+pub use plan::Plan;
+pub use problem::{Mask, Problem};
+pub use tensor::{Layout, Tensor};

@@ -1,0 +1,354 @@
+//! The tensors of one call as addresses and layouts, and every rule that they must meet.
+//!
+//! Both backends lower what they are given to a [`RawForward`] and check it here, so the rules are the same for slices,
+//! device buffers and raw device pointers. Where there is nothing to read or write, the address does not matter.
+
+use kernels_gpu::{
+    params::{ForwardParams, Strided},
+    variants::Dtype,
+};
+
+use crate::{
+    error::{Dim, Error, Operand, Result},
+    overlap::{Region, self_alias},
+    plan::Plan,
+    problem::{ELEMENT_BYTES, Problem},
+    tensor::Layout,
+};
+
+/// What the copy engine wants of addresses and strides, in bytes.
+const GRAIN_BYTES: usize = 16;
+/// Strides in bytes stay below this in the copy engine.
+const STRIDE_LIMIT_BYTES: u64 = 1 << 40;
+
+/// A tensor named by its address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawTensor {
+    /// Address of element (0, 0, 0, 0); on the GPU a multiple of 16.
+    pub address: u64,
+    /// Where elements lie from there.
+    pub layout: Layout,
+}
+
+impl RawTensor {
+    /// The tensor as kernels that compute addresses take it.
+    pub(crate) fn strided(&self) -> Strided {
+        let [stride_batch, stride_head, stride_row] = self.layout.lowered_strides().map(|stride| stride as i64);
+        Strided { address: self.address, stride_batch, stride_head, stride_row }
+    }
+
+    fn region(&self) -> Option<Region> {
+        Region::of_rows(self.address, &self.layout, ELEMENT_BYTES)
+    }
+}
+
+/// The tensors of a forward pass, named by their addresses: what a framework has at hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawForward {
+    /// Queries, (batch, heads_q, seqlen_q, head_dim).
+    pub q: RawTensor,
+    /// Keys, (batch, heads_kv, seqlen_k, head_dim).
+    pub k: RawTensor,
+    /// Values, (batch, heads_kv, seqlen_k, head_dim).
+    pub v: RawTensor,
+    /// The result, (batch, heads_q, seqlen_q, head_dim).
+    pub o: RawTensor,
+    /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; `None` where it is not wanted.
+    pub lse: Option<u64>,
+}
+
+impl RawForward {
+    /// Checks everything that addresses and layouts tell, by the rules of device memory: shapes, strides, alignment,
+    /// and that outputs share memory neither with themselves nor with another tensor.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
+    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::OutputAliasesItself`], [`Error::Overlap`].
+    pub fn validate(&self, plan: &Plan) -> Result<()> {
+        let problem = plan.problem();
+        self.validate_tensors(problem, AddressSpace::Device, None)?;
+        self.validate_outputs(problem)
+    }
+
+    /// [`RawForward::validate`] for buffers whose sizes are known.
+    ///
+    /// # Errors
+    /// Those of [`RawForward::validate`], of which the host's memory knows no alignment; [`Error::DtypeMismatch`],
+    /// [`Error::BufferTooSmall`], [`Error::LseLength`].
+    pub(crate) fn validate_buffers(&self, plan: &Plan, space: AddressSpace, buffers: &Buffers) -> Result<()> {
+        let problem = plan.problem();
+        check_dtype(problem, buffers.dtype)?;
+        self.validate_tensors(problem, space, Some(buffers))?;
+        if let Some(len) = buffers.lse
+            && len != problem.lse_len()
+        {
+            return Err(Error::LseLength { len, expected: problem.lse_len() });
+        }
+        self.validate_outputs(problem)
+    }
+
+    /// The launch parameters of the CPU executor.
+    pub(crate) fn params(&self, plan: &Plan) -> ForwardParams<Strided> {
+        ForwardParams {
+            q: self.q.strided(),
+            k: self.k.strided(),
+            v: self.v.strided(),
+            o: self.o.strided(),
+            lse: self.lse.unwrap_or(0),
+            scale: plan.scale(),
+            shape: plan.problem().kernel_shape(),
+        }
+    }
+
+    fn validate_tensors(&self, problem: &Problem, space: AddressSpace, buffers: Option<&Buffers>) -> Result<()> {
+        for (operand, tensor, len) in [
+            (Operand::Q, &self.q, buffers.map(|buffers| buffers.q)),
+            (Operand::K, &self.k, buffers.map(|buffers| buffers.k)),
+            (Operand::V, &self.v, buffers.map(|buffers| buffers.v)),
+            (Operand::O, &self.o, buffers.map(|buffers| buffers.o)),
+        ] {
+            check_tensor(problem, operand, tensor, space, len)?;
+        }
+        if let Some(address) = self.lse
+            && problem.lse_len() > 0
+        {
+            let bytes = problem.lse_len() as u128 * size_of::<f32>() as u128;
+            check_span(Operand::Lse, address, bytes)?;
+            check_address(Operand::Lse, address, size_of::<f32>(), space)?;
+        }
+        Ok(())
+    }
+
+    fn validate_outputs(&self, problem: &Problem) -> Result<()> {
+        if let Some(alias) = self_alias(&self.o.layout) {
+            return Err(Error::OutputAliasesItself {
+                operand: Operand::O,
+                dim: alias.dim,
+                stride: alias.stride,
+                required: alias.required,
+            });
+        }
+        let lse = self
+            .lse
+            .and_then(|address| Region::of_bytes(address, problem.lse_len() as u128 * size_of::<f32>() as u128));
+        let inputs = [(Operand::Q, self.q.region()), (Operand::K, self.k.region()), (Operand::V, self.v.region())];
+        let o = (Operand::O, self.o.region());
+        for other in inputs {
+            check_disjoint(o, other)?;
+        }
+        for other in inputs.into_iter().chain([o]) {
+            check_disjoint((Operand::Lse, lse), other)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whose rules addresses follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AddressSpace {
+    /// The host's memory: any address that Rust's own slices have.
+    Host,
+    /// Device memory: not null, aligned for the copy engine.
+    Device,
+}
+
+/// What the buffers behind a [`RawForward`] hold: element type and lengths in elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Buffers {
+    pub(crate) dtype: Dtype,
+    pub(crate) q: usize,
+    pub(crate) k: usize,
+    pub(crate) v: usize,
+    pub(crate) o: usize,
+    pub(crate) lse: Option<usize>,
+}
+
+/// Checks that the tensors' element type is the problem's.
+pub(crate) fn check_dtype(problem: &Problem, found: Dtype) -> Result<()> {
+    if found != problem.dtype {
+        return Err(Error::DtypeMismatch { found, expected: problem.dtype });
+    }
+    Ok(())
+}
+
+/// Checks one tensor by itself; `len` is the length of its buffer in elements, where that is known.
+pub(crate) fn check_tensor(
+    problem: &Problem,
+    operand: Operand,
+    tensor: &RawTensor,
+    space: AddressSpace,
+    len: Option<usize>,
+) -> Result<()> {
+    let RawTensor { address, layout } = tensor;
+    let expected = match operand {
+        Operand::K | Operand::V => problem.kv_shape(),
+        Operand::Q | Operand::O | Operand::Lse => problem.q_shape(),
+    };
+    if layout.shape != expected {
+        return Err(Error::ShapeMismatch { operand, shape: layout.shape, expected });
+    }
+    if layout.is_empty() {
+        return Ok(());
+    }
+    check_strides(operand, layout)?;
+    let bytes = layout.span().saturating_mul(ELEMENT_BYTES as u128);
+    if let Some(len) = len
+        && layout.span() > len as u128
+    {
+        return Err(Error::BufferTooSmall { operand, len, required: layout.span() });
+    }
+    check_span(operand, *address, bytes)?;
+    check_address(operand, *address, GRAIN_BYTES, space)
+}
+
+fn check_strides(operand: Operand, layout: &Layout) -> Result<()> {
+    let multiple = GRAIN_BYTES / ELEMENT_BYTES;
+    let limit = STRIDE_LIMIT_BYTES / ELEMENT_BYTES as u64 - multiple as u64;
+    for (dim, stride) in Dim::ALL.into_iter().zip(layout.lowered_strides()) {
+        if !stride.is_multiple_of(multiple) {
+            return Err(Error::StrideNotMultiple { operand, dim, stride, multiple });
+        }
+        if stride as u64 > limit {
+            return Err(Error::StrideTooLarge { operand, dim, stride, limit });
+        }
+    }
+    Ok(())
+}
+
+/// Checks that the tensor's last byte has an address, and that offsets from its first fit in 63 bits.
+fn check_span(operand: Operand, address: u64, bytes: u128) -> Result<()> {
+    let limit = (u64::MAX as u128 + 1 - address as u128).min(i64::MAX as u128);
+    if bytes > limit {
+        return Err(Error::SpanTooLarge { operand, address, bytes, limit });
+    }
+    Ok(())
+}
+
+fn check_address(operand: Operand, address: u64, alignment: usize, space: AddressSpace) -> Result<()> {
+    match space {
+        AddressSpace::Host => Ok(()),
+        AddressSpace::Device if address == 0 => Err(Error::NullPointer { operand }),
+        AddressSpace::Device if !address.is_multiple_of(alignment as u64) => {
+            Err(Error::Misaligned { operand, address, alignment: alignment as u64 })
+        }
+        AddressSpace::Device => Ok(()),
+    }
+}
+
+fn check_disjoint(output: (Operand, Option<Region>), other: (Operand, Option<Region>)) -> Result<()> {
+    match (output.1, other.1) {
+        (Some(a), Some(b)) if !a.is_disjoint(&b) => Err(Error::Overlap { output: output.0, other: other.0 }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::Mask;
+
+    const PROBLEM: Problem =
+        Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 20, head_dim: 16, dtype: Dtype::F16 };
+
+    fn plan() -> Plan {
+        Plan::forward(&PROBLEM, Mask::None, None, 1).unwrap()
+    }
+
+    /// Contiguous tensors, far from each other.
+    fn args() -> RawForward {
+        let tensor = |address, shape| RawTensor { address, layout: Layout::bhsd(shape) };
+        RawForward {
+            q: tensor(0x10000, PROBLEM.q_shape()),
+            k: tensor(0x20000, PROBLEM.kv_shape()),
+            v: tensor(0x30000, PROBLEM.kv_shape()),
+            o: tensor(0x40000, PROBLEM.q_shape()),
+            lse: Some(0x50000),
+        }
+    }
+
+    fn message(change: impl FnOnce(&mut RawForward)) -> String {
+        let mut args = args();
+        change(&mut args);
+        args.validate(&plan()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn contiguous_tensors_are_valid() {
+        assert_eq!(args().validate(&plan()), Ok(()));
+        assert_eq!(RawForward { lse: None, ..args() }.validate(&plan()), Ok(()));
+    }
+
+    #[test]
+    fn device_addresses_are_aligned() {
+        assert_eq!(message(|args| args.q.address = 0), "q is a null pointer; its tensor is not empty");
+        assert_eq!(message(|args| args.lse = Some(0)), "lse is a null pointer; its tensor is not empty");
+        assert_eq!(message(|args| args.v.address += 8), "v is at address 0x30008; a multiple of 16 bytes is needed");
+        assert_eq!(
+            message(|args| args.lse = Some(0x50002)),
+            "lse is at address 0x50002; a multiple of 4 bytes is needed"
+        );
+        assert_eq!(RawForward { lse: Some(0x50004), ..args() }.validate(&plan()), Ok(()));
+    }
+
+    #[test]
+    fn spans_have_addresses() {
+        let error = message(|args| args.k.address = u64::MAX - 15);
+        assert_eq!(error, "k spans 2560 bytes from address 0xfffffffffffffff0; at most 16 are allowed");
+        let error = message(|args| args.lse = Some(u64::MAX - 15));
+        assert_eq!(error, "lse spans 320 bytes from address 0xfffffffffffffff0; at most 16 are allowed");
+    }
+
+    #[test]
+    fn strides_are_checked_where_they_matter() {
+        let error = message(|args| args.k.layout.strides[2] = 20);
+        assert_eq!(error, "k.strides: the seqlen stride is 20 elements; a multiple of 8 (16 bytes) is needed");
+        let error = message(|args| args.o.layout.strides[0] = 1 << 39);
+        let rule = "at most 549755813880 are allowed (under 2^40 bytes)";
+        assert_eq!(error, format!("o.strides: the batch stride is 549755813888 elements; {rule}"));
+        let problem = Problem { batch: 1, seqlen_k: 1, ..PROBLEM };
+        let plan = Plan::forward(&problem, Mask::None, None, 1).unwrap();
+        let mut args = args();
+        for tensor in [&mut args.q, &mut args.o] {
+            tensor.layout = Layout::strided(problem.q_shape(), [3, 160, 16]);
+        }
+        for tensor in [&mut args.k, &mut args.v] {
+            tensor.layout = Layout::strided(problem.kv_shape(), [usize::MAX, 0, 7]);
+        }
+        assert_eq!(args.validate(&plan), Ok(()));
+        assert_eq!(args.k.strided(), Strided { address: 0x20000, stride_batch: 16, stride_head: 0, stride_row: 16 });
+    }
+
+    #[test]
+    fn outputs_have_memory_of_their_own() {
+        let o = args().o;
+        let o_bytes = 2 * o.layout.required_len().unwrap() as u64;
+        assert_eq!(message(|args| args.o.address = args.q.address), "o overlaps q; an output needs memory of its own");
+        let error = message(|args| args.o.address = args.k.address - o_bytes + 16);
+        assert_eq!(error, "o overlaps k; an output needs memory of its own");
+        let error = message(|args| args.lse = Some(args.o.address + o_bytes - 4));
+        assert_eq!(error, "lse overlaps o; an output needs memory of its own");
+        let error = message(|args| args.lse = Some(args.v.address - 4));
+        assert_eq!(error, "lse overlaps v; an output needs memory of its own");
+        let touching = RawForward { lse: Some(o.address + o_bytes), ..args() };
+        assert_eq!(touching.validate(&plan()), Ok(()));
+        let error = message(|args| args.o.layout.strides[1] = 0);
+        let rule = "an output's rows must not share memory, so at least 16 are needed here";
+        assert_eq!(error, format!("o.strides: the heads stride is 0 elements; {rule}"));
+    }
+
+    #[test]
+    fn inputs_may_share_memory() {
+        let args = RawForward { v: args().k, ..args() };
+        assert_eq!(args.validate(&plan()), Ok(()));
+    }
+
+    #[test]
+    fn addresses_of_nothing_do_not_matter() {
+        for problem in [Problem { batch: 0, ..PROBLEM }, Problem { seqlen_q: 0, seqlen_k: 0, ..PROBLEM }] {
+            let plan = Plan::forward(&problem, Mask::None, None, 1).unwrap();
+            let tensor = |shape| RawTensor { address: 1, layout: Layout::strided(shape, [usize::MAX; 3]) };
+            let (q, k) = (tensor(problem.q_shape()), tensor(problem.kv_shape()));
+            assert_eq!(RawForward { q, k, v: k, o: q, lse: Some(0) }.validate(&plan), Ok(()));
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! How a problem will be run: kernel, tiles, grid. A pure function of the problem and the machine's size.
+//!
+//! A [`Plan`] can only be made by a function that has validated the problem, so whoever holds one need not do so again.
+//! The CPU executor and the GPU run the same plan.
+
+use std::fmt;
+
+use kernels_gpu::variants::{self, Variant};
+
+use crate::{
+    error::{Error, Result},
+    problem::{Mask, Problem, at_most},
+};
+
+/// Work tiles are counted in 32-bit signed numbers.
+const MAX_WORK_TILES: u128 = i32::MAX as u128;
+
+/// A validated problem, the kernel for it and its launch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Plan {
+    pub(crate) problem: Problem,
+    pub(crate) mask: Mask,
+    pub(crate) scale: f32,
+    pub(crate) variant: &'static Variant,
+    pub(crate) work_tiles: u32,
+    pub(crate) grid: u32,
+    pub(crate) block: u32,
+    pub(crate) smem_bytes: u32,
+    pub(crate) workspace_bytes: usize,
+}
+
+impl Plan {
+    /// Plans a forward pass for a machine with `sm_count` multiprocessors, or threads on the CPU.
+    ///
+    /// # Errors
+    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
+    /// [`Error::TooLarge`] for 2³¹ work tiles or more.
+    pub fn forward(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<Plan> {
+        problem.validate()?;
+        let scale = scale.unwrap_or_else(|| 1.0 / (problem.head_dim as f32).sqrt());
+        if !scale.is_finite() || scale <= 0.0 {
+            return Err(Error::Scale { value: scale });
+        }
+        let variant = variants::forward(problem.dtype, problem.head_dim as u32, mask.kind())
+            .ok_or(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask })?;
+        let work_tiles = problem.seqlen_q.div_ceil(variant.block_m() as usize) as u128
+            * problem.heads_q as u128
+            * problem.batch as u128;
+        at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
+        let work_tiles = work_tiles as u32;
+        Ok(Plan {
+            problem: *problem,
+            mask,
+            scale,
+            variant,
+            work_tiles,
+            grid: work_tiles.min(sm_count.max(1)),
+            block: variant.threads(),
+            smem_bytes: variant.smem_bytes(),
+            workspace_bytes: 0,
+        })
+    }
+
+    /// The problem, validated.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// Which keys a query sees.
+    pub fn mask(&self) -> Mask {
+        self.mask
+    }
+
+    /// The factor of the scores, finite and above 0.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// The kernel.
+    pub fn variant(&self) -> &'static Variant {
+        self.variant
+    }
+
+    /// Work tiles: query tiles of each batch item and head. 0 where there is nothing to do.
+    pub fn work_tiles(&self) -> u32 {
+        self.work_tiles
+    }
+
+    /// CTAs of the persistent grid. 0 where there is nothing to launch.
+    pub fn grid(&self) -> u32 {
+        self.grid
+    }
+
+    /// Threads of a CTA.
+    pub fn block(&self) -> u32 {
+        self.block
+    }
+
+    /// Dynamic shared memory of a CTA, in bytes.
+    pub fn smem_bytes(&self) -> u32 {
+        self.smem_bytes
+    }
+
+    /// Device memory needed beside the tensors, in bytes.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace_bytes
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Problem { batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, dtype } = self.problem;
+        writeln!(
+            f,
+            "{} {}: batch {batch}, heads {heads_q}/{heads_kv}, seqlen {seqlen_q} × {seqlen_k}, head_dim {head_dim}, \
+             mask {}, scale {}",
+            self.variant.op.name(),
+            dtype.name(),
+            self.mask,
+            self.scale,
+        )?;
+        writeln!(
+            f,
+            "kernel {}: tiles {} × {}, head_dim {}, {} stages",
+            self.variant.symbol,
+            self.variant.block_m(),
+            self.variant.block_n,
+            self.variant.head_dim,
+            self.variant.stages,
+        )?;
+        write!(
+            f,
+            "launch: {} work tiles on {} CTAs of {} threads, {} bytes of shared memory, {} bytes of workspace",
+            self.work_tiles, self.grid, self.block, self.smem_bytes, self.workspace_bytes,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels_gpu::variants::Dtype;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PROBLEM: Problem =
+        Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
+
+    fn plan(problem: Problem) -> Result<Plan> {
+        Plan::forward(&problem, Mask::None, None, 132)
+    }
+
+    #[test]
+    fn prints_what_will_run() {
+        let plan = Plan::forward(&PROBLEM, Mask::Causal, None, 132).unwrap();
+        let text = plan.to_string();
+        for part in [
+            "forward bf16: batch 2, heads 6/2, seqlen 1000 × 300, head_dim 64, mask causal, scale 0.125",
+            plan.variant().symbol,
+            &format!("{} work tiles on {} CTAs of {} threads", plan.work_tiles(), plan.grid(), plan.block()),
+        ] {
+            assert!(text.contains(part), "{part:?} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn scale_must_be_finite_and_positive() {
+        for scale in [0.0, -0.0, -1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let error = Plan::forward(&PROBLEM, Mask::None, Some(scale), 1).unwrap_err();
+            assert_eq!(error.to_string(), format!("scale is {scale}; a finite number above 0 is needed"));
+        }
+        assert_eq!(Plan::forward(&PROBLEM, Mask::None, Some(f32::MIN_POSITIVE), 1).unwrap().scale(), f32::MIN_POSITIVE);
+        assert_eq!(plan(Problem { head_dim: 256, ..PROBLEM }).unwrap().scale(), 1.0 / 16.0);
+    }
+
+    #[test]
+    fn work_tiles_have_a_limit() {
+        let most = i32::MAX as usize;
+        let many = Problem { batch: most, heads_q: 2, heads_kv: 1, seqlen_q: 1, ..PROBLEM };
+        assert_eq!(
+            plan(many),
+            Err(Error::TooLarge { field: "work_tiles", value: 2 * most as u128, limit: most as u128 })
+        );
+        assert_eq!(plan(Problem { heads_q: 1, ..many }).unwrap().work_tiles(), most as u32);
+    }
+
+    #[test]
+    fn nothing_to_do_is_nothing_to_launch() {
+        for problem in [Problem { batch: 0, ..PROBLEM }, Problem { seqlen_q: 0, ..PROBLEM }] {
+            let plan = plan(problem).unwrap();
+            assert_eq!((plan.work_tiles(), plan.grid()), (0, 0));
+        }
+        // Without keys there are still zeros to write.
+        assert!(plan(Problem { seqlen_k: 0, ..PROBLEM }).unwrap().work_tiles() > 0);
+    }
+
+    proptest! {
+        #[test]
+        fn tiles_cover_every_row_once(
+            batch in 0..4usize, heads in 1..5usize, seqlen_q in 0..2000usize, d in 1..=32usize, sm_count in 0..200u32,
+        ) {
+            let problem = Problem { batch, heads_q: heads, heads_kv: heads, seqlen_q, head_dim: 8 * d, ..PROBLEM };
+            let plan = Plan::forward(&problem, Mask::None, None, sm_count).unwrap();
+            prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
+            let m_blocks = seqlen_q.div_ceil(plan.variant().block_m() as usize);
+            prop_assert_eq!(plan.work_tiles() as usize, batch * heads * m_blocks);
+            prop_assert_eq!(plan.grid(), plan.work_tiles().min(sm_count.max(1)));
+            prop_assert_eq!(plan.workspace_bytes(), 0);
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! What is to be computed: extents, element type, mask. Validated once, here.
+//!
+//! O = softmax(scale · Q·Kᵀ + mask) · V (FlashAttention-2, arXiv 2307.08691, section 2.1), with Q and O
+//! (batch, heads_q, seqlen_q, head_dim), K and V (batch, heads_kv, seqlen_k, head_dim). Query head h reads key head
+//! h / (heads_q / heads_kv).
+
+use std::{fmt, str::FromStr};
+
+use kernels_gpu::{
+    params::Shape,
+    variants::{Dtype, MaskKind},
+};
+
+use crate::error::{Error, Result};
+
+/// The largest extent: kernels count rows in 32-bit signed numbers.
+pub(crate) const MAX_EXTENT: usize = i32::MAX as usize;
+/// The largest head dim.
+pub(crate) const MAX_HEAD_DIM: usize = 256;
+/// Head dims come in steps of 16 bytes, the copy engine's grain.
+pub(crate) const HEAD_DIM_STEP: usize = 8;
+/// Bytes of an element of either dtype.
+pub(crate) const ELEMENT_BYTES: usize = 2;
+
+/// The extents and the element type of one attention.
+///
+/// `batch`, `seqlen_q` and `seqlen_k` may be 0: without queries there is nothing to do, and without keys O is 0 and
+/// LSE −∞.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Problem {
+    /// Items of the batch.
+    pub batch: usize,
+    /// Query heads: a multiple of `heads_kv`.
+    pub heads_q: usize,
+    /// Key and value heads: `heads_q` in multi-head attention, 1 in multi-query attention.
+    pub heads_kv: usize,
+    /// Queries of each batch item and head.
+    pub seqlen_q: usize,
+    /// Keys and values of each batch item and head.
+    pub seqlen_k: usize,
+    /// Elements of a query, key or value: a multiple of 8 from 8 to 256.
+    pub head_dim: usize,
+    /// Element type of Q, K, V and O.
+    pub dtype: Dtype,
+}
+
+impl Problem {
+    /// Checks every rule that the extents alone must meet.
+    ///
+    /// # Errors
+    /// [`Error::Zero`] for no heads, [`Error::HeadsNotDivisible`], [`Error::HeadDim`], and [`Error::TooLarge`] for an
+    /// extent above 2³¹ − 1 or a tensor of 2⁶³ bytes or more.
+    pub fn validate(&self) -> Result<()> {
+        for (field, value) in [("heads_q", self.heads_q), ("heads_kv", self.heads_kv)] {
+            if value == 0 {
+                return Err(Error::Zero { field });
+            }
+        }
+        if !self.heads_q.is_multiple_of(self.heads_kv) {
+            return Err(Error::HeadsNotDivisible { heads_q: self.heads_q, heads_kv: self.heads_kv });
+        }
+        if !(HEAD_DIM_STEP..=MAX_HEAD_DIM).contains(&self.head_dim) || !self.head_dim.is_multiple_of(HEAD_DIM_STEP) {
+            return Err(Error::HeadDim { value: self.head_dim });
+        }
+        for (field, value) in [
+            ("batch", self.batch),
+            ("heads_q", self.heads_q),
+            ("heads_kv", self.heads_kv),
+            ("seqlen_q", self.seqlen_q),
+            ("seqlen_k", self.seqlen_k),
+        ] {
+            at_most(field, value as u128, MAX_EXTENT as u128)?;
+        }
+        for (field, shape) in [("bytes of q", self.q_shape()), ("bytes of k", self.kv_shape())] {
+            at_most(field, volume(shape).saturating_mul(ELEMENT_BYTES as u128), isize::MAX as u128)?;
+        }
+        Ok(())
+    }
+
+    /// Shape of Q and O: (batch, heads_q, seqlen_q, head_dim).
+    pub fn q_shape(&self) -> [usize; 4] {
+        [self.batch, self.heads_q, self.seqlen_q, self.head_dim]
+    }
+
+    /// Shape of K and V: (batch, heads_kv, seqlen_k, head_dim).
+    pub fn kv_shape(&self) -> [usize; 4] {
+        [self.batch, self.heads_kv, self.seqlen_k, self.head_dim]
+    }
+
+    /// Elements of the LSE, (batch, heads_q, seqlen_q); `usize::MAX` where a `usize` can't hold them.
+    pub fn lse_len(&self) -> usize {
+        self.batch.saturating_mul(self.heads_q).saturating_mul(self.seqlen_q)
+    }
+
+    /// Floating-point operations of a forward pass by the field's convention: 4 · batch · heads_q · seqlen_q ·
+    /// seqlen_k · head_dim, and half of that when causal, whatever the lengths.
+    pub fn flops_forward(&self, mask: Mask) -> f64 {
+        let full = 4.0
+            * self.batch as f64
+            * self.heads_q as f64
+            * self.seqlen_q as f64
+            * self.seqlen_k as f64
+            * self.head_dim as f64;
+        match mask {
+            Mask::None => full,
+            Mask::Causal => full / 2.0,
+        }
+    }
+
+    /// Bytes that a forward pass must move at least: Q, K and V read once, O and LSE written once.
+    pub fn bytes_forward(&self) -> f64 {
+        let elements = |shape: [usize; 4]| shape.iter().map(|&extent| extent as f64).product::<f64>();
+        let lse = self.batch as f64 * self.heads_q as f64 * self.seqlen_q as f64;
+        let tensors = 2.0 * elements(self.q_shape()) + 2.0 * elements(self.kv_shape());
+        tensors * ELEMENT_BYTES as f64 + lse * size_of::<f32>() as f64
+    }
+
+    /// The extents as kernels take them; they fit because [`Problem::validate`] passed.
+    pub(crate) fn kernel_shape(&self) -> Shape {
+        Shape {
+            batch: self.batch as u32,
+            heads_q: self.heads_q as u32,
+            heads_kv: self.heads_kv as u32,
+            seqlen_q: self.seqlen_q as u32,
+            seqlen_k: self.seqlen_k as u32,
+            head_dim: self.head_dim as u32,
+        }
+    }
+}
+
+/// Which keys a query sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Mask {
+    /// Every key.
+    #[default]
+    None,
+    /// Key j for query i when j ≤ i + seqlen_k − seqlen_q: aligned to the bottom right, so that the last query sees
+    /// every key. PyTorch's `is_causal` is aligned to the top left; the two agree where the lengths are equal.
+    Causal,
+}
+
+impl Mask {
+    /// The kernel family that computes it.
+    pub fn kind(self) -> MaskKind {
+        match self {
+            Mask::None => MaskKind::None,
+            Mask::Causal => MaskKind::Causal,
+        }
+    }
+}
+
+impl fmt::Display for Mask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.kind().name())
+    }
+}
+
+impl FromStr for Mask {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        [Mask::None, Mask::Causal]
+            .into_iter()
+            .find(|mask| mask.kind().name() == text)
+            .ok_or_else(|| Error::UnknownMask { value: text.to_owned() })
+    }
+}
+
+/// Elements of a tensor of `shape`, capped at `u128::MAX`.
+pub(crate) fn volume(shape: [usize; 4]) -> u128 {
+    if shape.contains(&0) {
+        return 0;
+    }
+    shape.iter().fold(1, |product: u128, &extent| product.saturating_mul(extent as u128))
+}
+
+/// Fails with [`Error::TooLarge`] where `value` is above `limit`.
+pub(crate) fn at_most(field: &'static str, value: u128, limit: u128) -> Result<()> {
+    if value > limit {
+        return Err(Error::TooLarge { field, value, limit });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROBLEM: Problem =
+        Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 100, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
+
+    fn message(problem: Problem) -> String {
+        problem.validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn errors_name_field_value_and_rule() {
+        assert_eq!(message(Problem { heads_q: 0, ..PROBLEM }), "heads_q is 0; at least 1 is needed");
+        assert_eq!(message(Problem { heads_kv: 0, ..PROBLEM }), "heads_kv is 0; at least 1 is needed");
+        let error = message(Problem { heads_kv: 4, ..PROBLEM });
+        assert_eq!(error, "heads_q is 6; a multiple of heads_kv, which is 4, is needed");
+        for head_dim in [0, 4, 7, 12, 129, 257, 264, usize::MAX] {
+            let error = message(Problem { head_dim, ..PROBLEM });
+            assert_eq!(error, format!("head_dim is {head_dim}; allowed are the multiples of 8 from 8 to 256"));
+        }
+        let seqlen_k = 1 << 31;
+        let error = message(Problem { seqlen_k, ..PROBLEM });
+        assert_eq!(error, "seqlen_k is 2147483648; at most 2147483647 is allowed");
+    }
+
+    #[test]
+    fn head_dims_are_the_multiples_of_8_to_256() {
+        let valid = (0..1000).filter(|&head_dim| Problem { head_dim, ..PROBLEM }.validate().is_ok());
+        assert!(valid.eq((8..=256).step_by(8)));
+    }
+
+    #[test]
+    fn every_extent_has_a_limit() {
+        for problem in [
+            Problem { batch: usize::MAX, ..PROBLEM },
+            Problem { heads_q: usize::MAX, heads_kv: 1, ..PROBLEM },
+            Problem { heads_q: usize::MAX, heads_kv: usize::MAX, ..PROBLEM },
+            Problem { seqlen_q: usize::MAX, ..PROBLEM },
+            Problem { seqlen_k: usize::MAX, ..PROBLEM },
+            Problem { batch: MAX_EXTENT, heads_q: MAX_EXTENT, heads_kv: 1, ..PROBLEM },
+            Problem { batch: MAX_EXTENT, seqlen_k: MAX_EXTENT, seqlen_q: 0, ..PROBLEM },
+        ] {
+            assert!(matches!(problem.validate(), Err(Error::TooLarge { .. })), "{problem:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_to_do_is_valid() {
+        for problem in [
+            Problem { batch: 0, ..PROBLEM },
+            Problem { seqlen_q: 0, ..PROBLEM },
+            Problem { seqlen_k: 0, ..PROBLEM },
+            Problem { batch: 0, heads_q: MAX_EXTENT, heads_kv: 1, seqlen_q: MAX_EXTENT, ..PROBLEM },
+        ] {
+            assert_eq!(problem.validate(), Ok(()), "{problem:?}");
+        }
+    }
+
+    #[test]
+    fn costs_follow_the_convention() {
+        assert_eq!(PROBLEM.flops_forward(Mask::None), 4.0 * 2.0 * 6.0 * 100.0 * 300.0 * 64.0);
+        assert_eq!(PROBLEM.flops_forward(Mask::Causal), PROBLEM.flops_forward(Mask::None) / 2.0);
+        let (q, k, lse) = (2 * 6 * 100 * 64 * 2, 2 * 2 * 300 * 64 * 2, 2 * 6 * 100 * 4);
+        assert_eq!(PROBLEM.bytes_forward(), (2 * q + 2 * k + lse) as f64);
+        assert_eq!(PROBLEM.lse_len(), 2 * 6 * 100);
+    }
+
+    #[test]
+    fn masks_are_read_as_they_are_written() {
+        for mask in [Mask::None, Mask::Causal] {
+            assert_eq!(mask.to_string().parse(), Ok(mask));
+        }
+        let error = "Causal".parse::<Mask>().unwrap_err();
+        assert_eq!(error.to_string(), "mask is \"Causal\"; allowed are \"none\" and \"causal\"");
+    }
+}

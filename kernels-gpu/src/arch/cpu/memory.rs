@@ -1,0 +1,35 @@
+//! Global memory: rows of strided tensors, by address.
+
+use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
+use core::slice;
+
+use crate::params::Strided;
+
+/// The `columns` elements of one row.
+///
+/// # Safety
+/// The row lies within a tensor of `E` that is valid for reading and is not written while the slice lives.
+pub unsafe fn row<'a, E>(tensor: &Strided, batch: u32, head: u32, row: u32, columns: usize) -> &'a [E] {
+    let data = with_exposed_provenance::<E>(tensor.address as usize);
+    // SAFETY: the caller's promise.
+    unsafe { slice::from_raw_parts(data.offset(tensor.row_offset(batch, head, row) as isize), columns) }
+}
+
+/// As [`row`], for writing.
+///
+/// # Safety
+/// The row lies within a tensor of `E` that is valid for writing, and nobody else accesses it while the slice lives.
+pub unsafe fn row_mut<'a, E>(tensor: &Strided, batch: u32, head: u32, row: u32, columns: usize) -> &'a mut [E] {
+    let data = with_exposed_provenance_mut::<E>(tensor.address as usize);
+    // SAFETY: the caller's promise.
+    unsafe { slice::from_raw_parts_mut(data.offset(tensor.row_offset(batch, head, row) as isize), columns) }
+}
+
+/// Writes element `index` of the f32 array at `address`.
+///
+/// # Safety
+/// The element is valid for writing, and nobody else accesses it.
+pub unsafe fn write_f32(address: u64, index: usize, value: f32) {
+    // SAFETY: the caller's promise.
+    unsafe { with_exposed_provenance_mut::<f32>(address as usize).add(index).write(value) }
+}

@@ -1,0 +1,191 @@
+//! The ring on the CPU: the GPU's protocol, checked at every step.
+
+use std::vec::Vec;
+
+use crate::pipeline::order::{KvOrder, KvTile};
+use crate::pipeline::ring::Position;
+
+/// How a kernel broke the pipeline's protocol. On the GPU these would be a hang or a wrong result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The consumer waits for more tiles than the producer sends.
+    WaitWithoutLoad { slot: u32 },
+    /// The consumer waits for a slot that it holds itself.
+    WaitWithoutRelease { slot: u32 },
+    /// A product reads a slot that holds something else, or that was given back.
+    WrongTile { slot: u32, holds: Option<KvTile> },
+    /// A slot is given back that the consumer does not hold.
+    ReleaseWithoutWait { slot: u32 },
+    /// The query rows are waited for without having been asked for.
+    QueryWithoutLoad,
+    /// The work tile ended with tiles that nobody took, or slots that nobody gave back.
+    Unfinished,
+}
+
+impl Fault {
+    pub(super) fn raise(self) -> ! {
+        panic!("pipeline fault: {self:?}")
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Empty,
+    Full(KvTile),
+    /// The consumer has waited for it.
+    Held(KvTile),
+}
+
+/// The slots of the ring, both ends of it, and what is still to be loaded.
+pub struct Ring {
+    slots: Vec<(State, Vec<f32>)>,
+    loads: KvOrder,
+    producer: Position,
+    consumer: Position,
+}
+
+impl Ring {
+    pub fn new(stages: u32, slot_len: usize, loads: KvOrder) -> Self {
+        Ring {
+            slots: (0..stages).map(|_| (State::Empty, std::vec![0.0; slot_len])).collect(),
+            loads,
+            producer: Position::PRODUCER,
+            consumer: Position::CONSUMER,
+        }
+    }
+
+    /// Lets the producer fill what is empty, then takes the next slot.
+    pub fn wait(&mut self, mut load: impl FnMut(KvTile, &mut [f32])) -> u32 {
+        let stages = self.slots.len() as u32;
+        while let (State::Empty, data) = &mut self.slots[self.producer.slot as usize] {
+            let Some(tile) = self.loads.next() else { break };
+            load(tile, data);
+            self.slots[self.producer.slot as usize].0 = State::Full(tile);
+            self.producer.advance(stages);
+        }
+        let slot = self.consumer.slot;
+        let state = &mut self.slots[slot as usize].0;
+        match *state {
+            State::Full(tile) => *state = State::Held(tile),
+            State::Held(_) => Fault::WaitWithoutRelease { slot }.raise(),
+            State::Empty => Fault::WaitWithoutLoad { slot }.raise(),
+        }
+        self.consumer.advance(stages);
+        slot
+    }
+
+    /// Gives a slot back.
+    pub fn release(&mut self, slot: u32) {
+        match &mut self.slots[slot as usize].0 {
+            state @ State::Held(_) => *state = State::Empty,
+            _ => Fault::ReleaseWithoutWait { slot }.raise(),
+        }
+    }
+
+    /// A held tile of K, transposed: k-major rows of block_n columns.
+    pub fn k(&self, slot: u32) -> &[f32] {
+        match &self.slots[slot as usize] {
+            (State::Held(KvTile::K(_)), data) => data,
+            (state, _) => Fault::WrongTile { slot, holds: state.tile() }.raise(),
+        }
+    }
+
+    /// A held tile of V: block_n rows of head_dim columns.
+    pub fn v(&self, slot: u32) -> &[f32] {
+        match &self.slots[slot as usize] {
+            (State::Held(KvTile::V(_)), data) => data,
+            (state, _) => Fault::WrongTile { slot, holds: state.tile() }.raise(),
+        }
+    }
+
+    /// Checks that everything was loaded, taken and given back.
+    pub fn finish(&mut self) {
+        if self.loads.next().is_some() || self.slots.iter().any(|(state, _)| *state != State::Empty) {
+            Fault::Unfinished.raise();
+        }
+    }
+}
+
+impl State {
+    fn tile(self) -> Option<KvTile> {
+        match self {
+            State::Held(tile) => Some(tile),
+            State::Empty | State::Full(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ring() -> Ring {
+        Ring::new(2, 1, KvOrder::new(1))
+    }
+
+    #[test]
+    fn a_whole_run_passes() {
+        let mut ring = ring();
+        let k = ring.wait(|_, _| {});
+        ring.k(k);
+        ring.release(k);
+        let v = ring.wait(|_, _| {});
+        ring.v(v);
+        ring.release(v);
+        ring.finish();
+    }
+
+    #[test]
+    #[should_panic = "WaitWithoutLoad"]
+    fn waiting_for_too_much() {
+        let mut ring = ring();
+        for _ in 0..3 {
+            let slot = ring.wait(|_, _| {});
+            ring.release(slot);
+        }
+    }
+
+    #[test]
+    #[should_panic = "WaitWithoutRelease"]
+    fn waiting_for_a_held_slot() {
+        let mut ring = Ring::new(2, 1, KvOrder::new(2));
+        for _ in 0..3 {
+            ring.wait(|_, _| {});
+        }
+    }
+
+    #[test]
+    #[should_panic = "WrongTile"]
+    fn reading_v_as_k() {
+        let mut ring = ring();
+        let k = ring.wait(|_, _| {});
+        ring.v(k);
+    }
+
+    #[test]
+    #[should_panic = "WrongTile"]
+    fn reading_after_release() {
+        let mut ring = ring();
+        let k = ring.wait(|_, _| {});
+        ring.release(k);
+        ring.k(k);
+    }
+
+    #[test]
+    #[should_panic = "ReleaseWithoutWait"]
+    fn releasing_twice() {
+        let mut ring = ring();
+        let k = ring.wait(|_, _| {});
+        ring.release(k);
+        ring.release(k);
+    }
+
+    #[test]
+    #[should_panic = "Unfinished"]
+    fn leaving_a_tile_behind() {
+        let mut ring = ring();
+        let k = ring.wait(|_, _| {});
+        ring.release(k);
+        ring.finish();
+    }
+}

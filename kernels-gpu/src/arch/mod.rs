@@ -1,0 +1,93 @@
+//! The machine: what one consumer warpgroup can do.
+//!
+//! Kernels are written once against [`Warpgroup`] and compiled for two machines: `sm90`, where a fragment is one
+//! thread's registers and a product is a `wgmma`, and `cpu`, where a fragment is the whole tile and a product is a
+//! loop. The trait stands at the level of the whole warpgroup on purpose: element-wise code sees rows and
+//! columns and never a lane, so it cannot depend on who holds what.
+//!
+//! Products are asynchronous. [`Warpgroup::qk`] and [`Warpgroup::pv`] return a [`Pending`] fragment, which has no
+//! readable element until [`Warpgroup::wait`] has turned it into one.
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod cpu;
+#[cfg(target_arch = "nvptx64")]
+pub mod sm90;
+
+use crate::attention::scheduler::WorkTile;
+use crate::params::{Shape, Strided};
+
+/// A fragment that a product still in flight is writing.
+#[must_use = "a product must be waited for"]
+pub struct Pending<T>(pub(crate) T);
+
+/// One warpgroup: 64 rows of a query tile, its fragments, its end of the pipeline.
+///
+/// Widths are counted in columns of eight, the granule of a fragment: `N8 = 16` is 128 columns.
+pub trait Warpgroup: Sized {
+    /// 64 × 8·N8 elements in f32: an accumulator.
+    type Acc<const N8: usize>: Copy;
+    /// 64 × 8·N8 elements in the input's dtype: the left operand of a product.
+    type Operand<const N8: usize>: Copy;
+    /// One f32 a row.
+    type Rows: Copy;
+    /// How this machine names a tensor that is loaded by tiles.
+    type Tensor: Copy;
+    /// A filled slot of the K/V ring.
+    type Slot: Copy;
+
+    fn zeros<const N8: usize>(&self) -> Self::Acc<N8>;
+    /// Elements of row r from column `end(r)` on become `fill`; rows and columns count from the fragment's corner.
+    fn truncate_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, fill: f32, end: impl Fn(u32) -> i32);
+    /// `f(x, r)` for every element x and its row's r.
+    fn map_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
+    /// Folds each row's elements into its value. Partial: only [`Warpgroup::reduce`] makes it the whole row's.
+    fn fold<const N8: usize>(&self, x: &Self::Acc<N8>, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
+    /// Joins the partial folds of each row.
+    fn reduce(&self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
+    fn rows(&self, value: f32) -> Self::Rows;
+    fn zip(&self, a: Self::Rows, b: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
+    /// Rounds an accumulator to the input's dtype.
+    fn pack<const N8: usize>(&self, x: &Self::Acc<N8>) -> Self::Operand<N8>;
+
+    /// 2^x, −∞ giving 0.
+    fn exp2(x: f32) -> f32;
+    /// log₂ x.
+    fn log2(x: f32) -> f32;
+    /// a·b + c with one rounding.
+    fn fma(a: f32, b: f32, c: f32) -> f32;
+    /// 1 / x.
+    fn recip(x: f32) -> f32;
+
+    /// The query row of `tile` where this warpgroup's 64 begin.
+    fn first_row(&self, tile: &WorkTile) -> u32;
+    /// Starts loading this warpgroup's query rows of `tile`; every earlier product with Q must have been waited for.
+    fn load_q(&mut self, tile: &WorkTile);
+    /// Waits until the rows that [`Warpgroup::load_q`] asked for are there.
+    fn wait_q(&mut self);
+    /// Waits for the next tile of the K/V ring, in the order of [`crate::pipeline::order::KvOrder`].
+    fn wait_kv(&mut self) -> Self::Slot;
+    /// Gives a slot back to the producer; every product that reads it must have been waited for.
+    fn release_kv(&mut self, slot: Self::Slot);
+
+    /// S = Q·Kᵀ, in flight.
+    fn qk<const D8: usize, const N8: usize>(&mut self, k: Self::Slot) -> Pending<Self::Acc<N8>>;
+    /// O + P·V, in flight.
+    fn pv<const N8: usize, const D8: usize>(
+        &mut self,
+        o: Self::Acc<D8>,
+        p: Self::Operand<N8>,
+        v: Self::Slot,
+    ) -> Pending<Self::Acc<D8>>;
+    /// Waits until at most `LATER` products issued after this one's are still in flight.
+    fn wait<const LATER: usize, const N8: usize>(&mut self, x: Pending<Self::Acc<N8>>) -> Self::Acc<N8>;
+
+    /// Waits until it is this warpgroup's turn to issue products, so that another's softmax runs beside them.
+    fn take_turn(&mut self);
+    /// Lets the next warpgroup issue.
+    fn pass_turn(&mut self);
+
+    /// Stores this warpgroup's rows of `tile` in the input's dtype, as far as they are rows and columns of `shape`.
+    fn store<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: &Strided, tile: &WorkTile, shape: &Shape);
+    /// Stores one f32 for each of this warpgroup's rows of `tile` in the (batch, heads_q, seqlen_q) array at `address`.
+    fn store_rows(&mut self, values: Self::Rows, address: u64, tile: &WorkTile, shape: &Shape);
+}

@@ -1,0 +1,91 @@
+//! Barriers: mbarriers in shared memory between threads and the copy engine, named barriers between warpgroups.
+
+use core::arch::asm;
+
+/// The shared-window address of an mbarrier.
+#[derive(Clone, Copy)]
+pub struct Mbarrier(pub u32);
+
+impl Mbarrier {
+    /// Makes the barrier; `arrivals` complete a phase.
+    ///
+    /// # Safety
+    /// The address is 8 aligned bytes of shared memory that nothing else uses, and one thread calls this once.
+    #[inline(always)]
+    pub unsafe fn init(self, arrivals: u32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("mbarrier.init.shared::cta.b64 [{0}], {1};", in(reg32) self.0, in(reg32) arrivals, options(nostack))
+        }
+    }
+
+    /// One thread of the warp arrives for all of it.
+    ///
+    /// # Safety
+    /// The barrier has been initialised, visibly to this warp, and the warp is converged.
+    #[inline(always)]
+    pub unsafe fn arrive_elected(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!(
+                "{{ .reg .pred p; elect.sync _|p, 0xffffffff;",
+                "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [{0}]; }}",
+                in(reg32) self.0, options(nostack)
+            );
+        }
+    }
+
+    /// Arrives once, and makes the phase wait for `bytes` from the copy engine as well.
+    ///
+    /// # Safety
+    /// The barrier has been initialised, visibly to this thread.
+    #[inline(always)]
+    pub unsafe fn arrive_expect(self, bytes: u32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [{0}], {1};",
+                 in(reg32) self.0, in(reg32) bytes, options(nostack));
+        }
+    }
+
+    /// Waits until the phase of this parity has completed.
+    ///
+    /// # Safety
+    /// The barrier has been initialised, visibly to this thread.
+    #[inline(always)]
+    pub unsafe fn wait(self, parity: u32) {
+        let mut done = 0u32;
+        while done == 0 {
+            // SAFETY: the caller's promise.
+            unsafe {
+                asm!(
+                    "{{ .reg .pred p;",
+                    "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [{1}], {2};",
+                    "selp.u32 {0}, 1, 0, p; }}",
+                    out(reg32) done, in(reg32) self.0, in(reg32) parity, options(nostack)
+                );
+            }
+        }
+    }
+}
+
+/// Makes initialised mbarriers visible to the copy engine.
+#[inline(always)]
+pub fn fence_mbarrier_init() {
+    // SAFETY: a fence has no operands.
+    unsafe { asm!("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", options(nostack)) }
+}
+
+/// Waits at named barrier `id` until `threads` threads have synchronised or arrived there.
+#[inline(always)]
+pub fn named_sync(id: u32, threads: u32) {
+    // SAFETY: every caller's warps are converged here, and each id is used by one fixed set of warpgroups.
+    unsafe { asm!("bar.sync {0}, {1};", in(reg32) id, in(reg32) threads, options(nostack)) }
+}
+
+/// Arrives at named barrier `id` without waiting.
+#[inline(always)]
+pub fn named_arrive(id: u32, threads: u32) {
+    // SAFETY: as `named_sync`.
+    unsafe { asm!("bar.arrive {0}, {1};", in(reg32) id, in(reg32) threads, options(nostack)) }
+}

@@ -1,0 +1,125 @@
+//! A CTA's start: shared memory, barriers, roles and registers.
+
+use core::arch::asm;
+use core::arch::nvptx::_thread_idx_x;
+
+use super::barrier::{Mbarrier, fence_mbarrier_init, named_sync};
+use crate::tile::smem::ForwardSmem;
+use crate::variants::WARPGROUP_THREADS;
+
+core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
+
+/// Named barriers: 0 is the whole CTA's.
+const CTA: u32 = 0;
+/// From here on, one for each consumer's turn to issue products.
+pub const TURN: u32 = 1;
+/// From here on, one for each consumer's own threads.
+pub const WARPGROUP: u32 = 8;
+
+/// Shared-window address of the dynamic shared memory.
+#[inline(always)]
+pub fn smem_base() -> u32 {
+    let base: u32;
+    // SAFETY: reads the address of a symbol.
+    unsafe { asm!("mov.u32 {0}, dynamic_smem;", out(reg32) base, options(pure, nomem, nostack)) }
+    base
+}
+
+/// Whether this is the one thread of its warp that acts for it. Opaque to LLVM, so that no two such branches merge.
+#[inline(always)]
+pub fn elected() -> bool {
+    let leader: u32;
+    // SAFETY: the warp is converged here.
+    unsafe {
+        asm!("{{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 {0}, 1, 0, p; }}", out(reg32) leader,
+             options(nomem, nostack));
+    }
+    leader != 0
+}
+
+/// What a warpgroup of the CTA does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Producer,
+    Consumer(u32),
+}
+
+/// This thread's role; the same for its whole warpgroup.
+#[inline(always)]
+pub fn role() -> Role {
+    // The value is the same in the whole warp; taking it from lane 0 lets ptxas know.
+    let warpgroup: u32;
+    // SAFETY: the warp is converged here.
+    unsafe {
+        asm!("shfl.sync.idx.b32 {0}, {1}, 0, 31, 0xffffffff;", out(reg32) warpgroup,
+             in(reg32) _thread_idx_x() as u32 / WARPGROUP_THREADS, options(nomem, nostack));
+    }
+    if warpgroup == 0 { Role::Producer } else { Role::Consumer(warpgroup - 1) }
+}
+
+/// This thread's place in its warpgroup. Read anew at each use, so that it holds no register in between.
+#[inline(always)]
+pub fn thread_of_warpgroup() -> u32 {
+    let thread: u32;
+    // SAFETY: reads a special register.
+    unsafe { asm!("mov.u32 {0}, %tid.x;", out(reg32) thread, options(nomem, nostack)) }
+    thread % WARPGROUP_THREADS
+}
+
+/// Makes every barrier; all threads of the CTA call it once, first.
+#[inline(always)]
+pub fn init_barriers(smem: &ForwardSmem) {
+    let base = smem_base();
+    // SAFETY: one thread initialises each barrier once, in the bytes that the layout gives it, before anyone uses it.
+    unsafe {
+        if _thread_idx_x() == 0 {
+            for slot in 0..smem.stages {
+                Mbarrier(base + smem.full(slot)).init(1);
+                Mbarrier(base + smem.empty(slot)).init(4 * smem.consumers);
+            }
+            for consumer in 0..smem.consumers {
+                Mbarrier(base + smem.q_full(consumer)).init(1);
+            }
+            fence_mbarrier_init();
+        }
+    }
+    named_sync(CTA, (smem.consumers + 1) * WARPGROUP_THREADS);
+}
+
+/// Gives registers to the consumers: the producer keeps few, they get the most that the register file holds.
+#[inline(always)]
+pub fn set_registers(role: Role, consumers: u32) {
+    // SAFETY: all threads of the warpgroup run this, converged, in a kernel with a register cap at entry; the totals
+    // stay within 64 Ki registers: 128·40 + 256·232, or 128·32 + 384·160.
+    unsafe {
+        match (role, consumers) {
+            (Role::Producer, 3) => asm!("setmaxnreg.dec.sync.aligned.u32 32;", options(nostack)),
+            (Role::Producer, _) => asm!("setmaxnreg.dec.sync.aligned.u32 40;", options(nostack)),
+            (Role::Consumer(_), 3) => asm!("setmaxnreg.inc.sync.aligned.u32 160;", options(nostack)),
+            (Role::Consumer(_), _) => asm!("setmaxnreg.inc.sync.aligned.u32 232;", options(nostack)),
+        }
+    }
+}
+
+/// Address of the by-value parameter of the kernel named `$symbol`, which the copy engine reads tensor maps from.
+#[macro_export]
+macro_rules! parameter_address {
+    ($symbol:ident) => {{
+        let address: u64;
+        // SAFETY: takes the address of this kernel's own parameter.
+        unsafe {
+            core::arch::asm!(
+                concat!("mov.b64 {0}, ", stringify!($symbol), "_param_0; cvta.param.u64 {0}, {0};"),
+                out(reg64) address, options(pure, nomem, nostack)
+            );
+        }
+        address
+    }};
+}
+
+/// Ends the kernel with an error.
+#[inline(always)]
+pub fn trap() -> ! {
+    // SAFETY: stops the kernel.
+    unsafe { asm!("trap;", options(noreturn, nostack)) }
+}

@@ -1,0 +1,105 @@
+//! One thread's share of a 64 × 8·N8 tile (PTX ISA, wgmma accumulator layout).
+//!
+//! Columns come in groups of eight. Of each group a thread holds two neighbouring columns of two rows that are eight
+//! apart, so a row belongs to a quad of four lanes. The left operand of a product has the same layout with pairs of
+//! columns packed into one register, which is why P needs no exchange between lanes.
+
+use super::math::{self, Packed};
+
+/// Accumulators: `[column group][2·(row half) + column]`.
+#[derive(Clone, Copy)]
+pub struct Fragment<const N8: usize>(pub [[f32; 4]; N8]);
+
+/// Packed pairs: `[column group][row half]`.
+#[derive(Clone, Copy)]
+pub struct Operand<const N8: usize>(pub [[u32; 2]; N8]);
+
+/// The two rows of a thread.
+pub type Rows = [f32; 2];
+
+/// A thread's place in its warpgroup.
+#[derive(Clone, Copy)]
+pub struct Lane {
+    /// Its first row; the second is eight below.
+    pub row: u32,
+    /// Its first column in every group of eight.
+    pub column: u32,
+}
+
+impl Lane {
+    /// Of thread `0..128` of a warpgroup.
+    #[inline(always)]
+    pub fn new(thread: u32) -> Self {
+        Lane { row: thread / 32 * 16 + thread % 32 / 4, column: thread % 4 * 2 }
+    }
+}
+
+impl<const N8: usize> Fragment<N8> {
+    #[inline(always)]
+    pub fn truncate_rows(&mut self, lane: Lane, fill: f32, end: impl Fn(u32) -> i32) {
+        // Counted from this lane's own first column, so that what is compared with it are constants.
+        let ends = [end(lane.row), end(lane.row + 8)].map(|end| end - lane.column as i32);
+        for (group, registers) in self.0.iter_mut().enumerate() {
+            for (i, x) in registers.iter_mut().enumerate() {
+                if (8 * group + i % 2) as i32 >= ends[i / 2] {
+                    *x = fill;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub fn map_rows(&mut self, rows: Rows, f: impl Fn(f32, f32) -> f32) {
+        for registers in &mut self.0 {
+            for (i, x) in registers.iter_mut().enumerate() {
+                *x = f(*x, rows[i / 2]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub fn fold(&self, mut rows: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
+        for registers in &self.0 {
+            for (i, x) in registers.iter().enumerate() {
+                rows[i / 2] = f(rows[i / 2], *x);
+            }
+        }
+        rows
+    }
+
+    #[inline(always)]
+    pub fn pack<E: Packed>(&self) -> Operand<N8> {
+        let mut packed = Operand([[0; 2]; N8]);
+        for (to, from) in packed.0.iter_mut().zip(&self.0) {
+            *to = [E::pack(from[0], from[1]), E::pack(from[2], from[3])];
+        }
+        packed
+    }
+}
+
+/// Joins what the four lanes of a quad hold of each row.
+#[inline(always)]
+pub fn reduce(mut rows: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
+    for x in &mut rows {
+        *x = f(*x, f32::from_bits(math::shuffle_xor::<1>(x.to_bits())));
+        *x = f(*x, f32::from_bits(math::shuffle_xor::<2>(x.to_bits())));
+    }
+    rows
+}
+
+/// Transposes four registers across the four lanes of a quad: lane i gets every lane's register i, in lane order.
+///
+/// Selections are instructions, not branches: a branch by lane could take the shuffles with it.
+#[inline(always)]
+pub fn transpose_quad(lane: Lane, mut x: [u32; 4]) -> [u32; 4] {
+    let [odd, upper] = [-((lane.column as i32) >> 1 & 1), -((lane.column as i32) >> 2)];
+    let exchange = |x: &mut [u32; 4], a: usize, b: usize, second: i32, shuffle: fn(u32) -> u32| {
+        let received = shuffle(math::select(second, x[b], x[a]));
+        (x[a], x[b]) = (math::select(second, x[a], received), math::select(second, received, x[b]));
+    };
+    exchange(&mut x, 0, 1, odd, math::shuffle_xor::<1>);
+    exchange(&mut x, 2, 3, odd, math::shuffle_xor::<1>);
+    exchange(&mut x, 0, 2, upper, math::shuffle_xor::<2>);
+    exchange(&mut x, 1, 3, upper, math::shuffle_xor::<2>);
+    x
+}

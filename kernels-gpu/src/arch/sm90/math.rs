@@ -1,0 +1,97 @@
+//! Arithmetic instructions that rustc does not choose by itself.
+
+use core::arch::asm;
+
+use half::{bf16, f16};
+
+use crate::element::Element;
+
+macro_rules! unary {
+    ($(#[$doc:meta])* $name:ident, $instruction:literal) => {
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name(x: f32) -> f32 {
+            let y: f32;
+            // SAFETY: register arithmetic without side effects.
+            unsafe {
+                asm!(concat!($instruction, " {0}, {1};"), out(reg32) y, in(reg32) x, options(pure, nomem, nostack));
+            }
+            y
+        }
+    };
+}
+
+unary!(
+    /// 2^x on the special-function unit, relative error 2⁻²² (PTX ISA, ex2.approx).
+    exp2, "ex2.approx.ftz.f32"
+);
+unary!(
+    /// log₂ x on the special-function unit (PTX ISA, lg2.approx).
+    log2, "lg2.approx.ftz.f32"
+);
+unary!(
+    /// 1 / x, correctly rounded.
+    recip, "rcp.rn.f32"
+);
+
+/// a·b + c with one rounding.
+#[inline(always)]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    let d: f32;
+    // SAFETY: register arithmetic without side effects.
+    unsafe {
+        asm!("fma.rn.f32 {0}, {1}, {2}, {3};", out(reg32) d, in(reg32) a, in(reg32) b, in(reg32) c,
+             options(pure, nomem, nostack));
+    }
+    d
+}
+
+/// `a` where `choose` is not negative, otherwise `b`. One instruction, which LLVM cannot turn into a branch.
+#[inline(always)]
+pub fn select(choose: i32, a: u32, b: u32) -> u32 {
+    let d: u32;
+    // SAFETY: register arithmetic without side effects.
+    unsafe {
+        asm!("slct.b32.s32 {0}, {1}, {2}, {3};", out(reg32) d, in(reg32) a, in(reg32) b, in(reg32) choose,
+             options(pure, nomem, nostack));
+    }
+    d
+}
+
+/// The value that the lane `self XOR mask` holds; every lane of the warp must call it.
+#[inline(always)]
+pub fn shuffle_xor<const MASK: u32>(x: u32) -> u32 {
+    let y: u32;
+    // SAFETY: all 32 lanes of the warp run this, converged; it touches registers only. It is not `pure`, so that it
+    // is neither duplicated nor moved into a branch that only some lanes take.
+    unsafe {
+        asm!("shfl.sync.bfly.b32 {0}, {1}, {2}, 31, 0xffffffff;", out(reg32) y, in(reg32) x, const MASK,
+             options(nomem, nostack));
+    }
+    y
+}
+
+/// An element type that the tensor cores take.
+pub trait Packed: Element {
+    /// `low` and `high` rounded and put in one register.
+    fn pack(low: f32, high: f32) -> u32;
+}
+
+macro_rules! packed {
+    ($element:ident, $instruction:literal) => {
+        impl Packed for $element {
+            #[inline(always)]
+            fn pack(low: f32, high: f32) -> u32 {
+                let y: u32;
+                // SAFETY: register arithmetic without side effects.
+                unsafe {
+                    asm!(concat!($instruction, " {0}, {1}, {2};"), out(reg32) y, in(reg32) high, in(reg32) low,
+                         options(pure, nomem, nostack));
+                }
+                y
+            }
+        }
+    };
+}
+packed!(f16, "cvt.rn.f16x2.f32");
+packed!(bf16, "cvt.rn.bf16x2.f32");

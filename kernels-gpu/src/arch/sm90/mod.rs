@@ -1,0 +1,14 @@
+//! NVIDIA Hopper, sm_90a: a fragment is one thread's registers, a product is `wgmma`, a load is the copy engine's.
+//!
+//! This is the only place with `asm!`. Each file wraps one hardware facility in functions as small as the instruction
+//! allows; [`consumer`] and [`producer`] build the two roles of a CTA from them, and [`cta`] deals the roles out.
+
+pub mod barrier;
+pub mod consumer;
+pub mod cta;
+pub mod fragment;
+pub mod math;
+pub mod producer;
+pub mod store;
+pub mod tma;
+pub mod wgmma;

@@ -1,0 +1,45 @@
+//! The copy engine: boxes of a tensor into shared memory (PTX ISA, cp.async.bulk.tensor).
+//!
+//! A tensor map describes (head_dim, seqlen, heads, batch); a box is 64 columns × some rows. What lies past an extent
+//! arrives as zeros, which is how short sequences and odd head dims are padded.
+
+use core::arch::asm;
+
+use super::barrier::Mbarrier;
+
+/// Address of a tensor map in the kernel's parameters.
+#[derive(Clone, Copy)]
+pub struct MapAddress(pub u64);
+
+/// Where a box begins in its tensor.
+#[derive(Clone, Copy)]
+pub struct BoxOrigin {
+    pub column: u32,
+    pub row: u32,
+    pub head: u32,
+    pub batch: u32,
+}
+
+/// Starts the copy of one box to shared memory at `to`; its bytes count at `barrier`.
+///
+/// # Safety
+/// One thread calls this; `map` is a tensor map whose box fits at `to`, which nobody reads or writes until `barrier`'s
+/// phase completes.
+#[inline(always)]
+pub unsafe fn load_box(map: MapAddress, at: BoxOrigin, to: u32, barrier: Mbarrier) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [{0}], [{1}, {{{2}, {3}, {4}, {5}}}], [{6}];",
+            in(reg32) to, in(reg64) map.0, in(reg32) at.column, in(reg32) at.row, in(reg32) at.head, in(reg32) at.batch,
+            in(reg32) barrier.0, options(nostack)
+        );
+    }
+}
+
+/// Brings a tensor map into the descriptor cache.
+#[inline(always)]
+pub fn prefetch_map(map: MapAddress) {
+    // SAFETY: a hint; the address is that of a kernel parameter.
+    unsafe { asm!("prefetch.tensormap [{0}];", in(reg64) map.0, options(nostack)) }
+}

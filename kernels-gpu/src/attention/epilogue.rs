@@ -1,0 +1,23 @@
+//! The end of a work tile: normalise O, store it and the LSE.
+
+use super::scheduler::WorkTile;
+use super::softmax::Softmax;
+use crate::arch::Warpgroup;
+use crate::params::ForwardParams;
+
+/// Stores this warpgroup's rows of O and LSE. Rows without a live key get O = 0 and LSE = −∞, whatever V holds.
+#[inline(always)]
+pub fn store<W: Warpgroup, const D8: usize>(
+    wg: &mut W,
+    p: &ForwardParams<W::Tensor>,
+    tile: &WorkTile,
+    mut o: W::Acc<D8>,
+    softmax: Softmax<W>,
+) {
+    let (normaliser, lse) = softmax.finish(wg);
+    wg.map_rows(&mut o, normaliser, |o, r| if r == 0.0 { 0.0 } else { o * r });
+    wg.store(&o, &p.o, tile, &p.shape);
+    if p.lse != 0 {
+        wg.store_rows(lse, p.lse, tile, &p.shape);
+    }
+}

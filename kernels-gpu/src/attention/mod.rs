@@ -1,0 +1,7 @@
+//! What every attention kernel shares; nothing here names an architecture.
+
+pub mod block_info;
+pub mod epilogue;
+pub mod mask;
+pub mod scheduler;
+pub mod softmax;

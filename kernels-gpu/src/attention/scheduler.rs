@@ -1,0 +1,130 @@
+//! Which work tile a CTA takes next: a static order, the same for producer and consumers, with no communication.
+//!
+//! A work tile is one m_block of one query head. Heads are taken in sections whose K and V fit in L2 together; within
+//! a section the tiles run from the last m_block to the first, which under a causal mask is from the longest to the
+//! shortest. CTAs of the grid take them in turn, in alternating direction, so that the one that got the longest tile
+//! of a round gets the shortest of the next.
+
+use crate::params::{Shape, quotient};
+
+/// Bytes of K and V that a section of heads may hold; the H200's L2 is 60 MB, shared by two halves of the chip.
+const SECTION_BYTES: u64 = 24 << 20;
+
+/// One m_block of one query head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkTile {
+    pub batch: u32,
+    pub head: u32,
+    pub m_block: u32,
+}
+
+/// All work tiles of one problem, in order. The host makes it; it travels with the launch parameters.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TileOrder {
+    heads_q: u32,
+    /// Query heads of all batch items.
+    heads: u32,
+    m_blocks: u32,
+    /// Heads of a section.
+    section: u32,
+}
+
+impl TileOrder {
+    /// The order for query tiles of `block_m` rows.
+    pub fn new(shape: &Shape, block_m: u32) -> Self {
+        let head_bytes = 4 * shape.seqlen_k as u64 * shape.head_dim as u64;
+        let heads = shape.batch * shape.heads_q;
+        let fitting = (SECTION_BYTES / (head_bytes + 1)).clamp(1, heads.max(1) as u64) as u32;
+        TileOrder {
+            heads_q: shape.heads_q,
+            heads,
+            m_blocks: shape.seqlen_q.div_ceil(block_m),
+            section: fitting.saturating_mul(shape.group()).min(heads),
+        }
+    }
+
+    /// Number of work tiles.
+    #[inline(always)]
+    pub fn tiles(&self) -> u32 {
+        self.heads * self.m_blocks
+    }
+
+    /// The `index`-th work tile: batch item, query head, m_block.
+    #[inline(always)]
+    pub fn tile(&self, index: u32) -> WorkTile {
+        let section = quotient(index, self.section * self.m_blocks);
+        let first = section * self.section;
+        let heads = self.section.min(self.heads - first);
+        let within = index - first * self.m_blocks;
+        let from_last = quotient(within, heads);
+        let head = first + (within - from_last * heads);
+        let batch = quotient(head, self.heads_q);
+        WorkTile { batch, head: head - batch * self.heads_q, m_block: self.m_blocks - 1 - from_last }
+    }
+}
+
+/// The work tiles of one CTA of a persistent grid.
+#[derive(Clone, Copy, Debug)]
+pub struct CtaTiles<'a> {
+    order: &'a TileOrder,
+    cta: u32,
+    ctas: u32,
+    round: u32,
+}
+
+impl<'a> CtaTiles<'a> {
+    /// For CTA `cta` of `ctas`.
+    #[inline(always)]
+    pub fn new(order: &'a TileOrder, cta: u32, ctas: u32) -> Self {
+        CtaTiles { order, cta, ctas, round: 0 }
+    }
+}
+
+impl Iterator for CtaTiles<'_> {
+    type Item = WorkTile;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<WorkTile> {
+        let place = if self.round % 2 == 0 { self.cta } else { self.ctas - 1 - self.cta };
+        let index = self.round * self.ctas + place;
+        self.round += 1;
+        (index < self.order.tiles()).then(|| self.order.tile(index))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+
+    use super::*;
+    use std::vec::Vec;
+
+    fn shape(batch: u32, heads_q: u32, heads_kv: u32, seqlen: u32) -> Shape {
+        Shape { batch, heads_q, heads_kv, seqlen_q: seqlen, seqlen_k: seqlen, head_dim: 128 }
+    }
+
+    #[test]
+    fn every_tile_once_whatever_the_grid() {
+        for s in [shape(1, 1, 1, 1), shape(2, 6, 2, 700), shape(3, 5, 5, 40_000), shape(1, 71, 1, 129)] {
+            let order = TileOrder::new(&s, 128);
+            for ctas in [1, 2, 7, 132].into_iter().filter(|&c| c <= order.tiles()) {
+                let mut seen: Vec<WorkTile> = (0..ctas).flat_map(|cta| CtaTiles::new(&order, cta, ctas)).collect();
+                seen.sort_by_key(|t| (t.batch, t.head, t.m_block));
+                let all: Vec<WorkTile> = (0..s.batch)
+                    .flat_map(|batch| (0..s.heads_q).map(move |head| (batch, head)))
+                    .flat_map(|(batch, head)| {
+                        (0..s.seqlen_q.div_ceil(128)).map(move |m_block| WorkTile { batch, head, m_block })
+                    })
+                    .collect();
+                assert_eq!(seen, all, "{s:?} on {ctas} CTAs");
+            }
+        }
+    }
+
+    #[test]
+    fn long_tiles_come_first_within_a_section() {
+        let order = TileOrder::new(&shape(1, 4, 4, 1024), 128);
+        let blocks: Vec<u32> = (0..order.tiles()).map(|i| order.tile(i).m_block).collect();
+        assert!(blocks.is_sorted_by(|a, b| a >= b));
+    }
+}

@@ -1,0 +1,62 @@
+//! Online softmax (FlashAttention-2, arXiv 2307.08691, algorithm 1): a running maximum m and sum l for each row.
+//!
+//! Scores stay unscaled; the exponent is one fused multiply-add, p = 2^(x·c − m·c) with c = scale·log₂e. A row that
+//! has seen no live key has m = −∞; its m·c counts as 0 in the exponent, so that masked scores give 0 and not NaN.
+
+use core::f32::consts::{LN_2, LOG2_E};
+
+use crate::arch::Warpgroup;
+
+/// The running maximum and sum of 64 rows.
+pub struct Softmax<W: Warpgroup> {
+    /// Largest unscaled score so far.
+    m: W::Rows,
+    /// This thread's share of Σ 2^((x − m)·c).
+    l: W::Rows,
+    /// scale·log₂e.
+    c: f32,
+}
+
+/// m·c, or 0 for a row without a live key.
+#[inline(always)]
+fn exponent_offset(m: f32, c: f32) -> f32 {
+    if m == f32::NEG_INFINITY { 0.0 } else { m * c }
+}
+
+impl<W: Warpgroup> Softmax<W> {
+    #[inline(always)]
+    pub fn new(wg: &W, scale: f32) -> Self {
+        Softmax { m: wg.rows(f32::NEG_INFINITY), l: wg.rows(0.0), c: scale * LOG2_E }
+    }
+
+    /// Turns the scores S of one block into P in place, and returns the factor that brings earlier P, and so O and l,
+    /// to the new maximum.
+    #[inline(always)]
+    pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>) -> W::Rows {
+        let c = self.c;
+        let m = wg.reduce(wg.fold(s, self.m, f32::max), f32::max);
+        let correction = wg.zip(self.m, m, |old, new| W::exp2(W::fma(old, c, -exponent_offset(new, c))));
+        let offset = wg.zip(m, m, |m, _| exponent_offset(m, c));
+        wg.map_rows(s, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
+        self.l = wg.fold(s, wg.zip(self.l, correction, |l, a| l * a), |l, p| l + p);
+        self.m = m;
+        correction
+    }
+
+    /// The factor 1/l that normalises O, and the LSE (natural log); a row without a live key gives 0 and −∞.
+    #[inline(always)]
+    pub fn finish(self, wg: &W) -> (W::Rows, W::Rows) {
+        let l = wg.reduce(self.l, |a, b| a + b);
+        let normaliser = wg.zip(l, l, |l, _| if l == 0.0 { 0.0 } else { W::recip(l) });
+        let c = self.c;
+        let lse =
+            wg.zip(
+                self.m,
+                l,
+                |m, l| {
+                    if l == 0.0 { f32::NEG_INFINITY } else { (exponent_offset(m, c) + W::log2(l)) * LN_2 }
+                },
+            );
+        (normaliser, lse)
+    }
+}

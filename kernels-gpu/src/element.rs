@@ -1,0 +1,39 @@
+//! The element types of Q, K, V and O.
+
+use half::{bf16, f16};
+
+use crate::variants::Dtype;
+
+/// A 16-bit floating-point element; products accumulate in f32. Sealed: kernels read memory as what it says.
+pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
+    const DTYPE: Dtype;
+    fn to_f32(self) -> f32;
+    /// Rounds to nearest, ties to even.
+    fn from_f32(x: f32) -> Self;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+impl Element for f16 {
+    const DTYPE: Dtype = Dtype::F16;
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+    fn from_f32(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+}
+
+impl Element for bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+    fn from_f32(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+}

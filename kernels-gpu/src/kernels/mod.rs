@@ -1,0 +1,3 @@
+//! The kernels, in the paper's notation.
+
+pub mod forward;

@@ -1,0 +1,3 @@
+//! Tiles: where their bytes lie in shared memory, and which thread holds which element of a fragment.
+
+pub mod smem;

@@ -1,0 +1,95 @@
+//! Shared memory of a CTA: which bytes hold which tile, known to the host (how much to ask for) and the kernel alike.
+//!
+//! A tile of R rows × D columns of 16-bit elements lies as D / 64 panels, each R rows of 128 bytes in the 128-byte
+//! swizzle (PTX ISA, "Shared memory matrix layout"): what one box of the copy engine writes and what wgmma reads.
+//! Panels start on 1024-byte boundaries, the period of the swizzle, because R is a multiple of 8.
+
+/// Columns of a panel: 128 bytes of 16-bit elements.
+pub const PANEL_COLUMNS: u32 = 64;
+/// Bytes of a panel's row.
+pub const PANEL_ROW_BYTES: u32 = 128;
+/// What a CTA may have on sm_90: 227 KiB.
+pub const SMEM_LIMIT: u32 = 227 * 1024;
+/// Bytes of an mbarrier.
+const BARRIER_BYTES: u32 = 8;
+
+/// Bytes of a tile of `rows` × `columns` 16-bit elements.
+pub const fn tile_bytes(rows: u32, columns: u32) -> u32 {
+    rows * columns * 2
+}
+
+/// Byte offset of element (row, column) in a tile of `rows` rows: panel, row, then 16-byte chunks XORed with row mod 8.
+pub const fn swizzled_offset(rows: u32, row: u32, column: u32) -> u32 {
+    let panel = column / PANEL_COLUMNS;
+    let chunk = column % PANEL_COLUMNS / 8;
+    panel * rows * PANEL_ROW_BYTES + row * PANEL_ROW_BYTES + (chunk ^ (row % 8)) * 16 + column % 8 * 2
+}
+
+/// Offsets of a forward CTA's shared memory: a query tile for each consumer, the ring's slots, the barriers.
+#[derive(Clone, Copy, Debug)]
+pub struct ForwardSmem {
+    pub head_dim: u32,
+    pub block_n: u32,
+    pub consumers: u32,
+    pub stages: u32,
+}
+
+impl ForwardSmem {
+    /// Bytes of one consumer's query rows.
+    pub const fn q_bytes(&self) -> u32 {
+        tile_bytes(64, self.head_dim)
+    }
+    /// Bytes of a slot of the ring: one tile of K or V.
+    pub const fn slot_bytes(&self) -> u32 {
+        tile_bytes(self.block_n, self.head_dim)
+    }
+    pub const fn q(&self, consumer: u32) -> u32 {
+        consumer * self.q_bytes()
+    }
+    pub const fn slot(&self, slot: u32) -> u32 {
+        self.q(self.consumers) + slot * self.slot_bytes()
+    }
+    /// The barrier that says that a slot is full.
+    pub const fn full(&self, slot: u32) -> u32 {
+        self.slot(self.stages) + slot * BARRIER_BYTES
+    }
+    /// The barrier that says that a slot is empty.
+    pub const fn empty(&self, slot: u32) -> u32 {
+        self.full(self.stages) + slot * BARRIER_BYTES
+    }
+    /// The barrier that says that a consumer's query rows are there.
+    pub const fn q_full(&self, consumer: u32) -> u32 {
+        self.empty(self.stages) + consumer * BARRIER_BYTES
+    }
+    /// All of it.
+    pub const fn bytes(&self) -> u32 {
+        self.q_full(self.consumers)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn swizzle_is_a_permutation_that_keeps_chunks_whole() {
+        let (rows, columns) = (16, 128);
+        let mut seen = BTreeSet::new();
+        for row in 0..rows {
+            for column in 0..columns {
+                let offset = swizzled_offset(rows, row, column);
+                assert_eq!(offset % 16, column % 8 * 2);
+                assert!(seen.insert(offset) && offset < tile_bytes(rows, columns));
+            }
+        }
+    }
+
+    #[test]
+    fn eight_rows_of_one_chunk_touch_every_bank() {
+        let banks: BTreeSet<u32> =
+            (0..8).flat_map(|row| (0..4).map(move |word| (swizzled_offset(8, row, 0) / 4 + word) % 32)).collect();
+        assert_eq!(banks.len(), 32);
+    }
+}
