@@ -1,1 +1,98 @@
-fn main(){}
+//! Compiles the kernels to PTX where the feature `cuda` asks for it; without it there is nothing to do.
+//!
+//! The kernel crate is compiled by a nested cargo with `-Zbuild-std`, its PTX gets its launch bounds and is split into
+//! one module a kernel, and a table of them all is generated for the host. docs/toolchain.md says why this way.
+
+#[path = "build/compiler.rs"]
+mod compiler;
+#[path = "build/ptx.rs"]
+mod ptx;
+#[path = "build/ptxas.rs"]
+mod ptxas;
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::{env, fs};
+
+use kernels_gpu::variants::VARIANTS;
+
+fn main() -> ExitCode {
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=build");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return ExitCode::SUCCESS;
+    }
+    match compile_kernels() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compile_kernels() -> Result<(), String> {
+    let root = PathBuf::from(required("CARGO_MANIFEST_DIR")?);
+    let out = PathBuf::from(required("OUT_DIR")?);
+    for input in ["kernels-gpu/src", "kernels-gpu/Cargo.toml"] {
+        println!("cargo:rerun-if-changed={}", root.join(input).display());
+    }
+    for variable in ["FERROFLASH_RUSTC", "FERROFLASH_PTXAS", "CUDA_HOME"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+
+    let compiler = compiler::find()?;
+    let text = compiler.compile(&root.join("kernels-gpu"), &out.join("kernels"))?;
+    let launches: Vec<(&str, u32)> = VARIANTS.iter().map(|v| (v.symbol, v.threads())).collect();
+    let modules = ptx::split(&text, &launches, &compiler.version)?;
+
+    let folder = out.join("ptx");
+    fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let ptxas = ptxas::find(&root);
+    let mut table =
+        format!("/// What compiled the kernels.\npub const KERNEL_COMPILER: &str = {:?};\n", compiler.version);
+    let commit = git_commit(&root).unwrap_or_default();
+    writeln!(
+        table,
+        "/// The commit of the sources, empty where it is not known.\npub const COMMIT: &str = {commit:?};"
+    )
+    .unwrap();
+    writeln!(table, "/// Every compiled kernel.\npub static KERNELS: &[Kernel] = &[").unwrap();
+    for (symbol, text) in modules {
+        let path = folder.join(format!("{symbol}.ptx"));
+        fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+        let assembled = ptxas.as_deref().and_then(|ptxas| assemble(ptxas, &path));
+        let (cubin, registers) = match &assembled {
+            Some((cubin, registers)) => (format!("Some(include_bytes!({cubin:?}))"), format!("Some({registers})")),
+            None => ("None".to_owned(), "None".to_owned()),
+        };
+        writeln!(
+            table,
+            "    Kernel {{ symbol: {symbol:?}, ptx: include_str!({path:?}), cubin: {cubin}, registers: {registers} }},"
+        )
+        .unwrap();
+    }
+    table.push_str("];\n");
+    fs::write(out.join("kernels.rs"), table).map_err(|e| format!("kernels.rs: {e}"))
+}
+
+/// A cubin of one module; where ptxas can't make it, the driver compiles the PTX on first use instead.
+fn assemble(ptxas: &Path, ptx: &Path) -> Option<(PathBuf, u32)> {
+    match ptxas::assemble(ptxas, ptx) {
+        Ok(assembled) => Some(assembled),
+        Err(message) => {
+            println!("cargo:warning=no cubin for {}: {message}", ptx.display());
+            None
+        }
+    }
+}
+
+fn required(variable: &str) -> Result<String, String> {
+    env::var(variable).map_err(|e| format!("{variable}: {e}"))
+}
+
+fn git_commit(root: &Path) -> Option<String> {
+    let output = Command::new("git").arg("-C").arg(root).args(["rev-parse", "--short", "HEAD"]).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}

@@ -4,6 +4,7 @@
 //! device buffers and raw device pointers. Where there is nothing to read or write, the address does not matter.
 
 use kernels_gpu::{
+    attention::scheduler::TileOrder,
     params::{ForwardParams, Strided},
     variants::Dtype,
 };
@@ -87,16 +88,18 @@ impl RawForward {
         self.validate_outputs(problem)
     }
 
-    /// The launch parameters of the CPU executor.
-    pub(crate) fn params(&self, plan: &Plan) -> ForwardParams<Strided> {
+    /// The launch parameters of a plan that has work tiles; `q`, `k` and `v` as the machine names them.
+    pub(crate) fn params<T>(&self, plan: &Plan, [q, k, v]: [T; 3]) -> ForwardParams<T> {
+        let shape = plan.problem().kernel_shape();
         ForwardParams {
-            q: self.q.strided(),
-            k: self.k.strided(),
-            v: self.v.strided(),
+            q,
+            k,
+            v,
             o: self.o.strided(),
             lse: self.lse.unwrap_or(0),
             scale: plan.scale(),
-            shape: plan.problem().kernel_shape(),
+            shape,
+            order: TileOrder::new(&shape, plan.variant().block_m()),
         }
     }
 

@@ -31,8 +31,12 @@ pub trait Backend: sealed::Sealed {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
-    fn allocate<T: Copy + Send + Sync + 'static>(&self, operand: Operand, len: usize, fill: T)
-    -> Result<Self::Buffer<T>>;
+    fn allocate<T: Copy + Send + Sync + 'static>(
+        &self,
+        operand: Operand,
+        len: usize,
+        fill: T,
+    ) -> Result<Self::Buffer<T>>;
 
     /// All of a buffer.
     fn slice_mut<T: Copy + Send + Sync + 'static>(buffer: &mut Self::Buffer<T>) -> Self::SliceMut<'_, T>;

@@ -90,9 +90,13 @@ impl Backend for Cpu {
             lse: lse.as_mut().map(|lse| lse.as_mut_ptr().expose_provenance() as u64),
         };
         args.validate_buffers(plan, AddressSpace::Host, &buffers)?;
+        if plan.work_tiles() == 0 {
+            return Ok(());
+        }
+        let params = args.params(plan, [&args.q, &args.k, &args.v].map(RawTensor::strided));
         // SAFETY: the arguments were validated against the plan; they come from slices that are borrowed until this
         // function returns, those of `o` and `lse` mutably.
-        unsafe { run::<E>(plan, &args.params(plan)) }
+        unsafe { run::<E>(plan, &params) }
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! A work tile is one m_block of one query head. Heads are taken in sections whose K and V fit in L2 together; within
 //! a section the tiles run from the last m_block to the first, which under a causal mask is from the longest to the
-//! shortest. CTAs of the grid take them in turn, in alternating direction, so that the one that got the longest tile
-//! of a round gets the shortest of the next.
+//! shortest, and in the section before it the other way, so that lengths never jump. CTAs of the grid take them in
+//! turn, in alternating direction: the one that got the longest tile of a round gets the shortest of the next.
 
 use crate::params::{Shape, quotient};
 
@@ -28,6 +28,7 @@ pub struct TileOrder {
     m_blocks: u32,
     /// Heads of a section.
     section: u32,
+    sections: u32,
 }
 
 impl TileOrder {
@@ -36,11 +37,13 @@ impl TileOrder {
         let head_bytes = 4 * shape.seqlen_k as u64 * shape.head_dim as u64;
         let heads = shape.batch * shape.heads_q;
         let fitting = (SECTION_BYTES / (head_bytes + 1)).clamp(1, heads.max(1) as u64) as u32;
+        let section = fitting.saturating_mul(shape.group()).min(heads);
         TileOrder {
             heads_q: shape.heads_q,
             heads,
             m_blocks: shape.seqlen_q.div_ceil(block_m),
-            section: fitting.saturating_mul(shape.group()).min(heads),
+            section,
+            sections: heads.div_ceil(section.max(1)),
         }
     }
 
@@ -60,7 +63,10 @@ impl TileOrder {
         let from_last = quotient(within, heads);
         let head = first + (within - from_last * heads);
         let batch = quotient(head, self.heads_q);
-        WorkTile { batch, head: head - batch * self.heads_q, m_block: self.m_blocks - 1 - from_last }
+        // The last section runs from its last m_block to the first, the one before it the other way, and so on.
+        let descending = (self.sections - section) & 1 == 1;
+        let m_block = if descending { self.m_blocks - 1 - from_last } else { from_last };
+        WorkTile { batch, head: head - batch * self.heads_q, m_block }
     }
 }
 
@@ -68,16 +74,16 @@ impl TileOrder {
 #[derive(Clone, Copy, Debug)]
 pub struct CtaTiles<'a> {
     order: &'a TileOrder,
-    cta: u32,
     ctas: u32,
-    round: u32,
+    /// This CTA's next place in the order.
+    index: u32,
 }
 
 impl<'a> CtaTiles<'a> {
     /// For CTA `cta` of `ctas`.
     #[inline(always)]
     pub fn new(order: &'a TileOrder, cta: u32, ctas: u32) -> Self {
-        CtaTiles { order, cta, ctas, round: 0 }
+        CtaTiles { order, ctas, index: cta }
     }
 }
 
@@ -86,9 +92,10 @@ impl Iterator for CtaTiles<'_> {
 
     #[inline(always)]
     fn next(&mut self) -> Option<WorkTile> {
-        let place = if self.round % 2 == 0 { self.cta } else { self.ctas - 1 - self.cta };
-        let index = self.round * self.ctas + place;
-        self.round += 1;
+        let index = self.index;
+        // The same distance behind the end of this round as this place is before it.
+        let place = index - quotient(index, self.ctas) * self.ctas;
+        self.index += 2 * (self.ctas - place) - 1;
         (index < self.order.tiles()).then(|| self.order.tile(index))
     }
 }

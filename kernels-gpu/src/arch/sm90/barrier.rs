@@ -2,6 +2,8 @@
 
 use core::arch::asm;
 
+use super::cta::Leader;
+
 /// The shared-window address of an mbarrier.
 #[derive(Clone, Copy)]
 pub struct Mbarrier(pub u32);
@@ -35,16 +37,19 @@ impl Mbarrier {
         }
     }
 
-    /// Arrives once, and makes the phase wait for `bytes` from the copy engine as well.
+    /// The leader arrives once, and makes the phase wait for `bytes` from the copy engine as well.
     ///
     /// # Safety
     /// The barrier has been initialised, visibly to this thread.
     #[inline(always)]
-    pub unsafe fn arrive_expect(self, bytes: u32) {
+    pub unsafe fn arrive_expect(self, leader: Leader, bytes: u32) {
         // SAFETY: the caller's promise.
         unsafe {
-            asm!("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [{0}], {1};",
-                 in(reg32) self.0, in(reg32) bytes, options(nostack));
+            asm!(
+                "{{ .reg .pred p; setp.ne.u32 p, {2}, 0;",
+                "@p mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [{0}], {1}; }}",
+                in(reg32) self.0, in(reg32) bytes, in(reg32) leader.0, options(nostack)
+            );
         }
     }
 

@@ -4,9 +4,9 @@ use core::marker::PhantomData;
 use core::mem::{MaybeUninit, offset_of};
 
 use super::barrier::{Mbarrier, named_arrive, named_sync};
-use super::cta::{self, elected, smem_base, thread_of_warpgroup};
+use super::cta::{self, Leader, smem_base, thread_of_warpgroup};
 use super::fragment::{self, Fragment, Lane, Operand, Rows};
-use super::math::{self, Packed};
+use super::math::{self, Packed, fresh};
 use super::store::{store_16_bytes, store_f32};
 use super::tma::{BoxOrigin, MapAddress, load_box};
 use super::wgmma::{self, Descriptor};
@@ -57,7 +57,7 @@ impl<'a, E: Packed> Consumer<'a, E> {
 
     #[inline(always)]
     fn q_full(&self) -> Mbarrier {
-        Mbarrier(self.base + self.smem.q_full(self.index))
+        Mbarrier(fresh(self.base) + self.smem.q_full(fresh(self.index)))
     }
 }
 
@@ -120,26 +120,25 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
 
     #[inline(always)]
     fn first_row(&self, tile: &WorkTile) -> u32 {
-        (tile.m_block * self.smem.consumers + self.index) * WARPGROUP_ROWS
+        (tile.m_block * self.smem.consumers + fresh(self.index)) * WARPGROUP_ROWS
     }
     #[inline(always)]
     fn load_q(&mut self, tile: &WorkTile) {
         // Every warp of this warpgroup is past its last product with Q.
-        named_sync(cta::WARPGROUP + self.index, WARPGROUP_THREADS);
-        if thread_of_warpgroup() < 32 && elected() {
-            let to = self.base + self.smem.q(self.index);
-            // SAFETY: nobody reads the query tile any more, each panel lies within it, and the barrier is ready.
-            unsafe {
-                self.q_full().arrive_expect(self.smem.q_bytes());
-                for panel in 0..self.smem.head_dim / PANEL_COLUMNS {
-                    let origin = BoxOrigin {
-                        column: panel * PANEL_COLUMNS,
-                        row: self.first_row(tile),
-                        head: tile.head,
-                        batch: tile.batch,
-                    };
-                    load_box(self.q, origin, to + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES, self.q_full());
-                }
+        named_sync(cta::WARPGROUP + fresh(self.index), WARPGROUP_THREADS);
+        let leader = Leader::of_warpgroup();
+        let to = fresh(self.base) + self.smem.q(fresh(self.index));
+        // SAFETY: nobody reads the query tile any more, each panel lies within it, and the barrier is ready.
+        unsafe {
+            self.q_full().arrive_expect(leader, self.smem.q_bytes());
+            for panel in 0..self.smem.head_dim / PANEL_COLUMNS {
+                let origin = BoxOrigin {
+                    column: panel * PANEL_COLUMNS,
+                    row: self.first_row(tile),
+                    head: tile.head,
+                    batch: tile.batch,
+                };
+                load_box(leader, self.q, origin, to + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES, self.q_full());
             }
         }
     }
@@ -153,19 +152,19 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
     fn wait_kv(&mut self) -> u32 {
         let Position { slot, parity } = self.position;
         // SAFETY: initialised before the roles parted.
-        unsafe { Mbarrier(self.base + self.smem.full(slot)).wait(parity) };
+        unsafe { Mbarrier(fresh(self.base) + self.smem.full(slot)).wait(parity) };
         self.position.advance(self.smem.stages);
         slot
     }
     #[inline(always)]
     fn release_kv(&mut self, slot: u32) {
         // SAFETY: initialised before the roles parted.
-        unsafe { Mbarrier(self.base + self.smem.empty(slot)).arrive_elected() };
+        unsafe { Mbarrier(fresh(self.base) + self.smem.empty(slot)).arrive_elected() };
     }
 
     #[inline(always)]
     fn qk<const D8: usize, const N8: usize>(&mut self, k: u32) -> Pending<Fragment<N8>> {
-        let q = Descriptor::k_major(self.base + self.smem.q(self.index));
+        let q = Descriptor::k_major(self.base + self.smem.q(fresh(self.index)));
         let k = Descriptor::k_major(self.base + self.smem.slot(k));
         let mut s = MaybeUninit::uninit();
         wgmma::fence();
@@ -217,11 +216,12 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
 
     #[inline(always)]
     fn take_turn(&mut self) {
-        named_sync(cta::TURN + self.index, 2 * WARPGROUP_THREADS);
+        named_sync(cta::TURN + fresh(self.index), 2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
     fn pass_turn(&mut self) {
-        let next = if self.index + 1 == self.smem.consumers { 0 } else { self.index + 1 };
+        let next = fresh(self.index) + 1;
+        let next = if next == self.smem.consumers { 0 } else { next };
         named_arrive(cta::TURN + next, 2 * WARPGROUP_THREADS);
     }
 

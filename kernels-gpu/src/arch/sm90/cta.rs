@@ -25,16 +25,30 @@ pub fn smem_base() -> u32 {
     base
 }
 
-/// Whether this is the one thread of its warp that acts for it. Opaque to LLVM, so that no two such branches merge.
-#[inline(always)]
-pub fn elected() -> bool {
-    let leader: u32;
-    // SAFETY: the warp is converged here.
-    unsafe {
-        asm!("{{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 {0}, 1, 0, p; }}", out(reg32) leader,
-             options(nomem, nostack));
+/// Whether a thread is the one that acts for many.
+///
+/// It is a predicate on instructions and not a `bool` to branch on: LLVM could merge such branches with later code that
+/// all lanes of the warp must run together, and ptxas would have to allow for a diverged warp after them.
+#[derive(Clone, Copy)]
+pub struct Leader(pub u32);
+
+impl Leader {
+    /// The thread that is alone here.
+    pub const SOLE: Leader = Leader(1);
+
+    /// One thread of the warpgroup's first warp.
+    #[inline(always)]
+    pub fn of_warpgroup() -> Self {
+        let leader: u32;
+        // SAFETY: the warp is converged here.
+        unsafe {
+            asm!(
+                "{{ .reg .pred p, q; elect.sync _|p, 0xffffffff; setp.lt.and.u32 q, {1}, 32, p; selp.u32 {0}, 1, 0, q; }}",
+                out(reg32) leader, in(reg32) thread_of_warpgroup(), options(nomem, nostack)
+            );
+        }
+        Leader(leader)
     }
-    leader != 0
 }
 
 /// What a warpgroup of the CTA does.

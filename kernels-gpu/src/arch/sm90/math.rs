@@ -71,6 +71,16 @@ pub fn shuffle_xor<const MASK: u32>(x: u32) -> u32 {
     y
 }
 
+/// The same value, opaque to LLVM: what is computed from it is computed here, and not kept from one iteration of a loop
+/// to the next in a register that the fragments need.
+#[inline(always)]
+pub fn fresh(x: u32) -> u32 {
+    let y: u32;
+    // SAFETY: copies a register.
+    unsafe { asm!("mov.b32 {0}, {1};", out(reg32) y, in(reg32) x, options(nomem, nostack)) }
+    y
+}
+
 /// An element type that the tensor cores take.
 pub trait Packed: Element {
     /// `low` and `high` rounded and put in one register.

@@ -3,7 +3,7 @@
 use core::mem::offset_of;
 
 use super::barrier::Mbarrier;
-use super::cta::{elected, smem_base, thread_of_warpgroup};
+use super::cta::{Leader, smem_base};
 use super::tma::{BoxOrigin, MapAddress, load_box, prefetch_map};
 use crate::attention::block_info::NBlocks;
 use crate::attention::mask::Mask;
@@ -23,7 +23,7 @@ pub fn produce<M: Mask>(
     smem: &ForwardSmem,
     tiles: impl Iterator<Item = WorkTile>,
 ) {
-    if thread_of_warpgroup() >= 32 || !elected() {
+    if Leader::of_warpgroup().0 == 0 {
         return;
     }
     let base = smem_base();
@@ -47,7 +47,7 @@ pub fn produce<M: Mask>(
             // and each panel lies within it.
             unsafe {
                 Mbarrier(base + smem.empty(position.slot)).wait(position.parity);
-                full.arrive_expect(smem.slot_bytes());
+                full.arrive_expect(Leader::SOLE, smem.slot_bytes());
                 for panel in 0..smem.head_dim / PANEL_COLUMNS {
                     let origin = BoxOrigin {
                         column: panel * PANEL_COLUMNS,
@@ -55,7 +55,7 @@ pub fn produce<M: Mask>(
                         head: quotient(tile.head, group),
                         batch: tile.batch,
                     };
-                    load_box(map, origin, slot + panel * smem.block_n * PANEL_ROW_BYTES, full);
+                    load_box(Leader::SOLE, map, origin, slot + panel * smem.block_n * PANEL_ROW_BYTES, full);
                 }
             }
             position.advance(smem.stages);

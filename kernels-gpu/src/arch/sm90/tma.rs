@@ -6,6 +6,7 @@
 use core::arch::asm;
 
 use super::barrier::Mbarrier;
+use super::cta::Leader;
 
 /// Address of a tensor map in the kernel's parameters.
 #[derive(Clone, Copy)]
@@ -20,19 +21,19 @@ pub struct BoxOrigin {
     pub batch: u32,
 }
 
-/// Starts the copy of one box to shared memory at `to`; its bytes count at `barrier`.
+/// The leader starts the copy of one box to shared memory at `to`; its bytes count at `barrier`.
 ///
 /// # Safety
-/// One thread calls this; `map` is a tensor map whose box fits at `to`, which nobody reads or writes until `barrier`'s
-/// phase completes.
+/// `map` is a tensor map whose box fits at `to`, which nobody reads or writes until `barrier`'s phase completes.
 #[inline(always)]
-pub unsafe fn load_box(map: MapAddress, at: BoxOrigin, to: u32, barrier: Mbarrier) {
+pub unsafe fn load_box(leader: Leader, map: MapAddress, at: BoxOrigin, to: u32, barrier: Mbarrier) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [{0}], [{1}, {{{2}, {3}, {4}, {5}}}], [{6}];",
+            "{{ .reg .pred p; setp.ne.u32 p, {7}, 0;",
+            "@p cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [{0}], [{1}, {{{2}, {3}, {4}, {5}}}], [{6}]; }}",
             in(reg32) to, in(reg64) map.0, in(reg32) at.column, in(reg32) at.row, in(reg32) at.head, in(reg32) at.batch,
-            in(reg32) barrier.0, options(nostack)
+            in(reg32) barrier.0, in(reg32) leader.0, options(nostack)
         );
     }
 }

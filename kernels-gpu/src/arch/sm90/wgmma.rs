@@ -8,7 +8,7 @@ use core::arch::asm;
 use core::mem::MaybeUninit;
 
 use super::fragment::{Fragment, Operand};
-use super::math::Packed;
+use super::math::{Packed, fresh};
 use crate::variants::Dtype;
 
 /// A matrix in shared memory as wgmma sees it (PTX ISA, matrix descriptor), in the 128-byte swizzle.
@@ -37,14 +37,7 @@ impl Descriptor {
 
     #[inline(always)]
     fn new(address: u32, leading: u32) -> Self {
-        // Opaque, so that LLVM keeps one register a tile and not one for each step of each product.
-        let address: u32 = {
-            let copy: u32;
-            // SAFETY: copies a register.
-            unsafe { asm!("mov.b32 {0}, {1};", out(reg32) copy, in(reg32) address, options(nomem, nostack)) }
-            copy
-        };
-        Descriptor { low: (address & 0x3ffff) >> 4 | leading >> 4 << 16 }
+        Descriptor { low: (fresh(address) & 0x3ffff) >> 4 | leading >> 4 << 16 }
     }
 
     /// The same matrix `bytes` further on.

@@ -1,0 +1,76 @@
+//! The compiled kernels, each a module of its own that is loaded when it is first called.
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use cust::module::Module;
+use kernels_gpu::variants::Variant;
+
+use super::driver::{Function, failed};
+use crate::error::{Error, Result};
+
+/// One compiled kernel.
+#[derive(Debug)]
+pub struct Kernel {
+    /// Name of its entry point.
+    pub symbol: &'static str,
+    /// Its PTX, which the driver compiles where there is no cubin.
+    pub ptx: &'static str,
+    /// Its machine code, where the build had ptxas.
+    pub cubin: Option<&'static [u8]>,
+    /// Registers of a thread at entry, where the build had ptxas.
+    pub registers: Option<u32>,
+}
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+impl Kernel {
+    /// The compiled kernel of a variant.
+    pub fn of(variant: &Variant) -> Option<&'static Kernel> {
+        KERNELS.iter().find(|kernel| kernel.symbol == variant.symbol)
+    }
+}
+
+/// A kernel on a device.
+pub(super) struct Loaded {
+    pub(super) function: Function,
+    pub(super) load_time: Duration,
+    /// Owns the function.
+    _module: Module,
+}
+
+/// The kernels that one device has loaded, in the order of [`KERNELS`].
+pub(super) struct Modules(Box<[OnceLock<Loaded>]>);
+
+impl Modules {
+    pub(super) fn new() -> Self {
+        Modules(KERNELS.iter().map(|_| OnceLock::new()).collect())
+    }
+
+    /// The kernel of a variant, loaded on the first call; the device's context is current.
+    pub(super) fn get(&self, variant: &Variant) -> Result<&Loaded> {
+        let missing = || Error::Driver {
+            call: "cuModuleGetFunction",
+            message: format!("the build holds no kernel {}", variant.symbol),
+        };
+        let place = KERNELS.iter().position(|kernel| kernel.symbol == variant.symbol).ok_or_else(missing)?;
+        if let Some(loaded) = self.0[place].get() {
+            return Ok(loaded);
+        }
+        // Two threads may both get here; one of the two modules is then dropped again.
+        let loaded = load(&KERNELS[place], variant)?;
+        Ok(self.0[place].get_or_init(|| loaded))
+    }
+}
+
+fn load(kernel: &Kernel, variant: &Variant) -> Result<Loaded> {
+    let start = Instant::now();
+    let module = match kernel.cubin {
+        Some(cubin) => Module::from_cubin(cubin, &[]).map_err(failed("cuModuleLoadData")),
+        None => Module::from_ptx(kernel.ptx, &[]).map_err(failed("cuModuleLoadData")),
+    }?;
+    let function = module.get_function(kernel.symbol).map_err(failed("cuModuleGetFunction"))?;
+    let function = Function(function.to_raw());
+    function.set_shared_memory(variant.smem_bytes())?;
+    Ok(Loaded { function, load_time: start.elapsed(), _module: module })
+}

@@ -1,0 +1,100 @@
+//! Tensor maps: how the copy engine is told what a tensor looks like (CUDA driver API, cuTensorMapEncodeTiled).
+//!
+//! `cust` binds an older driver, so the call is looked up by name. Encoding is arithmetic on the host: it touches
+//! neither the device nor its memory, and takes well under a microsecond.
+
+use std::ffi::c_void;
+
+use cust::sys;
+use kernels_gpu::params::TensorMap;
+use kernels_gpu::tile::smem::PANEL_COLUMNS;
+use kernels_gpu::variants::Dtype;
+
+use super::driver::check;
+use crate::error::{Error, Result};
+use crate::operands::RawTensor;
+
+const RANK: usize = 4;
+
+/// `cuTensorMapEncodeTiled`: map, type, rank, address, extents, byte strides from the second on, box, element strides,
+/// interleave, swizzle, L2 promotion, fill.
+type EncodeTiled = unsafe extern "C" fn(
+    *mut TensorMapOut,
+    u32,
+    u32,
+    *mut c_void,
+    *const u64,
+    *const u64,
+    *const u32,
+    *const u32,
+    u32,
+    u32,
+    u32,
+    u32,
+) -> sys::CUresult;
+
+/// The driver wants the map on a 64-byte boundary.
+#[repr(C, align(64))]
+struct TensorMapOut(TensorMap);
+
+// Values of the driver's enums.
+const FLOAT16: u32 = 6;
+const BFLOAT16: u32 = 9;
+const INTERLEAVE_NONE: u32 = 0;
+const SWIZZLE_128B: u32 = 3;
+const L2_PROMOTION_256B: u32 = 3;
+const FILL_ZEROS: u32 = 0;
+
+/// The driver's encoder.
+#[derive(Clone, Copy)]
+pub(super) struct Encoder(EncodeTiled);
+
+impl Encoder {
+    /// Looks it up in the driver.
+    pub(super) fn find() -> Result<Self> {
+        const CALL: &str = "cuGetProcAddress(cuTensorMapEncodeTiled)";
+        let mut address = std::ptr::null_mut();
+        // SAFETY: the name is a C string; 12000 is the driver version that introduced the function.
+        check(CALL, unsafe { sys::cuGetProcAddress(c"cuTensorMapEncodeTiled".as_ptr(), &mut address, 12000, 0) })?;
+        if address.is_null() {
+            return Err(Error::Driver { call: CALL, message: "the driver is older than CUDA 12.0".to_owned() });
+        }
+        // SAFETY: the driver gave this address for a function of this signature.
+        Ok(Encoder(unsafe { std::mem::transmute::<*mut c_void, EncodeTiled>(address) }))
+    }
+
+    /// The map of a tensor that is not empty, for boxes of 64 columns and `rows` rows, in the 128-byte swizzle.
+    pub(super) fn encode(self, tensor: &RawTensor, dtype: Dtype, rows: u32) -> Result<TensorMap> {
+        let [batch, heads, seqlen, head_dim] = tensor.layout.shape.map(|extent| extent as u64);
+        let [batch_stride, head_stride, row_stride] =
+            tensor.layout.lowered_strides().map(|stride| stride as u64 * size_of::<u16>() as u64);
+        let extents: [u64; RANK] = [head_dim, seqlen, heads, batch];
+        let strides: [u64; RANK - 1] = [row_stride, head_stride, batch_stride];
+        let tile: [u32; RANK] = [PANEL_COLUMNS, rows, 1, 1];
+        let element_strides = [1u32; RANK];
+        let data_type = match dtype {
+            Dtype::F16 => FLOAT16,
+            Dtype::Bf16 => BFLOAT16,
+        };
+        let mut map = TensorMapOut(TensorMap([0; 16]));
+        // SAFETY: every pointer is to as many elements as the rank asks for; the address is only recorded.
+        let code = unsafe {
+            (self.0)(
+                &mut map,
+                data_type,
+                RANK as u32,
+                tensor.address as *mut c_void,
+                extents.as_ptr(),
+                strides.as_ptr(),
+                tile.as_ptr(),
+                element_strides.as_ptr(),
+                INTERLEAVE_NONE,
+                SWIZZLE_128B,
+                L2_PROMOTION_256B,
+                FILL_ZEROS,
+            )
+        };
+        check("cuTensorMapEncodeTiled", code)?;
+        Ok(map.0)
+    }
+}
