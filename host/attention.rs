@@ -95,13 +95,15 @@ impl Attention {
         let plan = self.plan(backend.sm_count())?;
         backend.check_inputs(&plan, &q, &k, &v)?;
         let shape = self.problem.q_shape();
-        let mut o = backend.allocate(Operand::O, Layout::bhsd(shape).required_len()?, E::from_f32(0.0))?;
+        let o_len = Layout::bhsd(shape).required_len()?;
+        let mut o = backend.allocate(Operand::O, o_len, E::from_f32(0.0))?;
         let mut lse = match self.lse {
             Lse::Return => Some(backend.allocate(Operand::Lse, self.problem.lse_len(), 0.0)?),
             Lse::Omit => None,
         };
-        let o_view = Tensor::bhsd(B::slice_mut(&mut o), shape);
-        backend.forward_into(&plan, q, k, v, o_view, lse.as_mut().map(B::slice_mut))?;
+        let o_view = Tensor::bhsd(B::slice_mut(&mut o, 0..o_len), shape);
+        let lse_view = lse.as_mut().map(|lse| B::slice_mut(lse, 0..self.problem.lse_len()));
+        backend.forward_into(&plan, q, k, v, o_view, lse_view)?;
         Ok(Output { o, lse })
     }
 

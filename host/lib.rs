@@ -58,16 +58,20 @@
 
 mod attention;
 pub mod backend;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cases;
 mod error;
 mod operands;
 mod overlap;
 mod plan;
 mod problem;
+pub mod reference;
 mod tensor;
 
 pub use attention::{Attention, Lse, Output};
 #[cfg(feature = "cuda")]
-pub use backend::cuda::Cuda;
+pub use backend::cuda::{self, Cuda};
 pub use backend::{Backend, cpu::Cpu};
 pub use error::{Dim, Error, Operand, Result};
 pub use half::{bf16, f16};

@@ -3,6 +3,8 @@
 //! A backend checks the tensors against the plan (in `operands`, the same rules for all), then runs the plan's kernel
 //! over its work tiles. Call it through [`Attention`](crate::Attention).
 
+use std::ops::Range;
+
 use kernels_gpu::element::Element;
 
 use crate::{
@@ -38,8 +40,26 @@ pub trait Backend: sealed::Sealed {
         fill: T,
     ) -> Result<Self::Buffer<T>>;
 
+    /// A buffer with a copy of host memory; `operand` is what errors call it.
+    ///
+    /// # Errors
+    /// As [`Backend::allocate`].
+    fn upload<T: Copy + Send + Sync + 'static>(&self, operand: Operand, from: &[T]) -> Result<Self::Buffer<T>>;
+
+    /// A buffer's content, once everything that was started before has run.
+    ///
+    /// # Errors
+    /// Those of the machine.
+    fn download<T: Copy + Send + Sync + 'static>(&self, from: &Self::Buffer<T>) -> Result<Vec<T>>;
+
     /// All of a buffer.
-    fn slice_mut<T: Copy + Send + Sync + 'static>(buffer: &mut Self::Buffer<T>) -> Self::SliceMut<'_, T>;
+    fn slice<T: Copy + Send + Sync + 'static>(buffer: &Self::Buffer<T>) -> Self::Slice<'_, T>;
+
+    /// A range of a buffer, empty where the buffer does not have it.
+    fn slice_mut<T: Copy + Send + Sync + 'static>(
+        buffer: &mut Self::Buffer<T>,
+        range: Range<usize>,
+    ) -> Self::SliceMut<'_, T>;
 
     /// Checks the inputs of a forward pass by themselves, before memory for its results is allocated.
     ///

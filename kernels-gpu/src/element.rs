@@ -10,6 +10,8 @@ pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
     /// Rounds to nearest, ties to even.
     fn from_f32(x: f32) -> Self;
+    fn to_bits(self) -> u16;
+    fn from_bits(bits: u16) -> Self;
 }
 
 mod sealed {
@@ -26,6 +28,12 @@ impl Element for f16 {
     fn from_f32(x: f32) -> Self {
         f16::from_f32(x)
     }
+    fn to_bits(self) -> u16 {
+        self.to_bits()
+    }
+    fn from_bits(bits: u16) -> Self {
+        f16::from_bits(bits)
+    }
 }
 
 impl Element for bf16 {
@@ -35,5 +43,11 @@ impl Element for bf16 {
     }
     fn from_f32(x: f32) -> Self {
         bf16::from_f32(x)
+    }
+    fn to_bits(self) -> u16 {
+        self.to_bits()
+    }
+    fn from_bits(bits: u16) -> Self {
+        bf16::from_bits(bits)
     }
 }

@@ -5,6 +5,7 @@
 
 use std::{
     any::Any,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
@@ -46,8 +47,20 @@ impl Backend for Cpu {
         Ok(buffer)
     }
 
-    fn slice_mut<T: Copy + Send + Sync + 'static>(buffer: &mut Vec<T>) -> &mut [T] {
+    fn upload<T: Copy + Send + Sync + 'static>(&self, _: Operand, from: &[T]) -> Result<Vec<T>> {
+        Ok(from.to_vec())
+    }
+
+    fn download<T: Copy + Send + Sync + 'static>(&self, from: &Vec<T>) -> Result<Vec<T>> {
+        Ok(from.clone())
+    }
+
+    fn slice<T: Copy + Send + Sync + 'static>(buffer: &Vec<T>) -> &[T] {
         buffer
+    }
+
+    fn slice_mut<T: Copy + Send + Sync + 'static>(buffer: &mut Vec<T>, range: Range<usize>) -> &mut [T] {
+        buffer.get_mut(range).unwrap_or_default()
     }
 
     fn check_inputs<E: Element>(

@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::driver;
@@ -53,9 +54,11 @@ impl<T: Plain> DeviceBuffer<T> {
         DeviceSlice { address: self.address, len: self.len, memory: PhantomData }
     }
 
-    /// All of it, to be written.
-    pub fn as_slice_mut(&mut self) -> DeviceSliceMut<'_, T> {
-        DeviceSliceMut { address: self.address, len: self.len, memory: PhantomData }
+    /// A range of it, to be written; empty where the buffer does not have it.
+    pub fn as_slice_mut(&mut self, range: Range<usize>) -> DeviceSliceMut<'_, T> {
+        let range = if range.start <= range.end && range.end <= self.len { range } else { 0..0 };
+        let address = self.address + (range.start * size_of::<T>()) as u64;
+        DeviceSliceMut { address, len: range.len(), memory: PhantomData }
     }
 
     /// Copies host memory over it, and waits until that is done.

@@ -12,6 +12,7 @@ mod tensor_map;
 mod timing;
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -120,16 +121,6 @@ impl Cuda {
         Ok(rate.map_err(failed("cuDeviceGetAttribute"))?.unsigned_abs())
     }
 
-    /// Device memory with a copy of host memory.
-    ///
-    /// # Errors
-    /// [`Error::OutOfMemory`], [`Error::Driver`].
-    pub fn to_device<T: Plain>(&self, operand: Operand, from: &[T]) -> Result<DeviceBuffer<T>> {
-        let mut buffer = DeviceBuffer::new(self, operand, from.len())?;
-        buffer.copy_from_host(from)?;
-        Ok(buffer)
-    }
-
     /// Waits until everything that was launched on the device has run.
     ///
     /// # Errors
@@ -202,8 +193,25 @@ impl Backend for Cuda {
         DeviceBuffer::new(self, operand, len)
     }
 
-    fn slice_mut<T: Copy + Send + Sync + 'static>(buffer: &mut DeviceBuffer<T>) -> DeviceSliceMut<'_, T> {
-        buffer.as_slice_mut()
+    fn upload<T: Copy + Send + Sync + 'static>(&self, operand: Operand, from: &[T]) -> Result<DeviceBuffer<T>> {
+        let mut buffer = DeviceBuffer::new(self, operand, from.len())?;
+        buffer.copy_from_host(from)?;
+        Ok(buffer)
+    }
+
+    fn download<T: Copy + Send + Sync + 'static>(&self, from: &DeviceBuffer<T>) -> Result<Vec<T>> {
+        from.to_host()
+    }
+
+    fn slice<T: Copy + Send + Sync + 'static>(buffer: &DeviceBuffer<T>) -> DeviceSlice<'_, T> {
+        buffer.as_slice()
+    }
+
+    fn slice_mut<T: Copy + Send + Sync + 'static>(
+        buffer: &mut DeviceBuffer<T>,
+        range: Range<usize>,
+    ) -> DeviceSliceMut<'_, T> {
+        buffer.as_slice_mut(range)
     }
 
     fn check_inputs<E: Element>(

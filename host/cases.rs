@@ -1,0 +1,303 @@
+//! Cases: one attention with random inputs, run on a backend and judged against the reference.
+//!
+//! The CLI's `check` and the test suites draw from here. Inputs lie between rows of NaN padding, outputs are poisoned
+//! beforehand and stand between canaries, so a case also fails on memory that a kernel should have left alone.
+
+use std::fmt;
+
+use kernels_gpu::element::Element;
+use kernels_gpu::variants::Dtype;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use rand_distr::StandardNormal;
+
+use crate::backend::Backend;
+use crate::error::{Operand, Result};
+use crate::problem::{Mask, Problem};
+use crate::reference::{Accuracy, Forward, Rows, forward_f64, forward_plain};
+use crate::tensor::{Layout, Tensor};
+
+/// Elements of the canaries before and after an output; 16-byte alignment survives it.
+const CANARY: usize = 64;
+/// A NaN whose bits no kernel writes.
+const POISON: u16 = 0xffff;
+/// The same for the LSE.
+const POISON_LSE: u32 = 0xffff_ffff;
+
+/// Order of the dimensions in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// (batch, heads, seqlen, head_dim)
+    #[default]
+    Bhsd,
+    /// (batch, seqlen, heads, head_dim)
+    Bshd,
+}
+
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Order::Bhsd => "bhsd",
+            Order::Bshd => "bshd",
+        })
+    }
+}
+
+/// One attention with random inputs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Case {
+    pub problem: Problem,
+    pub mask: Mask,
+    /// `None` is the default, 1/√head_dim.
+    pub scale: Option<f32>,
+    pub order: Order,
+    /// Elements between one row and the next, a multiple of 8.
+    pub padding: usize,
+    /// Standard deviation of the inputs.
+    pub input_std: f32,
+    pub seed: u64,
+}
+
+/// How a case ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    pub o: Accuracy,
+    pub lse: Accuracy,
+    /// Whether everything outside of the outputs' rows is as it was.
+    pub untouched: bool,
+}
+
+impl Outcome {
+    /// Within the bar, and nothing else written.
+    pub fn passed(&self) -> bool {
+        self.o.passed() && self.lse.passed() && self.untouched
+    }
+}
+
+impl Case {
+    /// Contiguous tensors, standard normal inputs, the default scale.
+    pub fn new(problem: Problem, mask: Mask) -> Self {
+        Case { problem, mask, scale: None, order: Order::Bhsd, padding: 0, input_std: 1.0, seed: 0 }
+    }
+
+    /// A case of at most `limit` floating-point operations, with shapes that straddle the edges of tiles.
+    pub fn random(seed: u64, limit: f64) -> Self {
+        const EDGES: [usize; 30] = [
+            0, 1, 2, 3, 5, 17, 63, 64, 65, 79, 80, 81, 95, 97, 127, 128, 129, 160, 161, 175, 177, 191, 192, 193, 255,
+            256, 257, 385, 513, 1025,
+        ];
+        const HEADS: [(usize, usize); 9] = [(1, 1), (2, 2), (3, 1), (4, 4), (6, 2), (7, 1), (8, 2), (16, 16), (71, 1)];
+        let mut rng = StdRng::seed_from_u64(seed);
+        let rng = &mut rng;
+        let mut seqlen = || match rng.random_range(0..4) {
+            0 => rng.random_range(1..=2000),
+            1 => rng.random_range(1..=300),
+            _ => *EDGES.choose(rng).unwrap_or(&1),
+        };
+        let (seqlen_q, seqlen_k) = (seqlen(), seqlen());
+        // Equal lengths are what most users have.
+        let seqlen_k = if rng.random_bool(0.25) { seqlen_q } else { seqlen_k };
+        let (heads_q, heads_kv) = *HEADS.choose(rng).unwrap_or(&(1, 1));
+        let mut problem = Problem {
+            batch: *[0, 1, 1, 1, 1, 2, 2, 3, 3, 5].choose(rng).unwrap_or(&1),
+            heads_q,
+            heads_kv,
+            seqlen_q,
+            seqlen_k,
+            head_dim: 8 * rng.random_range(1..=32),
+            dtype: *[Dtype::F16, Dtype::Bf16].choose(rng).unwrap_or(&Dtype::Bf16),
+        };
+        while problem.flops_forward(Mask::None) > limit {
+            if problem.batch > 1 {
+                problem.batch -= 1;
+            } else if problem.heads_q > 2 * problem.heads_kv {
+                problem.heads_q -= problem.heads_kv;
+            } else if problem.heads_kv > 1 {
+                let group = problem.heads_q / problem.heads_kv;
+                problem.heads_kv -= 1;
+                problem.heads_q = group * problem.heads_kv;
+            } else if problem.seqlen_q > problem.seqlen_k {
+                problem.seqlen_q = problem.seqlen_q * 3 / 4;
+            } else {
+                problem.seqlen_k = problem.seqlen_k * 3 / 4;
+            }
+        }
+        Case {
+            problem,
+            mask: *[Mask::None, Mask::Causal].choose(rng).unwrap_or(&Mask::None),
+            scale: rng.random_bool(0.2).then(|| rng.random_range(0.01..0.5)),
+            order: *[Order::Bhsd, Order::Bshd].choose(rng).unwrap_or(&Order::Bhsd),
+            padding: *[0, 0, 8, 40].choose(rng).unwrap_or(&0),
+            input_std: *[1.0, 1.0, 2.0, 4.0].choose(rng).unwrap_or(&1.0),
+            seed: rng.random(),
+        }
+    }
+
+    /// The scale that the case runs with.
+    pub fn effective_scale(&self) -> f32 {
+        self.scale.unwrap_or_else(|| 1.0 / (self.problem.head_dim as f32).sqrt())
+    }
+
+    /// How a tensor of `shape` lies in memory.
+    pub fn layout(&self, [batch, heads, seqlen, head_dim]: [usize; 4]) -> Layout {
+        let row = head_dim + self.padding;
+        let strides = match self.order {
+            Order::Bhsd => [heads * seqlen * row, seqlen * row, row],
+            Order::Bshd => [seqlen * heads * row, row, heads * row],
+        };
+        Layout::strided([batch, heads, seqlen, head_dim], strides)
+    }
+
+    /// Q, K and V: normal values, with NaN in the padding.
+    pub fn inputs<E: Element>(&self) -> Result<[Vec<E>; 3]> {
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        let mut input = |shape: [usize; 4]| {
+            let layout = self.layout(shape);
+            let mut data = vec![E::from_bits(POISON); layout.required_len()?];
+            for_rows(&layout, |start| {
+                for x in &mut data[start..start + shape[3]] {
+                    let normal: f32 = rng.sample(StandardNormal);
+                    *x = E::from_f32(self.input_std * normal);
+                }
+            });
+            Ok(data)
+        };
+        Ok([input(self.problem.q_shape())?, input(self.problem.kv_shape())?, input(self.problem.kv_shape())?])
+    }
+
+    /// Runs the case with its own inputs and judges the rows that `rows` names.
+    ///
+    /// # Errors
+    /// Those of [`Attention::forward_into`](crate::Attention::forward_into).
+    pub fn run<B: Backend>(&self, backend: &B, rows: &Rows) -> Result<Outcome> {
+        match self.problem.dtype {
+            Dtype::F16 => self.judge::<B, half::f16>(backend, &self.inputs()?, rows),
+            Dtype::Bf16 => self.judge::<B, half::bf16>(backend, &self.inputs()?, rows),
+        }
+    }
+
+    /// Runs the case with the given inputs and judges the rows that `rows` names.
+    ///
+    /// # Errors
+    /// As [`Case::run`].
+    pub fn judge<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 3], rows: &Rows) -> Result<Outcome> {
+        let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
+        let output = self.output::<B, E>(backend, inputs)?;
+        let tensors = self.tensors(inputs);
+        let exact = forward_f64(problem, mask, scale, tensors, rows)?;
+        let plain = forward_plain(problem, mask, scale, tensors, rows)?;
+        let o = Tensor { data: &output.o[..], layout: self.layout(problem.q_shape()) };
+        let found = Forward::gather(problem, o, Some(&output.lse), rows);
+        Ok(Outcome {
+            o: Accuracy::of_o(&found, &plain, &exact),
+            lse: Accuracy::of_lse(&found, &plain, &exact),
+            untouched: output.untouched,
+        })
+    }
+
+    /// Runs the case with the given inputs.
+    ///
+    /// # Errors
+    /// As [`Case::run`].
+    pub fn output<B: Backend, E: Element>(&self, backend: &B, [q, k, v]: &[Vec<E>; 3]) -> Result<CaseOutput<E>> {
+        let problem = &self.problem;
+        let layout = self.layout(problem.q_shape());
+        let (o_len, lse_len) = (layout.required_len()?, problem.lse_len());
+        let q = backend.upload(Operand::Q, q)?;
+        let k = backend.upload(Operand::K, k)?;
+        let v = backend.upload(Operand::V, v)?;
+        let mut o = backend.upload(Operand::O, &vec![E::from_bits(POISON); o_len + 2 * CANARY])?;
+        let mut lse = backend.upload(Operand::Lse, &vec![f32::from_bits(POISON_LSE); lse_len + 2 * CANARY])?;
+        let tensor = |data, shape| Tensor { data, layout: self.layout(shape) };
+        crate::Attention::new(*problem).mask(self.mask).scale(self.effective_scale()).forward_into(
+            backend,
+            tensor(B::slice(&q), problem.q_shape()),
+            tensor(B::slice(&k), problem.kv_shape()),
+            tensor(B::slice(&v), problem.kv_shape()),
+            Tensor { data: B::slice_mut(&mut o, CANARY..CANARY + o_len), layout },
+            Some(B::slice_mut(&mut lse, CANARY..CANARY + lse_len)),
+        )?;
+        let (o, lse) = (backend.download(&o)?, backend.download(&lse)?);
+        let mut outside = vec![true; o.len()];
+        for_rows(&layout, |start| outside[CANARY + start..][..layout.shape[3]].fill(false));
+        let kept = o.iter().zip(outside).all(|(x, outside)| !outside || x.to_bits() == POISON);
+        let edges = lse[..CANARY].iter().chain(&lse[CANARY + lse_len..]);
+        let lse_kept = edges.into_iter().all(|x| x.to_bits() == POISON_LSE);
+        Ok(CaseOutput {
+            o: o[CANARY..CANARY + o_len].to_vec(),
+            lse: lse[CANARY..CANARY + lse_len].to_vec(),
+            untouched: kept && lse_kept,
+        })
+    }
+
+    /// The inputs as tensors.
+    pub fn tensors<'a, E>(&self, [q, k, v]: &'a [Vec<E>; 3]) -> [Tensor<&'a [E]>; 3] {
+        let kv = self.layout(self.problem.kv_shape());
+        [
+            Tensor { data: q, layout: self.layout(self.problem.q_shape()) },
+            Tensor { data: k, layout: kv },
+            Tensor { data: v, layout: kv },
+        ]
+    }
+}
+
+/// What a case's run wrote.
+#[derive(Clone, Debug)]
+pub struct CaseOutput<E> {
+    /// In the case's layout, padding included.
+    pub o: Vec<E>,
+    pub lse: Vec<f32>,
+    /// Whether canaries and padding are as they were.
+    pub untouched: bool,
+}
+
+/// Calls `f` with the offset of every row.
+pub fn for_rows(layout: &Layout, mut f: impl FnMut(usize)) {
+    let [batch, heads, seqlen, _] = layout.shape;
+    for b in 0..batch {
+        for h in 0..heads {
+            (0..seqlen).for_each(|i| f(layout.offset(b, h, i)));
+        }
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Problem { batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, dtype } = self.problem;
+        write!(
+            f,
+            "--batch {batch} --heads-q {heads_q} --heads-kv {heads_kv} --seqlen-q {seqlen_q} --seqlen-k {seqlen_k} \
+             --head-dim {head_dim} --dtype {} --mask {} --scale {} --layout {} --input-std {}",
+            dtype.name(),
+            self.mask,
+            self.effective_scale(),
+            self.order,
+            self.input_std,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_cases_are_valid_and_within_the_limit() {
+        for seed in 0..500 {
+            let case = Case::random(seed, 1e7);
+            case.problem.validate().unwrap();
+            assert!(case.problem.flops_forward(Mask::None) <= 1e7);
+            assert_eq!(case, Case::random(seed, 1e7));
+        }
+    }
+
+    #[test]
+    fn padding_is_poison() {
+        let case = Case { padding: 8, ..Case::random(3, 1e6) };
+        let [q, ..] = case.inputs::<half::bf16>().unwrap();
+        let nans = q.iter().filter(|x| x.is_nan()).count();
+        let rows: usize = case.problem.q_shape()[..3].iter().product();
+        assert_eq!(nans, 8 * rows.saturating_sub(1));
+    }
+}

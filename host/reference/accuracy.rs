@@ -1,0 +1,79 @@
+//! The accuracy bar: flash-attention's and FlagAttention's own, against f64.
+
+use super::forward::Forward;
+
+/// What is added to twice the plain error, so that the bar is above 0 where the plain result happens to be exact.
+const SLACK: f64 = 1e-5;
+
+/// The largest error of one result beside that of a plain implementation in the same precision.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Accuracy {
+    /// Largest absolute error; infinite where NaN, an infinity or a −∞ stands in the wrong place.
+    pub error: f64,
+    /// The same for the plain implementation.
+    pub plain: f64,
+    /// What the error may be at most.
+    pub bar: f64,
+}
+
+impl Accuracy {
+    /// For O: twice the plain error + 10⁻⁵.
+    pub fn of_o(found: &Forward, plain: &Forward, exact: &Forward) -> Self {
+        Self::compare(&found.o, &plain.o, &exact.o, SLACK)
+    }
+
+    /// For the LSE: twice the plain error + 10⁻⁵ of the largest LSE, or of 1, which f32 resolves to 6·10⁻⁸.
+    pub fn of_lse(found: &Forward, plain: &Forward, exact: &Forward) -> Self {
+        let largest = exact.lse.iter().filter(|x| x.is_finite()).fold(1.0f64, |a, x| a.max(x.abs()));
+        Self::compare(&found.lse, &plain.lse, &exact.lse, SLACK * largest)
+    }
+
+    /// Whether the error is within the bar.
+    pub fn passed(&self) -> bool {
+        self.error <= self.bar
+    }
+
+    fn compare(found: &[f64], plain: &[f64], exact: &[f64], slack: f64) -> Self {
+        let error = largest_error(found, exact);
+        let plain = largest_error(plain, exact);
+        // Where even the plain result is not a number, there is nothing to double.
+        let bar = if plain.is_finite() { 2.0 * plain + slack } else { slack };
+        Accuracy { error, plain, bar }
+    }
+}
+
+/// NaN counts as equal to NaN, an infinity as equal to itself; anything else about them is an infinite error.
+fn largest_error(found: &[f64], exact: &[f64]) -> f64 {
+    if found.len() != exact.len() {
+        return f64::INFINITY;
+    }
+    found.iter().zip(exact).fold(0.0, |largest, (found, exact)| {
+        let same = found == exact || found.is_nan() && exact.is_nan();
+        let error = if same { 0.0 } else { (found - exact).abs() };
+        if error.is_nan() { f64::INFINITY } else { largest.max(error) }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INF: f64 = f64::INFINITY;
+
+    #[test]
+    fn special_values_must_stand_where_they_belong() {
+        assert_eq!(largest_error(&[f64::NAN, -INF, 1.0], &[f64::NAN, -INF, 1.5]), 0.5);
+        for (found, exact) in [(f64::NAN, 1.0), (1.0, f64::NAN), (INF, 1.0), (0.0, -INF), (INF, -INF)] {
+            assert_eq!(largest_error(&[found, 0.0], &[exact, 0.0]), INF, "{found} for {exact}");
+        }
+        assert_eq!(largest_error(&[], &[1.0]), INF);
+    }
+
+    #[test]
+    fn the_bar_is_twice_the_plain_error() {
+        let forward = |x: f64| Forward { o: vec![x], lse: vec![x] };
+        let judge = |found| Accuracy::of_o(&forward(found), &forward(1.25), &forward(1.0));
+        assert!(judge(1.5).passed() && judge(0.5).passed());
+        assert!(!judge(1.51).passed() && !judge(f64::NAN).passed());
+    }
+}

@@ -1,0 +1,284 @@
+//! Forward attention by its definition, one query row at a time.
+
+use kernels_gpu::element::Element;
+use rayon::prelude::*;
+
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::plan::Plan;
+use crate::problem::{Mask, Problem};
+use crate::tensor::{Layout, Tensor};
+
+/// Which query rows are computed: all of them takes seqlen_q × seqlen_k time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// Every row.
+    All,
+    /// These rows of every batch item and head, in this order.
+    Some(Vec<usize>),
+}
+
+impl Rows {
+    /// At most `count` rows spread over `seqlen_q`, the first and the last among them.
+    pub fn sample(seqlen_q: usize, count: usize) -> Self {
+        if seqlen_q <= count || count < 2 {
+            return Rows::All;
+        }
+        Rows::Some((0..count).map(|i| i * (seqlen_q - 1) / (count - 1)).collect())
+    }
+
+    /// The rows of a problem with `seqlen_q` rows.
+    pub fn of(&self, seqlen_q: usize) -> Vec<usize> {
+        match self {
+            Rows::All => (0..seqlen_q).collect(),
+            Rows::Some(rows) => rows.clone(),
+        }
+    }
+}
+
+/// O and LSE for some rows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Forward {
+    /// (batch, heads_q, rows, head_dim), contiguous.
+    pub o: Vec<f64>,
+    /// (batch, heads_q, rows), natural log; −∞ for a row without a live key.
+    pub lse: Vec<f64>,
+}
+
+/// Keys that query row `i` sees: 0..this.
+fn live_keys(problem: &Problem, mask: Mask, i: usize) -> usize {
+    match mask {
+        Mask::None => problem.seqlen_k,
+        // j ≤ i + seqlen_k − seqlen_q.
+        Mask::Causal => (i + 1 + problem.seqlen_k).saturating_sub(problem.seqlen_q).min(problem.seqlen_k),
+    }
+}
+
+/// softmax(scale·Q·Kᵀ + mask)·V in f64. Keys that the mask hides take no part, whatever they hold.
+///
+/// # Errors
+/// Those of [`Plan::forward`] and of the tensors' shapes.
+pub fn forward_f64<E: Element>(
+    problem: &Problem,
+    mask: Mask,
+    scale: f32,
+    [q, k, v]: [Tensor<&[E]>; 3],
+    rows: &Rows,
+) -> Result<Forward> {
+    evaluate(problem, mask, scale, [q, k, v], rows, |q, k, v, scale, o| {
+        let mut p: Vec<f64> = k.chunks_exact(q.len()).map(|k| scale * dot(q, k)).collect();
+        let m = p.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        p.iter_mut().for_each(|p| *p = (*p - m).exp());
+        let l: f64 = p.iter().sum();
+        for (p, v) in p.iter().zip(v.chunks_exact(q.len())) {
+            for (o, v) in o.iter_mut().zip(v) {
+                *o += p / l * v;
+            }
+        }
+        m + l.ln()
+    })
+}
+
+/// The same in the precision of a kernel, without its tiles: products of 16-bit inputs in f32, softmax in f32, P rounded
+/// to the inputs' dtype before the second product, O rounded to it at the end.
+///
+/// # Errors
+/// As [`forward_f64`].
+pub fn forward_plain<E: Element>(
+    problem: &Problem,
+    mask: Mask,
+    scale: f32,
+    [q, k, v]: [Tensor<&[E]>; 3],
+    rows: &Rows,
+) -> Result<Forward> {
+    evaluate(problem, mask, scale, [q, k, v], rows, |q: &[f32], k, v, scale: f32, o| {
+        let mut p: Vec<f32> = k.chunks_exact(q.len()).map(|k| scale * dot(q, k)).collect();
+        let m = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        p.iter_mut().for_each(|p| *p = (*p - m).exp());
+        let l: f32 = p.iter().sum();
+        for (p, v) in p.iter().zip(v.chunks_exact(q.len())) {
+            let p = E::from_f32(p / l).to_f32();
+            for (o, v) in o.iter_mut().zip(v) {
+                *o += p * v;
+            }
+        }
+        o.iter_mut().for_each(|o| *o = E::from_f32(*o).to_f32());
+        m + l.ln()
+    })
+}
+
+/// Numbers that a reference computes in.
+trait Real: Copy + Send + Sync + Default + Into<f64> + std::ops::Mul<Output = Self> + std::ops::AddAssign {
+    const NEG_INFINITY: Self;
+    fn from_f32(x: f32) -> Self;
+}
+impl Real for f64 {
+    const NEG_INFINITY: Self = f64::NEG_INFINITY;
+    fn from_f32(x: f32) -> Self {
+        x.into()
+    }
+}
+impl Real for f32 {
+    const NEG_INFINITY: Self = f32::NEG_INFINITY;
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+}
+
+/// q·k, in eight running sums that the compiler keeps in vector registers.
+fn dot<R: Real>(q: &[R], k: &[R]) -> R {
+    let mut sums = [R::default(); 8];
+    // Head dims are multiples of eight.
+    for (q, k) in q.as_chunks::<8>().0.iter().zip(k.as_chunks::<8>().0) {
+        for ((sum, q), k) in sums.iter_mut().zip(q).zip(k) {
+            *sum += *q * *k;
+        }
+    }
+    let mut total = R::default();
+    sums.into_iter().for_each(|sum| total += sum);
+    total
+}
+
+/// Runs `row(q, k, v, scale, o) -> lse` over every row that has a live key, heads and rows in parallel; k and v hold the
+/// live keys only.
+fn evaluate<E: Element, R: Real>(
+    problem: &Problem,
+    mask: Mask,
+    scale: f32,
+    tensors: [Tensor<&[E]>; 3],
+    rows: &Rows,
+    row: impl Fn(&[R], &[R], &[R], R, &mut [R]) -> R + Sync,
+) -> Result<Forward> {
+    let plan = Plan::forward(problem, mask, Some(scale), 1)?;
+    let [q, k, v] = tensors;
+    crate::Cpu.check_inputs(&plan, &q, &k, &v)?;
+    let rows = rows.of(problem.seqlen_q);
+    let (d, group) = (problem.head_dim, problem.heads_q / problem.heads_kv);
+    let extend = |to: &mut Vec<R>, tensor: &Tensor<&[E]>, batch, head, i| {
+        let start = tensor.layout.offset(batch, head, i);
+        to.extend(tensor.data[start..start + d].iter().map(|x| R::from_f32(x.to_f32())));
+    };
+    let heads: Vec<(usize, usize)> =
+        (0..problem.batch).flat_map(|b| (0..problem.heads_kv).map(move |h| (b, h))).collect();
+    let heads: Vec<(Vec<R>, Vec<R>)> = heads
+        .into_par_iter()
+        .flat_map_iter(|(batch, head_kv)| {
+            let all = |tensor: &Tensor<&[E]>| {
+                let mut rows = Vec::with_capacity(problem.seqlen_k * d);
+                (0..problem.seqlen_k).for_each(|j| extend(&mut rows, tensor, batch, head_kv, j));
+                rows
+            };
+            let (k, v) = (all(&k), all(&v));
+            let results: Vec<(Vec<R>, Vec<R>)> = (0..group)
+                .map(|g| {
+                    let head = head_kv * group + g;
+                    let mut o = vec![R::default(); rows.len() * d];
+                    let lse = o
+                        .par_chunks_exact_mut(d)
+                        .zip(&rows)
+                        .map(|(o, &i)| {
+                            let live = live_keys(problem, mask, i) * d;
+                            if live == 0 {
+                                return R::NEG_INFINITY;
+                            }
+                            let mut line = Vec::with_capacity(d);
+                            extend(&mut line, &q, batch, head, i);
+                            row(&line, &k[..live], &v[..live], R::from_f32(scale), o)
+                        })
+                        .collect();
+                    (o, lse)
+                })
+                .collect();
+            results
+        })
+        .collect();
+    let (mut o, mut lse) = (Vec::new(), Vec::new());
+    for (head_o, head_lse) in heads {
+        o.extend(head_o.into_iter().map(Into::into));
+        lse.extend(head_lse.into_iter().map(Into::into));
+    }
+    Ok(Forward { o, lse })
+}
+
+impl Forward {
+    /// The rows that `rows` names out of whole tensors: O in any layout, the LSE contiguous.
+    pub fn gather<E: Element>(problem: &Problem, o: Tensor<&[E]>, lse: Option<&[f32]>, rows: &Rows) -> Self {
+        let rows = rows.of(problem.seqlen_q);
+        let (mut out, mut out_lse) = (Vec::new(), Vec::new());
+        let layout: Layout = o.layout;
+        for batch in 0..problem.batch {
+            for head in 0..problem.heads_q {
+                for &i in &rows {
+                    let start = layout.offset(batch, head, i);
+                    out.extend(o.data[start..start + problem.head_dim].iter().map(|x| f64::from(x.to_f32())));
+                    if let Some(lse) = lse {
+                        out_lse.push(lse[(batch * problem.heads_q + head) * problem.seqlen_q + i].into());
+                    }
+                }
+            }
+        }
+        Forward { o: out, lse: out_lse }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use kernels_gpu::variants::Dtype;
+
+    use super::*;
+
+    fn problem(seqlen_q: usize, seqlen_k: usize, heads_q: usize, heads_kv: usize) -> Problem {
+        Problem { batch: 2, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim: 8, dtype: Dtype::Bf16 }
+    }
+
+    fn values(len: usize, step: usize) -> Vec<bf16> {
+        (0..len).map(|i| bf16::from_f32(((i * step + 3) % 17) as f32 / 8.0 - 1.0)).collect()
+    }
+
+    /// Three loops over the whole score matrix.
+    #[test]
+    fn equals_the_definition() {
+        for (m, n, mask) in [(3, 5, Mask::None), (5, 3, Mask::Causal), (4, 4, Mask::Causal), (2, 0, Mask::None)] {
+            let problem = problem(m, n, 4, 2);
+            let [q, k, v] = [(4 * m, 5), (2 * n, 7), (2 * n, 11)].map(|(rows, step)| values(2 * rows * 8, step));
+            let tensors = [
+                Tensor::bhsd(&q[..], problem.q_shape()),
+                Tensor::bhsd(&k[..], problem.kv_shape()),
+                Tensor::bhsd(&v[..], problem.kv_shape()),
+            ];
+            let result = forward_f64(&problem, mask, 0.5, tensors, &Rows::All).unwrap();
+            for (row, lse) in result.lse.iter().enumerate() {
+                let (head, i) = (row / m, row % m);
+                let kv = head / 4 * 2 + head % 4 / 2;
+                let at = |x: &[bf16], row: usize, d: usize| f64::from(x[row * 8 + d].to_f32());
+                let live = |j: usize| mask == Mask::None || j + m <= i + n;
+                let s: Vec<f64> =
+                    (0..n).map(|j| (0..8).map(|d| 0.5 * at(&q, row, d) * at(&k, kv * n + j, d)).sum()).collect();
+                let l: f64 = (0..n).filter(|&j| live(j)).map(|j| s[j].exp()).sum();
+                assert!((l.ln() - lse).abs() < 1e-12 || l == 0.0 && *lse == f64::NEG_INFINITY);
+                for d in 0..8 {
+                    let sum: f64 = (0..n).filter(|&j| live(j)).map(|j| s[j].exp() * at(&v, kv * n + j, d)).sum();
+                    let expected = if l == 0.0 { 0.0 } else { sum / l };
+                    assert!((result.o[row * 8 + d] - expected).abs() < 1e-12);
+                }
+            }
+            let plain = forward_plain(&problem, mask, 0.5, tensors, &Rows::All).unwrap();
+            assert!(plain.o.iter().zip(&result.o).all(|(a, b)| (a - b).abs() < 0.02));
+        }
+    }
+
+    #[test]
+    fn samples_are_rows_of_the_whole() {
+        let problem = problem(9, 6, 2, 2);
+        let data = values(2 * 2 * 9 * 8, 5);
+        let q = Tensor::bhsd(&data[..], problem.q_shape());
+        let kv = Tensor::bhsd(&data[..2 * 2 * 6 * 8], problem.kv_shape());
+        let all = forward_f64(&problem, Mask::Causal, 1.0, [q, kv, kv], &Rows::All).unwrap();
+        let rows = Rows::sample(9, 3);
+        assert_eq!(rows, Rows::Some(vec![0, 4, 8]));
+        let some = forward_f64(&problem, Mask::Causal, 1.0, [q, kv, kv], &rows).unwrap();
+        let expected: Vec<f64> = (0..4).flat_map(|head| [0, 4, 8].map(|i| all.lse[head * 9 + i])).collect();
+        assert_eq!(some.lse, expected);
+    }
+}

@@ -1,0 +1,133 @@
+//! What both machines must pass: named cases, and properties that compare runs with each other.
+
+use ferroflash::cases::{Case, CaseOutput, Order, for_rows};
+use ferroflash::reference::Rows;
+use ferroflash::{Backend, Dtype, Element, Mask, Problem, bf16, f16};
+
+/// (name, case): the shapes that attention kernels get wrong.
+pub fn named() -> Vec<(&'static str, Case)> {
+    let case = |heads: (usize, usize), seqlens: (usize, usize), head_dim, mask| {
+        let problem = Problem {
+            batch: 1,
+            heads_q: heads.0,
+            heads_kv: heads.1,
+            seqlen_q: seqlens.0,
+            seqlen_k: seqlens.1,
+            head_dim,
+            dtype: Dtype::Bf16,
+        };
+        Case::new(problem, mask)
+    };
+    let batch = |batch, case: Case| Case { problem: Problem { batch, ..case.problem }, ..case };
+    let f16 = |case: Case| Case { problem: Problem { dtype: Dtype::F16, ..case.problem }, ..case };
+    let bshd = |case: Case| Case { order: Order::Bshd, padding: 8, ..case };
+    use Mask::{Causal, None};
+    vec![
+        ("rows without a key, 799 by 3", case((2, 2), (799, 3), 64, Causal)),
+        ("rows without a key, 239 by 1", case((2, 2), (239, 1), 128, Causal)),
+        ("rows without a key, 10006 by 10", case((4, 4), (10_006, 10), 128, Causal)),
+        ("no keys", case((2, 1), (70, 0), 128, None)),
+        ("no keys, causal", case((2, 1), (70, 0), 64, Causal)),
+        ("no queries", case((2, 1), (0, 70), 64, None)),
+        ("no batch", batch(0, case((2, 1), (70, 70), 64, None))),
+        ("one query and one key", case((1, 1), (1, 1), 8, Causal)),
+        ("113 by 203", bshd(case((2, 2), (113, 203), 64, None))),
+        ("113 by 203, causal", f16(case((2, 2), (113, 203), 128, Causal))),
+        ("1023 by 1024", case((1, 1), (1023, 1024), 64, Causal)),
+        ("1024 by 1023", bshd(case((1, 1), (1024, 1023), 128, Causal))),
+        ("1024 by 1023, wide", case((1, 1), (1024, 1023), 256, Causal)),
+        ("head dim 40", case((2, 2), (200, 190), 40, None)),
+        ("head dim 56", f16(bshd(case((2, 2), (200, 190), 56, Causal)))),
+        ("head dim 96", case((2, 2), (200, 190), 96, None)),
+        ("head dim 104", bshd(case((2, 2), (200, 190), 104, Causal))),
+        ("head dim 8", case((2, 2), (130, 129), 8, None)),
+        ("head dim 248", f16(case((2, 2), (130, 161), 248, None))),
+        ("grouped 6 over 2", batch(2, case((6, 2), (150, 130), 64, Causal))),
+        ("grouped 71 over 1", case((71, 1), (40, 90), 64, None)),
+        ("grouped 7 over 1", f16(bshd(case((7, 1), (70, 130), 128, Causal)))),
+        ("inputs of standard deviation 4", Case { input_std: 4.0, ..case((2, 2), (200, 300), 128, None) }),
+    ]
+}
+
+/// Runs a case and fails with what it takes to run it again.
+pub fn pass<B: Backend>(backend: &B, case: &Case) {
+    let outcome = case.run(backend, &Rows::All).unwrap_or_else(|error| panic!("{case}: {error}"));
+    assert!(outcome.passed(), "{case}\n{outcome:#?}");
+}
+
+fn bits<E: Element>(output: &CaseOutput<E>) -> (Vec<u16>, Vec<u32>) {
+    (output.o.iter().map(|x| x.to_bits()).collect(), output.lse.iter().map(|x| x.to_bits()).collect())
+}
+
+/// The same bits on every run.
+pub fn repeats<B: Backend>(backend: &B, case: &Case, runs: usize) {
+    let inputs = case.inputs::<bf16>().unwrap();
+    let first = bits(&case.output(backend, &inputs).unwrap());
+    for run in 1..runs {
+        assert!(bits(&case.output(backend, &inputs).unwrap()) == first, "{case}: run {run} differs");
+    }
+}
+
+/// Logits up to ±2.5·10⁵ give a finite answer within the bar.
+pub fn large_logits<B: Backend>(backend: &B, mask: Mask) {
+    let problem =
+        Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 200, seqlen_k: 150, head_dim: 64, dtype: Dtype::F16 };
+    let case = Case { scale: Some(1.0), input_std: 1.0, ..Case::new(problem, mask) };
+    let mut inputs = case.inputs::<f16>().unwrap();
+    // 64 products of ±62.5 by ±62.5 are ±250,000; every row and key has one sign.
+    for tensor in &mut inputs[..2] {
+        for (row, line) in tensor.chunks_exact_mut(64).enumerate() {
+            line.fill(f16::from_f32(if row % 3 == 0 { -62.5 } else { 62.5 }));
+        }
+    }
+    let outcome = case.judge(backend, &inputs, &Rows::All).unwrap();
+    assert!(outcome.passed() && outcome.o.error.is_finite(), "{case}\n{outcome:#?}");
+    let output = case.output(backend, &inputs).unwrap();
+    let live = output.lse.iter().filter(|lse| lse.is_finite()).count();
+    assert!(live >= 2 * 149 && output.o.iter().all(|x| x.is_finite()), "{case}: {live} finite LSE");
+}
+
+/// A NaN in one key leaves every other batch item and key head as it was, bit for bit.
+pub fn nan_stays_in_its_head<B: Backend>(backend: &B) {
+    let problem =
+        Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 150, seqlen_k: 140, head_dim: 64, dtype: Dtype::Bf16 };
+    let case = Case::new(problem, Mask::Causal);
+    let clean = case.inputs::<bf16>().unwrap();
+    let before = bits(&case.output(backend, &clean).unwrap());
+    for tensor in [1, 2] {
+        let mut inputs = clean.clone();
+        let start = case.layout(problem.kv_shape()).offset(1, 0, 77);
+        inputs[tensor][start..start + 64].fill(bf16::NAN);
+        let output = case.output(backend, &inputs).unwrap();
+        let after = bits(&output);
+        let head = 150 * 64;
+        for row in 0..8 {
+            let same = before.0[row * head..][..head] == after.0[row * head..][..head];
+            // Query heads 0 and 1 of batch item 1 read the key head with the NaN.
+            assert_eq!(same, !(4..6).contains(&row), "tensor {tensor}, head {row}");
+        }
+        assert!(output.o[4 * head..].iter().any(|x| x.is_nan()), "the NaN itself must be seen");
+    }
+}
+
+/// What lies between strided rows never matters: zeros there, NaN there, the same bits.
+pub fn padding_is_never_read<B: Backend>(backend: &B) {
+    for (order, head_dim) in [(Order::Bhsd, 40), (Order::Bshd, 128), (Order::Bshd, 232)] {
+        let problem =
+            Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 70, seqlen_k: 67, head_dim, dtype: Dtype::Bf16 };
+        let case = Case { order, padding: 24, ..Case::new(problem, Mask::None) };
+        let poisoned = case.inputs::<bf16>().unwrap();
+        let mut zeros = poisoned.clone();
+        for (tensor, shape) in zeros.iter_mut().zip([problem.q_shape(), problem.kv_shape(), problem.kv_shape()]) {
+            let mut padding = vec![true; tensor.len()];
+            for_rows(&case.layout(shape), |start| padding[start..start + head_dim].fill(false));
+            for (x, padding) in tensor.iter_mut().zip(padding) {
+                if padding {
+                    *x = bf16::ZERO;
+                }
+            }
+        }
+        let [a, b] = [&poisoned, &zeros].map(|inputs| case.output(backend, inputs).unwrap());
+        assert!(bits(&a) == bits(&b) && a.untouched && b.untouched, "{case}");
+    }
+}

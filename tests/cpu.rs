@@ -1,0 +1,112 @@
+//! The kernels on the CPU executor, against the reference.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use ferroflash::cases::Case;
+use ferroflash::reference::Rows;
+use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, bf16};
+use proptest::prelude::*;
+
+#[test]
+fn named_cases() {
+    for (name, case) in common::named() {
+        println!("{name}");
+        common::pass(&Cpu, &case);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_cases_are_within_the_bar(seed: u64) {
+        let case = Case::random(seed, 3e7);
+        let outcome = case.run(&Cpu, &Rows::All).unwrap();
+        prop_assert!(outcome.passed(), "{case}\n{outcome:#?}");
+    }
+}
+
+#[test]
+fn large_logits() {
+    common::large_logits(&Cpu, Mask::None);
+    common::large_logits(&Cpu, Mask::Causal);
+}
+
+#[test]
+fn nan_stays_in_its_head() {
+    common::nan_stays_in_its_head(&Cpu);
+}
+
+#[test]
+fn padding_is_never_read() {
+    common::padding_is_never_read(&Cpu);
+}
+
+#[test]
+fn same_bits_whatever_the_threads() {
+    let case = Case::random(7, 1e7);
+    let problem = Problem { dtype: Dtype::Bf16, batch: 2, seqlen_q: 300, seqlen_k: 200, ..case.problem };
+    let case = Case { problem, ..case };
+    common::repeats(&Cpu, &case, 3);
+    let inputs = case.inputs::<bf16>().unwrap();
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let output = pool.install(|| case.output(&Cpu, &inputs).unwrap());
+        output.o.into_iter().map(bf16::to_bits).collect::<Vec<_>>()
+    };
+    assert!(on(1) == on(3));
+}
+
+/// Attention as one would first write it: three loops in f32, one thread.
+fn plain_loop(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], d: usize, scale: f32) {
+    let mut p = vec![0.0f32; k.len() / d];
+    for (q, o) in q.chunks_exact(d).zip(o.chunks_exact_mut(d)) {
+        let mut m = f32::NEG_INFINITY;
+        for (p, k) in p.iter_mut().zip(k.chunks_exact(d)) {
+            *p = scale * q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>();
+            m = m.max(*p);
+        }
+        let mut l = 0.0;
+        for (p, v) in p.iter().zip(v.chunks_exact(d)) {
+            let p = (p - m).exp();
+            l += p;
+            o.iter_mut().zip(v).for_each(|(o, v)| *o += p * v);
+        }
+        o.iter_mut().for_each(|o| *o /= l);
+    }
+}
+
+#[test]
+fn faster_than_a_plain_loop() {
+    let problem =
+        Problem { batch: 1, heads_q: 8, heads_kv: 8, seqlen_q: 1024, seqlen_k: 1024, head_dim: 64, dtype: Dtype::Bf16 };
+    let case = Case::new(problem, Mask::None);
+    let inputs = case.inputs::<bf16>().unwrap();
+    let [q, k, v] = case.tensors(&inputs);
+    let attention = Attention::new(problem);
+    let floats = inputs.each_ref().map(|x| x.iter().map(|x| x.to_f32()).collect::<Vec<f32>>());
+    let head = 1024 * 64;
+    let mut o = vec![0.0; 8 * head];
+    let best = |mut run: Box<dyn FnMut() + '_>| -> Duration {
+        let times = (0..3).map(|_| {
+            let start = Instant::now();
+            run();
+            start.elapsed()
+        });
+        times.min().unwrap()
+    };
+    let ours = best(Box::new(|| {
+        attention.forward(&Cpu, q, k, v).unwrap();
+    }));
+    let plain = best(Box::new(|| {
+        o.fill(0.0);
+        for h in 0..8 {
+            let [q, k, v] = floats.each_ref().map(|x| &x[h * head..][..head]);
+            plain_loop(q, k, v, &mut o[h * head..][..head], 64, 0.125);
+        }
+    }));
+    println!("executor {ours:?}, plain loop {plain:?}");
+    assert!(ours < plain, "executor {ours:?}, plain loop {plain:?}");
+}

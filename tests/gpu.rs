@@ -1,0 +1,139 @@
+//! The kernels on a GPU, against the reference: the same cases as on the CPU, and more of them.
+//!
+//! A harness of its own, so that without a device every test is reported as ignored and none as passed. Built by
+//! `cargo test --features cuda --no-run`, the binary also runs on a machine without Rust.
+
+mod common;
+
+use ferroflash::cases::Case;
+use ferroflash::cuda::Cuda;
+use ferroflash::reference::Rows;
+use ferroflash::{Attention, Backend, Dtype, Layout, Mask, Operand, Problem, RawForward, RawTensor, bf16};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// Random cases of one run; FERROFLASH_GPU_CASES sets another number.
+const RANDOM_CASES: u64 = 2000;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let cuda = Cuda::new(0);
+    if let Err(error) = &cuda {
+        println!("skipped: no CUDA device ({error})");
+    }
+    let cuda = cuda.ok();
+    let absent = cuda.is_none();
+    let test = |name: &str, run: Box<dyn FnOnce(&Cuda) + Send>| {
+        let cuda = cuda.clone();
+        Trial::test(name, move || {
+            run(&cuda.ok_or("no CUDA device")?);
+            Ok::<(), Failed>(())
+        })
+        .with_ignored_flag(absent)
+    };
+    let mut trials: Vec<Trial> = common::named()
+        .into_iter()
+        .map(|(name, case)| test(name, Box::new(move |cuda| common::pass(cuda, &case))))
+        .collect();
+    for mask in [Mask::None, Mask::Causal] {
+        trials.push(test(&format!("large logits, {mask}"), Box::new(move |cuda| common::large_logits(cuda, mask))));
+        for head_dim in [64, 128, 256] {
+            let problem = Problem { head_dim, ..BIG };
+            let case = Case::new(problem, mask);
+            trials.push(test(
+                &format!("100 repeats, head dim {head_dim}, {mask}"),
+                Box::new(move |cuda| common::repeats(cuda, &case, 100)),
+            ));
+        }
+    }
+    trials.push(test("nan stays in its head", Box::new(common::nan_stays_in_its_head)));
+    trials.push(test("padding is never read", Box::new(common::padding_is_never_read)));
+    trials.push(test("inputs may repeat a head", Box::new(repeated_heads)));
+    trials.push(test("random cases", Box::new(random_cases)));
+    trials.push(test("many work tiles a CTA", Box::new(many_tiles)));
+    trials.push(test("a million tokens", Box::new(a_million_tokens)));
+    trials.push(test("raw addresses", Box::new(raw_addresses)));
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+const BIG: Problem =
+    Problem { batch: 2, heads_q: 8, heads_kv: 4, seqlen_q: 1100, seqlen_k: 1300, head_dim: 128, dtype: Dtype::Bf16 };
+
+fn random_cases(cuda: &Cuda) {
+    let cases = std::env::var("FERROFLASH_GPU_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(RANDOM_CASES);
+    for seed in 0..cases {
+        common::pass(cuda, &Case::random(seed, 4e8));
+    }
+    println!("{cases} random cases passed");
+}
+
+/// More work tiles than the chip runs at once, so that CTAs take several and the ring goes round.
+fn many_tiles(cuda: &Cuda) {
+    for (head_dim, mask) in [(64, Mask::None), (64, Mask::Causal), (128, Mask::Causal), (256, Mask::Causal)] {
+        let problem = Problem { batch: 6, heads_q: 24, heads_kv: 8, seqlen_q: 500, seqlen_k: 700, head_dim, ..BIG };
+        let case = Case::new(problem, mask);
+        let outcome = case.run(cuda, &Rows::sample(500, 40)).unwrap();
+        assert!(outcome.passed(), "{case}\n{outcome:#?}");
+    }
+}
+
+/// One sequence of 2²⁰ tokens, judged by a sample of its rows.
+fn a_million_tokens(cuda: &Cuda) {
+    let seqlen = 1 << 20;
+    let problem =
+        Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: seqlen, seqlen_k: seqlen, head_dim: 128, ..BIG };
+    for mask in [Mask::None, Mask::Causal] {
+        let case = Case::new(problem, mask);
+        let outcome = case.run(cuda, &Rows::sample(seqlen, 24)).unwrap();
+        assert!(outcome.passed(), "{case}\n{outcome:#?}");
+    }
+}
+
+/// A head stride of 0 reads one key head for all.
+fn repeated_heads(cuda: &Cuda) {
+    let problem = Problem { batch: 1, heads_q: 4, heads_kv: 4, seqlen_q: 100, seqlen_k: 90, head_dim: 64, ..BIG };
+    let one = Case::new(Problem { heads_kv: 1, ..problem }, Mask::None);
+    let inputs = one.inputs::<bf16>().unwrap();
+    let expected = one.output(cuda, &inputs).unwrap();
+    let [q, k, v] = inputs.each_ref().map(|x| cuda.upload(Operand::Q, x).unwrap());
+    let layout = Layout::strided(problem.kv_shape(), [0, 0, 64]);
+    let view = |buffer| ferroflash::Tensor { data: Cuda::slice(buffer), layout };
+    let q = ferroflash::Tensor::bhsd(Cuda::slice(&q), problem.q_shape());
+    let output = Attention::new(problem).forward(cuda, q, view(&k), view(&v)).unwrap();
+    assert!(cuda.download(&output.o).unwrap() == expected.o);
+}
+
+/// The form for frameworks: addresses and a stream; bad addresses are refused before anything is launched.
+fn raw_addresses(cuda: &Cuda) {
+    let case = Case::new(BIG, Mask::Causal);
+    let inputs = case.inputs::<bf16>().unwrap();
+    let expected = case.output(cuda, &inputs).unwrap();
+    let buffers = inputs.each_ref().map(|x| cuda.upload(Operand::Q, x).unwrap());
+    let o = cuda.upload(Operand::O, &vec![bf16::NAN; expected.o.len()]).unwrap();
+    let plan = Attention::new(BIG).mask(Mask::Causal).plan(cuda.sm_count()).unwrap();
+    cuda.load(&plan).unwrap();
+    let tensor = |address, shape| RawTensor { address, layout: Layout::bhsd(shape) };
+    let [q, k, v] = buffers.each_ref().map(|buffer| buffer.address());
+    let args = RawForward {
+        q: tensor(q, BIG.q_shape()),
+        k: tensor(k, BIG.kv_shape()),
+        v: tensor(v, BIG.kv_shape()),
+        o: tensor(o.address(), BIG.q_shape()),
+        lse: None,
+    };
+    let bad = RawForward { k: tensor(k + 2, BIG.kv_shape()), ..args };
+    let overlap = RawForward { o: tensor(q, BIG.q_shape()), ..args };
+    // SAFETY: the buffers outlive the launches, and the default stream is this device's.
+    unsafe {
+        assert!(cuda.forward_raw(&plan, &bad, std::ptr::null_mut()).is_err());
+        assert!(cuda.forward_raw(&plan, &overlap, std::ptr::null_mut()).is_err());
+        cuda.forward_raw(&plan, &args, std::ptr::null_mut()).unwrap();
+    }
+    assert!(cuda.download(&o).unwrap() == expected.o);
+    let start = std::time::Instant::now();
+    for _ in 0..100 {
+        // SAFETY: as above.
+        unsafe { cuda.forward_raw(&plan, &args, std::ptr::null_mut()) }.unwrap();
+    }
+    println!("raw launch: {:?} of host time", start.elapsed() / 100);
+    cuda.synchronize().unwrap();
+}
