@@ -4,7 +4,6 @@
 //! device buffers and raw device pointers. Where there is nothing to read or write, the address does not matter.
 
 use kernels_gpu::{
-    attention::scheduler::TileOrder,
     params::{ForwardParams, Strided},
     variants::Dtype,
 };
@@ -90,7 +89,6 @@ impl RawForward {
 
     /// The launch parameters of a plan that has work tiles; `q`, `k` and `v` as the machine names them.
     pub(crate) fn params<T>(&self, plan: &Plan, [q, k, v]: [T; 3]) -> ForwardParams<T> {
-        let shape = plan.problem().kernel_shape();
         ForwardParams {
             q,
             k,
@@ -98,8 +96,8 @@ impl RawForward {
             o: self.o.strided(),
             lse: self.lse.unwrap_or(0),
             scale: plan.scale(),
-            shape,
-            order: TileOrder::new(&shape, plan.variant().block_m()),
+            shape: plan.problem().kernel_shape(),
+            order: plan.order,
         }
     }
 

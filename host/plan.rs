@@ -5,7 +5,10 @@
 
 use std::fmt;
 
-use kernels_gpu::variants::{self, Variant};
+use kernels_gpu::{
+    attention::scheduler::TileOrder,
+    variants::{self, Variant},
+};
 
 use crate::{
     error::{Error, Result},
@@ -23,6 +26,8 @@ pub struct Plan {
     pub(crate) scale: f32,
     pub(crate) variant: &'static Variant,
     pub(crate) work_tiles: u32,
+    /// How CTAs take the work tiles; of no meaning where there are none.
+    pub(crate) order: TileOrder,
     pub(crate) grid: u32,
     pub(crate) block: u32,
     pub(crate) smem_bytes: u32,
@@ -48,13 +53,19 @@ impl Plan {
             * problem.batch as u128;
         at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
         let work_tiles = work_tiles as u32;
+        let grid = work_tiles.min(sm_count.max(1));
+        let order = match work_tiles {
+            0 => TileOrder::default(),
+            _ => variant.order(&problem.kernel_shape(), grid),
+        };
         Ok(Plan {
             problem: *problem,
             mask,
             scale,
             variant,
             work_tiles,
-            grid: work_tiles.min(sm_count.max(1)),
+            order,
+            grid,
             block: variant.threads(),
             smem_bytes: variant.smem_bytes(),
             workspace_bytes: 0,

@@ -3,6 +3,10 @@
 //! The host picks a row, the build adds its launch bounds to the PTX, [`crate::entry`] makes its symbol and the CPU
 //! executor runs the same row. Everything that is not in a row is a run-time parameter.
 
+use crate::attention::block_info::NBlocks;
+use crate::attention::mask::{Causal, Full};
+use crate::attention::scheduler::TileOrder;
+use crate::params::Shape;
 use crate::tile::smem::ForwardSmem;
 
 /// Element type of Q, K, V and O.
@@ -90,6 +94,26 @@ impl Variant {
     /// Dynamic shared memory of a CTA in bytes.
     pub const fn smem_bytes(&self) -> u32 {
         self.smem().bytes()
+    }
+}
+
+impl MaskKind {
+    /// The n_blocks that a query tile visits.
+    pub fn n_blocks(self, shape: &Shape, first_row: u32, block_m: u32, block_n: u32) -> NBlocks {
+        match self {
+            MaskKind::None => NBlocks::new::<Full>(shape, first_row, block_m, block_n),
+            MaskKind::Causal => NBlocks::new::<Causal>(shape, first_row, block_m, block_n),
+        }
+    }
+}
+
+impl Variant {
+    /// The order in which `ctas` CTAs take the work tiles of a problem that has any.
+    pub fn order(&self, shape: &Shape, ctas: u32) -> TileOrder {
+        let (block_m, block_n) = (self.block_m(), self.block_n);
+        TileOrder::balanced(shape, block_m, ctas, |m_block| {
+            self.mask.n_blocks(shape, m_block * block_m, block_m, block_n).end
+        })
     }
 }
 

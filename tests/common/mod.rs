@@ -68,7 +68,8 @@ pub fn repeats<B: Backend>(backend: &B, case: &Case, runs: usize) {
     }
 }
 
-/// Logits up to ±2.5·10⁵ give a finite answer within the bar.
+/// Logits up to ±2.5·10⁵ give a finite answer. There the exponent of the largest score is not exactly 0 (docs/numerics.md),
+/// so P's largest element is rounded where plain softmax has an exact 1: half a unit in the last place of f16.
 pub fn large_logits<B: Backend>(backend: &B, mask: Mask) {
     let problem =
         Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 200, seqlen_k: 150, head_dim: 64, dtype: Dtype::F16 };
@@ -81,7 +82,10 @@ pub fn large_logits<B: Backend>(backend: &B, mask: Mask) {
         }
     }
     let outcome = case.judge(backend, &inputs, &Rows::All).unwrap();
-    assert!(outcome.passed() && outcome.o.error.is_finite(), "{case}\n{outcome:#?}");
+    let largest_v = inputs[2].iter().fold(0.0f32, |a, x| a.max(x.to_f32().abs()));
+    let rounding_of_p = f64::from(largest_v) * 2f64.powi(-11);
+    assert!(outcome.o.error <= outcome.o.bar + rounding_of_p, "{case}\n{outcome:#?}");
+    assert!(outcome.lse.passed() && outcome.untouched, "{case}\n{outcome:#?}");
     let output = case.output(backend, &inputs).unwrap();
     let live = output.lse.iter().filter(|lse| lse.is_finite()).count();
     assert!(live >= 2 * 149 && output.o.iter().all(|x| x.is_finite()), "{case}: {live} finite LSE");

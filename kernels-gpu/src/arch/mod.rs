@@ -40,8 +40,8 @@ pub trait Warpgroup: Sized {
     fn truncate_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, fill: f32, end: impl Fn(u32) -> i32);
     /// `f(x, r)` for every element x and its row's r.
     fn map_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
-    /// Folds each row's elements into its value. Partial: only [`Warpgroup::reduce`] makes it the whole row's.
-    fn fold<const N8: usize>(&self, x: &Self::Acc<N8>, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
+    /// Folds each row's elements. Partial: only [`Warpgroup::reduce`] makes it the whole row's.
+    fn fold<const N8: usize>(&self, x: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     /// Joins the partial folds of each row.
     fn reduce(&self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     fn rows(&self, value: f32) -> Self::Rows;

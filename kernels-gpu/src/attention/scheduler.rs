@@ -1,14 +1,20 @@
 //! Which work tile a CTA takes next: a static order, the same for producer and consumers, with no communication.
 //!
-//! A work tile is one m_block of one query head. Heads are taken in sections whose K and V fit in L2 together; within
-//! a section the tiles run from the last m_block to the first, which under a causal mask is from the longest to the
-//! shortest, and in the section before it the other way, so that lengths never jump. CTAs of the grid take them in
-//! turn, in alternating direction: the one that got the longest tile of a round gets the shortest of the next.
+//! A work tile is one m_block of one query head. Heads are taken in sections; within a section the tiles run from the
+//! last m_block to the first, which under a causal mask is from the longest to the shortest, and in the section before
+//! it the other way, so that lengths never jump. CTAs of the grid take them in turn, in alternating direction: the one
+//! that got the longest tile of a round gets the shortest of the next.
+//!
+//! Small sections keep K and V in L2; which of them also deal the work out evenly is found by trying.
 
 use crate::params::{Shape, quotient};
 
-/// Bytes of K and V that a section of heads may hold; the H200's L2 is 60 MB, shared by two halves of the chip.
-const SECTION_BYTES: u64 = 24 << 20;
+/// Bytes of K and V that a section may hold, when it is more than one group of heads: most of an H200's 60 MB of L2.
+const SECTION_BYTES: u64 = 40 << 20;
+/// Tiles that are dealt out on trial; what more of them would show is small beside it.
+const TRIAL_TILES: u32 = 8192;
+/// What starting and storing a tile costs, in blocks of the mainloop.
+const TILE_OVERHEAD: u64 = 1;
 
 /// One m_block of one query head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +26,7 @@ pub struct WorkTile {
 
 /// All work tiles of one problem, in order. The host makes it; it travels with the launch parameters.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TileOrder {
     heads_q: u32,
     /// Query heads of all batch items.
@@ -32,19 +38,54 @@ pub struct TileOrder {
 }
 
 impl TileOrder {
-    /// The order for query tiles of `block_m` rows.
-    pub fn new(shape: &Shape, block_m: u32) -> Self {
-        let head_bytes = 4 * shape.seqlen_k as u64 * shape.head_dim as u64;
+    /// The order for query tiles of `block_m` rows, in sections of `section` heads.
+    pub fn new(shape: &Shape, block_m: u32, section: u32) -> Self {
         let heads = shape.batch * shape.heads_q;
-        let fitting = (SECTION_BYTES / (head_bytes + 1)).clamp(1, heads.max(1) as u64) as u32;
-        let section = fitting.saturating_mul(shape.group()).min(heads);
+        let section = section.clamp(1, heads.max(1));
         TileOrder {
             heads_q: shape.heads_q,
             heads,
             m_blocks: shape.seqlen_q.div_ceil(block_m),
             section,
-            sections: heads.div_ceil(section.max(1)),
+            sections: heads.div_ceil(section),
         }
+    }
+
+    /// The order in which `ctas` CTAs finish soonest, where m_block i takes `blocks(i)` steps of the mainloop.
+    pub fn balanced(shape: &Shape, block_m: u32, ctas: u32, blocks: impl Fn(u32) -> u32) -> Self {
+        let group = shape.group().max(1);
+        let smallest = Self::new(shape, block_m, group);
+        let last = smallest.m_blocks.saturating_sub(1);
+        if ctas == 0 || blocks(0) == blocks(last) {
+            return smallest;
+        }
+        let group_bytes = 4 * shape.seqlen_k as u64 * shape.head_dim as u64;
+        let mut best = (smallest, smallest.trial(ctas, &blocks));
+        for groups in [2, 3, 4, 6, 8, 12, 16, 24, 32] {
+            if groups as u64 * group_bytes > SECTION_BYTES || groups * group > smallest.heads {
+                break;
+            }
+            let order = Self::new(shape, block_m, groups * group);
+            let time = order.trial(ctas, &blocks);
+            // A larger section has to be worth what it costs in L2.
+            if time * 101 < best.1 * 100 {
+                best = (order, time);
+            }
+        }
+        best.0
+    }
+
+    /// How long the busiest of `ctas` CTAs takes for the first tiles.
+    fn trial(&self, ctas: u32, blocks: impl Fn(u32) -> u32) -> u64 {
+        (0..ctas)
+            .map(|cta| {
+                CtaTiles::new(self, cta, ctas)
+                    .take(TRIAL_TILES.div_ceil(ctas) as usize)
+                    .map(|tile| blocks(tile.m_block) as u64 + TILE_OVERHEAD)
+                    .sum()
+            })
+            .max()
+            .unwrap_or(0)
     }
 
     /// Number of work tiles.
@@ -113,7 +154,7 @@ mod tests {
     #[test]
     fn every_tile_once_whatever_the_grid() {
         for s in [shape(1, 1, 1, 1), shape(2, 6, 2, 700), shape(3, 5, 5, 40_000), shape(1, 71, 1, 129)] {
-            let order = TileOrder::new(&s, 128);
+            let order = TileOrder::balanced(&s, 128, 132, |m_block| m_block + 1);
             for ctas in [1, 2, 7, 132].into_iter().filter(|&c| c <= order.tiles()) {
                 let mut seen: Vec<WorkTile> = (0..ctas).flat_map(|cta| CtaTiles::new(&order, cta, ctas)).collect();
                 seen.sort_by_key(|t| (t.batch, t.head, t.m_block));
@@ -130,8 +171,23 @@ mod tests {
 
     #[test]
     fn long_tiles_come_first_within_a_section() {
-        let order = TileOrder::new(&shape(1, 4, 4, 1024), 128);
+        let order = TileOrder::new(&shape(1, 4, 4, 1024), 128, 4);
         let blocks: Vec<u32> = (0..order.tiles()).map(|i| order.tile(i).m_block).collect();
         assert!(blocks.is_sorted_by(|a, b| a >= b));
+    }
+
+    #[test]
+    fn causal_work_is_dealt_out_evenly() {
+        // Shapes whose tiles of one head are close to a multiple or a divisor of the CTAs.
+        for (batch, heads, seqlen, block_m) in [(2, 8, 16384, 128), (8, 32, 4096, 192), (8, 16, 4096, 128)] {
+            let s = shape(batch, heads, heads, seqlen);
+            let blocks = |m_block: u32| ((m_block + 1) * block_m).div_ceil(128);
+            let order = TileOrder::balanced(&s, block_m, 132, blocks);
+            let loads: Vec<u64> = (0..132)
+                .map(|cta| CtaTiles::new(&order, cta, 132).map(|tile| blocks(tile.m_block) as u64 + 1).sum())
+                .collect();
+            let (most, all) = (*loads.iter().max().unwrap(), loads.iter().sum::<u64>());
+            assert!(all as f64 / 132.0 / most as f64 > 0.96, "{s:?}: busiest {most} of {all}");
+        }
     }
 }

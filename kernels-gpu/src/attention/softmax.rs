@@ -34,11 +34,15 @@ impl<W: Warpgroup> Softmax<W> {
     #[inline(always)]
     pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>) -> W::Rows {
         let c = self.c;
-        let m = wg.reduce(wg.fold(s, self.m, f32::max), f32::max);
+        let block = wg.reduce(wg.fold(s, f32::max), f32::max);
+        let m = wg.zip(self.m, block, f32::max);
         let correction = wg.zip(self.m, m, |old, new| W::exp2(W::fma(old, c, -exponent_offset(new, c))));
         let offset = wg.zip(m, m, |m, _| exponent_offset(m, c));
         wg.map_rows(s, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
-        self.l = wg.fold(s, wg.zip(self.l, correction, |l, a| l * a), |l, p| l + p);
+        // The block by itself first: a long row's l is too large to take small terms one by one.
+        let block = wg.fold(s, |a, p| a + p);
+        let l = wg.zip(self.l, correction, |l, a| l * a);
+        self.l = wg.zip(l, block, |l, b| l + b);
         self.m = m;
         correction
     }

@@ -33,7 +33,7 @@ macro_rules! mask {
 }
 /// Number of work tiles of a problem.
 pub fn grid(variant: &Variant, shape: &Shape) -> u32 {
-    TileOrder::new(shape, variant.block_m()).tiles()
+    TileOrder::new(shape, variant.block_m(), 1).tiles()
 }
 
 /// Runs one work tile of the forward kernel.

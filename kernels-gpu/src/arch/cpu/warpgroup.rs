@@ -122,11 +122,15 @@ impl<E: Element> Warpgroup for CpuWarpgroup<'_, E> {
             }
         }
     }
-    fn fold<const N8: usize>(&self, x: &Tile<N8>, mut rows: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
-        for (row, value) in rows.iter_mut().enumerate().take(self.live) {
-            *value = x.row(row).iter().fold(*value, |a, x| f(a, *x));
-        }
-        rows
+    fn fold<const N8: usize>(&self, x: &Tile<N8>, f: impl Fn(f32, f32) -> f32) -> Rows {
+        core::array::from_fn(|row| {
+            // Eight chains, one a vector lane.
+            let chains = x.0[row][1..].iter().fold(x.0[row][0], |mut chains, group| {
+                chains.iter_mut().zip(group).for_each(|(chain, x)| *chain = f(*chain, *x));
+                chains
+            });
+            chains[1..].iter().fold(chains[0], |a, x| f(a, *x))
+        })
     }
     fn reduce(&self, rows: Rows, _: impl Fn(f32, f32) -> f32) -> Rows {
         rows

@@ -81,8 +81,8 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
         x.map_rows(rows, f);
     }
     #[inline(always)]
-    fn fold<const N8: usize>(&self, x: &Fragment<N8>, rows: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
-        x.fold(rows, f)
+    fn fold<const N8: usize>(&self, x: &Fragment<N8>, f: impl Fn(f32, f32) -> f32) -> Rows {
+        x.fold(f)
     }
     #[inline(always)]
     fn reduce(&self, rows: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {

@@ -57,14 +57,16 @@ impl<const N8: usize> Fragment<N8> {
         }
     }
 
+    /// Four independent chains, so that none waits for its own last result.
     #[inline(always)]
-    pub fn fold(&self, mut rows: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
-        for registers in &self.0 {
-            for (i, x) in registers.iter().enumerate() {
-                rows[i / 2] = f(rows[i / 2], *x);
+    pub fn fold(&self, f: impl Fn(f32, f32) -> f32) -> Rows {
+        let mut chains = self.0[0];
+        for registers in &self.0[1..] {
+            for (chain, x) in chains.iter_mut().zip(registers) {
+                *chain = f(*chain, *x);
             }
         }
-        rows
+        [f(chains[0], chains[1]), f(chains[2], chains[3])]
     }
 
     #[inline(always)]
