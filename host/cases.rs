@@ -166,6 +166,26 @@ impl Case {
         Ok([input(self.problem.q_shape())?, input(self.problem.kv_shape())?, input(self.problem.kv_shape())?])
     }
 
+    /// Contiguous inputs of any size, quickly: a few million normal values, over and over from different places.
+    ///
+    /// # Errors
+    /// Those of [`Problem::validate`].
+    pub fn random_inputs<E: Element>(&self) -> Result<[Vec<E>; 3]> {
+        const POOL: usize = (1 << 21) - 9;
+        self.problem.validate()?;
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        let pool: Vec<E> = (0..POOL)
+            .map(|_| {
+                let normal: f32 = rng.sample(StandardNormal);
+                E::from_f32(self.input_std * normal)
+            })
+            .collect();
+        let input =
+            |shape: [usize; 4], skip| pool.iter().copied().cycle().skip(skip).take(shape.iter().product()).collect();
+        let (q, kv) = (self.problem.q_shape(), self.problem.kv_shape());
+        Ok([input(q, 0), input(kv, POOL / 3), input(kv, POOL / 2)])
+    }
+
     /// Runs the case with its own inputs and judges the rows that `rows` names.
     ///
     /// # Errors

@@ -1,0 +1,212 @@
+//! The flags.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ferroflash::cases::{Case, Order};
+use ferroflash::{Dtype, Mask, Problem};
+
+/// Exact attention on NVIDIA GPUs and on the CPU.
+#[derive(Parser)]
+#[command(
+    version,
+    about,
+    after_help = "\
+Examples:
+  ferroflash check                              50 random cases against the f64 reference
+  ferroflash check --head-dim 128 --mask causal one case
+  ferroflash bench --json results.json          a sweep of head dims, lengths and masks
+  ferroflash info                               devices and compiled kernels"
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Devices, driver, compiled kernels and what compiled them.
+    Info(InfoArgs),
+    /// Compare results with the f64 reference.
+    Check(CheckArgs),
+    /// Measure speed.
+    Bench(BenchArgs),
+}
+
+/// Where to run.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceName {
+    Cpu,
+    Cuda,
+}
+
+/// What to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OpName {
+    Forward,
+}
+
+impl OpName {
+    pub fn name(self) -> &'static str {
+        match self {
+            OpName::Forward => "forward",
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct DeviceArgs {
+    /// Where to run; by default the GPU where there is one and the build has the feature `cuda`, otherwise the CPU.
+    #[arg(long)]
+    pub device: Option<DeviceName>,
+}
+
+#[derive(Args)]
+pub struct InfoArgs {
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  ferroflash check --cases 200 --seed 7
+  ferroflash check --seqlen-q 1023 --seqlen-k 1024 --heads-q 6 --heads-kv 2 --dtype f16 --mask causal
+  ferroflash check --device cuda --seqlen-q 1048576 --seqlen-k 1048576 --heads-q 1 --heads-kv 1
+
+With --cases, or with no flag that describes a case, shapes are drawn at random from the seed. Otherwise one case runs.
+Exit code 0 when every case is within the accuracy bar, 1 when one is not, 2 for bad flags.")]
+pub struct CheckArgs {
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// What to check.
+    #[arg(long, value_delimiter = ',', default_value = "forward")]
+    pub op: Vec<OpName>,
+    /// Random cases to run [default: 50].
+    #[arg(long, conflicts_with = "case")]
+    pub cases: Option<u64>,
+    /// Seed of the cases and of their inputs.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub case: Option<CaseArgs>,
+}
+
+#[derive(Args)]
+#[group(id = "case", multiple = true)]
+pub struct CaseArgs {
+    #[arg(long, default_value_t = 1)]
+    pub batch: usize,
+    #[arg(long, default_value_t = 4)]
+    pub heads_q: usize,
+    /// Divides heads_q [default: heads_q].
+    #[arg(long)]
+    pub heads_kv: Option<usize>,
+    #[arg(long, default_value_t = 512)]
+    pub seqlen_q: usize,
+    /// [default: seqlen_q]
+    #[arg(long)]
+    pub seqlen_k: Option<usize>,
+    /// A multiple of 8 from 8 to 256.
+    #[arg(long, default_value_t = 64)]
+    pub head_dim: usize,
+    #[arg(long, value_parser = dtype, default_value = "bf16", value_name = "f16|bf16")]
+    pub dtype: Dtype,
+    /// none, or causal (aligned to the bottom right).
+    #[arg(long, value_parser = mask, default_value = "none", value_name = "none|causal")]
+    pub mask: Mask,
+    /// Factor of the scores [default: 1/√head_dim].
+    #[arg(long)]
+    pub scale: Option<f32>,
+    /// Order of the dimensions in memory.
+    #[arg(long, value_parser = order, default_value = "bhsd", value_name = "bhsd|bshd")]
+    pub layout: Order,
+    /// Standard deviation of the random inputs.
+    #[arg(long, default_value_t = 1.0)]
+    pub input_std: f32,
+}
+
+impl CaseArgs {
+    pub fn case(&self, seed: u64) -> Case {
+        let problem = Problem {
+            batch: self.batch,
+            heads_q: self.heads_q,
+            heads_kv: self.heads_kv.unwrap_or(self.heads_q),
+            seqlen_q: self.seqlen_q,
+            seqlen_k: self.seqlen_k.unwrap_or(self.seqlen_q),
+            head_dim: self.head_dim,
+            dtype: self.dtype,
+        };
+        Case { scale: self.scale, order: self.layout, input_std: self.input_std, seed, ..Case::new(problem, self.mask) }
+    }
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  ferroflash bench --head-dims 128 --seqlens 4096,16384 --mask none,causal --json results.json
+  ferroflash bench --device cpu --tokens 2048 --hidden 256
+  ferroflash bench --heads-kv 8 --hidden 4096 --head-dims 128
+
+The batch is tokens / seqlen and the heads are hidden / head_dim, so every measurement has about the same size.
+Inputs are random. TFLOP/s count 4·B·H·M·N·D, half of it when causal; the time is the median of many runs.")]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// What to measure.
+    #[arg(long, value_delimiter = ',', default_value = "forward")]
+    pub op: Vec<OpName>,
+    /// [default: 64,128,256; on the CPU 64,128]
+    #[arg(long, value_delimiter = ',')]
+    pub head_dims: Vec<usize>,
+    /// [default: 1024,4096,16384; on the CPU 256,1024]
+    #[arg(long, value_delimiter = ',')]
+    pub seqlens: Vec<usize>,
+    #[arg(long, value_delimiter = ',', value_parser = mask, default_value = "none,causal", value_name = "none|causal")]
+    pub mask: Vec<Mask>,
+    #[arg(long, value_delimiter = ',', value_parser = dtype, default_value = "bf16", value_name = "f16|bf16")]
+    pub dtype: Vec<Dtype>,
+    /// Tokens of a batch [default: 32768; on the CPU 1024].
+    #[arg(long)]
+    pub tokens: Option<usize>,
+    /// Query heads times head dim [default: 2048; on the CPU 512].
+    #[arg(long)]
+    pub hidden: Option<usize>,
+    /// Key heads, for grouped queries [default: as many as query heads].
+    #[arg(long)]
+    pub heads_kv: Option<usize>,
+    /// Milliseconds that one measurement runs [default: 150; on the CPU 500].
+    #[arg(long)]
+    pub budget_ms: Option<u64>,
+    /// Also write the results to this file.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<std::path::PathBuf>,
+}
+
+fn dtype(text: &str) -> Result<Dtype, String> {
+    [Dtype::F16, Dtype::Bf16]
+        .into_iter()
+        .find(|dtype| dtype.name() == text)
+        .ok_or_else(|| "allowed are f16 and bf16".to_owned())
+}
+
+fn mask(text: &str) -> Result<Mask, String> {
+    text.parse().map_err(|error: ferroflash::Error| error.to_string())
+}
+
+fn order(text: &str) -> Result<Order, String> {
+    [Order::Bhsd, Order::Bshd]
+        .into_iter()
+        .find(|order| order.to_string() == text)
+        .ok_or_else(|| "allowed are bhsd and bshd".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}
