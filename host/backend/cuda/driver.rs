@@ -1,6 +1,7 @@
 //! The driver calls that `cust` does not wrap: each checks its result and gives an [`Error`] that names the call.
 
 use std::ffi::{CStr, c_void};
+use std::fmt::Write as _;
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::time::Duration;
@@ -12,7 +13,16 @@ use crate::error::{Error, Result};
 
 /// What a failed driver call becomes.
 pub(super) fn failed(call: &'static str) -> impl Fn(CudaError) -> Error {
-    move |error| Error::Driver { call, message: error.to_string() }
+    move |error| Error::Driver { call, message: words(error) }
+}
+
+/// What the driver says of an error, or its name: without a driver, `cust` can't even print one.
+pub(super) fn words(error: CudaError) -> String {
+    let mut text = String::new();
+    match write!(text, "{error}") {
+        Ok(()) => text,
+        Err(_) => format!("{error:?}"),
+    }
 }
 
 /// Nothing, or the error of `call`.

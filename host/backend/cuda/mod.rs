@@ -72,7 +72,7 @@ impl Cuda {
     /// [`Error::NoDevice`]; [`Error::UnsupportedDevice`] for a GPU that is not of compute capability 9.0;
     /// [`Error::Driver`].
     pub fn new(ordinal: u32) -> Result<Self> {
-        let none = |error: cust::error::CudaError| Error::NoDevice { reason: error.to_string() };
+        let none = |error: cust::error::CudaError| Error::NoDevice { reason: driver::words(error) };
         cust::init(CudaFlags::empty()).map_err(none)?;
         let device = cust::device::Device::get_device(ordinal).map_err(none)?;
         let name = device.name().map_err(failed("cuDeviceGetName"))?;
