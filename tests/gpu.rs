@@ -18,7 +18,7 @@ fn main() {
     let arguments = Arguments::from_args();
     let cuda = Cuda::new(0);
     if let Err(error) = &cuda {
-        println!("skipped: no CUDA device ({error})");
+        println!("skipped: {error}");
     }
     let cuda = cuda.ok();
     let absent = cuda.is_none();

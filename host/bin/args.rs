@@ -173,7 +173,7 @@ pub struct BenchArgs {
     /// Key heads, for grouped queries [default: as many as query heads].
     #[arg(long)]
     pub heads_kv: Option<usize>,
-    /// Milliseconds that one measurement runs [default: 150; on the CPU 500].
+    /// Milliseconds that one measurement runs, after a warm-up of the same length [default: 300; on the CPU 500].
     #[arg(long)]
     pub budget_ms: Option<u64>,
     /// Also write the results to this file.

@@ -65,10 +65,12 @@ impl Modules {
 
 fn load(kernel: &Kernel, variant: &Variant) -> Result<Loaded> {
     let start = Instant::now();
-    let module = match kernel.cubin {
-        Some(cubin) => Module::from_cubin(cubin, &[]).map_err(failed("cuModuleLoadData")),
-        None => Module::from_ptx(kernel.ptx, &[]).map_err(failed("cuModuleLoadData")),
-    }?;
+    // A driver that is older than the build's ptxas refuses the cubin, and compiles the PTX instead.
+    let cubin = kernel.cubin.and_then(|cubin| Module::from_cubin(cubin, &[]).ok());
+    let module = match cubin {
+        Some(module) => module,
+        None => Module::from_ptx(kernel.ptx, &[]).map_err(failed("cuModuleLoadData"))?,
+    };
     let function = module.get_function(kernel.symbol).map_err(failed("cuModuleGetFunction"))?;
     let function = Function(function.to_raw());
     function.set_shared_memory(variant.smem_bytes())?;

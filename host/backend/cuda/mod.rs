@@ -43,14 +43,14 @@ pub struct Cuda {
     device: Arc<Device>,
 }
 
-/// A device, its context and what was loaded there.
+/// A device, its context and what was loaded there. Fields are dropped in this order: modules before their context.
 struct Device {
+    modules: kernels::Modules,
     context: Context,
     device: cust::device::Device,
     name: String,
     sm_count: u32,
     encoder: tensor_map::Encoder,
-    modules: kernels::Modules,
 }
 
 impl Device {

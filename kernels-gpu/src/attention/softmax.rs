@@ -36,8 +36,9 @@ impl<W: Warpgroup> Softmax<W> {
         let c = self.c;
         let block = wg.reduce(wg.fold(s, f32::max), f32::max);
         let m = wg.zip(self.m, block, f32::max);
-        let correction = wg.zip(self.m, m, |old, new| W::exp2(W::fma(old, c, -exponent_offset(new, c))));
         let offset = wg.zip(m, m, |m, _| exponent_offset(m, c));
+        // From rounded offset to rounded offset, so that it is exactly 1 while the maximum stays.
+        let correction = wg.zip(self.m, offset, |old, offset| W::exp2(old * c - offset));
         wg.map_rows(s, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
         // The block by itself first: a long row's l is too large to take small terms one by one.
         let block = wg.fold(s, |a, p| a + p);
