@@ -83,3 +83,7 @@ pub use operands::{RawForward, RawTensor};
 pub use plan::Plan;
 pub use problem::{Mask, Problem};
 pub use tensor::{Layout, Tensor};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ferroflash::{Backend, Cpu, Error, Result};
+use ferroflash::{Backend, Cpu, Result};
 
 use crate::args::{DeviceArgs, DeviceName};
 
@@ -58,7 +58,7 @@ impl Machine {
     #[cfg(not(feature = "cuda"))]
     fn cuda() -> Result<Self> {
         let reason = "this build has no GPU support; build it with `--features cuda`, see `cargo xtask setup`";
-        Err(Error::NoDevice { reason: reason.to_owned() })
+        Err(ferroflash::Error::NoDevice { reason: reason.to_owned() })
     }
 
     /// Runs a job on it.

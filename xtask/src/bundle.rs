@@ -30,6 +30,9 @@ sanitize)
     for tool in memcheck racecheck synccheck initcheck; do
         echo "== $tool"
         compute-sanitizer --tool "$tool" --error-exitcode 9 ./ferroflash check --device cuda --cases "${2:-12}"
+        # More work tiles than CTAs: the ring and the query tile are used again and again.
+        compute-sanitizer --tool "$tool" --error-exitcode 9 ./ferroflash check --device cuda --batch 3 --heads-q 40 \
+            --seqlen-q 400 --mask causal --head-dim 128
     done
     ;;
 *)

@@ -1,0 +1,157 @@
+//! The command line as a script sees it: exit codes, messages and the JSON file.
+
+use std::process::{Command, Output};
+
+fn ferroflash(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ferroflash")).args(arguments).output().expect("the binary runs")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn check_passes_and_says_so() {
+    let random = ferroflash(&["check", "--device", "cpu", "--cases", "6", "--seed", "3"]);
+    assert!(random.status.success(), "{random:?}");
+    assert!(text(&random.stdout).contains("6 passed, 0 failed"));
+    let one = ferroflash(&[
+        "check",
+        "--device",
+        "cpu",
+        "--op",
+        "forward",
+        "--batch",
+        "2",
+        "--heads-q",
+        "6",
+        "--heads-kv",
+        "2",
+        "--seqlen-q",
+        "113",
+        "--seqlen-k",
+        "203",
+        "--head-dim",
+        "40",
+        "--dtype",
+        "f16",
+        "--mask",
+        "causal",
+        "--scale",
+        "0.2",
+        "--layout",
+        "bshd",
+        "--input-std",
+        "2",
+    ]);
+    assert!(one.status.success(), "{one:?}");
+    assert!(text(&one.stdout).contains("1 passed, 0 failed"));
+}
+
+#[test]
+fn bad_flags_exit_with_2() {
+    for arguments in [
+        &["check", "--dtype", "f8"][..],
+        &["check", "--mask", "diagonal"],
+        &["check", "--cases", "3", "--head-dim", "64"],
+        &["bench", "--device", "tpu"],
+        &["frobnicate"],
+        &[],
+    ] {
+        let output = ferroflash(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
+    }
+}
+
+#[test]
+fn bad_problems_are_named() {
+    for (arguments, message) in [
+        (&["check", "--device", "cpu", "--heads-q", "0"][..], "heads_q is 0"),
+        (&["check", "--device", "cpu", "--heads-q", "3", "--heads-kv", "2"], "heads_q is 3; a multiple of heads_kv"),
+        (&["check", "--device", "cpu", "--head-dim", "12"], "head_dim is 12"),
+        (&["check", "--device", "cpu", "--scale=-1"], "scale is -1"),
+        (&["bench", "--device", "cpu", "--head-dims", "260"], "head_dim is 260"),
+    ] {
+        let output = ferroflash(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
+        assert!(text(&output.stderr).contains(message), "{arguments:?}: {output:?}");
+    }
+}
+
+#[test]
+fn bench_writes_json() {
+    let path = std::env::temp_dir().join(format!("ferroflash-{}.json", std::process::id()));
+    let name = path.to_str().expect("a path in UTF-8");
+    let output = ferroflash(&[
+        "bench",
+        "--device",
+        "cpu",
+        "--head-dims",
+        "64,128",
+        "--seqlens",
+        "128",
+        "--mask",
+        "none,causal",
+        "--tokens",
+        "256",
+        "--hidden",
+        "128",
+        "--budget-ms",
+        "1",
+        "--json",
+        name,
+    ]);
+    assert!(output.status.success(), "{output:?}");
+    let json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).expect("the file")).expect("JSON");
+    std::fs::remove_file(&path).expect("the file");
+    for field in ["gpu", "driver", "compiler", "commit"] {
+        assert!(json["header"].as_object().expect("a header").contains_key(field), "{field}");
+    }
+    let records = json["records"].as_array().expect("records");
+    assert_eq!(records.len(), 4);
+    for record in records {
+        for field in ["batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "peak_bytes"] {
+            assert!(record[field].as_u64().is_some_and(|x| x > 0), "{field}: {record}");
+        }
+        for field in ["ms", "tflops", "gbps"] {
+            assert!(record[field].as_f64().is_some_and(|x| x > 0.0), "{field}: {record}");
+        }
+        assert_eq!((&record["op"], &record["device"]), (&"forward".into(), &"cpu".into()));
+        assert_eq!(record["dtype"], "bf16");
+    }
+    assert_eq!((&records[0]["mask"], &records[1]["mask"]), (&"none".into(), &"causal".into()));
+}
+
+#[test]
+fn info_lists_the_kernels() {
+    let output = ferroflash(&["info", "--device", "cpu"]);
+    assert!(output.status.success(), "{output:?}");
+    for variant in ferroflash::VARIANTS {
+        assert!(text(&output.stdout).contains(variant.symbol), "{}", variant.symbol);
+    }
+}
+
+#[test]
+fn help_has_examples() {
+    for arguments in [&["--help"][..], &["check", "--help"], &["bench", "--help"]] {
+        assert!(text(&ferroflash(arguments).stdout).contains("Examples:"), "{arguments:?}");
+    }
+}
+
+/// A first Ctrl-C ends the sweep after the measurement in hand, with what was measured so far.
+#[test]
+#[cfg(target_os = "linux")]
+fn ctrl_c_keeps_what_was_measured() {
+    let child = Command::new(env!("CARGO_BIN_EXE_ferroflash"))
+        .args(["check", "--device", "cpu", "--cases", "100000"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("the binary runs");
+    std::thread::sleep(std::time::Duration::from_millis(800));
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
+    assert!(killed.success());
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(130));
+    assert!(text(&output.stdout).contains("passed"), "{}", text(&output.stdout));
+}
