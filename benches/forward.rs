@@ -3,31 +3,11 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use ferroflash::cases::Case;
+use ferroflash::cases::{Case, plain_loop};
 use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, bf16};
 
 const PROBLEM: Problem =
     Problem { batch: 1, heads_q: 8, heads_kv: 8, seqlen_q: 1024, seqlen_k: 1024, head_dim: 64, dtype: Dtype::Bf16 };
-
-/// Attention as one would first write it: three loops in f32, one thread.
-fn plain_loop([q, k, v]: [&[f32]; 3], o: &mut [f32], d: usize, scale: f32) {
-    let mut p = vec![0.0f32; k.len() / d];
-    for (q, o) in q.chunks_exact(d).zip(o.chunks_exact_mut(d)) {
-        let mut m = f32::NEG_INFINITY;
-        for (p, k) in p.iter_mut().zip(k.chunks_exact(d)) {
-            *p = scale * q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>();
-            m = m.max(*p);
-        }
-        o.fill(0.0);
-        let mut l = 0.0;
-        for (p, v) in p.iter().zip(v.chunks_exact(d)) {
-            let p = (p - m).exp();
-            l += p;
-            o.iter_mut().zip(v).for_each(|(o, v)| *o += p * v);
-        }
-        o.iter_mut().for_each(|o| *o /= l);
-    }
-}
 
 fn forward(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("forward");

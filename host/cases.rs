@@ -272,6 +272,27 @@ pub struct CaseOutput<E> {
     pub untouched: bool,
 }
 
+/// Attention as one would first write it: three loops in f32, one thread, one head. What the CPU executor
+/// is measured against.
+pub fn plain_loop([q, k, v]: [&[f32]; 3], o: &mut [f32], d: usize, scale: f32) {
+    let mut p = vec![0.0f32; k.len() / d];
+    for (q, o) in q.chunks_exact(d).zip(o.chunks_exact_mut(d)) {
+        let mut m = f32::NEG_INFINITY;
+        for (p, k) in p.iter_mut().zip(k.chunks_exact(d)) {
+            *p = scale * q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>();
+            m = m.max(*p);
+        }
+        o.fill(0.0);
+        let mut l = 0.0;
+        for (p, v) in p.iter().zip(v.chunks_exact(d)) {
+            let p = (p - m).exp();
+            l += p;
+            o.iter_mut().zip(v).for_each(|(o, v)| *o += p * v);
+        }
+        o.iter_mut().for_each(|o| *o /= l);
+    }
+}
+
 /// Calls `f` with the offset of every row.
 pub fn for_rows(layout: &Layout, mut f: impl FnMut(usize)) {
     let [batch, heads, seqlen, _] = layout.shape;

@@ -4,7 +4,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use ferroflash::cases::Case;
+use ferroflash::cases::{Case, plain_loop};
 use ferroflash::reference::Rows;
 use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, bf16};
 use proptest::prelude::*;
@@ -59,25 +59,6 @@ fn same_bits_whatever_the_threads() {
     assert!(on(1) == on(3));
 }
 
-/// Attention as one would first write it: three loops in f32, one thread.
-fn plain_loop(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], d: usize, scale: f32) {
-    let mut p = vec![0.0f32; k.len() / d];
-    for (q, o) in q.chunks_exact(d).zip(o.chunks_exact_mut(d)) {
-        let mut m = f32::NEG_INFINITY;
-        for (p, k) in p.iter_mut().zip(k.chunks_exact(d)) {
-            *p = scale * q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>();
-            m = m.max(*p);
-        }
-        let mut l = 0.0;
-        for (p, v) in p.iter().zip(v.chunks_exact(d)) {
-            let p = (p - m).exp();
-            l += p;
-            o.iter_mut().zip(v).for_each(|(o, v)| *o += p * v);
-        }
-        o.iter_mut().for_each(|o| *o /= l);
-    }
-}
-
 #[test]
 fn faster_than_a_plain_loop() {
     let problem =
@@ -101,10 +82,8 @@ fn faster_than_a_plain_loop() {
         attention.forward(&Cpu, q, k, v).unwrap();
     }));
     let plain = best(Box::new(|| {
-        o.fill(0.0);
         for h in 0..8 {
-            let [q, k, v] = floats.each_ref().map(|x| &x[h * head..][..head]);
-            plain_loop(q, k, v, &mut o[h * head..][..head], 64, 0.125);
+            plain_loop(floats.each_ref().map(|x| &x[h * head..][..head]), &mut o[h * head..][..head], 64, 0.125);
         }
     }));
     println!("executor {ours:?}, plain loop {plain:?}");

@@ -18,11 +18,17 @@ pub const fn tile_bytes(rows: u32, columns: u32) -> u32 {
     rows * columns * 2
 }
 
-/// Byte offset of element (row, column) in a tile of `rows` rows: panel, row, then 16-byte chunks XORed with row mod 8.
-pub const fn swizzled_offset(rows: u32, row: u32, column: u32) -> u32 {
-    let panel = column / PANEL_COLUMNS;
-    let chunk = column % PANEL_COLUMNS / 8;
-    panel * rows * PANEL_ROW_BYTES + row * PANEL_ROW_BYTES + (chunk ^ (row % 8)) * 16 + column % 8 * 2
+/// Byte offset of columns 16·step of a tile of `rows` rows: where a k16 step of a product begins whose k runs along rows.
+#[inline(always)]
+pub const fn columns_step(rows: u32, step: u32) -> u32 {
+    // Four steps to a panel.
+    step / 4 * rows * PANEL_ROW_BYTES + step % 4 * 32
+}
+
+/// Byte offset of row 16·step of a tile: where a k16 step of a product begins whose k runs along columns.
+#[inline(always)]
+pub const fn rows_step(step: u32) -> u32 {
+    step * 16 * PANEL_ROW_BYTES
 }
 
 /// Offsets of a forward CTA's shared memory: a query tile for each consumer, the ring's slots, the barriers.
@@ -73,6 +79,13 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
+    /// Byte offset of element (row, column) in a tile of `rows` rows: panel, row, then 16-byte chunks XORed with row mod 8.
+    fn swizzled_offset(rows: u32, row: u32, column: u32) -> u32 {
+        let panel = column / PANEL_COLUMNS;
+        let chunk = column % PANEL_COLUMNS / 8;
+        panel * rows * PANEL_ROW_BYTES + row * PANEL_ROW_BYTES + (chunk ^ (row % 8)) * 16 + column % 8 * 2
+    }
+
     #[test]
     fn swizzle_is_a_permutation_that_keeps_chunks_whole() {
         let (rows, columns) = (16, 128);
@@ -91,5 +104,29 @@ mod tests {
         let banks: BTreeSet<u32> =
             (0..8).flat_map(|row| (0..4).map(move |word| (swizzled_offset(8, row, 0) / 4 + word) % 32)).collect();
         assert_eq!(banks.len(), 32);
+    }
+
+    /// Steps begin where the swizzle leaves the first row of its period alone.
+    #[test]
+    fn steps_begin_at_their_element() {
+        for rows in [64, 80, 128] {
+            for step in 0..16 {
+                assert_eq!(columns_step(rows, step), swizzled_offset(rows, 0, 16 * step));
+            }
+            for step in 0..rows / 16 {
+                assert_eq!(rows_step(step), swizzled_offset(rows, 16 * step, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn every_variant_fits() {
+        for variant in crate::variants::VARIANTS {
+            let smem = variant.smem();
+            assert!(smem.bytes() <= SMEM_LIMIT, "{}", variant.symbol);
+            for panel in [smem.q(1), smem.slot(0), smem.slot(1), smem.slot_bytes() / (smem.head_dim / PANEL_COLUMNS)] {
+                assert_eq!(panel % 1024, 0, "{}", variant.symbol);
+            }
+        }
     }
 }

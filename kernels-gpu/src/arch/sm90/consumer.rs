@@ -5,7 +5,7 @@ use core::mem::{MaybeUninit, offset_of};
 
 use super::barrier::{Mbarrier, named_arrive, named_sync};
 use super::cta::{self, Leader, smem_base, thread_of_warpgroup};
-use super::fragment::{self, Fragment, Lane, Operand, Rows};
+use super::fragment::{self, Fragment, Operand, Rows};
 use super::math::{self, Packed, fresh};
 use super::store::{store_16_bytes, store_f32};
 use super::tma::{BoxOrigin, MapAddress, load_box};
@@ -14,7 +14,8 @@ use crate::arch::{Pending, Warpgroup};
 use crate::attention::scheduler::WorkTile;
 use crate::params::{ForwardParams, Shape, Strided, TensorMap};
 use crate::pipeline::ring::Position;
-use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES};
+use crate::tile::lane::Lane;
+use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, columns_step, rows_step};
 use crate::variants::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 
 /// One of the CTA's consumers.
@@ -169,9 +170,7 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
         let mut s = MaybeUninit::uninit();
         wgmma::fence();
         for step in 0..D8 as u32 / 2 {
-            // Four k16 steps to a panel, 32 bytes apart.
-            let at = |rows: u32| step / 4 * rows * PANEL_ROW_BYTES + step % 4 * 32;
-            let (a, b) = (q.offset(at(WARPGROUP_ROWS)), k.offset(at(8 * N8 as u32)));
+            let (a, b) = (q.offset(columns_step(WARPGROUP_ROWS, step)), k.offset(columns_step(8 * N8 as u32, step)));
             // SAFETY: both tiles are full, and stay so until this product is waited for.
             unsafe {
                 if step == 0 {
@@ -198,8 +197,7 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
         wgmma::fence();
         for step in 0..N8 / 2 {
             let [[a0, a1], [a2, a3]] = [p.0[2 * step], p.0[2 * step + 1]];
-            // Sixteen rows of V to a step.
-            let b = v.offset(step as u32 * 16 * PANEL_ROW_BYTES);
+            let b = v.offset(rows_step(step as u32));
             // SAFETY: the tile of V is full, and stays so until this product is waited for.
             unsafe { wgmma::add_registers::<E, D8>(&mut o, [a0, a1, a2, a3], b) };
         }
@@ -230,7 +228,7 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
         let lane = self.lane();
         let packed = x.pack::<E>().0;
         for half in 0..2 {
-            let row = self.first_row(tile) + lane.row + 8 * half as u32;
+            let row = self.first_row(tile) + lane.row(half as u32);
             let line = to.address + 2 * to.row_offset(tile.batch, tile.head, row) as u64;
             for groups in 0..D8 / 4 {
                 let quad = [0, 1, 2, 3].map(|i| packed[4 * groups + i][half]);
@@ -248,7 +246,7 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
         let lane = self.lane();
         let line = (tile.batch * shape.heads_q + tile.head) as u64 * shape.seqlen_q as u64;
         for (half, value) in values.into_iter().enumerate() {
-            let row = self.first_row(tile) + lane.row + 8 * half as u32;
+            let row = self.first_row(tile) + lane.row(half as u32);
             // SAFETY: a live row lies within the array, which the host has checked; one lane of its quad stores it.
             unsafe { store_f32(row < shape.seqlen_q && lane.column == 0, address + 4 * (line + row as u64), value) };
         }

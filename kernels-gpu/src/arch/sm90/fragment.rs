@@ -5,6 +5,7 @@
 //! columns packed into one register, which is why P needs no exchange between lanes.
 
 use super::math::{self, Packed};
+use crate::tile::lane::Lane;
 
 /// Accumulators: `[column group][2·(row half) + column]`.
 #[derive(Clone, Copy)]
@@ -17,28 +18,11 @@ pub struct Operand<const N8: usize>(pub [[u32; 2]; N8]);
 /// The two rows of a thread.
 pub type Rows = [f32; 2];
 
-/// A thread's place in its warpgroup.
-#[derive(Clone, Copy)]
-pub struct Lane {
-    /// Its first row; the second is eight below.
-    pub row: u32,
-    /// Its first column in every group of eight.
-    pub column: u32,
-}
-
-impl Lane {
-    /// Of thread `0..128` of a warpgroup.
-    #[inline(always)]
-    pub fn new(thread: u32) -> Self {
-        Lane { row: thread / 32 * 16 + thread % 32 / 4, column: thread % 4 * 2 }
-    }
-}
-
 impl<const N8: usize> Fragment<N8> {
     #[inline(always)]
     pub fn truncate_rows(&mut self, lane: Lane, fill: f32, end: impl Fn(u32) -> i32) {
         // Counted from this lane's own first column, so that what is compared with it are constants.
-        let ends = [end(lane.row), end(lane.row + 8)].map(|end| end - lane.column as i32);
+        let ends = [0, 1].map(|half| end(lane.row(half)) - lane.column as i32);
         for (group, registers) in self.0.iter_mut().enumerate() {
             for (i, x) in registers.iter_mut().enumerate() {
                 if (8 * group + i % 2) as i32 >= ends[i / 2] {
