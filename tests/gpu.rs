@@ -10,6 +10,8 @@ use ferroflash::cuda::Cuda;
 use ferroflash::reference::Rows;
 use ferroflash::{Attention, Backend, Dtype, Layout, Mask, Operand, Problem, RawForward, RawTensor, bf16};
 use libtest_mimic::{Arguments, Failed, Trial};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
 
 /// Random cases of one run; FERROFLASH_GPU_CASES sets another number.
 const RANDOM_CASES: u64 = 2000;
@@ -49,6 +51,7 @@ fn main() {
     trials.push(test("padding is never read", Box::new(common::padding_is_never_read)));
     trials.push(test("inputs may repeat a head", Box::new(repeated_heads)));
     trials.push(test("random cases", Box::new(random_cases)));
+    trials.push(test("fresh random cases", Box::new(fresh_cases)));
     trials.push(test("many work tiles a CTA", Box::new(many_tiles)));
     trials.push(test("a million tokens", Box::new(a_million_tokens)));
     trials.push(test("raw addresses", Box::new(raw_addresses)));
@@ -64,6 +67,18 @@ fn random_cases(cuda: &Cuda) {
         common::pass(cuda, &Case::random(seed, 4e8));
     }
     println!("{cases} random cases passed");
+}
+
+/// Cases that no run has seen before; a failure prints what it takes to run it again.
+fn fresh_cases(cuda: &Cuda) {
+    let config = Config { cases: 200, failure_persistence: None, ..Config::default() };
+    let judged = TestRunner::new(config).run(&any::<u64>(), |seed| {
+        let case = Case::random(seed, 4e8);
+        let outcome = case.run(cuda, &Rows::All).map_err(|error| TestCaseError::fail(format!("{case}: {error}")))?;
+        prop_assert!(outcome.passed(), "{case}\n{outcome:#?}");
+        Ok(())
+    });
+    judged.unwrap_or_else(|error| panic!("{error}"));
 }
 
 /// More work tiles than the chip runs at once, so that CTAs take several and the ring goes round.

@@ -1,6 +1,6 @@
 //! The single table of compiled variants: what is a compile-time axis, and which tiles each choice runs with.
 //!
-//! The host picks a row, the build adds its launch bounds to the PTX, [`crate::entry`] makes its symbol and the CPU
+//! The host picks a row, the build adds its launch bounds to the PTX, `entry` makes its symbol and the CPU
 //! executor runs the same row. Everything that is not in a row is a run-time parameter.
 
 use crate::attention::block_info::NBlocks;

@@ -51,11 +51,12 @@ impl<W: Warpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> {
         self.p = wg.pack(&s);
     }
 
-    /// The output of the last block.
+    /// The output of the last block, and `meanwhile` while it is in flight.
     #[inline(always)]
-    fn last(self, wg: &mut W) -> (W::Acc<D8>, Softmax<W>) {
+    fn last(self, wg: &mut W, meanwhile: impl FnOnce(&mut W)) -> (W::Acc<D8>, Softmax<W>) {
         let v = wg.wait_kv();
         let o = wg.pv::<N8, D8>(self.o, self.p, v);
+        meanwhile(wg);
         let o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
         (o, self.softmax)
@@ -78,7 +79,14 @@ pub fn consume<W: Warpgroup, M: Mask, const D8: usize, const N8: usize>(
     while let Some(tile) = next {
         let blocks = NBlocks::new::<M>(&p.shape, tile.m_block * block_m, block_m, block_n);
         wg.wait_q();
+        let mut load_next = |wg: &mut W| {
+            next = tiles.next();
+            if let Some(tile) = &next {
+                wg.load_q(tile);
+            }
+        };
         let (o, softmax) = if blocks.end == 0 {
+            load_next(wg);
             (wg.zeros::<D8>(), Softmax::new(wg, p.scale))
         } else {
             let row = wg.first_row(&tile);
@@ -91,12 +99,8 @@ pub fn consume<W: Warpgroup, M: Mask, const D8: usize, const N8: usize>(
             for _ in 0..blocks.full_end.min(blocks.end - 1) {
                 mainloop.step(wg, |_, _| {});
             }
-            mainloop.last(wg)
+            mainloop.last(wg, load_next)
         };
-        next = tiles.next();
-        if let Some(tile) = &next {
-            wg.load_q(tile);
-        }
         epilogue::store(wg, p, &tile, o, softmax);
     }
 }
