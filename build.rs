@@ -26,7 +26,10 @@ fn main() -> ExitCode {
     match compile_kernels() {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
-            eprintln!("{message}");
+            // The first line is what cargo shows as the error; the rest is a compiler's own words.
+            let (first, rest) = message.split_once('\n').unwrap_or((&message, ""));
+            println!("cargo::error={first}");
+            eprintln!("{rest}");
             ExitCode::FAILURE
         }
     }

@@ -26,7 +26,7 @@ pub fn find() -> Result<Compiler, String> {
         let rustc = PathBuf::from(rustc);
         return Compiler::probe(&rustc).ok_or_else(|| {
             format!(
-                "error: FERROFLASH_RUSTC is {}; what is needed is a rustc with its standard library's source in \
+                "FERROFLASH_RUSTC is {}; what is needed is a rustc with its standard library's source in \
                  <sysroot>/lib/rustlib/src/rust/library",
                 rustc.display()
             )
@@ -73,9 +73,8 @@ impl Compiler {
         for (name, _) in env::vars_os() {
             let text = name.to_string_lossy();
             let inherited = ["CARGO_PKG_", "CARGO_FEATURE_", "CARGO_CFG_", "CARGO_PROFILE_", "CARGO_BUILD_", "DEP_"];
-            let wrappers =
-                ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTDOC", "TARGET", "HOST", "PROFILE"];
-            if inherited.iter().any(|prefix| text.starts_with(prefix)) || wrappers.contains(&&*text) {
+            let single = ["RUSTFLAGS", "RUSTDOC", "TARGET", "HOST", "PROFILE"];
+            if inherited.iter().any(|prefix| text.starts_with(prefix)) || single.contains(&&*text) {
                 cargo.env_remove(&name);
             }
         }
@@ -88,6 +87,9 @@ impl Compiler {
             .current_dir(package)
             .env("RUSTC", &self.rustc)
             .env("RUSTC_BOOTSTRAP", "1")
+            // Empty, so that a wrapper of the user's configuration is not used either.
+            .env("RUSTC_WRAPPER", "")
+            .env("RUSTC_WORKSPACE_WRAPPER", "")
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
             .env("CARGO_PROFILE_RELEASE_LTO", "fat")
             .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
@@ -98,7 +100,7 @@ impl Compiler {
             .map_err(|e| format!("cargo: {e}"))?;
         if !output.status.success() {
             return Err(format!(
-                "error: {} could not compile the kernels\n{}",
+                "{} could not compile the kernels\n{}",
                 self.version,
                 String::from_utf8_lossy(&output.stderr)
             ));
