@@ -8,6 +8,7 @@ use ferroflash::cases::{Case, plain_loop};
 use ferroflash::reference::Rows;
 use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, bf16};
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 
 #[test]
 fn named_cases() {
@@ -18,7 +19,12 @@ fn named_cases() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 150,
+        // Cases that once failed are kept beside this file and run first.
+        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn random_cases_are_within_the_bar(seed: u64) {
@@ -53,8 +59,7 @@ fn same_bits_whatever_the_threads() {
     let inputs = case.inputs::<bf16>().unwrap();
     let on = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let output = pool.install(|| case.output(&Cpu, &inputs).unwrap());
-        output.o.into_iter().map(bf16::to_bits).collect::<Vec<_>>()
+        common::bits(&pool.install(|| case.output(&Cpu, &inputs).unwrap()))
     };
     assert!(on(1) == on(3));
 }

@@ -4,10 +4,11 @@ use kernels_gpu::element::Element;
 use rayon::prelude::*;
 
 use crate::backend::Backend;
-use crate::error::Result;
+use crate::error::{Error, Operand, Result};
+use crate::operands::{AddressSpace, RawTensor, check_tensor};
 use crate::plan::Plan;
 use crate::problem::{Mask, Problem};
-use crate::tensor::{Layout, Tensor};
+use crate::tensor::Tensor;
 
 /// Which query rows are computed: all of them takes seqlen_q × seqlen_k time.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,10 +29,20 @@ impl Rows {
     }
 
     /// The rows of a problem with `seqlen_q` rows.
-    pub fn of(&self, seqlen_q: usize) -> Vec<usize> {
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] for a row that it doesn't have.
+    pub fn of(&self, seqlen_q: usize) -> Result<Vec<usize>> {
         match self {
-            Rows::All => (0..seqlen_q).collect(),
-            Rows::Some(rows) => rows.clone(),
+            Rows::All => Ok((0..seqlen_q).collect()),
+            Rows::Some(rows) => match rows.iter().find(|&&row| row >= seqlen_q) {
+                None => Ok(rows.clone()),
+                Some(&row) => Err(Error::TooLarge {
+                    field: "rows",
+                    value: row as u128,
+                    limit: seqlen_q.saturating_sub(1) as u128,
+                }),
+            },
         }
     }
 }
@@ -54,10 +65,11 @@ fn live_keys(problem: &Problem, mask: Mask, i: usize) -> usize {
     }
 }
 
-/// softmax(scale·Q·Kᵀ + mask)·V in f64. Keys that the mask hides take no part, whatever they hold.
+/// softmax(scale·Q·Kᵀ + mask)·V in f64. Keys that the mask hides take no part, whatever they hold: a kernel gives them
+/// the weight 0 in the blocks that it visits, so where V holds a NaN or an infinity under the mask the two differ.
 ///
 /// # Errors
-/// Those of [`Plan::forward`] and of the tensors' shapes.
+/// Those of [`Plan::forward`] and of the tensors' shapes; [`Error::TooLarge`] for a row that the problem doesn't have.
 pub fn forward_f64<E: Element>(
     problem: &Problem,
     mask: Mask,
@@ -152,7 +164,7 @@ fn evaluate<E: Element, R: Real>(
     let plan = Plan::forward(problem, mask, Some(scale), 1)?;
     let [q, k, v] = tensors;
     crate::Cpu.check_inputs(&plan, &q, &k, &v)?;
-    let rows = rows.of(problem.seqlen_q);
+    let rows = rows.of(problem.seqlen_q)?;
     let (d, group) = (problem.head_dim, problem.heads_q / problem.heads_kv);
     let extend = |to: &mut Vec<R>, tensor: &Tensor<&[E]>, batch, head, i| {
         let start = tensor.layout.offset(batch, head, i);
@@ -202,10 +214,22 @@ fn evaluate<E: Element, R: Real>(
 
 impl Forward {
     /// The rows that `rows` names out of whole tensors: O in any layout, the LSE contiguous.
-    pub fn gather<E: Element>(problem: &Problem, o: Tensor<&[E]>, lse: Option<&[f32]>, rows: &Rows) -> Self {
-        let rows = rows.of(problem.seqlen_q);
+    ///
+    /// # Errors
+    /// Those of the problem and of the shapes of `o` and `lse`; [`Error::TooLarge`] for a row that the problem doesn't
+    /// have.
+    pub fn gather<E: Element>(problem: &Problem, o: Tensor<&[E]>, lse: Option<&[f32]>, rows: &Rows) -> Result<Self> {
+        problem.validate()?;
+        let rows = rows.of(problem.seqlen_q)?;
+        let layout = o.layout;
+        let raw = RawTensor { address: o.data.as_ptr().addr() as u64, layout };
+        check_tensor(problem, Operand::O, &raw, AddressSpace::Host, Some(o.data.len()))?;
+        if let Some(len) = lse.map(<[f32]>::len)
+            && len != problem.lse_len()
+        {
+            return Err(Error::LseLength { len, expected: problem.lse_len() });
+        }
         let (mut out, mut out_lse) = (Vec::new(), Vec::new());
-        let layout: Layout = o.layout;
         for batch in 0..problem.batch {
             for head in 0..problem.heads_q {
                 for &i in &rows {
@@ -217,7 +241,7 @@ impl Forward {
                 }
             }
         }
-        Forward { o: out, lse: out_lse }
+        Ok(Forward { o: out, lse: out_lse })
     }
 }
 
@@ -280,5 +304,21 @@ mod tests {
         let some = forward_f64(&problem, Mask::Causal, 1.0, [q, kv, kv], &rows).unwrap();
         let expected: Vec<f64> = (0..4).flat_map(|head| [0, 4, 8].map(|i| all.lse[head * 9 + i])).collect();
         assert_eq!(some.lse, expected);
+    }
+
+    #[test]
+    fn what_is_not_there_is_an_error() {
+        let problem = problem(3, 3, 2, 2);
+        let data = values(2 * 2 * 3 * 8, 5);
+        let x = Tensor::bhsd(&data[..], problem.q_shape());
+        let short = Tensor { data: &data[1..], ..x };
+        let beyond = Rows::Some(vec![0, 3]);
+        let none = Error::TooLarge { field: "rows", value: 3, limit: 2 };
+        assert_eq!(forward_f64(&problem, Mask::None, 1.0, [x; 3], &beyond), Err(none.clone()));
+        assert_eq!(Forward::gather(&problem, x, None, &beyond), Err(none));
+        assert!(forward_plain(&problem, Mask::None, 1.0, [x, short, x], &Rows::All).is_err());
+        assert!(Forward::gather(&problem, short, None, &Rows::All).is_err());
+        assert!(Forward::gather(&problem, x, Some(&[0.0; 11]), &Rows::All).is_err());
+        assert_eq!(Forward::gather(&problem, x, Some(&[0.0; 12]), &Rows::All).unwrap().lse.len(), 12);
     }
 }

@@ -55,7 +55,8 @@ pub fn pass<B: Backend>(backend: &B, case: &Case) {
     assert!(outcome.passed(), "{case}\n{outcome:#?}");
 }
 
-fn bits<E: Element>(output: &CaseOutput<E>) -> (Vec<u16>, Vec<u32>) {
+/// O and LSE, as NaN can be compared too.
+pub fn bits<E: Element>(output: &CaseOutput<E>) -> (Vec<u16>, Vec<u32>) {
     (output.o.iter().map(|x| x.to_bits()).collect(), output.lse.iter().map(|x| x.to_bits()).collect())
 }
 
