@@ -1,11 +1,11 @@
 //! GPU tests and command line in one folder, for a machine that has a GPU and no Rust.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use crate::setup;
-use crate::shell::{Result, cargo, output, root, step, works};
+use crate::shell::{Result, cargo, messages, output, root, step, works};
 
 /// Runs what is beside it.
 const RUN_SH: &str = r#"#!/bin/sh
@@ -41,6 +41,9 @@ sanitize)
 esac
 "#;
 
+/// More than this is a sign that something is in it by mistake.
+const LARGEST: u64 = 40 << 20;
+
 /// Builds everything and copies it to `directory`.
 pub fn collect(directory: &str) -> Result {
     setup::all()?;
@@ -49,27 +52,35 @@ pub fn collect(directory: &str) -> Result {
     let cli = artifact(&["build", "--release", "--features", "cuda", "--bin", "ferroflash"], "ferroflash")?;
     let to = root().join(directory);
     fs::create_dir_all(&to).map_err(|error| format!("{}: {error}", to.display()))?;
+    let mut bytes = 0;
     for (from, name) in [(&tests, "gpu"), (&cli, "ferroflash")] {
         let path = to.join(name);
-        fs::copy(from, &path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let failed = |error| format!("{}: {error}", path.display());
+        fs::copy(from, &path).map_err(failed)?;
         if works("strip", &["--version"]) {
             output(Command::new("strip").arg(&path))?;
         }
+        bytes += fs::metadata(&path).map_err(failed)?.len();
     }
     let script = to.join("run.sh");
     fs::write(&script, RUN_SH).map_err(|error| format!("{}: {error}", script.display()))?;
     output(Command::new("chmod").arg("+x").arg(&script))?;
-    println!("{directory}/run.sh runs it; copy the folder to the machine with the GPU");
+    println!("\n{directory}/run.sh runs it ({:.1} MiB); copy the folder to the machine with the GPU", mib(bytes));
+    if bytes > LARGEST {
+        return Err(format!("{directory} is larger than {:.0} MiB", mib(LARGEST)));
+    }
     Ok(())
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / (1 << 20) as f64
 }
 
 /// Runs cargo and returns the executable of the target called `name`.
 fn artifact(arguments: &[&str], name: &str) -> Result<PathBuf> {
-    let messages = output(cargo(arguments).arg("--message-format=json"))?;
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+    messages(&mut cargo(arguments))?
+        .iter()
         .filter(|message| message["target"]["name"] == name)
-        .find_map(|message| message["executable"].as_str().map(|path| Path::new(path).to_owned()))
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
         .ok_or_else(|| format!("cargo built no {name}"))
 }

@@ -5,9 +5,9 @@
 //! same library lets programs start and say that there is no device.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{env, fs};
 
 use crate::shell::{Result, cargo, output, run, step, target, works};
 
@@ -90,14 +90,15 @@ pub fn has_driver() -> bool {
 
 /// Whether there is a GPU to run on.
 pub fn has_gpu() -> bool {
-    has_driver() && works("nvidia-smi", &["-L"])
+    has_driver() && (Path::new("/dev/nvidia0").exists() || works("nvidia-smi", &["-L"]))
 }
 
 /// Lets a program that links the driver start where there is none.
 pub fn provide(command: &mut Command) {
     if !has_driver() {
-        let inherited = std::env::var("LD_LIBRARY_PATH").map(|path| format!(":{path}")).unwrap_or_default();
-        command.env("LD_LIBRARY_PATH", format!("{}{inherited}", runtime_folder().display()));
+        // Last, so that a driver in a folder of the user's own is found first.
+        let inherited = env::var("LD_LIBRARY_PATH").map(|path| format!("{path}:")).unwrap_or_default();
+        command.env("LD_LIBRARY_PATH", format!("{inherited}{}", runtime_folder().display()));
     }
 }
 

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::{fs, thread};
 
 use crate::setup::cuda_tool;
-use crate::shell::{Result, cargo, output, step};
+use crate::shell::{Result, cargo, messages, output, step};
 
 /// What every kernel's machine code must hold: tensor cores, copy engine, register reallocation.
 const NEEDED: [&str; 3] = ["HGMMA", "UTMALDG", "USETMAXREG"];
@@ -19,74 +19,98 @@ struct Kernel {
     name: String,
     threads: u32,
     registers: u32,
+    stack: u32,
+    /// Bytes stored and loaded again.
+    spilled: u32,
     hgmma: usize,
+    shuffles: usize,
     problems: Vec<String>,
 }
 
 /// Checks the PTX of the last build with the feature `cuda`.
 pub fn check() -> Result {
     step("ptxas over every kernel");
-    let folder = ptx_folder()?;
-    let mut files: Vec<PathBuf> = fs::read_dir(&folder)
-        .map_err(|error| format!("{}: {error}", folder.display()))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|extension| extension == "ptx"))
-        .collect();
-    files.sort();
-    let kernels: Vec<Result<Kernel>> = thread::scope(|scope| {
-        let threads: Vec<_> = files.iter().map(|file| scope.spawn(|| assemble(file))).collect();
-        threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a check panicked".to_owned()))).collect()
-    });
-    println!("{:28} {:>7} {:>9} {:>6}  result", "kernel", "threads", "registers", "HGMMA");
+    let out = build()?;
+    let table = out.join("kernels.rs");
+    let table = fs::read_to_string(&table).map_err(|error| format!("{}: {error}", table.display()))?;
+    let names = symbols(&table);
+    let kernels = assemble_all(&out.join("ptx"), &names);
+    println!(
+        "{:28} {:>7} {:>9} {:>5} {:>5} {:>5} {:>5}  result",
+        "kernel", "threads", "registers", "stack", "spill", "HGMMA", "SHFL"
+    );
     let mut failed = 0;
     for kernel in kernels {
-        let Kernel { name, threads, registers, hgmma, problems } = kernel?;
+        let Kernel { name, threads, registers, stack, spilled, hgmma, shuffles, problems } = kernel?;
         let result = if problems.is_empty() { "ok".to_owned() } else { problems.join("; ") };
         failed += usize::from(!problems.is_empty());
-        println!("{name:28} {threads:>7} {registers:>9} {hgmma:>6}  {result}");
+        println!("{name:28} {threads:>7} {registers:>9} {stack:>5} {spilled:>5} {hgmma:>5} {shuffles:>5}  {result}");
     }
-    match (files.len(), failed) {
-        (0, _) => Err(format!("{} holds no PTX", folder.display())),
+    match (names.len(), failed) {
+        (0, _) => Err(format!("{} names no kernel", out.join("kernels.rs").display())),
         (_, 0) => Ok(()),
-        _ => Err(format!("{failed} of {} kernels are not as they should be", files.len())),
+        (all, _) => Err(format!("{failed} of {all} kernels are not as they should be")),
     }
 }
 
-/// Where build.rs wrote its PTX.
-fn ptx_folder() -> Result<PathBuf> {
-    let messages = output(&mut cargo(&["build", "--quiet", "--features", "cuda", "--lib", "--message-format=json"]))?;
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+/// Where build.rs wrote its PTX, and the table of it.
+fn build() -> Result<PathBuf> {
+    messages(&mut cargo(&["build", "--features", "cuda", "--lib"]))?
+        .iter()
         .filter(|message| message["reason"] == "build-script-executed")
-        .filter_map(|message| message["out_dir"].as_str().map(|out| Path::new(out).join("ptx")))
-        .find(|folder| folder.is_dir())
+        .filter_map(|message| message["out_dir"].as_str().map(PathBuf::from))
+        .find(|out| out.join("ptx").is_dir())
         .ok_or_else(|| "the build wrote no PTX".to_owned())
 }
 
-fn assemble(ptx: &Path) -> Result<Kernel> {
+/// The kernels of the table that build.rs writes. The folder may hold more: what an earlier build left.
+fn symbols(table: &str) -> Vec<&str> {
+    table.split("symbol: \"").skip(1).filter_map(|rest| rest.split_once('"')).map(|(name, _)| name).collect()
+}
+
+/// As many at a time as there are cores.
+fn assemble_all(folder: &Path, names: &[&str]) -> Vec<Result<Kernel>> {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let share = names.len().div_ceil(cores).max(1);
+    thread::scope(|scope| {
+        let shares: Vec<_> = names
+            .chunks(share)
+            .map(|names| scope.spawn(|| names.iter().map(|name| assemble(folder, name)).collect::<Vec<_>>()))
+            .collect();
+        let panicked = || vec![Err("a check panicked".to_owned())];
+        shares.into_iter().flat_map(|share| share.join().unwrap_or_else(|_| panicked())).collect()
+    })
+}
+
+fn assemble(folder: &Path, name: &str) -> Result<Kernel> {
+    let ptx = folder.join(format!("{name}.ptx"));
     let cubin = ptx.with_extension("checked.cubin");
     let mut ptxas = Command::new(cuda_tool("ptxas"));
-    let report = output(ptxas.args(["-arch=sm_90a", "-v", "-o"]).args([&cubin, ptx]))?;
+    let report = output(ptxas.args(["-arch=sm_90a", "-v", "-o"]).args([&cubin, &ptx]))?;
     let code = output(Command::new(cuda_tool("nvdisasm")).arg("-c").arg(&cubin))?;
-    let text = fs::read_to_string(ptx).map_err(|error| format!("{}: {error}", ptx.display()))?;
+    let text = fs::read_to_string(&ptx).map_err(|error| format!("{}: {error}", ptx.display()))?;
     let threads = text
         .lines()
         .find_map(|line| line.strip_prefix(".maxntid "))
         .and_then(|count| count.trim().parse().ok())
         .ok_or_else(|| format!("{} has no .maxntid", ptx.display()))?;
-    let registers = number_before(&report, " registers").unwrap_or(u32::MAX);
+    let reported = |what: &str| {
+        number_before(&report, what).ok_or_else(|| format!("ptxas reports no{what} for {name}:\n{report}"))
+    };
+    let registers = reported(" registers")?;
+    let stack = reported(" bytes stack frame")?;
+    let spilled = reported(" bytes spill stores")? + reported(" bytes spill loads")?;
+    let count = |mnemonic: &str| code.lines().filter(|line| line.contains(mnemonic)).count();
+
     let mut problems = Vec::new();
-    for what in [" bytes stack frame", " bytes spill stores", " bytes spill loads"] {
-        match number_before(&report, what) {
-            Some(0) => {}
-            Some(bytes) => problems.push(format!("{bytes}{what}")),
-            None => problems.push(format!("ptxas reports no{what}")),
-        }
+    if stack > 0 {
+        problems.push("a stack frame".to_owned());
+    }
+    if spilled > 0 {
+        problems.push("spills".to_owned());
     }
     // C75xx are ptxas's warnings about wgmma and setmaxnreg.
     problems.extend(report.lines().filter(|line| line.contains("(C75")).map(|line| line.trim().to_owned()));
-    let count = |mnemonic: &str| code.lines().filter(|line| line.contains(mnemonic)).count();
     problems.extend(NEEDED.iter().filter(|needed| count(needed) == 0).map(|needed| format!("no {needed}")));
     for mnemonic in FORBIDDEN {
         if count(mnemonic) > 0 {
@@ -96,8 +120,16 @@ fn assemble(ptx: &Path) -> Result<Kernel> {
     if registers.saturating_mul(threads) > REGISTER_FILE {
         problems.push(format!("{registers} registers for {threads} threads"));
     }
-    let name = ptx.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(Kernel { name, threads, registers, hgmma: count("HGMMA"), problems })
+    Ok(Kernel {
+        name: name.to_owned(),
+        threads,
+        registers,
+        stack,
+        spilled,
+        hgmma: count("HGMMA"),
+        shuffles: count("SHFL"),
+        problems,
+    })
 }
 
 /// The number in front of `what`.
@@ -109,6 +141,13 @@ fn number_before(report: &str, what: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kernels_are_read_from_the_table() {
+        let table =
+            "&[\n    Kernel { symbol: \"a_d64\", ptx: include_str!(\"a.ptx\") },\n    Kernel { symbol: \"b\", .. },";
+        assert_eq!(symbols(table), ["a_d64", "b"]);
+    }
 
     #[test]
     fn numbers_are_read_from_reports() {

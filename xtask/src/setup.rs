@@ -7,8 +7,11 @@ use std::process::Command;
 use crate::driver;
 use crate::shell::{Result, apt_install, output, run, step, target, works};
 
-/// ptxas and nvdisasm, as NVIDIA packs them for Python.
+/// ptxas and nvdisasm, as NVIDIA packs them for Python; no older nvdisasm is packed.
 const CUDA_TOOLS: [&str; 2] = ["nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-nvdisasm==13.2.51"];
+
+/// Where Debian's rustc-web puts its compiler.
+const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 
 /// Every step.
 pub fn all() -> Result {
@@ -26,19 +29,25 @@ pub fn cuda_tool(name: &str) -> std::path::PathBuf {
 /// A rustc with the source of its standard library; build.rs looks in the same places.
 fn kernel_compiler() -> Result {
     step("a compiler for the kernels");
-    let named = env::var("FERROFLASH_RUSTC").ok();
-    let mut candidates = [named.as_deref(), Some("rustc"), Some("/usr/bin/rustc")].into_iter().flatten();
-    if let Some(rustc) = candidates.find(|rustc| has_library_source(rustc)) {
+    if let Ok(named) = env::var("FERROFLASH_RUSTC") {
+        return if has_library_source(&named) {
+            println!("{named} has its standard library's source");
+            Ok(())
+        } else {
+            Err(format!("FERROFLASH_RUSTC is {named}, which is no rustc with its standard library's source"))
+        };
+    }
+    if let Some(rustc) = ["rustc", DEBIAN_RUSTC].into_iter().find(|rustc| has_library_source(rustc)) {
         println!("{rustc} has its standard library's source");
         return Ok(());
     }
     println!("none found; trying rustup's rust-src, then Debian's rustc-web");
-    if works("rustup", &["component", "add", "rust-src"]) && has_library_source("rustc") {
-        println!("added rust-src");
+    let added = run(Command::new("rustup").args(["component", "add", "rust-src"]));
+    if added.is_ok() && has_library_source("rustc") {
         return Ok(());
     }
-    apt_install(&["rustc-web", "rust-web-src"])?;
-    if has_library_source("/usr/bin/rustc") {
+    println!("rustup could not; Debian's rustc-web, then");
+    if apt_install(&["rustc-web", "rust-web-src"]).is_ok() && has_library_source(DEBIAN_RUSTC) {
         return Ok(());
     }
     Err("neither `rustup component add rust-src` nor `apt-get install rustc-web rust-web-src` brought a rustc with its \
@@ -73,5 +82,5 @@ fn cuda_tools() -> Result {
     }
     let mut pip = Command::new("python3");
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade", "--target"]);
-    run(pip.arg(target("cuda-tools")).args(CUDA_TOOLS))
+    run(pip.arg(target("cuda-tools")).args(CUDA_TOOLS).env("PIP_ROOT_USER_ACTION", "ignore"))
 }

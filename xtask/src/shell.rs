@@ -42,6 +42,19 @@ pub fn output(command: &mut Command) -> Result<String> {
     if output.status.success() { Ok(text) } else { Err(format!("{} failed:\n{text}", line(command))) }
 }
 
+/// Runs cargo with its progress shown and returns its messages, which say what was built and where.
+pub fn messages(cargo: &mut Command) -> Result<Vec<serde_json::Value>> {
+    cargo.arg("--message-format=json-render-diagnostics");
+    println!("$ {}", line(cargo));
+    let output = cargo.stderr(Stdio::inherit()).output().map_err(|error| format!("{}: {error}", line(cargo)))?;
+    if !output.status.success() {
+        return Err(format!("{} failed ({})", line(cargo), output.status));
+    }
+    // A build script may print anything; what is not JSON is no message.
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
+
 /// Whether a program is there and runs.
 pub fn works(program: &str, arguments: &[&str]) -> bool {
     output(Command::new(program).args(arguments)).is_ok()
