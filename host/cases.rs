@@ -119,10 +119,13 @@ impl Case {
                 let group = problem.heads_q / problem.heads_kv;
                 problem.heads_kv -= 1;
                 problem.heads_q = group * problem.heads_kv;
-            } else if problem.seqlen_q > problem.seqlen_k {
-                problem.seqlen_q = problem.seqlen_q * 3 / 4;
             } else {
-                problem.seqlen_k = problem.seqlen_k * 3 / 4;
+                let larger = problem.seqlen_q.max(problem.seqlen_k);
+                // The next smaller edge, of both where they are equal: what is shrunk still straddles a tile.
+                let smaller = EDGES.into_iter().rev().find(|&edge| edge < larger).unwrap_or(0);
+                for seqlen in [&mut problem.seqlen_q, &mut problem.seqlen_k] {
+                    *seqlen = if *seqlen == larger { smaller } else { *seqlen };
+                }
             }
         }
         Case {
@@ -145,8 +148,8 @@ impl Case {
     pub fn layout(&self, [batch, heads, seqlen, head_dim]: [usize; 4]) -> Layout {
         let row = head_dim + self.padding;
         let strides = match self.order {
-            Order::Bhsd => [heads * seqlen * row, seqlen * row, row],
-            Order::Bshd => [seqlen * heads * row, row, heads * row],
+            Order::Bhsd => [heads.saturating_mul(seqlen).saturating_mul(row), seqlen.saturating_mul(row), row],
+            Order::Bshd => [seqlen.saturating_mul(heads).saturating_mul(row), row, heads.saturating_mul(row)],
         };
         Layout::strided([batch, heads, seqlen, head_dim], strides)
     }

@@ -225,6 +225,20 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether the caller's input is at fault, and not the machine or this crate.
+    pub fn is_bad_input(&self) -> bool {
+        !matches!(
+            self,
+            Error::OutOfMemory { .. }
+                | Error::KernelFault { .. }
+                | Error::NoDevice { .. }
+                | Error::UnsupportedDevice { .. }
+                | Error::Driver { .. }
+        )
+    }
+}
+
 /// A tensor of the operator, as errors name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -55,6 +55,8 @@ fn bad_flags_exit_with_2() {
         &["check", "--mask", "diagonal"],
         &["check", "--cases", "3", "--head-dim", "64"],
         &["bench", "--device", "tpu"],
+        &["check", "--cases", "0"],
+        &["check", "--input-std", "nan"],
         &["frobnicate"],
         &[],
     ] {
@@ -65,15 +67,20 @@ fn bad_flags_exit_with_2() {
 
 #[test]
 fn bad_problems_are_named() {
-    for (arguments, message) in [
-        (&["check", "--device", "cpu", "--heads-q", "0"][..], "heads_q is 0"),
-        (&["check", "--device", "cpu", "--heads-q", "3", "--heads-kv", "2"], "heads_q is 3; a multiple of heads_kv"),
-        (&["check", "--device", "cpu", "--head-dim", "12"], "head_dim is 12"),
-        (&["check", "--device", "cpu", "--scale=-1"], "scale is -1"),
-        (&["bench", "--device", "cpu", "--head-dims", "260"], "head_dim is 260"),
+    for (arguments, code, message) in [
+        (&["check", "--heads-q", "0"][..], 2, "heads_q is 0"),
+        (&["check", "--heads-q", "3", "--heads-kv", "2"], 2, "heads_q is 3; a multiple of heads_kv"),
+        (&["check", "--head-dim", "12"], 2, "head_dim is 12"),
+        (&["check", "--scale", "-1"], 2, "scale is -1"),
+        (&["check", "--seqlen-q", "99999999999999999"], 2, "seqlen_q is 99999999999999999"),
+        (&["bench", "--head-dims", "260"], 2, "head_dim is 260"),
+        // Good flags that this machine can't serve.
+        (&["check", "--seqlen-q", "2000000000", "--heads-q", "100"], 1, "no memory for"),
+        (&["bench", "--seqlens", "2000000000", "--hidden", "6400"], 1, "no memory for"),
+        (&["bench", "--json", "/no/such/folder/x.json"], 1, "x.json can't be written"),
     ] {
-        let output = ferroflash(arguments);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
+        let output = ferroflash(&[arguments, &["--device", "cpu"]].concat());
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {output:?}");
         assert!(text(&output.stderr).contains(message), "{arguments:?}: {output:?}");
     }
 }
@@ -124,6 +131,16 @@ fn bench_writes_json() {
 }
 
 #[test]
+#[cfg(not(feature = "cuda"))]
+fn a_build_without_cuda_says_how_to_get_it() {
+    for command in ["info", "check", "bench"] {
+        let output = ferroflash(&[command, "--device", "cuda"]);
+        assert_eq!(output.status.code(), Some(2), "{command}: {output:?}");
+        assert!(text(&output.stderr).contains("--features cuda"), "{command}: {output:?}");
+    }
+}
+
+#[test]
 fn info_lists_the_kernels() {
     let output = ferroflash(&["info", "--device", "cpu"]);
     assert!(output.status.success(), "{output:?}");
@@ -139,12 +156,11 @@ fn help_has_examples() {
     }
 }
 
-/// A first Ctrl-C ends the sweep after the measurement in hand, with what was measured so far.
-#[test]
+/// Starts the command, sends it what Ctrl-C sends a while later, and waits for its end.
 #[cfg(target_os = "linux")]
-fn ctrl_c_keeps_what_was_measured() {
+fn interrupted(arguments: &[&str]) -> Output {
     let child = Command::new(env!("CARGO_BIN_EXE_ferroflash"))
-        .args(["check", "--device", "cpu", "--cases", "100000"])
+        .args(arguments)
         .stdout(std::process::Stdio::piped())
         .spawn()
         .expect("the binary runs");
@@ -152,6 +168,44 @@ fn ctrl_c_keeps_what_was_measured() {
     let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
     assert!(killed.success());
     let output = child.wait_with_output().expect("it ends");
-    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(output.status.code(), Some(130), "{output:?}");
+    output
+}
+
+/// A first Ctrl-C ends the sweep after the case in hand, with what was judged so far.
+#[test]
+#[cfg(target_os = "linux")]
+fn ctrl_c_keeps_what_was_judged() {
+    let output = interrupted(&["check", "--device", "cpu", "--cases", "100000"]);
     assert!(text(&output.stdout).contains("passed"), "{}", text(&output.stdout));
+}
+
+/// A measurement that Ctrl-C cut short is no record: neither NaN in the table nor null in the file.
+#[test]
+#[cfg(target_os = "linux")]
+fn ctrl_c_leaves_no_half_measurement() {
+    let path = std::env::temp_dir().join(format!("ferroflash-interrupted-{}.json", std::process::id()));
+    let name = path.to_str().expect("a path in UTF-8");
+    let flags = ["--head-dims", "64", "--seqlens", "64", "--tokens", "64", "--hidden", "64", "--budget-ms", "60000"];
+    let output = interrupted(&[&["bench", "--device", "cpu", "--json", name][..], &flags].concat());
+    assert!(!text(&output.stdout).contains("NaN"), "{}", text(&output.stdout));
+    let json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).expect("the file")).expect("JSON");
+    std::fs::remove_file(&path).expect("the file");
+    assert_eq!(json["records"], serde_json::json!([]));
+}
+
+/// As in `ferroflash info | head -1`.
+#[test]
+#[cfg(unix)]
+fn a_reader_that_leaves_is_no_panic() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ferroflash"))
+        .args(["info", "--device", "cpu"])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("the binary runs");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("it ends");
+    assert!(output.stderr.is_empty(), "{}", text(&output.stderr));
 }

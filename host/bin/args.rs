@@ -31,6 +31,17 @@ pub enum Command {
     Bench(BenchArgs),
 }
 
+impl Command {
+    /// The device that was asked for.
+    pub fn device(&self) -> Option<DeviceName> {
+        match self {
+            Command::Info(args) => args.device.device,
+            Command::Check(args) => args.device.device,
+            Command::Bench(args) => args.device.device,
+        }
+    }
+}
+
 /// Where to run.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DeviceName {
@@ -73,7 +84,8 @@ Examples:
   ferroflash check --device cuda --seqlen-q 1048576 --seqlen-k 1048576 --heads-q 1 --heads-kv 1
 
 With --cases, or with no flag that describes a case, shapes are drawn at random from the seed. Otherwise one case runs.
-Exit code 0 when every case is within the accuracy bar, 1 when one is not, 2 for bad flags.")]
+Where the reference would take minutes, as with a million tokens, a sample of query rows is judged.
+Exit code 0 when every case is within the accuracy bar, 1 when one is not or can't run, 2 for bad flags.")]
 pub struct CheckArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
@@ -81,7 +93,7 @@ pub struct CheckArgs {
     #[arg(long, value_delimiter = ',', default_value = "forward")]
     pub op: Vec<OpName>,
     /// Random cases to run [default: 50].
-    #[arg(long, conflicts_with = "case")]
+    #[arg(long, conflicts_with = "case", value_parser = clap::value_parser!(u64).range(1..))]
     pub cases: Option<u64>,
     /// Seed of the cases and of their inputs.
     #[arg(long, default_value_t = 0)]
@@ -114,13 +126,13 @@ pub struct CaseArgs {
     #[arg(long, value_parser = mask, default_value = "none", value_name = "none|causal")]
     pub mask: Mask,
     /// Factor of the scores [default: 1/√head_dim].
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub scale: Option<f32>,
     /// Order of the dimensions in memory.
     #[arg(long, value_parser = order, default_value = "bhsd", value_name = "bhsd|bshd")]
     pub layout: Order,
     /// Standard deviation of the random inputs.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, value_parser = input_std, default_value = "1", allow_negative_numbers = true)]
     pub input_std: f32,
 }
 
@@ -190,6 +202,11 @@ fn dtype(text: &str) -> Result<Dtype, String> {
 
 fn mask(text: &str) -> Result<Mask, String> {
     text.parse().map_err(|error: ferroflash::Error| error.to_string())
+}
+
+fn input_std(text: &str) -> Result<f32, String> {
+    let std = text.parse().ok().filter(|std: &f32| std.is_finite() && *std >= 0.0);
+    std.ok_or_else(|| "a finite number, 0 or above, is needed".to_owned())
 }
 
 fn order(text: &str) -> Result<Order, String> {

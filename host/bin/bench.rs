@@ -1,17 +1,23 @@
 //! `bench`: the median time of many runs, by device events on a GPU.
 
 use std::fs::File;
+use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
 use ferroflash::cases::Case;
-use ferroflash::{Attention, Dtype, Element, Lse, Mask, Operand, Problem, Result, Tensor, bf16, f16};
+use ferroflash::{Attention, Dtype, Element, Mask, Operand, Problem, Result, Tensor, bf16, f16};
 use serde::Serialize;
 
 use crate::args::{BenchArgs, OpName};
-use crate::machine::{Job, Machine, Timed, commit, kernel_compiler};
-use crate::{interrupted, progress, table};
+use crate::machine::{Job, Machine, Timed, check_memory, commit, forget_peak_memory, kernel_compiler, peak_memory};
+use crate::sweep::{Swept, interrupted, sweep};
+use crate::{say, table};
 
+/// Copies of its tensors that this computer must hold: the values, and on the CPU what they are uploaded to.
+const COPIES_CPU: u128 = 2;
+const COPIES_GPU: u128 = 1;
 /// Runs that warm-up and measurement have at least.
 const WARM_UP: usize = 2;
 const FEWEST_RUNS: usize = 5;
@@ -57,16 +63,22 @@ struct Report<'a> {
 
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     let machine = Machine::open(&args.device)?;
-    let sweep = sweep(args, &machine);
+    let steps = steps(args, &machine);
     // Bad shapes are reported before anything is measured.
-    for (_, problem, mask) in &sweep {
+    for Step { problem, mask, .. } in &steps {
         Attention::new(*problem).mask(*mask).plan(1)?;
+        check_memory(problem, if machine.is_cpu() { COPIES_CPU } else { COPIES_GPU })?;
     }
+    let mut file = match args.json.as_deref().map(JsonFile::open).transpose() {
+        Ok(file) => file,
+        Err(message) => return Ok(fail(&message)),
+    };
     let budget = Duration::from_millis(args.budget_ms.unwrap_or(if machine.is_cpu() { 500 } else { 300 }));
-    println!("{}", machine.name());
-    let records = machine.run(Bench { sweep: &sweep, budget })?;
+    say(machine.name());
+    let Swept { done, ended } = machine.run(Bench { steps: &steps, budget });
+    let records: Vec<Record> = done.into_iter().flatten().collect();
     print_table(&records, machine.matrix_peak());
-    if let Some(path) = &args.json {
+    if let Some(file) = &mut file {
         let cpu = machine.is_cpu();
         let header = Header {
             gpu: (!cpu).then(|| machine.name()),
@@ -77,19 +89,56 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
             commit: commit(),
             unix_time: SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_secs()),
         };
-        let written = File::create(path).map_err(|error| error.to_string()).and_then(|file| {
-            serde_json::to_writer_pretty(file, &Report { header, records: &records }).map_err(|e| e.to_string())
-        });
-        if let Err(error) = written {
-            eprintln!("error: {} could not be written: {error}", path.display());
-            return Ok(ExitCode::FAILURE);
+        if let Err(message) = file.write(&Report { header, records: &records }) {
+            return Ok(fail(&message));
         }
     }
+    ended?;
     Ok(ExitCode::SUCCESS)
 }
 
+fn fail(message: &str) -> ExitCode {
+    eprintln!("error: {message}");
+    ExitCode::FAILURE
+}
+
+/// The file that `--json` names, opened before anything is measured, so that a bad name costs no time. What it held
+/// before stays until there are results.
+struct JsonFile<'a> {
+    path: &'a Path,
+    file: File,
+}
+
+impl<'a> JsonFile<'a> {
+    fn open(path: &'a Path) -> std::result::Result<Self, String> {
+        let file = File::options().write(true).create(true).truncate(false).open(path);
+        file.map(|file| JsonFile { path, file }).map_err(|error| cannot_write(path, &error))
+    }
+
+    fn write(&mut self, report: &Report) -> std::result::Result<(), String> {
+        let mut text = serde_json::to_string_pretty(report).map_err(|error| cannot_write(self.path, &error))?;
+        text.push('\n');
+        // A pipe or a terminal has no length to cut.
+        if self.file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            self.file.set_len(0).map_err(|error| cannot_write(self.path, &error))?;
+        }
+        self.file.write_all(text.as_bytes()).map_err(|error| cannot_write(self.path, &error))
+    }
+}
+
+fn cannot_write(path: &Path, error: &dyn std::error::Error) -> String {
+    format!("{} can't be written: {error}", path.display())
+}
+
+/// One measurement to make.
+struct Step {
+    op: OpName,
+    problem: Problem,
+    mask: Mask,
+}
+
 /// Every measurement that the flags ask for.
-fn sweep(args: &BenchArgs, machine: &Machine) -> Vec<(OpName, Problem, Mask)> {
+fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
     let pick = |given: &[usize], gpu: &[usize], cpu: &[usize]| match (given.is_empty(), machine.is_cpu()) {
         (false, _) => given.to_vec(),
         (true, false) => gpu.to_vec(),
@@ -99,7 +148,7 @@ fn sweep(args: &BenchArgs, machine: &Machine) -> Vec<(OpName, Problem, Mask)> {
     let seqlens = pick(&args.seqlens, &[1024, 4096, 16384], &[256, 1024]);
     let tokens = args.tokens.unwrap_or(if machine.is_cpu() { 1024 } else { 32768 });
     let hidden = args.hidden.unwrap_or(if machine.is_cpu() { 512 } else { 2048 });
-    let mut sweep = Vec::new();
+    let mut steps = Vec::new();
     for &op in &args.op {
         for &dtype in &args.dtype {
             for &head_dim in &head_dims {
@@ -115,53 +164,50 @@ fn sweep(args: &BenchArgs, machine: &Machine) -> Vec<(OpName, Problem, Mask)> {
                             head_dim,
                             dtype,
                         };
-                        sweep.push((op, problem, mask));
+                        steps.push(Step { op, problem, mask });
                     }
                 }
             }
         }
     }
-    sweep
+    steps
 }
 
 struct Bench<'a> {
-    sweep: &'a [(OpName, Problem, Mask)],
+    steps: &'a [Step],
     budget: Duration,
 }
 
 impl Job for Bench<'_> {
-    type Result = Result<Vec<Record>>;
+    type Result = Swept<Option<Record>>;
 
     fn run<B: Timed>(self, backend: &B, machine: &Machine) -> Self::Result {
-        let bar = progress(self.sweep.len());
-        let mut records = Vec::new();
-        for &(op, problem, mask) in self.sweep {
-            if interrupted() {
-                break;
-            }
-            bar.set_message(format!("{} D {} S {} {mask}", op.name(), problem.head_dim, problem.seqlen_q));
-            let times = match problem.dtype {
-                Dtype::F16 => measure::<B, f16>(backend, &problem, mask, self.budget)?,
-                Dtype::Bf16 => measure::<B, bf16>(backend, &problem, mask, self.budget)?,
+        let name = |Step { op, problem, mask }: &Step| {
+            format!("{} D {} S {} {mask}", op.name(), problem.head_dim, problem.seqlen_q)
+        };
+        sweep(self.steps, name, |step| {
+            forget_peak_memory();
+            let measured = match (step.op, step.problem.dtype) {
+                (OpName::Forward, Dtype::F16) => forward::<B, f16>(backend, step, self.budget)?,
+                (OpName::Forward, Dtype::Bf16) => forward::<B, bf16>(backend, step, self.budget)?,
             };
-            records.push(record(op, &problem, mask, machine, &times));
-            bar.inc(1);
-        }
-        bar.finish_and_clear();
-        Ok(records)
+            Ok(measured.map(|measured| record(step, machine, &measured)))
+        })
     }
 }
 
-/// The times of all runs, sorted.
-fn measure<B: Timed, E: Element>(
-    backend: &B,
-    problem: &Problem,
-    mask: Mask,
-    budget: Duration,
-) -> Result<Vec<Duration>> {
-    let attention = Attention::new(*problem).mask(mask).lse(Lse::Omit);
-    let plan = attention.plan(backend.sm_count())?;
-    let inputs = Case::new(*problem, mask).random_inputs::<E>()?;
+/// What runs of one problem took.
+struct Measured {
+    /// Sorted.
+    times: Vec<Duration>,
+    workspace_bytes: usize,
+}
+
+/// Measures one problem; `None` where Ctrl-C left too few runs for a median.
+fn forward<B: Timed, E: Element>(backend: &B, step: &Step, budget: Duration) -> Result<Option<Measured>> {
+    let Step { problem, mask, .. } = step;
+    let plan = Attention::new(*problem).mask(*mask).plan(backend.sm_count())?;
+    let inputs = Case::new(*problem, *mask).random_inputs::<E>()?;
     let [q, k, v] = [
         backend.upload(Operand::Q, &inputs[0])?,
         backend.upload(Operand::K, &inputs[1])?,
@@ -186,10 +232,13 @@ fn measure<B: Timed, E: Element>(
         times.push(backend.time(&mut launch)?);
     }
     times.sort();
-    Ok(times)
+    let measured = Measured { times, workspace_bytes: plan.workspace_bytes() };
+    Ok(Some(measured).filter(|measured| measured.times.len() >= FEWEST_RUNS))
 }
 
-fn record(op: OpName, problem: &Problem, mask: Mask, machine: &Machine, times: &[Duration]) -> Record {
+fn record(step: &Step, machine: &Machine, measured: &Measured) -> Record {
+    let Step { op, problem, mask } = step;
+    let times = &measured.times;
     let seconds = times.get(times.len() / 2).map_or(f64::NAN, Duration::as_secs_f64);
     Record {
         op: op.name(),
@@ -203,22 +252,18 @@ fn record(op: OpName, problem: &Problem, mask: Mask, machine: &Machine, times: &
         mask: mask.to_string(),
         dtype: problem.dtype.name(),
         ms: seconds * 1e3,
-        tflops: problem.flops_forward(mask) / seconds / 1e12,
+        tflops: problem.flops_forward(*mask) / seconds / 1e12,
         gbps: problem.bytes_forward() / seconds / 1e9,
-        peak_bytes: peak_bytes(problem, machine),
+        peak_bytes: peak_bytes(problem, machine, measured.workspace_bytes),
         runs: times.len(),
     }
 }
 
-/// On a GPU, what the tensors take: there is no workspace. On the CPU, the process's peak.
-fn peak_bytes(problem: &Problem, machine: &Machine) -> usize {
-    let own = || {
-        let status = std::fs::read_to_string("/proc/self/status").ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-        Some(1024 * line.split_whitespace().next()?.parse::<usize>().ok()?)
-    };
+/// On a GPU, what the tensors and the workspace take; on the CPU, the process's peak while it measured.
+fn peak_bytes(problem: &Problem, machine: &Machine, workspace_bytes: usize) -> usize {
     let tensors = 4 * (problem.q_shape().iter().product::<usize>() + problem.kv_shape().iter().product::<usize>());
-    if machine.is_cpu() { own().unwrap_or(tensors) } else { tensors }
+    let own = if machine.is_cpu() { peak_memory() } else { None };
+    own.unwrap_or(tensors + workspace_bytes)
 }
 
 fn print_table(records: &[Record], peak: Option<f64>) {
@@ -233,5 +278,5 @@ fn print_table(records: &[Record], peak: Option<f64>) {
         row.extend([format!("{:.0}", r.gbps), (r.peak_bytes >> 20).to_string()]);
         table.add_row(row);
     }
-    println!("{table}");
+    say(table);
 }

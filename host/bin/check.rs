@@ -2,13 +2,14 @@
 
 use std::process::ExitCode;
 
-use ferroflash::Result;
 use ferroflash::cases::{Case, Outcome};
 use ferroflash::reference::Rows;
+use ferroflash::{Attention, Result};
 
 use crate::args::{CheckArgs, OpName};
-use crate::machine::{Job, Machine, Timed};
-use crate::{interrupted, progress, table};
+use crate::machine::{Job, Machine, Timed, check_memory};
+use crate::sweep::{Swept, sweep};
+use crate::{say, table};
 
 /// Random cases when no flag says otherwise.
 const DEFAULT_CASES: u64 = 50;
@@ -19,6 +20,8 @@ const FLOPS_GPU: f64 = 4e8;
 const REFERENCE_SCORES: usize = 1 << 29;
 /// Rows of such a sample, of each head.
 const SAMPLED_ROWS: usize = 64;
+/// Copies of its tensors that a case needs at least: the test's own, and the backend's.
+const COPIES: u128 = 2;
 /// Rows of the table; failures are always shown.
 const SHOWN: usize = 20;
 
@@ -32,19 +35,22 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
             (0..count).map(|i| Case::random(args.seed.wrapping_mul(1 << 32).wrapping_add(i), limit)).collect()
         }
     };
-    println!("{} on {}", plural(cases.len() * args.op.len(), "case"), machine.name());
-    let mut failed = 0;
-    for &op in &args.op {
-        let results = machine.run(Check { op, cases: &cases })?;
-        failed += report(&results);
+    // Bad shapes are reported before anything runs.
+    for case in &cases {
+        Attention::new(case.problem).mask(case.mask).scale(case.effective_scale()).plan(1)?;
+        check_memory(&case.problem, COPIES)?;
     }
+    say(format_args!("{} on {}", plural(cases.len() * args.op.len(), "case"), machine.name()));
+    let steps: Vec<(OpName, Case)> = args.op.iter().flat_map(|&op| cases.iter().map(move |&case| (op, case))).collect();
+    let Swept { done, ended } = machine.run(Check { steps: &steps });
+    let failed = report(&done);
+    ended?;
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Runs cases until they end or the user interrupts.
+/// The cases to run.
 struct Check<'a> {
-    op: OpName,
-    cases: &'a [Case],
+    steps: &'a [(OpName, Case)],
 }
 
 /// A case that ran, and how much of it was judged.
@@ -56,25 +62,17 @@ struct Judged {
 }
 
 impl Job for Check<'_> {
-    type Result = Result<Vec<Judged>>;
+    type Result = Swept<Judged>;
 
     fn run<B: Timed>(self, backend: &B, _: &Machine) -> Self::Result {
-        let bar = progress(self.cases.len());
-        let mut results = Vec::new();
-        for case in self.cases {
-            if interrupted() {
-                break;
-            }
-            bar.set_message(case.to_string());
-            let rows = rows(case);
-            let outcome = match self.op {
+        let name = |(op, case): &(OpName, Case)| format!("--op {} {case}", op.name());
+        sweep(self.steps, name, |&(op, case)| {
+            let rows = rows(&case);
+            let outcome = match op {
                 OpName::Forward => case.run(backend, &rows)?,
             };
-            results.push(Judged { op: self.op, case: *case, outcome, rows });
-            bar.inc(1);
-        }
-        bar.finish_and_clear();
-        Ok(results)
+            Ok(Judged { op, case, outcome, rows })
+        })
     }
 }
 
@@ -84,7 +82,12 @@ fn rows(case: &Case) -> Rows {
     let scores = [problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k]
         .into_iter()
         .fold(1usize, usize::saturating_mul);
-    if scores <= REFERENCE_SCORES { Rows::All } else { Rows::sample(problem.seqlen_q, SAMPLED_ROWS) }
+    // Rows cost something even where there is no score.
+    if scores.max(problem.seqlen_q) <= REFERENCE_SCORES {
+        Rows::All
+    } else {
+        Rows::sample(problem.seqlen_q, SAMPLED_ROWS)
+    }
 }
 
 /// Prints the cases that failed and those closest to the bar; how many failed.
@@ -107,6 +110,7 @@ fn report(results: &[Judged]) -> usize {
         "layout",
         "std",
         "error O",
+        "plain O",
         "bar",
         "error LSE",
         "bar",
@@ -124,18 +128,20 @@ fn report(results: &[Judged]) -> usize {
         row.extend([p.batch, p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, p.head_dim].map(|x| x.to_string()));
         row.extend([p.dtype.name().to_owned(), case.mask.to_string(), case.order.to_string()]);
         row.push(case.input_std.to_string());
-        row.extend([outcome.o.error, outcome.o.bar, outcome.lse.error, outcome.lse.bar].map(|x| format!("{x:.1e}")));
+        let (o, lse) = (outcome.o, outcome.lse);
+        row.extend([o.error, o.plain, o.bar, lse.error, lse.bar].map(|x| format!("{x:.1e}")));
         row.push(result.to_owned());
         table.add_row(row);
     }
-    println!("{table}");
+    say(table);
     if results.len() > SHOWN.max(failed) {
-        println!("(the {} closest to the bar; {} more are further from it)", SHOWN, results.len() - SHOWN);
+        let hidden = results.len() - SHOWN.max(failed);
+        say(format_args!("(those closest to the bar; {hidden} more are further from it)"));
     }
     for judged in results.iter().filter(|judged| !judged.outcome.passed()) {
-        println!("to run it again: ferroflash check {}", judged.case);
+        say(format_args!("to run it again: ferroflash check --op {} {}", judged.op.name(), judged.case));
     }
-    println!("{} passed, {} failed", results.len() - failed, failed);
+    say(format_args!("{} passed, {} failed", results.len() - failed, failed));
     failed
 }
 

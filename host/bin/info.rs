@@ -6,30 +6,38 @@ use ferroflash::{Result, VARIANTS};
 
 use crate::args::InfoArgs;
 use crate::machine::{Machine, commit, kernel_compiler};
-use crate::table;
+use crate::{say, table};
 
 pub fn run(args: &InfoArgs) -> Result<ExitCode> {
-    println!("ferroflash {}{}", env!("CARGO_PKG_VERSION"), commit().map(|c| format!(" ({c})")).unwrap_or_default());
-    println!("kernels compiled by: {}", kernel_compiler());
-    println!("cpu: {}", Machine::open(&crate::args::DeviceArgs { device: Some(crate::args::DeviceName::Cpu) })?.name());
+    say(format_args!(
+        "ferroflash {}{}",
+        env!("CARGO_PKG_VERSION"),
+        commit().map(|c| format!(" ({c})")).unwrap_or_default()
+    ));
+    say(format_args!("kernels compiled by: {}", kernel_compiler()));
+    say(format_args!(
+        "cpu: {}",
+        Machine::open(&crate::args::DeviceArgs { device: Some(crate::args::DeviceName::Cpu) })?.name()
+    ));
     let machine = match args.device.device {
         Some(_) => Machine::open(&args.device).map(Some)?,
         None => gpu(),
     };
     if let Some(machine) = machine.filter(|machine| !machine.is_cpu()) {
-        println!("gpu: {}, driver {}", machine.name(), machine.driver().unwrap_or_default());
+        let (size, driver) = (machine.size().unwrap_or_default(), machine.driver().unwrap_or_default());
+        say(format_args!("gpu: {}, {size}, driver {driver}", machine.name()));
         #[cfg(feature = "cuda")]
         load_times(&machine)?;
     }
-    println!();
-    println!("{}", variants());
+    say("");
+    say(variants());
     Ok(ExitCode::SUCCESS)
 }
 
 /// The GPU, or a line that says why there is none.
 fn gpu() -> Option<Machine> {
     let cuda = crate::args::DeviceArgs { device: Some(crate::args::DeviceName::Cuda) };
-    Machine::open(&cuda).inspect_err(|error| println!("gpu: {error}")).ok()
+    Machine::open(&cuda).inspect_err(|error| say(format_args!("gpu: {error}"))).ok()
 }
 
 fn variants() -> comfy_table::Table {
@@ -78,7 +86,7 @@ fn load_times(machine: &Machine) -> Result<()> {
         let problem =
             Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1, head_dim, dtype: Dtype::Bf16 };
         let plan = Attention::new(problem).plan(cuda.sm_count())?;
-        println!("first use of {}: {:.1} ms", plan.variant().symbol, cuda.load(&plan)?.as_secs_f64() * 1e3);
+        say(format_args!("first use of {}: {:.1} ms", plan.variant().symbol, cuda.load(&plan)?.as_secs_f64() * 1e3));
     }
     Ok(())
 }

@@ -2,9 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use ferroflash::{Backend, Cpu, Result};
+use ferroflash::{Backend, Cpu, Error, Operand, Problem, Result};
 
 use crate::args::{DeviceArgs, DeviceName};
+
+/// Why a build without the feature has no GPU.
+pub const NO_GPU_SUPPORT: &str =
+    "this build has no GPU support; build it with `--features cuda`, see `cargo xtask setup`";
 
 /// A machine, opened.
 pub enum Machine {
@@ -46,7 +50,15 @@ impl Machine {
         match args.device {
             Some(DeviceName::Cpu) => Ok(Machine::Cpu(Cpu)),
             Some(DeviceName::Cuda) => Self::cuda(),
-            None => Ok(Self::cuda().unwrap_or(Machine::Cpu(Cpu))),
+            None => match Self::cuda() {
+                Err(error @ (Error::NoDevice { .. } | Error::UnsupportedDevice { .. })) => {
+                    if cfg!(feature = "cuda") {
+                        eprintln!("note: this runs on the CPU: {error}");
+                    }
+                    Ok(Machine::Cpu(Cpu))
+                }
+                opened => opened,
+            },
         }
     }
 
@@ -57,8 +69,7 @@ impl Machine {
 
     #[cfg(not(feature = "cuda"))]
     fn cuda() -> Result<Self> {
-        let reason = "this build has no GPU support; build it with `--features cuda`, see `cargo xtask setup`";
-        Err(ferroflash::Error::NoDevice { reason: reason.to_owned() })
+        Err(Error::NoDevice { reason: NO_GPU_SUPPORT.to_owned() })
     }
 
     /// Runs a job on it.
@@ -92,6 +103,18 @@ impl Machine {
         }
     }
 
+    /// Multiprocessors and memory of a GPU; none for the CPU.
+    pub fn size(&self) -> Option<String> {
+        match self {
+            Machine::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Machine::Cuda(cuda) => {
+                let memory = cuda.total_memory().ok()? as f64 / f64::from(1 << 30);
+                Some(format!("{} multiprocessors, {memory:.0} GiB", cuda.sm_count()))
+            }
+        }
+    }
+
     /// Dense 16-bit FLOP/s of its matrix units at the peak clock; none on the CPU.
     pub fn matrix_peak(&self) -> Option<f64> {
         match self {
@@ -104,6 +127,43 @@ impl Machine {
             }
         }
     }
+}
+
+/// Fails where this computer has no memory for a problem's tensors, of which a run needs `copies`. Linux would promise
+/// the memory all the same, and end the process when it is used.
+pub fn check_memory(problem: &Problem, copies: u128) -> Result<()> {
+    let Some(available) = proc_kib("/proc/meminfo", "MemAvailable:") else { return Ok(()) };
+    let mut needed = 0;
+    for (operand, shape) in [
+        (Operand::Q, problem.q_shape()),
+        (Operand::K, problem.kv_shape()),
+        (Operand::V, problem.kv_shape()),
+        (Operand::O, problem.q_shape()),
+    ] {
+        let bytes = shape.iter().fold(2u128, |bytes, &extent| bytes.saturating_mul(extent as u128));
+        needed = bytes.saturating_mul(copies).saturating_add(needed);
+        if needed > available as u128 {
+            return Err(Error::OutOfMemory { operand, bytes });
+        }
+    }
+    Ok(())
+}
+
+/// The most memory that this process has held since [`forget_peak_memory`].
+pub fn peak_memory() -> Option<usize> {
+    proc_kib("/proc/self/status", "VmHWM:")
+}
+
+/// Starts [`peak_memory`] anew. Where the system does not let us, the peak is that of the whole process.
+pub fn forget_peak_memory() {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// A field that Linux gives in KiB, in bytes.
+fn proc_kib(file: &str, field: &str) -> Option<usize> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let value = text.lines().find_map(|line| line.strip_prefix(field))?;
+    Some(1024 * value.split_whitespace().next()?.parse::<usize>().ok()?)
 }
 
 /// What compiled the kernels that a device runs.

@@ -5,58 +5,48 @@ mod bench;
 mod check;
 mod info;
 mod machine;
+mod sweep;
 
+use std::fmt::Display;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
-use args::{Cli, Command};
+use args::{Cli, Command, DeviceName};
 
-/// Set by the first Ctrl-C; a second one ends the process at once.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-/// Exit code of a process that Ctrl-C ended.
-const EXIT_INTERRUPTED: u8 = 130;
-
-/// Whether the user has asked to stop.
-fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
-}
+/// Exit code of a process whose reader went away: 128 + SIGPIPE, as shells report it.
+const EXIT_NO_READER: i32 = 141;
+/// Exit code for flags that ask for what can't be, as clap has it.
+const EXIT_BAD_FLAGS: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let on_interrupt = || {
-        if INTERRUPTED.swap(true, Ordering::Relaxed) {
-            std::process::exit(EXIT_INTERRUPTED.into());
-        }
-    };
-    if let Err(error) = ctrlc::set_handler(on_interrupt) {
-        eprintln!("warning: Ctrl-C will lose what was measured: {error}");
+    if cfg!(not(feature = "cuda")) && cli.command.device() == Some(DeviceName::Cuda) {
+        let message = format!("--device cuda: {}", machine::NO_GPU_SUPPORT);
+        Cli::command().error(clap::error::ErrorKind::InvalidValue, message).exit();
     }
+    sweep::catch_interrupts();
     let result = match &cli.command {
         Command::Info(args) => info::run(args),
         Command::Check(args) => check::run(args),
         Command::Bench(args) => bench::run(args),
     };
-    match result {
-        _ if interrupted() => ExitCode::from(EXIT_INTERRUPTED),
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    let code = result.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        if error.is_bad_input() { ExitCode::from(EXIT_BAD_FLAGS) } else { ExitCode::FAILURE }
+    });
+    if sweep::interrupted() { ExitCode::from(sweep::EXIT_INTERRUPTED) } else { code }
 }
 
-/// A progress bar on standard error, hidden where that is no terminal.
-fn progress(steps: usize) -> indicatif::ProgressBar {
-    let style = indicatif::ProgressStyle::with_template("{bar:30} {pos}/{len} {wide_msg} {eta}");
-    let bar = indicatif::ProgressBar::new(steps as u64);
-    match style {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
+/// Prints a line; where its reader has seen enough, as `head` has, the process ends without a word.
+fn say(line: impl Display) {
+    let Err(error) = writeln!(std::io::stdout(), "{line}") else { return };
+    if error.kind() == ErrorKind::BrokenPipe {
+        std::process::exit(EXIT_NO_READER);
     }
+    eprintln!("error: standard output can't be written: {error}");
+    std::process::exit(1);
 }
 
 /// A table in the style of all our tables.
