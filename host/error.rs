@@ -188,12 +188,12 @@ pub enum Error {
         bytes: u128,
     },
     /// A kernel broke its own rules: a bug of this crate, found by the CPU executor. Outputs are unspecified.
-    #[error("kernel {symbol} failed at work tile {work_tile}: {message}")]
+    #[error("kernel {symbol} failed in CTA {cta}: {message}")]
     KernelFault {
         /// The kernel.
         symbol: &'static str,
-        /// The work tile that it was at.
-        work_tile: u32,
+        /// The CTA.
+        cta: u32,
         /// What it says.
         message: String,
     },

@@ -4,7 +4,7 @@
 //! device buffers and raw device pointers. Where there is nothing to read or write, the address does not matter.
 
 use kernels_gpu::{
-    params::{ForwardParams, Strided},
+    params::{ForwardParams, Output, Strided},
     variants::Dtype,
 };
 
@@ -35,6 +35,13 @@ impl RawTensor {
     pub(crate) fn strided(&self) -> Strided {
         let [stride_batch, stride_head, stride_row] = self.layout.lowered_strides().map(|stride| stride as i64);
         Strided { address: self.address, stride_batch, stride_head, stride_row }
+    }
+
+    /// The first row alone, of a tensor that has one.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn first_row(&self) -> Self {
+        let [_, _, _, head_dim] = self.layout.shape;
+        RawTensor { layout: Layout { shape: [1, 1, 1, head_dim], ..self.layout }, ..*self }
     }
 
     fn region(&self) -> Option<Region> {
@@ -87,13 +94,13 @@ impl RawForward {
         self.validate_outputs(problem)
     }
 
-    /// The launch parameters of a plan that has work tiles; `q`, `k` and `v` as the machine names them.
-    pub(crate) fn params<T>(&self, plan: &Plan, [q, k, v]: [T; 3]) -> ForwardParams<T> {
+    /// The launch parameters of a plan that has work tiles; `q`, `k`, `v` and `o` as the machine names them.
+    pub(crate) fn params<T>(&self, plan: &Plan, [q, k, v, o]: [T; 4]) -> ForwardParams<T> {
         ForwardParams {
             q,
             k,
             v,
-            o: self.o.strided(),
+            o: Output { tiles: o, rows: self.o.strided() },
             lse: self.lse.unwrap_or(0),
             scale: plan.scale(),
             shape: plan.problem().kernel_shape(),

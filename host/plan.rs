@@ -34,6 +34,17 @@ pub struct Plan {
     pub(crate) workspace_bytes: usize,
 }
 
+/// One way to run a problem.
+#[derive(Clone, Copy)]
+struct Choice {
+    variant: &'static Variant,
+    work_tiles: u32,
+    grid: u32,
+    order: TileOrder,
+    /// About how long it takes.
+    time: u64,
+}
+
 impl Plan {
     /// Plans a forward pass for a machine with `sm_count` multiprocessors, or threads on the CPU.
     ///
@@ -46,17 +57,21 @@ impl Plan {
         if !scale.is_finite() || scale <= 0.0 {
             return Err(Error::Scale { value: scale });
         }
-        let variant = variants::forward(problem.dtype, problem.head_dim as u32, mask.kind())
-            .ok_or(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask })?;
-        let work_tiles = problem.seqlen_q.div_ceil(variant.block_m() as usize) as u128
-            * problem.heads_q as u128
-            * problem.batch as u128;
-        at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
-        let work_tiles = work_tiles as u32;
-        let grid = work_tiles.min(sm_count.max(1));
-        let order = match work_tiles {
-            0 => TileOrder::default(),
-            _ => variant.order(&problem.kernel_shape(), grid),
+        let shape = problem.kernel_shape();
+        let mut best: Option<Choice> = None;
+        for variant in variants::forward(problem.dtype, problem.head_dim as u32, mask.kind()) {
+            let m_blocks = problem.seqlen_q.div_ceil(variant.block_m() as usize) as u128;
+            let work_tiles = m_blocks * problem.heads_q as u128 * problem.batch as u128;
+            at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
+            let work_tiles = work_tiles as u32;
+            let grid = work_tiles.min(sm_count.max(1));
+            let (order, time) = if work_tiles == 0 { Default::default() } else { variant.order(&shape, grid) };
+            if best.is_none_or(|best| time < best.time) {
+                best = Some(Choice { variant, work_tiles, grid, order, time });
+            }
+        }
+        let Some(Choice { variant, work_tiles, grid, order, .. }) = best else {
+            return Err(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask });
         };
         Ok(Plan {
             problem: *problem,
@@ -203,6 +218,18 @@ mod tests {
         }
         // Without keys there are still zeros to write.
         assert!(plan(Problem { seqlen_k: 0, ..PROBLEM }).unwrap().work_tiles() > 0);
+    }
+
+    /// Query tiles of 192 rows waste much of a short causal problem, and little of a long one.
+    #[test]
+    fn tiles_follow_the_shape() {
+        let tiles = |seqlen: usize, mask| {
+            let problem = Problem { heads_q: 32, heads_kv: 32, seqlen_q: seqlen, seqlen_k: seqlen, ..PROBLEM };
+            let problem = Problem { batch: 32768 / seqlen, ..problem };
+            Plan::forward(&problem, mask, None, 132).unwrap().variant().block_m()
+        };
+        assert_eq!([1024, 4096, 16384].map(|seqlen| tiles(seqlen, Mask::None)), [192; 3]);
+        assert_eq!([1024, 16384].map(|seqlen| tiles(seqlen, Mask::Causal)), [128, 192]);
     }
 
     proptest! {

@@ -38,7 +38,7 @@ fn main() {
         .collect();
     for mask in [Mask::None, Mask::Causal] {
         trials.push(test(&format!("large logits, {mask}"), Box::new(move |cuda| common::large_logits(cuda, mask))));
-        for head_dim in [64, 128, 256] {
+        for head_dim in [64, 96, 128, 192, 256] {
             let problem = Problem { head_dim, ..BIG };
             let case = Case::new(problem, mask);
             trials.push(test(

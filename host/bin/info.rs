@@ -82,7 +82,7 @@ fn compiled(_: &str) -> (String, String) {
 fn load_times(machine: &Machine) -> Result<()> {
     use ferroflash::{Attention, Backend, Dtype, Problem};
     let Machine::Cuda(cuda) = machine else { return Ok(()) };
-    for head_dim in [64, 128, 256] {
+    for head_dim in [64, 96, 128, 192, 256] {
         let problem =
             Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1, head_dim, dtype: Dtype::Bf16 };
         let plan = Attention::new(problem).plan(cuda.sm_count())?;

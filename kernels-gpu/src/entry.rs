@@ -41,6 +41,7 @@ fn forward<E: Packed, M: Mask, const D8: usize, const N8: usize>(
             cta::set_registers(role, smem.consumers);
             let mut consumer = Consumer::<E>::new(smem, index, parameters);
             consume::<_, M, D8, N8>(&mut consumer, p, block_m, tiles);
+            consumer.finish();
         }
     }
 }

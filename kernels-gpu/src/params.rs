@@ -24,6 +24,14 @@ impl Strided {
     }
 }
 
+/// A tensor that a kernel writes: row by row, or by tiles through the copy engine.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Output<T> {
+    pub tiles: T,
+    pub rows: Strided,
+}
+
 /// The driver's opaque `CUtensorMap`.
 ///
 /// The copy engine wants it 64-byte aligned; the declared alignment is 16, the most that a by-value kernel
@@ -67,7 +75,7 @@ pub struct ForwardParams<T> {
     pub q: T,
     pub k: T,
     pub v: T,
-    pub o: Strided,
+    pub o: Output<T>,
     /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; 0 where it is not wanted.
     pub lse: u64,
     /// The softmax scale, finite and positive.

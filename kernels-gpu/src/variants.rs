@@ -57,6 +57,8 @@ impl Op {
 
 /// Rows of a query tile that one consumer warpgroup owns: the M of wgmma.
 pub const WARPGROUP_ROWS: u32 = 64;
+/// Rows of it that one warp owns.
+pub const WARP_ROWS: u32 = 16;
 /// Threads of a warpgroup.
 pub const WARPGROUP_THREADS: u32 = 128;
 
@@ -108,21 +110,24 @@ impl MaskKind {
 }
 
 impl Variant {
-    /// The order in which `ctas` CTAs take the work tiles of a problem that has any.
-    pub fn order(&self, shape: &Shape, ctas: u32) -> TileOrder {
+    /// The order in which `ctas` CTAs take the work tiles of a problem that has any, and about how long they take: in
+    /// scores that the busiest one computes.
+    pub fn order(&self, shape: &Shape, ctas: u32) -> (TileOrder, u64) {
         let (block_m, block_n) = (self.block_m(), self.block_n);
-        TileOrder::balanced(shape, block_m, ctas, |m_block| {
+        let (order, blocks) = TileOrder::balanced(shape, block_m, ctas, |m_block| {
             self.mask.n_blocks(shape, m_block * block_m, block_m, block_n).end
-        })
+        });
+        // Two consumers hide less of each other's softmax than three.
+        let percent = if self.consumers < 3 { 100 } else { 85 };
+        (order, blocks.saturating_mul(block_m as u64 * block_n as u64 * percent) / 100)
     }
 }
 
-/// The smallest compiled forward variant that holds `head_dim`.
-pub fn forward(dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static Variant> {
-    VARIANTS
-        .iter()
-        .filter(|v| v.op == Op::Forward && v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim)
-        .min_by_key(|v| v.head_dim)
+/// The compiled forward variants of the smallest head dim that holds `head_dim`; they differ in their tiles.
+pub fn forward(dtype: Dtype, head_dim: u32, mask: MaskKind) -> impl Iterator<Item = &'static Variant> {
+    let fits = move |v: &&Variant| v.op == Op::Forward && v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim;
+    let smallest = VARIANTS.iter().filter(fits).map(|v| v.head_dim).min();
+    VARIANTS.iter().filter(fits).filter(move |v| Some(v.head_dim) == smallest)
 }
 
 /// Calls `$apply!` with one row a variant:
@@ -133,14 +138,26 @@ macro_rules! forward_variants {
         $apply! {
             forward_f16_d64, F16, 64, None, 3, 128, 6;
             forward_f16_d64_causal, F16, 64, Causal, 3, 128, 6;
+            forward_f16_d64_m128, F16, 64, None, 2, 128, 6;
+            forward_f16_d64_m128_causal, F16, 64, Causal, 2, 128, 6;
+            forward_f16_d96, F16, 96, None, 2, 128, 5;
+            forward_f16_d96_causal, F16, 96, Causal, 2, 128, 5;
             forward_f16_d128, F16, 128, None, 2, 128, 5;
             forward_f16_d128_causal, F16, 128, Causal, 2, 128, 5;
+            forward_f16_d192, F16, 192, None, 2, 112, 4;
+            forward_f16_d192_causal, F16, 192, Causal, 2, 112, 4;
             forward_f16_d256, F16, 256, None, 2, 80, 4;
             forward_f16_d256_causal, F16, 256, Causal, 2, 80, 4;
             forward_bf16_d64, Bf16, 64, None, 3, 128, 6;
             forward_bf16_d64_causal, Bf16, 64, Causal, 3, 128, 6;
+            forward_bf16_d64_m128, Bf16, 64, None, 2, 128, 6;
+            forward_bf16_d64_m128_causal, Bf16, 64, Causal, 2, 128, 6;
+            forward_bf16_d96, Bf16, 96, None, 2, 128, 5;
+            forward_bf16_d96_causal, Bf16, 96, Causal, 2, 128, 5;
             forward_bf16_d128, Bf16, 128, None, 2, 128, 5;
             forward_bf16_d128_causal, Bf16, 128, Causal, 2, 128, 5;
+            forward_bf16_d192, Bf16, 192, None, 2, 112, 4;
+            forward_bf16_d192_causal, Bf16, 192, Causal, 2, 112, 4;
             forward_bf16_d256, Bf16, 256, None, 2, 80, 4;
             forward_bf16_d256_causal, Bf16, 256, Causal, 2, 80, 4;
         }

@@ -106,7 +106,7 @@ impl Backend for Cpu {
         if plan.work_tiles() == 0 {
             return Ok(());
         }
-        let params = args.params(plan, [&args.q, &args.k, &args.v].map(RawTensor::strided));
+        let params = args.params(plan, [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided));
         // SAFETY: the arguments were validated against the plan; they come from slices that are borrowed until this
         // function returns, those of `o` and `lse` mutably.
         unsafe { run::<E>(plan, &params) }
@@ -118,24 +118,29 @@ fn raw<T>(data: *const T, layout: Layout) -> RawTensor {
     RawTensor { address: data.expose_provenance() as u64, layout }
 }
 
-/// Runs every work tile of `plan`, in parallel; stops at the first fault.
+/// CTAs for each thread of the pool: enough that threads can steal what a causal mask leaves to the end, few enough that
+/// work tiles follow one another in a CTA as they do on a GPU.
+const CTAS_PER_THREAD: u32 = 8;
+
+/// Runs every CTA of `plan`, in parallel; stops at the first fault.
 ///
 /// # Safety
 /// `params` has passed [`RawForward::validate_buffers`] for `plan` with elements `E`, and its memory is valid, for
 /// writing `o` and `lse` and for reading the rest, until this function returns.
 unsafe fn run<E: Element>(plan: &Plan, params: &ForwardParams<Strided>) -> Result<()> {
-    // With one work tile a job, threads steal the short tiles that a causal mask leaves to the end.
-    (0..plan.work_tiles()).into_par_iter().with_max_len(1).try_for_each(|work_tile| {
-        let tile = || {
+    let threads = u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX);
+    let ctas = plan.work_tiles().min(threads.saturating_mul(CTAS_PER_THREAD));
+    (0..ctas).into_par_iter().with_max_len(1).try_for_each(|cta| {
+        let run = || {
             // SAFETY: by this function's contract the memory is valid and its layouts are those of the plan, whose
-            // variant and tile count these are; outputs alias nothing, and each row of them belongs to one work tile,
-            // so tiles may run at the same time.
-            unsafe { kernels_gpu::cpu::forward::<E>(plan.variant(), params, work_tile) }
+            // variant and tile count these are; outputs alias nothing, and each row of them belongs to one work tile of
+            // one CTA, so CTAs may run at the same time.
+            unsafe { kernels_gpu::cpu::forward::<E>(plan.variant(), params, cta, ctas) }
         };
-        // A tile that panics leaves behind nothing but its rows of the output, which the error calls unspecified.
-        catch_unwind(AssertUnwindSafe(tile)).map_err(|panic| Error::KernelFault {
+        // A CTA that panics leaves behind nothing but its rows of the output, which the error calls unspecified.
+        catch_unwind(AssertUnwindSafe(run)).map_err(|panic| Error::KernelFault {
             symbol: plan.variant().symbol,
-            work_tile,
+            cta,
             message: message(&*panic),
         })
     })

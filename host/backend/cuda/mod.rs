@@ -20,6 +20,7 @@ use cust::CudaFlags;
 use cust::context::{Context, CurrentContext};
 use cust::device::DeviceAttribute;
 use kernels_gpu::element::Element;
+use kernels_gpu::variants::{WARP_ROWS, WARPGROUP_ROWS};
 
 pub use kernels::{COMMIT, KERNEL_COMPILER, KERNELS, Kernel};
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut, Plain};
@@ -164,11 +165,15 @@ impl Cuda {
         self.device.make_current()?;
         let (variant, dtype) = (plan.variant(), plan.problem().dtype);
         let encode = |tensor: &RawTensor, rows| self.device.encoder.encode(tensor, dtype, rows);
-        let q = encode(&args.q, kernels_gpu::variants::WARPGROUP_ROWS)?;
+        let q = encode(&args.q, WARPGROUP_ROWS)?;
+        let o = encode(&args.o, WARP_ROWS)?;
         let maps = match plan.problem().seqlen_k {
-            // There is nothing to load, and the driver encodes no empty tensor; the kernel never looks at these.
-            0 => [q, q, q],
-            _ => [q, encode(&args.k, variant.block_n)?, encode(&args.v, variant.block_n)?],
+            // The driver encodes no empty tensor; every key of this one, some element of Q, is masked.
+            0 => {
+                let stand_in = encode(&args.q.first_row(), variant.block_n)?;
+                [q, stand_in, stand_in, o]
+            }
+            _ => [q, encode(&args.k, variant.block_n)?, encode(&args.v, variant.block_n)?, o],
         };
         let params = args.params(plan, maps);
         let function = self.device.modules.get(variant)?.function;

@@ -14,7 +14,7 @@ pub mod cpu;
 pub mod sm90;
 
 use crate::attention::scheduler::WorkTile;
-use crate::params::{Shape, Strided};
+use crate::params::{Output, Shape};
 
 /// A fragment that a product still in flight is writing.
 #[must_use = "a product must be waited for"]
@@ -40,6 +40,8 @@ pub trait Warpgroup: Sized {
     fn truncate_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, fill: f32, end: impl Fn(u32) -> i32);
     /// `f(x, r)` for every element x and its row's r.
     fn map_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
+    /// Multiplies each row by its factor; fast where all are 1.
+    fn scale_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, factors: Self::Rows);
     /// Folds each row's elements. Partial: only [`Warpgroup::reduce`] makes it the whole row's.
     fn fold<const N8: usize>(&self, x: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     /// Joins the partial folds of each row.
@@ -87,7 +89,7 @@ pub trait Warpgroup: Sized {
     fn pass_turn(&mut self);
 
     /// Stores this warpgroup's rows of `tile` in the input's dtype, as far as they are rows and columns of `shape`.
-    fn store<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: &Strided, tile: &WorkTile, shape: &Shape);
+    fn store<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: &Output<Self::Tensor>, tile: &WorkTile, shape: &Shape);
     /// Stores one f32 for each of this warpgroup's rows of `tile` in the (batch, heads_q, seqlen_q) array at `address`.
     fn store_rows(&mut self, values: Self::Rows, address: u64, tile: &WorkTile, shape: &Shape);
 }

@@ -1,10 +1,15 @@
 //! Which n_blocks a query tile visits: skipped blocks hold no live key, full blocks hold only live ones.
 //!
 //! Blocks are visited from the last to the first, so that the masked ones come before the full ones and the mainloop
-//! runs over two consecutive ranges with one step function.
+//! runs over two consecutive ranges with one step function. A query tile without a live key visits its first block all
+//! the same, wholly masked: so every work tile has a first and a last block, and the mainloop no case of none.
+
+use core::marker::PhantomData;
 
 use super::mask::Mask;
-use crate::params::Shape;
+use super::scheduler::WorkTile;
+use crate::params::{Shape, quotient};
+use crate::pipeline::order::KvBlock;
 
 /// The n_blocks of one query tile: `0..full_end` are full, `full_end..end` are masked, the rest is skipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,8 +25,43 @@ impl NBlocks {
         let last_row = (first_row + block_m).min(shape.seqlen_q) - 1;
         NBlocks {
             full_end: M::live_end(shape, first_row) / block_n,
-            end: M::live_end(shape, last_row).div_ceil(block_n),
+            end: M::live_end(shape, last_row).div_ceil(block_n).max(1),
         }
+    }
+}
+
+/// The blocks of keys that a CTA's work tiles visit, in the order in which they visit them.
+pub struct KvBlocks<'a, M, I> {
+    shape: &'a Shape,
+    block_m: u32,
+    block_n: u32,
+    tiles: I,
+    /// The last block that was given; those before it in its work tile are still to come.
+    block: KvBlock,
+    mask: PhantomData<M>,
+}
+
+impl<'a, M: Mask, I: Iterator<Item = WorkTile>> KvBlocks<'a, M, I> {
+    #[inline(always)]
+    pub fn new(shape: &'a Shape, block_m: u32, block_n: u32, tiles: I) -> Self {
+        let block = KvBlock { batch: 0, head: 0, n_block: 0 };
+        KvBlocks { shape, block_m, block_n, tiles, block, mask: PhantomData }
+    }
+}
+
+impl<M: Mask, I: Iterator<Item = WorkTile>> Iterator for KvBlocks<'_, M, I> {
+    type Item = KvBlock;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<KvBlock> {
+        if self.block.n_block == 0 {
+            let tile = self.tiles.next()?;
+            let blocks = NBlocks::new::<M>(self.shape, tile.m_block * self.block_m, self.block_m, self.block_n);
+            let head = quotient(tile.head, self.shape.group());
+            self.block = KvBlock { batch: tile.batch, head, n_block: blocks.end };
+        }
+        self.block.n_block -= 1;
+        Some(self.block)
     }
 }
 
@@ -42,7 +82,11 @@ mod tests {
                 let all = rows.clone().all(|i| keys.clone().all(|j| live(i, j)));
                 assert!(n_block < blocks.end || !any, "{shape:?} row {first_row}: block {n_block} skipped but live");
                 assert!(n_block >= blocks.full_end || all, "{shape:?} row {first_row}: block {n_block} not full");
-                assert!(n_block >= blocks.end || any, "{shape:?} row {first_row}: block {n_block} visited for nothing");
+                let visited = n_block < blocks.end;
+                assert!(
+                    !visited || n_block == 0 || any,
+                    "{shape:?} row {first_row}: block {n_block} visited for nothing"
+                );
             }
         }
     }

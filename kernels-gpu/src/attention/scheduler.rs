@@ -51,41 +51,51 @@ impl TileOrder {
         }
     }
 
-    /// The order in which `ctas` CTAs finish soonest, where m_block i takes `blocks(i)` steps of the mainloop.
-    pub fn balanced(shape: &Shape, block_m: u32, ctas: u32, blocks: impl Fn(u32) -> u32) -> Self {
+    /// The order in which `ctas` CTAs finish soonest, where m_block i takes `blocks(i)` steps of the mainloop; and how many
+    /// steps the busiest one takes.
+    pub fn balanced(shape: &Shape, block_m: u32, ctas: u32, blocks: impl Fn(u32) -> u32) -> (Self, u64) {
         let group = shape.group().max(1);
         let smallest = Self::new(shape, block_m, group);
-        let last = smallest.m_blocks.saturating_sub(1);
-        if ctas == 0 || blocks(0) == blocks(last) {
-            return smallest;
+        let tiles = smallest.tiles() as u64;
+        if tiles == 0 || ctas == 0 {
+            return (smallest, 0);
         }
+        let cost = |m_block| blocks(m_block) as u64 + TILE_OVERHEAD;
+        if blocks(0) == blocks(smallest.m_blocks - 1) {
+            return (smallest, tiles.div_ceil(ctas as u64) * cost(0));
+        }
+        // What a CTA would take if all took the same.
+        let all: u64 = (0..smallest.m_blocks).map(cost).sum();
+        let even = (all as u128 * smallest.heads as u128 / ctas as u128) as u64;
+        let scale = |(busiest, tried): (u64, u64)| (busiest as u128 * tiles as u128 / tried as u128) as u64;
         let group_bytes = 4 * shape.seqlen_k as u64 * shape.head_dim as u64;
-        let mut best = (smallest, smallest.trial(ctas, &blocks));
+        let mut best = (smallest, scale(smallest.trial(ctas, cost)));
         for groups in [2, 3, 4, 6, 8, 12, 16, 24, 32] {
-            if groups as u64 * group_bytes > SECTION_BYTES || groups * group > smallest.heads {
+            let even_enough = best.1 * 100 <= even * 102;
+            if even_enough || groups as u64 * group_bytes > SECTION_BYTES || groups * group > smallest.heads {
                 break;
             }
             let order = Self::new(shape, block_m, groups * group);
-            let time = order.trial(ctas, &blocks);
+            let time = scale(order.trial(ctas, cost));
             // A larger section has to be worth what it costs in L2.
             if time * 101 < best.1 * 100 {
                 best = (order, time);
             }
         }
-        best.0
+        best
     }
 
-    /// How long the busiest of `ctas` CTAs takes for the first tiles.
-    fn trial(&self, ctas: u32, blocks: impl Fn(u32) -> u32) -> u64 {
-        (0..ctas)
-            .map(|cta| {
-                CtaTiles::new(self, cta, ctas)
-                    .take(TRIAL_TILES.div_ceil(ctas) as usize)
-                    .map(|tile| blocks(tile.m_block) as u64 + TILE_OVERHEAD)
-                    .sum()
-            })
-            .max()
-            .unwrap_or(0)
+    /// How long the busiest of `ctas` CTAs takes for the first tiles, and how many tiles those are.
+    fn trial(&self, ctas: u32, cost: impl Fn(u32) -> u64) -> (u64, u64) {
+        let each = TRIAL_TILES.div_ceil(ctas) as usize;
+        let mut tried = 0;
+        let mut busiest = 0;
+        for cta in 0..ctas {
+            let tiles = CtaTiles::new(self, cta, ctas).take(each);
+            let time = tiles.inspect(|_| tried += 1).map(|tile| cost(tile.m_block)).sum();
+            busiest = u64::max(busiest, time);
+        }
+        (busiest, tried.max(1))
     }
 
     /// Number of work tiles.
@@ -154,7 +164,7 @@ mod tests {
     #[test]
     fn every_tile_once_whatever_the_grid() {
         for s in [shape(1, 1, 1, 1), shape(2, 6, 2, 700), shape(3, 5, 5, 40_000), shape(1, 71, 1, 129)] {
-            let order = TileOrder::balanced(&s, 128, 132, |m_block| m_block + 1);
+            let (order, _) = TileOrder::balanced(&s, 128, 132, |m_block| m_block + 1);
             for ctas in [1, 2, 7, 132].into_iter().filter(|&c| c <= order.tiles()) {
                 let mut seen: Vec<WorkTile> = (0..ctas).flat_map(|cta| CtaTiles::new(&order, cta, ctas)).collect();
                 seen.sort_by_key(|t| (t.batch, t.head, t.m_block));
@@ -182,12 +192,13 @@ mod tests {
         for (batch, heads, seqlen, block_m) in [(2, 8, 16384, 128), (8, 32, 4096, 192), (8, 16, 4096, 128)] {
             let s = shape(batch, heads, heads, seqlen);
             let blocks = |m_block: u32| ((m_block + 1) * block_m).div_ceil(128);
-            let order = TileOrder::balanced(&s, block_m, 132, blocks);
+            let (order, time) = TileOrder::balanced(&s, block_m, 132, blocks);
             let loads: Vec<u64> = (0..132)
                 .map(|cta| CtaTiles::new(&order, cta, 132).map(|tile| blocks(tile.m_block) as u64 + 1).sum())
                 .collect();
             let (most, all) = (*loads.iter().max().unwrap(), loads.iter().sum::<u64>());
             assert!(all as f64 / 132.0 / most as f64 > 0.96, "{s:?}: busiest {most} of {all}");
+            assert!(time.abs_diff(most) * 20 < most, "{s:?}: {time} estimated, {most} in fact");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Shared memory of a CTA: which bytes hold which tile, known to the host (how much to ask for) and the kernel alike.
 //!
-//! A tile of R rows × D columns of 16-bit elements lies as D / 64 panels, each R rows of 128 bytes in the 128-byte
+//! A tile of R rows × D columns of 16-bit elements lies as ⌈D / 64⌉ panels, each R rows of 128 bytes in the 128-byte
 //! swizzle (PTX ISA, "Shared memory matrix layout"): what one box of the copy engine writes and what wgmma reads.
 //! Panels start on 1024-byte boundaries, the period of the swizzle, because R is a multiple of 8.
 
@@ -13,9 +13,14 @@ pub const SMEM_LIMIT: u32 = 227 * 1024;
 /// Bytes of an mbarrier.
 const BARRIER_BYTES: u32 = 8;
 
+/// Panels of a tile of so many columns; the last may be half used.
+pub const fn panels(columns: u32) -> u32 {
+    columns.div_ceil(PANEL_COLUMNS)
+}
+
 /// Bytes of a tile of `rows` × `columns` 16-bit elements.
 pub const fn tile_bytes(rows: u32, columns: u32) -> u32 {
-    rows * columns * 2
+    panels(columns) * rows * PANEL_ROW_BYTES
 }
 
 /// Byte offset of columns 16·step of a tile of `rows` rows: where a k16 step of a product begins whose k runs along rows.
@@ -31,7 +36,8 @@ pub const fn rows_step(step: u32) -> u32 {
     step * 16 * PANEL_ROW_BYTES
 }
 
-/// Offsets of a forward CTA's shared memory: a query tile for each consumer, the ring's slots, the barriers.
+/// Offsets of a forward CTA's shared memory: a query tile for each consumer, the ring's slots, an output tile for each
+/// consumer where there is room, the barriers.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardSmem {
     pub head_dim: u32,
@@ -55,9 +61,21 @@ impl ForwardSmem {
     pub const fn slot(&self, slot: u32) -> u32 {
         self.q(self.consumers) + slot * self.slot_bytes()
     }
+    /// One consumer's rows of O, on their way to the copy engine; only where [`ForwardSmem::stages_o`].
+    pub const fn o(&self, consumer: u32) -> u32 {
+        self.slot(self.stages) + consumer * self.q_bytes()
+    }
+    /// Whether there is room to stage O.
+    pub const fn stages_o(&self) -> bool {
+        self.o(self.consumers) + self.barrier_bytes() <= SMEM_LIMIT
+    }
+    const fn barrier_bytes(&self) -> u32 {
+        (2 * self.stages + self.consumers) * BARRIER_BYTES
+    }
     /// The barrier that says that a slot is full.
     pub const fn full(&self, slot: u32) -> u32 {
-        self.slot(self.stages) + slot * BARRIER_BYTES
+        let barriers = if self.stages_o() { self.o(self.consumers) } else { self.o(0) };
+        barriers + slot * BARRIER_BYTES
     }
     /// The barrier that says that a slot is empty.
     pub const fn empty(&self, slot: u32) -> u32 {
@@ -124,7 +142,7 @@ mod tests {
         for variant in crate::variants::VARIANTS {
             let smem = variant.smem();
             assert!(smem.bytes() <= SMEM_LIMIT, "{}", variant.symbol);
-            for panel in [smem.q(1), smem.slot(0), smem.slot(1), smem.slot_bytes() / (smem.head_dim / PANEL_COLUMNS)] {
+            for panel in [smem.q(1), smem.slot(0), smem.slot(1), smem.slot_bytes() / panels(smem.head_dim)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
         }

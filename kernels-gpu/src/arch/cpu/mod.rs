@@ -1,6 +1,6 @@
 //! The CPU executor: the same kernels, a whole tile at a time.
 //!
-//! A work tile runs on the calling thread, one consumer warpgroup after the other. There are no threads inside a CTA:
+//! A CTA runs on the calling thread, one consumer warpgroup after the other. There are no threads inside it:
 //! a consumer that waits for a tile pulls the producer along until it has filled every empty slot of the ring. So runs
 //! are deterministic, and a kernel that breaks the pipeline's protocol is a [`pipeline::Fault`] with a name instead of
 //! a hang.
@@ -14,12 +14,13 @@ mod warpgroup;
 pub use pipeline::Fault;
 pub use warpgroup::CpuWarpgroup;
 
-use crate::attention::block_info::NBlocks;
+use crate::attention::block_info::KvBlocks;
 use crate::attention::mask::{Causal, Full, Mask};
-use crate::attention::scheduler::TileOrder;
+use crate::attention::scheduler::{CtaTiles, TileOrder};
 use crate::element::Element;
 use crate::kernels::forward::consume;
 use crate::params::{ForwardParams, Shape, Strided};
+use crate::pipeline::order::KvOrder;
 use crate::tile::smem::ForwardSmem;
 use crate::variants::Variant;
 
@@ -36,22 +37,23 @@ pub fn grid(variant: &Variant, shape: &Shape) -> u32 {
     TileOrder::new(shape, variant.block_m(), 1).tiles()
 }
 
-/// Runs one work tile of the forward kernel.
+/// Runs CTA `cta` of the `ctas` of the forward kernel, with all its work tiles.
 ///
 /// # Panics
 /// Where the kernel breaks the pipeline's protocol, with the [`Fault`]; where `E` is not the variant's dtype.
 ///
 /// # Safety
 /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, V) and writing (O, LSE) in all of `p.shape`,
-/// which the variant holds; nobody else accesses this work tile's rows of O and LSE; `work_tile` is below [`grid`].
-pub unsafe fn forward<E: Element>(variant: &Variant, p: &ForwardParams<Strided>, work_tile: u32) {
+/// which the variant holds; nobody else accesses this CTA's rows of O and LSE; `cta` is below `ctas`, which is at most
+/// [`grid`].
+pub unsafe fn forward<E: Element>(variant: &Variant, p: &ForwardParams<Strided>, cta: u32, ctas: u32) {
     assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
     macro_rules! dispatch {
         ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal, $stages:literal;)*) => {
             match variant.symbol {
                 $(stringify!($symbol) => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
-                    unsafe { run::<mask!($mask), E, { $head_dim / 8 }, { $block_n / 8 }>(variant.smem(), p, work_tile) }
+                    unsafe { run::<mask!($mask), E, { $head_dim / 8 }, { $block_n / 8 }>(variant.smem(), p, CtaTiles::new(&p.order, cta, ctas)) }
                 })*
                 other => unreachable!("{other} is not in the table of variants"),
             }
@@ -60,21 +62,21 @@ pub unsafe fn forward<E: Element>(variant: &Variant, p: &ForwardParams<Strided>,
     crate::forward_variants!(dispatch);
 }
 
-/// One work tile, its consumers in turn.
+/// One CTA, its consumers in turn.
 ///
 /// # Safety
 /// As [`forward`].
 unsafe fn run<M: Mask, E: Element, const D8: usize, const N8: usize>(
     smem: ForwardSmem,
     p: &ForwardParams<Strided>,
-    work_tile: u32,
+    tiles: CtaTiles,
 ) {
     let block_m = smem.consumers * crate::variants::WARPGROUP_ROWS;
-    let tile = p.order.tile(work_tile);
-    let blocks = NBlocks::new::<M>(&p.shape, tile.m_block * block_m, block_m, smem.block_n);
     for consumer in 0..smem.consumers {
-        // SAFETY: the caller's promise; consumers own different rows of the work tile.
-        let mut warpgroup = unsafe { CpuWarpgroup::<E>::new(p, smem, consumer, tile, blocks.end) };
-        consume::<_, M, D8, N8>(&mut warpgroup, p, block_m, core::iter::once(tile));
+        let loads = KvOrder::new(KvBlocks::<M, _>::new(&p.shape, block_m, smem.block_n, tiles));
+        // SAFETY: the caller's promise; consumers own different rows of each work tile.
+        let mut warpgroup = unsafe { CpuWarpgroup::<E, _>::new(p, smem, consumer, loads) };
+        consume::<_, M, D8, N8>(&mut warpgroup, p, block_m, tiles);
+        warpgroup.finish();
     }
 }

@@ -2,7 +2,7 @@
 
 use std::vec::Vec;
 
-use crate::pipeline::order::{KvOrder, KvTile};
+use crate::pipeline::order::KvTile;
 use crate::pipeline::ring::Position;
 
 /// How a kernel broke the pipeline's protocol. On the GPU these would be a hang or a wrong result.
@@ -18,7 +18,7 @@ pub enum Fault {
     ReleaseWithoutWait { slot: u32 },
     /// The query rows are waited for without having been asked for.
     QueryWithoutLoad,
-    /// The work tile ended with tiles that nobody took, or slots that nobody gave back.
+    /// The CTA ended with tiles that nobody took, or slots that nobody gave back.
     Unfinished,
 }
 
@@ -37,15 +37,15 @@ enum State {
 }
 
 /// The slots of the ring, both ends of it, and what is still to be loaded.
-pub struct Ring {
+pub struct Ring<I> {
     slots: Vec<(State, Vec<f32>)>,
-    loads: KvOrder,
+    loads: I,
     producer: Position,
     consumer: Position,
 }
 
-impl Ring {
-    pub fn new(stages: u32, slot_len: usize, loads: KvOrder) -> Self {
+impl<I: Iterator<Item = KvTile>> Ring<I> {
+    pub fn new(stages: u32, slot_len: usize, loads: I) -> Self {
         Ring {
             slots: (0..stages).map(|_| (State::Empty, std::vec![0.0; slot_len])).collect(),
             loads,
@@ -118,9 +118,15 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::order::{KvBlock, KvOrder};
 
-    fn ring() -> Ring {
-        Ring::new(2, 1, KvOrder::new(1))
+    fn ring() -> Ring<impl Iterator<Item = KvTile>> {
+        ring_of(1)
+    }
+
+    fn ring_of(blocks: u32) -> Ring<impl Iterator<Item = KvTile>> {
+        let blocks = (0..blocks).map(|n_block| KvBlock { batch: 0, head: 0, n_block });
+        Ring::new(2, 1, KvOrder::new(blocks))
     }
 
     #[test]
@@ -148,7 +154,7 @@ mod tests {
     #[test]
     #[should_panic = "WaitWithoutRelease"]
     fn waiting_for_a_held_slot() {
-        let mut ring = Ring::new(2, 1, KvOrder::new(2));
+        let mut ring = ring_of(2);
         for _ in 0..3 {
             ring.wait(|_, _| {});
         }

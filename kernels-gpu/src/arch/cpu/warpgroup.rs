@@ -1,5 +1,6 @@
 //! [`Warpgroup`] on the CPU.
 
+use core::ops::Range;
 use std::vec::Vec;
 
 use super::fragment::{ROWS, Rows, Tile};
@@ -9,96 +10,93 @@ use super::pipeline::{Fault, Ring};
 use crate::arch::{Pending, Warpgroup};
 use crate::attention::scheduler::WorkTile;
 use crate::element::Element;
-use crate::params::{ForwardParams, Shape, Strided};
-use crate::pipeline::order::{KvOrder, KvTile};
+use crate::params::{ForwardParams, Output, Shape, Strided};
+use crate::pipeline::order::{KvBlock, KvTile};
 use crate::tile::smem::ForwardSmem;
 use crate::variants::WARPGROUP_ROWS;
 
 /// One consumer warpgroup and its own replay of the producer.
-pub struct CpuWarpgroup<'a, E> {
+pub struct CpuWarpgroup<'a, E, I> {
     p: &'a ForwardParams<Strided>,
     smem: ForwardSmem,
     index: u32,
-    tile: WorkTile,
-    /// Rows that lie before seqlen_q; the others are never computed.
+    /// Rows that are computed: all that the problem has, in a problem that has fewer than a tile.
     live: usize,
     q: Vec<f32>,
     q_full: bool,
-    ring: Ring,
+    ring: Ring<I>,
     element: core::marker::PhantomData<E>,
 }
 
-impl<'a, E: Element> CpuWarpgroup<'a, E> {
-    /// Consumer `index` of a CTA that runs `tile`, which visits `n_blocks`.
+impl<'a, E: Element, I: Iterator<Item = KvTile>> CpuWarpgroup<'a, E, I> {
+    /// Consumer `index` of a CTA whose producer sends `loads`.
     ///
     /// # Safety
     /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, V) and writing (O, LSE) while this lives;
     /// nobody else accesses this consumer's rows of O and LSE.
-    pub unsafe fn new(
-        p: &'a ForwardParams<Strided>,
-        smem: ForwardSmem,
-        index: u32,
-        tile: WorkTile,
-        n_blocks: u32,
-    ) -> Self {
+    pub unsafe fn new(p: &'a ForwardParams<Strided>, smem: ForwardSmem, index: u32, loads: I) -> Self {
         let (head_dim, block_n) = (smem.head_dim as usize, smem.block_n as usize);
-        let first = (tile.m_block * smem.consumers + index) * WARPGROUP_ROWS;
         CpuWarpgroup {
             p,
             smem,
             index,
-            tile,
-            live: (p.shape.seqlen_q.saturating_sub(first) as usize).min(ROWS),
+            live: (p.shape.seqlen_q as usize).min(ROWS),
             q: std::vec![0.0; ROWS * head_dim],
             q_full: false,
-            ring: Ring::new(smem.stages, block_n * head_dim, KvOrder::new(n_blocks)),
+            ring: Ring::new(smem.stages, block_n * head_dim, loads),
             element: core::marker::PhantomData,
         }
     }
 
-    /// `f(i, row)` for the rows `first..first + count` of a tensor that exist, i counting from 0.
-    fn for_rows(
-        &self,
-        tensor: &Strided,
-        head: u32,
-        seqlen: u32,
-        first: u32,
-        count: u32,
-        mut f: impl FnMut(usize, &[E]),
-    ) {
-        let columns = self.p.shape.head_dim as usize;
-        for i in 0..count.min(seqlen.saturating_sub(first)) {
-            // SAFETY: the row is one of the tensor's; `new`'s caller promised that it is valid.
-            f(i as usize, unsafe { memory::row::<E>(tensor, self.tile.batch, head, first + i, columns) });
-        }
+    /// Rows of `tile` that lie before seqlen_q.
+    fn rows_of(&self, tile: &WorkTile) -> usize {
+        (self.p.shape.seqlen_q.saturating_sub(self.first_row(tile)) as usize).min(ROWS)
     }
 
-    /// Fills a slot; rows and columns that the tensor does not have are zeros.
-    fn load_kv(&self, tile: KvTile, slot: &mut [f32]) {
-        slot.fill(0.0);
-        let block_n = self.smem.block_n;
-        let (columns, seqlen) = (self.smem.head_dim as usize, self.p.shape.seqlen_k);
-        let head = self.tile.head / self.p.shape.group();
-        match tile {
-            KvTile::K(n_block) => {
-                self.for_rows(&self.p.k, head, seqlen, n_block * block_n, block_n, |n, row| {
-                    for (d, x) in row.iter().enumerate() {
-                        slot[d * block_n as usize + n] = x.to_f32();
-                    }
-                });
-            }
-            KvTile::V(n_block) => {
-                self.for_rows(&self.p.v, head, seqlen, n_block * block_n, block_n, |n, row| {
-                    for (to, x) in slot[n * columns..].iter_mut().zip(row) {
-                        *to = x.to_f32();
-                    }
-                });
-            }
-        }
+    /// Checks that the pipeline was left as it was found.
+    pub fn finish(mut self) {
+        self.ring.finish();
     }
 }
 
-impl<E: Element> Warpgroup for CpuWarpgroup<'_, E> {
+/// `f(i, row)` for those of `rows` that are below `seqlen`, i counting from 0.
+///
+/// Called for tensors of a [`CpuWarpgroup`], whose maker promised that they are valid.
+fn for_rows<E: Element>(
+    tensor: &Strided,
+    (batch, head): (u32, u32),
+    shape: &Shape,
+    rows: Range<u32>,
+    seqlen: u32,
+    mut f: impl FnMut(usize, &[E]),
+) {
+    for row in rows.start..rows.end.min(seqlen) {
+        // SAFETY: the row is one of the tensor's, which is valid.
+        let x = unsafe { memory::row::<E>(tensor, batch, head, row, shape.head_dim as usize) };
+        f((row - rows.start) as usize, x);
+    }
+}
+
+/// Fills a slot; rows and columns that the tensor does not have are zeros.
+fn load_kv<E: Element>(p: &ForwardParams<Strided>, smem: ForwardSmem, tile: KvTile, slot: &mut [f32]) {
+    slot.fill(0.0);
+    let (KvTile::K(KvBlock { batch, head, n_block }) | KvTile::V(KvBlock { batch, head, n_block })) = tile;
+    let rows = n_block * smem.block_n..(n_block + 1) * smem.block_n;
+    match tile {
+        KvTile::K(_) => for_rows::<E>(&p.k, (batch, head), &p.shape, rows, p.shape.seqlen_k, |n, row| {
+            for (d, x) in row.iter().enumerate() {
+                slot[d * smem.block_n as usize + n] = x.to_f32();
+            }
+        }),
+        KvTile::V(_) => for_rows::<E>(&p.v, (batch, head), &p.shape, rows, p.shape.seqlen_k, |n, row| {
+            for (to, x) in slot[n * smem.head_dim as usize..].iter_mut().zip(row) {
+                *to = x.to_f32();
+            }
+        }),
+    }
+}
+
+impl<E: Element, I: Iterator<Item = KvTile>> Warpgroup for CpuWarpgroup<'_, E, I> {
     type Acc<const N8: usize> = Tile<N8>;
     /// Rounded to E, kept in f32.
     type Operand<const N8: usize> = Tile<N8>;
@@ -120,6 +118,11 @@ impl<E: Element> Warpgroup for CpuWarpgroup<'_, E> {
             for x in x.row_mut(row) {
                 *x = f(*x, value);
             }
+        }
+    }
+    fn scale_rows<const N8: usize>(&self, x: &mut Tile<N8>, factors: Rows) {
+        if factors.iter().any(|factor| *factor != 1.0) {
+            self.map_rows(x, factors, |x, factor| x * factor);
         }
     }
     fn fold<const N8: usize>(&self, x: &Tile<N8>, f: impl Fn(f32, f32) -> f32) -> Rows {
@@ -169,14 +172,16 @@ impl<E: Element> Warpgroup for CpuWarpgroup<'_, E> {
     }
     fn load_q(&mut self, tile: &WorkTile) {
         let columns = self.smem.head_dim as usize;
-        let mut q = core::mem::take(&mut self.q);
-        let seqlen = self.p.shape.seqlen_q;
-        self.for_rows(&self.p.q, tile.head, seqlen, self.first_row(tile), WARPGROUP_ROWS, |i, row| {
+        let first = self.first_row(tile);
+        let shape = &self.p.shape;
+        let q = &mut self.q;
+        q.fill(0.0);
+        let rows = first..first + WARPGROUP_ROWS;
+        for_rows::<E>(&self.p.q, (tile.batch, tile.head), shape, rows, shape.seqlen_q, |i, row| {
             for (to, x) in q[i * columns..].iter_mut().zip(row) {
                 *to = x.to_f32();
             }
         });
-        self.q = q;
         self.q_full = true;
     }
     fn wait_q(&mut self) {
@@ -185,11 +190,8 @@ impl<E: Element> Warpgroup for CpuWarpgroup<'_, E> {
         }
     }
     fn wait_kv(&mut self) -> u32 {
-        let empty = Ring::new(0, 0, KvOrder::new(0));
-        let mut ring = core::mem::replace(&mut self.ring, empty);
-        let slot = ring.wait(|tile, slot| self.load_kv(tile, slot));
-        self.ring = ring;
-        slot
+        let (p, smem) = (self.p, self.smem);
+        self.ring.wait(|tile, slot| load_kv::<E>(p, smem, tile, slot))
     }
     fn release_kv(&mut self, slot: u32) {
         self.ring.release(slot);
@@ -211,12 +213,11 @@ impl<E: Element> Warpgroup for CpuWarpgroup<'_, E> {
     fn take_turn(&mut self) {}
     fn pass_turn(&mut self) {}
 
-    fn store<const D8: usize>(&mut self, x: &Tile<D8>, to: &Strided, tile: &WorkTile, shape: &Shape) {
-        self.ring.finish();
-        for row in 0..self.live {
+    fn store<const D8: usize>(&mut self, x: &Tile<D8>, to: &Output<Strided>, tile: &WorkTile, shape: &Shape) {
+        for row in 0..self.rows_of(tile) {
             let (i, columns) = (self.first_row(tile) + row as u32, shape.head_dim as usize);
             // SAFETY: the row is one of O's and belongs to this warpgroup; `new`'s caller promised the rest.
-            let line = unsafe { memory::row_mut::<E>(to, tile.batch, tile.head, i, columns) };
+            let line = unsafe { memory::row_mut::<E>(&to.rows, tile.batch, tile.head, i, columns) };
             for (to, x) in line.iter_mut().zip(x.row(row)) {
                 *to = E::from_f32(*x);
             }
@@ -224,7 +225,7 @@ impl<E: Element> Warpgroup for CpuWarpgroup<'_, E> {
     }
     fn store_rows(&mut self, values: Rows, address: u64, tile: &WorkTile, shape: &Shape) {
         let line = (tile.batch * shape.heads_q + tile.head) as usize * shape.seqlen_q as usize;
-        for (row, value) in values.into_iter().enumerate().take(self.live) {
+        for (row, value) in values.into_iter().enumerate().take(self.rows_of(tile)) {
             let index = line + self.first_row(tile) as usize + row;
             // SAFETY: the row is one of the LSE's and belongs to this warpgroup; `new`'s caller promised the rest.
             unsafe { memory::write_f32(address, index, value) };

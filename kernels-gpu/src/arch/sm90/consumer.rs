@@ -7,16 +7,18 @@ use super::barrier::{Mbarrier, named_arrive, named_sync};
 use super::cta::{self, Leader, smem_base, thread_of_warpgroup};
 use super::fragment::{self, Fragment, Operand, Rows};
 use super::math::{self, Packed, fresh};
-use super::store::{store_16_bytes, store_f32};
+use super::store::{
+    commit_stores, fence_for_copy_engine, store_16_bytes, store_box, store_f32, store_matrices, wait_for_stores,
+};
 use super::tma::{BoxOrigin, MapAddress, load_box};
 use super::wgmma::{self, Descriptor};
 use crate::arch::{Pending, Warpgroup};
 use crate::attention::scheduler::WorkTile;
-use crate::params::{ForwardParams, Shape, Strided, TensorMap};
+use crate::params::{ForwardParams, Output, Shape, Strided, TensorMap};
 use crate::pipeline::ring::Position;
 use crate::tile::lane::Lane;
-use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, columns_step, rows_step};
-use crate::variants::{WARPGROUP_ROWS, WARPGROUP_THREADS};
+use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, columns_step, panels, rows_step};
+use crate::variants::{WARP_ROWS, WARPGROUP_ROWS, WARPGROUP_THREADS};
 
 /// One of the CTA's consumers.
 pub struct Consumer<'a, E> {
@@ -25,8 +27,8 @@ pub struct Consumer<'a, E> {
     base: u32,
     /// Which consumer this is.
     index: u32,
-    /// The query tensor's map.
-    q: MapAddress,
+    /// Address of the kernel's parameters, where the tensor maps lie.
+    parameters: u64,
     q_parity: u32,
     position: Position,
     element: PhantomData<E>,
@@ -44,7 +46,7 @@ impl<'a, E: Packed> Consumer<'a, E> {
             smem,
             base: smem_base(),
             index,
-            q: MapAddress(parameters + offset_of!(ForwardParams<TensorMap>, q) as u64),
+            parameters,
             q_parity: 0,
             position: Position::CONSUMER,
             element: PhantomData,
@@ -54,6 +56,64 @@ impl<'a, E: Packed> Consumer<'a, E> {
     #[inline(always)]
     fn lane(&self) -> Lane {
         Lane::new(thread_of_warpgroup())
+    }
+
+    /// Waits until the copy engine has read every output; the last thing that a consumer does.
+    #[inline(always)]
+    pub fn finish(self) {
+        wait_for_stores();
+    }
+
+    /// Stores rows of O by the copy engine: each warp its sixteen, from its own part of the staging tile.
+    #[inline(always)]
+    fn store_tile<const D8: usize>(&self, x: &Operand<D8>, tile: &WorkTile) {
+        let thread = thread_of_warpgroup();
+        let first_row = thread / 32 * WARP_ROWS;
+        let staged = fresh(self.base) + self.smem.o(fresh(self.index)) + first_row * PANEL_ROW_BYTES;
+        // Lane 8·i + r holds the address of row r of matrix i: upper and lower rows of one column group, then of the next.
+        let (row, group) = (thread % 16, thread / 16 % 2);
+        let line = staged + row * PANEL_ROW_BYTES;
+        wait_for_stores();
+        for pair in 0..D8 / 2 {
+            let (panel, chunk) = (pair as u32 / 4 * WARPGROUP_ROWS * PANEL_ROW_BYTES, pair as u32 % 4 * 2);
+            let address = line + panel + (((chunk + group) ^ (row % 8)) * 16);
+            let [[a, b], [c, d]] = [x.0[2 * pair], x.0[2 * pair + 1]];
+            // SAFETY: the rows are this warp's own part of the staging tile, which the copy engine has read.
+            unsafe { store_matrices(address, [a, b, c, d]) };
+        }
+        fence_for_copy_engine();
+        let map = MapAddress(self.parameters + offset_of!(ForwardParams<TensorMap>, o.tiles) as u64);
+        let leader = Leader::of_warp();
+        for panel in 0..panels(self.smem.head_dim) {
+            let origin = BoxOrigin {
+                column: panel * PANEL_COLUMNS,
+                row: self.first_row(tile) + first_row,
+                head: tile.head,
+                batch: tile.batch,
+            };
+            // SAFETY: the box is what this warp has just staged; its rows of O belong to this warp.
+            unsafe { store_box(leader, map, origin, staged + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES) };
+        }
+        commit_stores();
+    }
+
+    /// Stores rows of O by each thread, 16 bytes at a time.
+    #[inline(always)]
+    fn store_lines<const D8: usize>(&self, x: &Operand<D8>, to: &Strided, tile: &WorkTile, shape: &Shape) {
+        let lane = self.lane();
+        for half in 0..2 {
+            let row = self.first_row(tile) + lane.row(half as u32);
+            let line = to.address + 2 * to.row_offset(tile.batch, tile.head, row) as u64;
+            for groups in 0..D8 / 4 {
+                let quad = [0, 1, 2, 3].map(|i| x.0[4 * groups + i][half]);
+                let chunk = fragment::transpose_quad(lane, quad);
+                let column = 32 * groups as u32 + 4 * lane.column;
+                let live = row < shape.seqlen_q && column < shape.head_dim;
+                // SAFETY: a live row's eight columns lie within the tensor, which the host has checked, and belong to
+                // this lane alone.
+                unsafe { store_16_bytes(live, line + 2 * column as u64, chunk) };
+            }
+        }
     }
 
     #[inline(always)]
@@ -80,6 +140,13 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
     #[inline(always)]
     fn map_rows<const N8: usize>(&self, x: &mut Fragment<N8>, rows: Rows, f: impl Fn(f32, f32) -> f32) {
         x.map_rows(rows, f);
+    }
+    #[inline(always)]
+    fn scale_rows<const N8: usize>(&self, x: &mut Fragment<N8>, factors: Rows) {
+        // Below some width, a branch between the instructions around it costs more than it saves.
+        if N8 <= 16 || math::any(factors[0] != 1.0 || factors[1] != 1.0) {
+            x.map_rows(factors, |x, factor| x * factor);
+        }
     }
     #[inline(always)]
     fn fold<const N8: usize>(&self, x: &Fragment<N8>, f: impl Fn(f32, f32) -> f32) -> Rows {
@@ -129,17 +196,18 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
         named_sync(cta::WARPGROUP + fresh(self.index), WARPGROUP_THREADS);
         let leader = Leader::of_warpgroup();
         let to = fresh(self.base) + self.smem.q(fresh(self.index));
+        let map = MapAddress(self.parameters + offset_of!(ForwardParams<TensorMap>, q) as u64);
         // SAFETY: nobody reads the query tile any more, each panel lies within it, and the barrier is ready.
         unsafe {
             self.q_full().arrive_expect(leader, self.smem.q_bytes());
-            for panel in 0..self.smem.head_dim / PANEL_COLUMNS {
+            for panel in 0..panels(self.smem.head_dim) {
                 let origin = BoxOrigin {
                     column: panel * PANEL_COLUMNS,
                     row: self.first_row(tile),
                     head: tile.head,
                     batch: tile.batch,
                 };
-                load_box(leader, self.q, origin, to + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES, self.q_full());
+                load_box(leader, map, origin, to + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES, self.q_full());
             }
         }
     }
@@ -224,21 +292,12 @@ impl<E: Packed> Warpgroup for Consumer<'_, E> {
     }
 
     #[inline(always)]
-    fn store<const D8: usize>(&mut self, x: &Fragment<D8>, to: &Strided, tile: &WorkTile, shape: &Shape) {
-        let lane = self.lane();
-        let packed = x.pack::<E>().0;
-        for half in 0..2 {
-            let row = self.first_row(tile) + lane.row(half as u32);
-            let line = to.address + 2 * to.row_offset(tile.batch, tile.head, row) as u64;
-            for groups in 0..D8 / 4 {
-                let quad = [0, 1, 2, 3].map(|i| packed[4 * groups + i][half]);
-                let chunk = fragment::transpose_quad(lane, quad);
-                let column = 32 * groups as u32 + 4 * lane.column;
-                let live = row < shape.seqlen_q && column < shape.head_dim;
-                // SAFETY: a live row's eight columns lie within the tensor, which the host has checked, and belong to
-                // this lane alone.
-                unsafe { store_16_bytes(live, line + 2 * column as u64, chunk) };
-            }
+    fn store<const D8: usize>(&mut self, x: &Fragment<D8>, to: &Output<TensorMap>, tile: &WorkTile, shape: &Shape) {
+        let packed = x.pack::<E>();
+        if self.smem.stages_o() {
+            self.store_tile(&packed, tile);
+        } else {
+            self.store_lines(&packed, &to.rows, tile, shape);
         }
     }
     #[inline(always)]

@@ -36,6 +36,18 @@ impl Leader {
     /// The thread that is alone here.
     pub const SOLE: Leader = Leader(1);
 
+    /// One thread of each warp, always the same.
+    #[inline(always)]
+    pub fn of_warp() -> Self {
+        let leader: u32;
+        // SAFETY: the warp is converged here.
+        unsafe {
+            asm!("{{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 {0}, 1, 0, p; }}", out(reg32) leader,
+                 options(nomem, nostack));
+        }
+        Leader(leader)
+    }
+
     /// One thread of the warpgroup's first warp.
     #[inline(always)]
     pub fn of_warpgroup() -> Self {

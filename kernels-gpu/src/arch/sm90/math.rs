@@ -71,6 +71,18 @@ pub fn shuffle_xor<const MASK: u32>(x: u32) -> u32 {
     y
 }
 
+/// Whether any lane of the warp has `x`; every lane must call it, and gets the same answer.
+#[inline(always)]
+pub fn any(x: bool) -> bool {
+    let y: u32;
+    // SAFETY: as `shuffle_xor`.
+    unsafe {
+        asm!("{{ .reg .pred p, q; setp.ne.u32 p, {1}, 0; vote.sync.any.pred q, p, 0xffffffff; selp.u32 {0}, 1, 0, q; }}",
+             out(reg32) y, in(reg32) x as u32, options(nomem, nostack));
+    }
+    y != 0
+}
+
 /// The same value, opaque to LLVM: what is computed from it is computed here, and not kept from one iteration of a loop
 /// to the next in a register that the fragments need.
 #[inline(always)]
