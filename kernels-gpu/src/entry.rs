@@ -39,7 +39,7 @@ fn forward<E: Packed, M: Mask, const D8: usize, const N8: usize>(
         }
         Role::Consumer(index) => {
             cta::set_registers(role, smem.consumers);
-            let mut consumer = Consumer::<E>::new(smem, index, parameters);
+            let mut consumer = Consumer::<E, _>::forward(smem, index, parameters);
             consume::<_, M, D8, N8>(&mut consumer, p, block_m, tiles);
             consumer.finish();
         }

@@ -20,7 +20,7 @@ use crate::params::{Output, Shape};
 #[must_use = "a product must be waited for"]
 pub struct Pending<T>(pub(crate) T);
 
-/// One warpgroup: 64 rows of a query tile, its fragments, its end of the pipeline.
+/// One warpgroup: its fragments, 64 rows each, and what can be done to them.
 ///
 /// Widths are counted in columns of eight, the granule of a fragment: `N8 = 16` is 128 columns.
 pub trait Warpgroup: Sized {
@@ -32,8 +32,6 @@ pub trait Warpgroup: Sized {
     type Rows: Copy;
     /// How this machine names a tensor that is loaded by tiles.
     type Tensor: Copy;
-    /// A filled slot of the K/V ring.
-    type Slot: Copy;
 
     fn zeros<const N8: usize>(&self) -> Self::Acc<N8>;
     /// Elements of row r from column `end(r)` on become `fill`; rows and columns count from the fragment's corner.
@@ -60,6 +58,15 @@ pub trait Warpgroup: Sized {
     /// 1 / x.
     fn recip(x: f32) -> f32;
 
+    /// Waits until at most `LATER` products issued after this one's are still in flight.
+    fn wait<const LATER: usize, const N8: usize>(&mut self, x: Pending<Self::Acc<N8>>) -> Self::Acc<N8>;
+}
+
+/// A consumer warpgroup of the forward kernel: 64 rows of a query tile, and its end of the K/V ring.
+pub trait ForwardWarpgroup: Warpgroup {
+    /// A filled slot of the K/V ring.
+    type Slot: Copy;
+
     /// The query row of `tile` where this warpgroup's 64 begin.
     fn first_row(&self, tile: &WorkTile) -> u32;
     /// Starts loading this warpgroup's query rows of `tile`; every earlier product with Q must have been waited for.
@@ -80,9 +87,6 @@ pub trait Warpgroup: Sized {
         p: Self::Operand<N8>,
         v: Self::Slot,
     ) -> Pending<Self::Acc<D8>>;
-    /// Waits until at most `LATER` products issued after this one's are still in flight.
-    fn wait<const LATER: usize, const N8: usize>(&mut self, x: Pending<Self::Acc<N8>>) -> Self::Acc<N8>;
-
     /// Waits until it is this warpgroup's turn to issue products, so that another's softmax runs beside them.
     fn take_turn(&mut self);
     /// Lets the next warpgroup issue.

@@ -2,12 +2,12 @@
 
 use super::scheduler::WorkTile;
 use super::softmax::Softmax;
-use crate::arch::Warpgroup;
+use crate::arch::ForwardWarpgroup;
 use crate::params::ForwardParams;
 
 /// Stores this warpgroup's rows of O and LSE. Rows without a live key get O = 0 and LSE = −∞, whatever V holds.
 #[inline(always)]
-pub fn store<W: Warpgroup, const D8: usize>(
+pub fn store<W: ForwardWarpgroup, const D8: usize>(
     wg: &mut W,
     p: &ForwardParams<W::Tensor>,
     tile: &WorkTile,

@@ -4,7 +4,7 @@
 //! the last one is waited for, so that the tensor cores work while this warpgroup, or the other, computes a softmax.
 //! Where a work tile ends, the next block is the first of the next work tile, and the pipeline never runs empty.
 
-use crate::arch::{Pending, Warpgroup};
+use crate::arch::{ForwardWarpgroup, Pending};
 use crate::attention::block_info::NBlocks;
 use crate::attention::epilogue;
 use crate::attention::mask::{Mask, mask_scores};
@@ -13,21 +13,21 @@ use crate::attention::softmax::Softmax;
 use crate::params::ForwardParams;
 
 /// What the mainloop carries from block to block: O, the last block's P, and m and l.
-struct Mainloop<W: Warpgroup, const D8: usize, const N8: usize> {
+struct Mainloop<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
     o: W::Acc<D8>,
     p: W::Operand<N8>,
     softmax: Softmax<W>,
 }
 
 /// One block's scores and the output of the block before, both in flight, with the slots that they read.
-struct InFlight<W: Warpgroup, const D8: usize, const N8: usize> {
+struct InFlight<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
     s: Pending<W::Acc<N8>>,
     o: Pending<W::Acc<D8>>,
     k: W::Slot,
     v: W::Slot,
 }
 
-impl<W: Warpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> {
+impl<W: ForwardWarpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> {
     /// The first block of all: there is no output to add to yet.
     #[inline(always)]
     fn first(wg: &mut W, scale: f32, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) -> Self {
@@ -106,7 +106,7 @@ struct Upcoming<I> {
 impl<I: Iterator<Item = WorkTile>> Upcoming<I> {
     /// Starts loading the query rows of the next work tile.
     #[inline(always)]
-    fn load<W: Warpgroup>(&mut self, wg: &mut W) {
+    fn load<W: ForwardWarpgroup>(&mut self, wg: &mut W) {
         self.next = self.tiles.next();
         if let Some(next) = &self.next {
             wg.load_q(next);
@@ -116,7 +116,7 @@ impl<I: Iterator<Item = WorkTile>> Upcoming<I> {
 
 /// What one consumer warpgroup of a CTA does with its work tiles.
 #[inline(always)]
-pub fn consume<W: Warpgroup, M: Mask, const D8: usize, const N8: usize>(
+pub fn consume<W: ForwardWarpgroup, M: Mask, const D8: usize, const N8: usize>(
     wg: &mut W,
     p: &ForwardParams<W::Tensor>,
     block_m: u32,

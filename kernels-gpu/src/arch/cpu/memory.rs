@@ -1,9 +1,11 @@
 //! Global memory: rows of strided tensors, by address.
 
+use core::ops::Range;
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use core::slice;
 
-use crate::params::Strided;
+use crate::element::Element;
+use crate::params::{Shape, Strided};
 
 /// The `columns` elements of one row.
 ///
@@ -23,6 +25,25 @@ pub unsafe fn row_mut<'a, E>(tensor: &Strided, batch: u32, head: u32, row: u32, 
     let data = with_exposed_provenance_mut::<E>(tensor.address as usize);
     // SAFETY: the caller's promise.
     unsafe { slice::from_raw_parts_mut(data.offset(tensor.row_offset(batch, head, row) as isize), columns) }
+}
+
+/// `f(i, row)` for those of `rows` that are below `seqlen`, i counting from 0.
+///
+/// # Safety
+/// As [`row`], for all of them.
+pub unsafe fn for_rows<E: Element>(
+    tensor: &Strided,
+    (batch, head): (u32, u32),
+    shape: &Shape,
+    rows: Range<u32>,
+    seqlen: u32,
+    mut f: impl FnMut(usize, &[E]),
+) {
+    for row in rows.start..rows.end.min(seqlen) {
+        // SAFETY: the caller's promise.
+        let x = unsafe { self::row::<E>(tensor, batch, head, row, shape.head_dim as usize) };
+        f((row - rows.start) as usize, x);
+    }
 }
 
 /// Writes element `index` of the f32 array at `address`.

@@ -5,6 +5,7 @@
 //! are deterministic, and a kernel that breaks the pipeline's protocol is a [`pipeline::Fault`] with a name instead of
 //! a hang.
 
+mod forward;
 mod fragment;
 mod matmul;
 mod memory;
@@ -75,7 +76,7 @@ unsafe fn run<M: Mask, E: Element, const D8: usize, const N8: usize>(
     for consumer in 0..smem.consumers {
         let loads = KvOrder::new(KvBlocks::<M, _>::new(&p.shape, block_m, smem.block_n, tiles));
         // SAFETY: the caller's promise; consumers own different rows of each work tile.
-        let mut warpgroup = unsafe { CpuWarpgroup::<E, _>::new(p, smem, consumer, loads) };
+        let mut warpgroup = unsafe { CpuWarpgroup::<E, _>::forward(p, smem, consumer, loads) };
         consume::<_, M, D8, N8>(&mut warpgroup, p, block_m, tiles);
         warpgroup.finish();
     }

@@ -6,6 +6,7 @@
 pub mod barrier;
 pub mod consumer;
 pub mod cta;
+pub mod forward;
 pub mod fragment;
 pub mod math;
 pub mod producer;

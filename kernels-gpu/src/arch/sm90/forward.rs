@@ -1,0 +1,196 @@
+//! A consumer of the forward kernel: [`ForwardWarpgroup`] on Hopper.
+
+use core::mem::{MaybeUninit, offset_of};
+
+use super::barrier::{Mbarrier, named_arrive, named_sync};
+use super::consumer::{Consumer, Lines};
+use super::cta::{self, Leader, thread_of_warpgroup};
+use super::fragment::{Fragment, Operand, Rows};
+use super::math::Packed;
+use super::store::{commit_stores, fence_for_copy_engine, store_box, store_f32, wait_for_stores};
+use super::tma::{BoxOrigin, MapAddress, load_box};
+use super::wgmma::{self, Descriptor};
+use crate::arch::{ForwardWarpgroup, Pending};
+use crate::attention::scheduler::WorkTile;
+use crate::params::{ForwardParams, Output, Shape, TensorMap};
+use crate::pipeline::ring::Position;
+use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, columns_step, panels, rows_step};
+use crate::variants::{WARP_ROWS, WARPGROUP_ROWS, WARPGROUP_THREADS};
+
+/// The consumer's end of the forward pipeline.
+pub struct ForwardPipe<'a> {
+    smem: &'a ForwardSmem,
+    q_parity: u32,
+    position: Position,
+}
+
+impl<'a, E: Packed> Consumer<E, ForwardPipe<'a>> {
+    /// Each consumer calls it once, after the barriers were made; `parameters` is the address of the kernel's
+    /// [`ForwardParams`].
+    #[inline(always)]
+    pub fn forward(smem: &'a ForwardSmem, index: u32, parameters: u64) -> Self {
+        if index == smem.consumers - 1 {
+            named_arrive(cta::TURN, 2 * WARPGROUP_THREADS);
+        }
+        Self::with_pipe(index, parameters, ForwardPipe { smem, q_parity: 0, position: Position::CONSUMER })
+    }
+
+    /// Waits until the copy engine has read every output; the last thing that a consumer does.
+    #[inline(always)]
+    pub fn finish(self) {
+        wait_for_stores();
+    }
+
+    #[inline(always)]
+    fn q_full(&self) -> Mbarrier {
+        Mbarrier(self.base() + self.pipe.smem.q_full(self.index()))
+    }
+
+    /// Stores rows of O by the copy engine: each warp its sixteen, from its own part of the staging tile.
+    #[inline(always)]
+    fn store_tile<const D8: usize>(&self, x: &Operand<D8>, tile: &WorkTile) {
+        let first_row = thread_of_warpgroup() / 32 * WARP_ROWS;
+        let staging = self.base() + self.pipe.smem.o(self.index());
+        wait_for_stores();
+        // SAFETY: this warp's own part of the staging tile, which the copy engine has read.
+        unsafe { self.write_tile(x, staging, WARPGROUP_ROWS, 0) };
+        fence_for_copy_engine();
+        let map = MapAddress(self.parameters + offset_of!(ForwardParams<TensorMap>, o.tiles) as u64);
+        let leader = Leader::of_warp();
+        for panel in 0..panels(self.pipe.smem.head_dim) {
+            let origin = BoxOrigin {
+                column: panel * PANEL_COLUMNS,
+                row: self.first_row(tile) + first_row,
+                head: tile.head,
+                batch: tile.batch,
+            };
+            let from = staging + first_row * PANEL_ROW_BYTES + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES;
+            // SAFETY: the box is what this warp has just staged; its rows of O belong to this warp.
+            unsafe { store_box(leader, map, origin, from) };
+        }
+        commit_stores();
+    }
+}
+
+impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
+    type Slot = u32;
+
+    #[inline(always)]
+    fn first_row(&self, tile: &WorkTile) -> u32 {
+        (tile.m_block * self.pipe.smem.consumers + self.index()) * WARPGROUP_ROWS
+    }
+    #[inline(always)]
+    fn load_q(&mut self, tile: &WorkTile) {
+        // Every warp of this warpgroup is past its last product with Q.
+        named_sync(cta::WARPGROUP + self.index(), WARPGROUP_THREADS);
+        let leader = Leader::of_warpgroup();
+        let to = self.base() + self.pipe.smem.q(self.index());
+        let map = MapAddress(self.parameters + offset_of!(ForwardParams<TensorMap>, q) as u64);
+        // SAFETY: nobody reads the query tile any more, each panel lies within it, and the barrier is ready.
+        unsafe {
+            self.q_full().arrive_expect(leader, self.pipe.smem.q_bytes());
+            for panel in 0..panels(self.pipe.smem.head_dim) {
+                let origin = BoxOrigin {
+                    column: panel * PANEL_COLUMNS,
+                    row: self.first_row(tile),
+                    head: tile.head,
+                    batch: tile.batch,
+                };
+                load_box(leader, map, origin, to + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES, self.q_full());
+            }
+        }
+    }
+    #[inline(always)]
+    fn wait_q(&mut self) {
+        // SAFETY: initialised before the roles parted.
+        unsafe { self.q_full().wait(self.pipe.q_parity) };
+        self.pipe.q_parity ^= 1;
+    }
+    #[inline(always)]
+    fn wait_kv(&mut self) -> u32 {
+        let Position { slot, parity } = self.pipe.position;
+        // SAFETY: initialised before the roles parted.
+        unsafe { Mbarrier(self.base() + self.pipe.smem.full(slot)).wait(parity) };
+        self.pipe.position.advance(self.pipe.smem.stages);
+        slot
+    }
+    #[inline(always)]
+    fn release_kv(&mut self, slot: u32) {
+        // SAFETY: initialised before the roles parted.
+        unsafe { Mbarrier(self.base() + self.pipe.smem.empty(slot)).arrive_elected() };
+    }
+
+    #[inline(always)]
+    fn qk<const D8: usize, const N8: usize>(&mut self, k: u32) -> Pending<Fragment<N8>> {
+        let q = Descriptor::k_major(self.base + self.pipe.smem.q(self.index()));
+        let k = Descriptor::k_major(self.base + self.pipe.smem.slot(k));
+        let mut s = MaybeUninit::uninit();
+        wgmma::fence();
+        for step in 0..D8 as u32 / 2 {
+            let (a, b) = (q.offset(columns_step(WARPGROUP_ROWS, step)), k.offset(columns_step(8 * N8 as u32, step)));
+            // SAFETY: both tiles are full, and stay so until this product is waited for.
+            unsafe {
+                if step == 0 {
+                    wgmma::start::<E, N8>(&mut s, a, b);
+                } else {
+                    wgmma::add::<E, N8>(&mut s, a, b);
+                }
+            }
+        }
+        wgmma::commit();
+        // SAFETY: the first step wrote every register.
+        Pending(unsafe { s.assume_init() })
+    }
+    #[inline(always)]
+    fn pv<const N8: usize, const D8: usize>(
+        &mut self,
+        mut o: Fragment<D8>,
+        mut p: Operand<N8>,
+        v: u32,
+    ) -> Pending<Fragment<D8>> {
+        let v = Descriptor::mn_major(self.base + self.pipe.smem.slot(v), 8 * N8 as u32 * PANEL_ROW_BYTES);
+        wgmma::tie(&mut o);
+        wgmma::tie_operand(&mut p);
+        wgmma::fence();
+        for step in 0..N8 / 2 {
+            let [[a0, a1], [a2, a3]] = [p.0[2 * step], p.0[2 * step + 1]];
+            let b = v.offset(rows_step(step as u32));
+            // SAFETY: the tile of V is full, and stays so until this product is waited for.
+            unsafe { wgmma::add_registers::<E, D8>(&mut o, [a0, a1, a2, a3], b) };
+        }
+        wgmma::commit();
+        Pending(o)
+    }
+    #[inline(always)]
+    fn take_turn(&mut self) {
+        named_sync(cta::TURN + self.index(), 2 * WARPGROUP_THREADS);
+    }
+    #[inline(always)]
+    fn pass_turn(&mut self) {
+        let next = self.index() + 1;
+        let next = if next == self.pipe.smem.consumers { 0 } else { next };
+        named_arrive(cta::TURN + next, 2 * WARPGROUP_THREADS);
+    }
+
+    #[inline(always)]
+    fn store<const D8: usize>(&mut self, x: &Fragment<D8>, to: &Output<TensorMap>, tile: &WorkTile, shape: &Shape) {
+        let packed = x.pack::<E>();
+        if self.pipe.smem.stages_o() {
+            self.store_tile(&packed, tile);
+        } else {
+            let at = Lines { batch: tile.batch, head: tile.head, row: self.first_row(tile), column: 0 };
+            // SAFETY: the host has checked the tensor, whose rows of this tile belong to this warpgroup.
+            unsafe { self.store_lines(&packed, &to.rows, at, shape.seqlen_q, shape) };
+        }
+    }
+    #[inline(always)]
+    fn store_rows(&mut self, values: Rows, address: u64, tile: &WorkTile, shape: &Shape) {
+        let lane = self.lane();
+        let line = (tile.batch * shape.heads_q + tile.head) as u64 * shape.seqlen_q as u64;
+        for (half, value) in values.into_iter().enumerate() {
+            let row = self.first_row(tile) + lane.row(half as u32);
+            // SAFETY: a live row lies within the array, which the host has checked; one lane of its quad stores it.
+            unsafe { store_f32(row < shape.seqlen_q && lane.column == 0, address + 4 * (line + row as u64), value) };
+        }
+    }
+}
