@@ -1,5 +1,6 @@
 //! The accuracy bar: flash-attention's and FlagAttention's own, against f64.
 
+use super::backward::Backward;
 use super::forward::Forward;
 
 /// What is added to twice the plain error, so that the bar is above 0 where the plain result happens to be exact.
@@ -46,6 +47,33 @@ impl Accuracy {
     }
 }
 
+/// The accuracy of the three gradients.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct GradientAccuracy {
+    /// That of dQ.
+    pub dq: Accuracy,
+    /// That of dK.
+    pub dk: Accuracy,
+    /// That of dV.
+    pub dv: Accuracy,
+}
+
+impl GradientAccuracy {
+    /// For each gradient: twice the plain error + 10⁻⁵.
+    pub fn of(found: &Backward, plain: &Backward, exact: &Backward) -> Self {
+        GradientAccuracy {
+            dq: Accuracy::compare(&found.dq, &plain.dq, &exact.dq, SLACK),
+            dk: Accuracy::compare(&found.dk, &plain.dk, &exact.dk, SLACK),
+            dv: Accuracy::compare(&found.dv, &plain.dv, &exact.dv, SLACK),
+        }
+    }
+
+    /// Whether every error is within its bar.
+    pub fn passed(&self) -> bool {
+        self.dq.passed() && self.dk.passed() && self.dv.passed()
+    }
+}
+
 /// NaN counts as equal to NaN, an infinity as equal to itself; anything else about them is an infinite error.
 fn largest_error(found: &[f64], exact: &[f64]) -> f64 {
     if found.len() != exact.len() {
@@ -79,6 +107,20 @@ mod tests {
         let judge = |found| Accuracy::of_o(&forward(found), &forward(1.25), &forward(1.0));
         assert!(judge(1.5).passed() && judge(0.5).passed());
         assert!(!judge(1.51).passed() && !judge(f64::NAN).passed());
+    }
+
+    #[test]
+    fn every_gradient_has_its_bar() {
+        let backward = |[dq, dk, dv]: [f64; 3]| Backward { dq: vec![dq], dk: vec![dk], dv: vec![dv] };
+        let judge = |found| GradientAccuracy::of(&backward(found), &backward([1.25; 3]), &backward([1.0; 3]));
+        assert!(judge([1.5, 0.5, 1.0]).passed());
+        for wrong in [1.51, 0.49, f64::NAN, INF] {
+            for i in 0..3 {
+                let mut found = [1.0; 3];
+                found[i] = wrong;
+                assert!(!judge(found).passed(), "{found:?}");
+            }
+        }
     }
 
     #[test]

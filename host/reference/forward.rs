@@ -57,7 +57,7 @@ pub struct Forward {
 }
 
 /// Keys that query row `i` sees: 0..this.
-fn live_keys(problem: &Problem, mask: Mask, i: usize) -> usize {
+pub(super) fn live_keys(problem: &Problem, mask: Mask, i: usize) -> usize {
     match mask {
         Mask::None => problem.seqlen_k,
         // j ≤ i + seqlen_k − seqlen_q.
@@ -120,14 +120,29 @@ pub fn forward_plain<E: Element>(
 }
 
 /// Numbers that a reference computes in.
-trait Real: Copy + Send + Sync + Default + Into<f64> + std::ops::Mul<Output = Self> + std::ops::AddAssign {
+pub(super) trait Real:
+    Copy
+    + Send
+    + Sync
+    + Default
+    + Into<f64>
+    + PartialOrd
+    + std::ops::Sub<Output = Self>
+    + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
+    + std::ops::AddAssign
+{
     const NEG_INFINITY: Self;
     fn from_f32(x: f32) -> Self;
+    fn exp(self) -> Self;
 }
 impl Real for f64 {
     const NEG_INFINITY: Self = f64::NEG_INFINITY;
     fn from_f32(x: f32) -> Self {
         x.into()
+    }
+    fn exp(self) -> Self {
+        self.exp()
     }
 }
 impl Real for f32 {
@@ -135,10 +150,13 @@ impl Real for f32 {
     fn from_f32(x: f32) -> Self {
         x
     }
+    fn exp(self) -> Self {
+        self.exp()
+    }
 }
 
 /// q·k, in eight running sums that the compiler keeps in vector registers.
-fn dot<R: Real>(q: &[R], k: &[R]) -> R {
+pub(super) fn dot<R: Real>(q: &[R], k: &[R]) -> R {
     let mut sums = [R::default(); 8];
     // Head dims are multiples of eight.
     for (q, k) in q.as_chunks::<8>().0.iter().zip(k.as_chunks::<8>().0) {
@@ -149,6 +167,17 @@ fn dot<R: Real>(q: &[R], k: &[R]) -> R {
     let mut total = R::default();
     sums.into_iter().for_each(|sum| total += sum);
     total
+}
+
+/// Every row of one head, one after the other.
+pub(super) fn head_rows<E: Element, R: Real>(tensor: &Tensor<&[E]>, batch: usize, head: usize) -> Vec<R> {
+    let [_, _, seqlen, d] = tensor.layout.shape;
+    let mut rows = Vec::with_capacity(seqlen * d);
+    for i in 0..seqlen {
+        let start = tensor.layout.offset(batch, head, i);
+        rows.extend(tensor.data[start..start + d].iter().map(|x| R::from_f32(x.to_f32())));
+    }
+    rows
 }
 
 /// Runs `row(q, k, v, scale, o) -> lse` over every row that has a live key, heads and rows in parallel; k and v hold the
@@ -166,21 +195,12 @@ fn evaluate<E: Element, R: Real>(
     crate::Cpu.check_inputs(&plan, &q, &k, &v)?;
     let rows = rows.of(problem.seqlen_q)?;
     let (d, group) = (problem.head_dim, problem.heads_q / problem.heads_kv);
-    let extend = |to: &mut Vec<R>, tensor: &Tensor<&[E]>, batch, head, i| {
-        let start = tensor.layout.offset(batch, head, i);
-        to.extend(tensor.data[start..start + d].iter().map(|x| R::from_f32(x.to_f32())));
-    };
     let heads: Vec<(usize, usize)> =
         (0..problem.batch).flat_map(|b| (0..problem.heads_kv).map(move |h| (b, h))).collect();
     let heads: Vec<(Vec<R>, Vec<R>)> = heads
         .into_par_iter()
         .flat_map_iter(|(batch, head_kv)| {
-            let all = |tensor: &Tensor<&[E]>| {
-                let mut rows = Vec::with_capacity(problem.seqlen_k * d);
-                (0..problem.seqlen_k).for_each(|j| extend(&mut rows, tensor, batch, head_kv, j));
-                rows
-            };
-            let (k, v) = (all(&k), all(&v));
+            let (k, v): (Vec<R>, Vec<R>) = (head_rows(&k, batch, head_kv), head_rows(&v, batch, head_kv));
             let results: Vec<(Vec<R>, Vec<R>)> = (0..group)
                 .map(|g| {
                     let head = head_kv * group + g;
@@ -193,8 +213,9 @@ fn evaluate<E: Element, R: Real>(
                             if live == 0 {
                                 return R::NEG_INFINITY;
                             }
-                            let mut line = Vec::with_capacity(d);
-                            extend(&mut line, &q, batch, head, i);
+                            let start = q.layout.offset(batch, head, i);
+                            let line: Vec<R> =
+                                q.data[start..start + d].iter().map(|x| R::from_f32(x.to_f32())).collect();
                             row(&line, &k[..live], &v[..live], R::from_f32(scale), o)
                         })
                         .collect();

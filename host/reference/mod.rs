@@ -2,10 +2,12 @@
 //!
 //! [`forward_f64`] follows the definition in f64. [`forward_plain`] is what the accuracy bar compares with: the same
 //! computation with 16-bit inputs, f32 accumulation, softmax in f32 and P rounded, row by row and without tiles.
-//! [`Accuracy`] is the bar itself.
+//! [`backward_f64`] and [`backward_plain`] are the same two for the gradients. [`Accuracy`] is the bar itself.
 
 mod accuracy;
+mod backward;
 mod forward;
 
-pub use accuracy::Accuracy;
+pub use accuracy::{Accuracy, GradientAccuracy};
+pub use backward::{Backward, backward_f64, backward_plain};
 pub use forward::{Forward, Rows, forward_f64, forward_plain};

@@ -1,0 +1,299 @@
+//! The gradients of attention by their definition: one row of P and of dS at a time, in a precision that is a parameter.
+//!
+//! With P = softmax(scale·Q·Kᵀ + mask): dV = Pᵀ·dO, dP = dO·Vᵀ, δᵢ = Σⱼ Pᵢⱼ·dPᵢⱼ − dLSEᵢ, dS = P∘(dP − δ), dQ = scale·dS·K
+//! and dK = scale·dSᵀ·Q (FlashAttention-2, arXiv 2307.08691, section 2.2; ∂LSEᵢ/∂Sᵢⱼ = Pᵢⱼ, which is where dLSE comes in).
+
+use kernels_gpu::element::Element;
+use rayon::prelude::*;
+
+use super::forward::{Real, dot, head_rows, live_keys};
+use crate::backend::Backend;
+use crate::error::{Error, Operand, Result};
+use crate::operands::{AddressSpace, RawTensor, check_tensor};
+use crate::plan::Plan;
+use crate::problem::{Mask, Problem};
+use crate::tensor::Tensor;
+
+/// The gradients of the inputs, contiguous.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Backward {
+    /// (batch, heads_q, seqlen_q, head_dim); 0 for a row without a live key.
+    pub dq: Vec<f64>,
+    /// (batch, heads_kv, seqlen_k, head_dim), summed over the query heads of a group.
+    pub dk: Vec<f64>,
+    /// (batch, heads_kv, seqlen_k, head_dim), summed over the query heads of a group.
+    pub dv: Vec<f64>,
+}
+
+/// The gradients in f64, given that of O, `d_o`, and that of the natural-log LSE, `d_lse`: (batch, heads_q, seqlen_q),
+/// contiguous, 0 where there is none. Keys that the mask hides take no part, whatever they hold, and rows without a live
+/// key contribute nothing.
+///
+/// # Errors
+/// Those of [`Plan::forward`] and of the tensors' shapes, with `d_o` named as O and `d_lse` as LSE.
+pub fn backward_f64<E: Element>(
+    problem: &Problem,
+    mask: Mask,
+    scale: f32,
+    [q, k, v, d_o]: [Tensor<&[E]>; 4],
+    d_lse: Option<&[f32]>,
+) -> Result<Backward> {
+    evaluate(problem, mask, scale, [q, k, v, d_o], d_lse, |x: f64| x)
+}
+
+/// The same in the precision of a kernel, without its tiles: products of 16-bit operands in f32, softmax, δ and dS in
+/// f32, P and dS rounded to the inputs' dtype before they are multiplied, the gradients rounded to it at the end.
+///
+/// # Errors
+/// As [`backward_f64`].
+pub fn backward_plain<E: Element>(
+    problem: &Problem,
+    mask: Mask,
+    scale: f32,
+    [q, k, v, d_o]: [Tensor<&[E]>; 4],
+    d_lse: Option<&[f32]>,
+) -> Result<Backward> {
+    evaluate(problem, mask, scale, [q, k, v, d_o], d_lse, |x: f32| E::from_f32(x).to_f32())
+}
+
+/// Runs [`row`] over every row, key heads in parallel; `round` is what becomes of P, dS and the gradients.
+fn evaluate<E: Element, R: Real>(
+    problem: &Problem,
+    mask: Mask,
+    scale: f32,
+    [q, k, v, d_o]: [Tensor<&[E]>; 4],
+    d_lse: Option<&[f32]>,
+    round: impl Fn(R) -> R + Sync,
+) -> Result<Backward> {
+    let plan = Plan::forward(problem, mask, Some(scale), 1)?;
+    crate::Cpu.check_inputs(&plan, &q, &k, &v)?;
+    let raw = RawTensor { address: d_o.data.as_ptr().addr() as u64, layout: d_o.layout };
+    check_tensor(problem, Operand::O, &raw, AddressSpace::Host, Some(d_o.data.len()))?;
+    if let Some(len) = d_lse.map(<[f32]>::len)
+        && len != problem.lse_len()
+    {
+        return Err(Error::LseLength { len, expected: problem.lse_len() });
+    }
+    if q.layout.is_empty() && k.layout.is_empty() {
+        return Ok(Backward::default());
+    }
+    let (d, group, scale) = (problem.head_dim, problem.heads_q / problem.heads_kv, R::from_f32(scale));
+    let heads: Vec<[Vec<R>; 3]> = (0..problem.batch * problem.heads_kv)
+        .into_par_iter()
+        .map(|item| {
+            let (batch, head_kv) = (item / problem.heads_kv, item % problem.heads_kv);
+            let (k, v): (Vec<R>, Vec<R>) = (head_rows(&k, batch, head_kv), head_rows(&v, batch, head_kv));
+            let mut dq = vec![R::default(); group * problem.seqlen_q * d];
+            let (mut dk, mut dv) = (vec![R::default(); k.len()], vec![R::default(); v.len()]);
+            let mut dq_rows = dq.chunks_exact_mut(d);
+            for head in head_kv * group..(head_kv + 1) * group {
+                let (q, d_o) = (head_rows(&q, batch, head), head_rows(&d_o, batch, head));
+                let lines = q.chunks_exact(d).zip(d_o.chunks_exact(d)).zip(&mut dq_rows);
+                for (i, ((q, d_o), dq)) in lines.enumerate() {
+                    let live = live_keys(problem, mask, i) * d;
+                    let at = (batch * problem.heads_q + head) * problem.seqlen_q + i;
+                    let d_lse = d_lse.map_or(R::default(), |d_lse| R::from_f32(d_lse[at]));
+                    let grads = [dq, &mut dk[..live], &mut dv[..live]];
+                    row([q, &k[..live], &v[..live], d_o], [d_lse, scale], grads, &round);
+                }
+            }
+            // dQ and dK lack the scale so far.
+            dq.iter_mut().chain(&mut dk).for_each(|x| *x = round(scale * *x));
+            dv.iter_mut().for_each(|x| *x = round(*x));
+            [dq, dk, dv]
+        })
+        .collect();
+    let mut all = Backward::default();
+    for [dq, dk, dv] in heads {
+        all.dq.extend(dq.into_iter().map(Into::into));
+        all.dk.extend(dk.into_iter().map(Into::into));
+        all.dv.extend(dv.into_iter().map(Into::into));
+    }
+    Ok(all)
+}
+
+/// Adds what one query row contributes; K, V, dK and dV hold its live keys only, and dQ and dK lack the scale.
+fn row<R: Real>([q, k, v, d_o]: [&[R]; 4], [d_lse, scale]: [R; 2], grads: [&mut [R]; 3], round: impl Fn(R) -> R) {
+    let ([dq, dk, dv], d) = (grads, q.len());
+    let mut p: Vec<R> = k.chunks_exact(d).map(|k| scale * dot(q, k)).collect();
+    let m = p.iter().fold(R::NEG_INFINITY, |m, &s| if s > m { s } else { m });
+    let mut l = R::default();
+    for p in &mut p {
+        *p = (*p - m).exp();
+        l += *p;
+    }
+    p.iter_mut().for_each(|p| *p = *p / l);
+    let dp: Vec<R> = v.chunks_exact(d).map(|v| dot(d_o, v)).collect();
+    let mut delta = R::default();
+    p.iter().zip(&dp).for_each(|(&p, &dp)| delta += p * dp);
+    let delta = delta - d_lse;
+    // to += factor·x.
+    let add = |to: &mut [R], factor, x: &[R]| to.iter_mut().zip(x).for_each(|(to, &x)| *to += factor * x);
+    let keys = k.chunks_exact(d).zip(dk.chunks_exact_mut(d)).zip(dv.chunks_exact_mut(d));
+    for ((p, dp), ((k, dk), dv)) in p.into_iter().zip(dp).zip(keys) {
+        let ds = round(p * (dp - delta));
+        add(dv, round(p), d_o);
+        add(dk, ds, q);
+        add(dq, ds, k);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+    use kernels_gpu::variants::Dtype;
+
+    use super::*;
+    use crate::reference::{GradientAccuracy, Rows, forward_f64};
+
+    const SHAPES: [(usize, usize, Mask); 4] =
+        [(3, 4, Mask::None), (4, 2, Mask::Causal), (2, 4, Mask::Causal), (2, 0, Mask::None)];
+
+    fn problem(seqlen_q: usize, seqlen_k: usize, heads_q: usize, heads_kv: usize) -> Problem {
+        Problem { batch: 2, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim: 8, dtype: Dtype::F16 }
+    }
+
+    /// Q, K, V and dO, and dLSE: multiples of 1/8 from −1 to 1, in no order that a wrong index would keep.
+    fn inputs<E: Element>(problem: &Problem) -> ([Vec<E>; 4], Vec<f32>) {
+        let value = |i: usize, step: usize| ((i * step + i * i / 3 + 3) % 17) as f32 / 8.0 - 1.0;
+        let (q, kv) = (problem.q_shape(), problem.kv_shape());
+        let tensors = [(q, 5), (kv, 7), (kv, 11), (q, 3)]
+            .map(|(shape, step)| (0..shape.iter().product()).map(|i| E::from_f32(value(i, step))).collect());
+        (tensors, (0..problem.lse_len()).map(|i| value(i, 13)).collect())
+    }
+
+    fn tensors<'a, E>(problem: &Problem, [q, k, v, d_o]: &'a [Vec<E>; 4]) -> [Tensor<&'a [E]>; 4] {
+        let (of_q, of_kv) = (problem.q_shape(), problem.kv_shape());
+        [Tensor::bhsd(q, of_q), Tensor::bhsd(k, of_kv), Tensor::bhsd(v, of_kv), Tensor::bhsd(d_o, of_q)]
+    }
+
+    /// Central differences of Σ O∘dO + Σ LSE∘dLSE, with a step that f16 holds exactly beside any of the values.
+    #[test]
+    fn equals_the_differences_of_the_forward() {
+        const STEP: f32 = 1.0 / 1024.0;
+        for (m, n, mask) in SHAPES {
+            let problem = problem(m, n, 4, 2);
+            let (mut inputs, d_lse) = inputs::<f16>(&problem);
+            let found = backward_f64(&problem, mask, 0.7, tensors(&problem, &inputs), Some(&d_lse)).unwrap();
+            let loss = |inputs: &[Vec<f16>; 4]| -> f64 {
+                let [q, k, v, _] = tensors(&problem, inputs);
+                let forward = forward_f64(&problem, mask, 0.7, [q, k, v], &Rows::All).unwrap();
+                let of_o: f64 = forward.o.iter().zip(&inputs[3]).map(|(o, g)| o * f64::from(g.to_f32())).sum();
+                let lse = forward.lse.iter().zip(&d_lse).filter(|(lse, _)| lse.is_finite());
+                of_o + lse.map(|(lse, &g)| lse * f64::from(g)).sum::<f64>()
+            };
+            for (operand, gradient) in [&found.dq, &found.dk, &found.dv].into_iter().enumerate() {
+                assert_eq!(gradient.len(), inputs[operand].len());
+                assert!(n == 0 || gradient.iter().any(|x| x.abs() > 0.1));
+                for (at, gradient) in gradient.iter().enumerate() {
+                    let x = inputs[operand][at].to_f32();
+                    let [above, below] = [x + STEP, x - STEP].map(|x| {
+                        inputs[operand][at] = f16::from_f32(x);
+                        assert_eq!(inputs[operand][at].to_f32(), x);
+                        loss(&inputs)
+                    });
+                    inputs[operand][at] = f16::from_f32(x);
+                    let expected = (above - below) / (2.0 * f64::from(STEP));
+                    assert!((gradient - expected).abs() < 1e-6, "{m} {n} {operand} {at}: {gradient} not {expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_takes_no_part_is_zero_and_poisons_nothing() {
+        // The first three of five queries see no key.
+        let dead = problem(5, 2, 2, 1);
+        let (mut inputs_dead, mut d_lse_dead) = inputs::<f16>(&dead);
+        for row in (0..20).filter(|row| row % 5 < 3) {
+            inputs_dead[0][row * 8..][..8].fill(f16::NAN);
+            inputs_dead[3][row * 8..][..8].fill(f16::INFINITY);
+            d_lse_dead[row] = f32::NAN;
+        }
+        // Of three queries only the last sees the last of five keys.
+        let hidden = problem(3, 5, 2, 1);
+        let (mut inputs_hidden, _) = inputs::<f16>(&hidden);
+        for (operand, head) in [(1, 0), (1, 1), (2, 0), (2, 1)] {
+            inputs_hidden[operand][(head * 5 + 4) * 8..][..8].fill(f16::NAN);
+        }
+        for run in [backward_f64::<f16>, backward_plain::<f16>] {
+            let found = run(&dead, Mask::Causal, 0.7, tensors(&dead, &inputs_dead), Some(&d_lse_dead)).unwrap();
+            assert!((0..20).all(|row| (found.dq[row * 8..][..8] == [0.0; 8]) == (row % 5 < 3)));
+            assert!(found.dk.iter().chain(&found.dv).all(|x| x.is_finite()));
+            let found = run(&hidden, Mask::Causal, 0.7, tensors(&hidden, &inputs_hidden), None).unwrap();
+            assert!(found.dq.iter().enumerate().all(|(at, x)| x.is_nan() == (at / 8 % 3 == 2)));
+            // Aligned bottom right, the last query sees every key: only without a query is a key unseen.
+            let unseen = problem(0, 3, 2, 1);
+            let found = run(&unseen, Mask::Causal, 0.7, tensors(&unseen, &inputs(&unseen).0), Some(&[])).unwrap();
+            assert_eq!(found, Backward { dq: vec![], dk: vec![0.0; 48], dv: vec![0.0; 48] });
+        }
+    }
+
+    #[test]
+    fn groups_are_sums_of_heads() {
+        let (grouped, separate) = (problem(4, 3, 4, 1), problem(4, 3, 4, 4));
+        let (inputs, d_lse) = inputs::<f16>(&grouped);
+        let [q, k, v, d_o] = tensors(&grouped, &inputs);
+        // A stride of 0 repeats the one key head.
+        let [k4, v4] = [k, v].map(|x| Tensor::strided(x.data, separate.kv_shape(), [24, 0, 8]));
+        let found = backward_f64(&grouped, Mask::Causal, 0.7, [q, k, v, d_o], Some(&d_lse)).unwrap();
+        let heads = backward_f64(&separate, Mask::Causal, 0.7, [q, k4, v4, d_o], Some(&d_lse)).unwrap();
+        assert_eq!(found.dq, heads.dq);
+        for (found, heads) in [(&found.dk, &heads.dk), (&found.dv, &heads.dv)] {
+            for (at, x) in found.iter().enumerate() {
+                let sum: f64 = (0..4).map(|head| heads[(at / 24 * 4 + head) * 24 + at % 24]).sum();
+                assert!((x - sum).abs() < 1e-12);
+            }
+        }
+    }
+
+    #[test]
+    fn plain_is_close() {
+        for (m, n, mask) in SHAPES.into_iter().chain([(70, 90, Mask::Causal)]) {
+            let problem = Problem { dtype: Dtype::Bf16, ..problem(m, n, 4, 2) };
+            let (inputs, d_lse) = inputs::<bf16>(&problem);
+            let [exact, plain] = [backward_f64, backward_plain]
+                .map(|run| run(&problem, mask, 0.7, tensors(&problem, &inputs), Some(&d_lse)).unwrap());
+            let accuracy = GradientAccuracy::of(&plain, &plain, &exact);
+            assert!(accuracy.passed() && !GradientAccuracy::of(&Backward::default(), &plain, &exact).passed());
+            for (accuracy, exact) in [(accuracy.dq, &exact.dq), (accuracy.dk, &exact.dk), (accuracy.dv, &exact.dv)] {
+                let largest = exact.iter().fold(0.0f64, |a, x| a.max(x.abs()));
+                assert!(accuracy.error <= largest / 128.0 && (accuracy.error > 0.0 || n == 0), "{m} {n} {accuracy:?}");
+            }
+        }
+    }
+
+    /// With one query, dK and dV are products of one dS and one P, which the exact gradients tell.
+    #[test]
+    fn plain_rounds_each_factor_and_product() {
+        let problem = Problem { dtype: Dtype::Bf16, ..problem(1, 9, 1, 1) };
+        let (inputs, _) = inputs::<bf16>(&problem);
+        let [exact, plain] = [backward_f64, backward_plain]
+            .map(|run| run(&problem, Mask::None, 1.0, tensors(&problem, &inputs), None).unwrap());
+        for (exact, plain, x) in [(exact.dk, plain.dk, &inputs[0]), (exact.dv, plain.dv, &inputs[3])] {
+            for (at, (exact, plain)) in exact.into_iter().zip(plain).enumerate() {
+                let x = x[at / 72 * 8 + at % 8].to_f64();
+                let factor = bf16::from_f64(if x == 0.0 { 0.0 } else { exact / x });
+                assert_eq!(plain, bf16::from_f64(factor.to_f64() * x).to_f64(), "{at}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_an_error() {
+        let problem = problem(3, 3, 2, 2);
+        let (inputs, _) = inputs::<f16>(&problem);
+        let all = tensors(&problem, &inputs);
+        let mut short = all;
+        short[3].data = &short[3].data[1..];
+        for run in [backward_f64::<f16>, backward_plain::<f16>] {
+            assert!(run(&problem, Mask::None, 1.0, short, None).is_err());
+            assert!(run(&problem, Mask::None, 0.0, all, None).is_err());
+            let length = Error::LseLength { len: 11, expected: 12 };
+            assert_eq!(run(&problem, Mask::None, 1.0, all, Some(&[0.0; 11])), Err(length));
+            let nothing = Problem { batch: usize::MAX >> 33, seqlen_q: 0, seqlen_k: 0, ..problem };
+            let none: [Vec<f16>; 4] = Default::default();
+            assert_eq!(run(&nothing, Mask::None, 1.0, tensors(&nothing, &none), None), Ok(Backward::default()));
+        }
+    }
+}
