@@ -83,3 +83,74 @@ pub struct ForwardParams<T> {
     pub shape: Shape,
     pub order: TileOrder,
 }
+
+/// Query rows of a head in the backward pass's workspace are padded to a multiple of this: the largest block_m.
+pub const ROW_PADDING: u32 = 128;
+
+/// Parameters of the backward kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardParams<T> {
+    pub q: T,
+    pub k: T,
+    pub v: T,
+    pub d_o: T,
+    pub dk: Strided,
+    pub dv: Strided,
+    pub workspace: Workspace,
+    /// The softmax scale, finite and positive.
+    pub scale: f32,
+    pub shape: Shape,
+    /// Of blocks of keys: `heads_q` of it are key heads.
+    pub order: TileOrder,
+}
+
+/// What the kernels of a backward pass hand to each other, by addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Workspace {
+    /// f32 (batch, heads_q, rows): the LSE in base 2; +∞ for rows without a key and for rows of padding.
+    pub lse: u64,
+    /// f32 (batch, heads_q, rows): rowsum(dO∘O) less the gradient of the LSE.
+    pub delta: u64,
+    /// f32 (batch, heads_q, rows, compiled head_dim), unscaled; within a query block in an order of the machine's own.
+    pub dq: u64,
+    /// u32 (batch, heads_q, query blocks, 2): how many key blocks have added to a part of dQ; 0 where order is free.
+    pub turns: u64,
+    /// Query rows of a head, padding included.
+    pub rows: u32,
+}
+
+impl Workspace {
+    /// The index of a query row in `lse` and `delta`.
+    #[inline(always)]
+    pub fn row(&self, shape: &Shape, batch: u32, head: u32, row: u32) -> u64 {
+        (batch * shape.heads_q + head) as u64 * self.rows as u64 + row as u64
+    }
+}
+
+/// Parameters of the kernel that prepares a backward pass's workspace.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct PrepareParams {
+    pub o: Strided,
+    pub d_o: Strided,
+    /// Address of the LSE, f32 (batch, heads_q, seqlen_q).
+    pub lse: u64,
+    /// Address of the gradient of the LSE, of the same shape; 0 where there is none.
+    pub d_lse: u64,
+    pub workspace: Workspace,
+    pub shape: Shape,
+    /// The backward kernel's compiled head dim.
+    pub head_dim: u32,
+}
+
+/// Parameters of the kernel that turns the workspace's dQ into the tensor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct FinishParams {
+    pub dq: Strided,
+    pub workspace: Workspace,
+    pub scale: f32,
+    pub shape: Shape,
+}

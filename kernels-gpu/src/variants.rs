@@ -3,11 +3,13 @@
 //! The host picks a row, the build adds its launch bounds to the PTX, `entry` makes its symbol and the CPU
 //! executor runs the same row. Everything that is not in a row is a run-time parameter.
 
+use crate::arch::Split;
 use crate::attention::block_info::NBlocks;
 use crate::attention::mask::{Causal, Full};
+use crate::attention::query_blocks::MBlocks;
 use crate::attention::scheduler::TileOrder;
-use crate::params::Shape;
-use crate::tile::smem::ForwardSmem;
+use crate::params::{ROW_PADDING, Shape};
+use crate::tile::smem::{BackwardSmem, ForwardSmem};
 
 /// Element type of Q, K, V and O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -182,3 +184,129 @@ macro_rules! forward_table {
     };
 }
 forward_variants!(forward_table);
+
+/// One compiled backward kernel. Two consumer warpgroups, one producer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackwardVariant {
+    /// Name of the kernel's entry point.
+    pub symbol: &'static str,
+    /// Names of the kernels that prepare the workspace and that turn its dQ into the tensor.
+    pub prepare: &'static str,
+    pub finish: &'static str,
+    pub dtype: Dtype,
+    /// The compiled head dim; smaller ones run in it, padded with zeros by the copy engine.
+    pub head_dim: u32,
+    pub mask: MaskKind,
+    /// Queries of one step of the mainloop.
+    pub block_m: u32,
+    /// Keys of a work tile.
+    pub block_n: u32,
+    /// How the warpgroups share the work.
+    pub split: Split,
+}
+
+/// Threads of a CTA of the kernels that prepare and finish.
+pub const ROW_KERNEL_THREADS: u32 = 256;
+/// Rows of the workspace that a CTA of the preparing kernel takes: eight lanes a row.
+pub const PREPARE_ROWS: u32 = ROW_KERNEL_THREADS / 8;
+
+impl BackwardVariant {
+    /// Threads of a CTA: the producer's warpgroup and the consumers'.
+    pub const fn threads(&self) -> u32 {
+        3 * WARPGROUP_THREADS
+    }
+    /// Where everything lies in a CTA's shared memory.
+    pub const fn smem(&self) -> BackwardSmem {
+        BackwardSmem { head_dim: self.head_dim, block_m: self.block_m, block_n: self.block_n }
+    }
+    /// Query rows of a head in the workspace.
+    pub fn rows(&self, shape: &Shape) -> u32 {
+        shape.seqlen_q.next_multiple_of(ROW_PADDING).max(ROW_PADDING)
+    }
+    /// Query blocks of a head in the workspace.
+    pub fn m_blocks(&self, shape: &Shape) -> u32 {
+        self.rows(shape) / self.block_m
+    }
+    /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one key head, which
+    /// in [`TileOrder`] are query tiles of one query head. In an `exact` pass, blocks of keys of a head come in order.
+    pub fn order(&self, shape: &Shape, ctas: u32, exact: bool) -> TileOrder {
+        let keys = Shape { heads_q: shape.heads_kv, seqlen_q: shape.seqlen_k, ..*shape };
+        if exact {
+            return TileOrder::new(&keys, self.block_n, u32::MAX);
+        }
+        let n_blocks = shape.seqlen_k.div_ceil(self.block_n);
+        let cost = |index: u32| {
+            let first_key = (n_blocks - 1 - index) * self.block_n;
+            let blocks = match self.mask {
+                MaskKind::None => MBlocks::new::<Full>(shape, first_key, self.block_n, self.block_m),
+                MaskKind::Causal => MBlocks::new::<Causal>(shape, first_key, self.block_n, self.block_m),
+            };
+            (blocks.end - blocks.start) * shape.group()
+        };
+        TileOrder::balanced(&keys, self.block_n, ctas, cost).0
+    }
+}
+
+/// The smallest compiled backward variant that holds `head_dim`.
+pub fn backward(dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static BackwardVariant> {
+    BACKWARD_VARIANTS
+        .iter()
+        .filter(|v| v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim)
+        .min_by_key(|v| v.head_dim)
+}
+
+/// Name and CTA size of every kernel, for the launch bounds in its PTX.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn launches() -> std::vec::Vec<(&'static str, u32)> {
+    let forward = VARIANTS.iter().map(|v| (v.symbol, v.threads()));
+    let backward = BACKWARD_VARIANTS.iter().map(|v| (v.symbol, v.threads()));
+    let mut rows: std::vec::Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
+    rows.sort_unstable();
+    rows.dedup();
+    forward.chain(backward).chain(rows.into_iter().map(|symbol| (symbol, ROW_KERNEL_THREADS))).collect()
+}
+
+/// Calls `$apply!` with one row a variant:
+/// `symbol, prepare, finish, dtype, head_dim, mask, block_m, block_n, split, dq_columns, dkv_columns;`
+///
+/// The last two are the columns of a warpgroup's part of dQ (of which it has 64 rows), and of dK and dV.
+#[macro_export]
+macro_rules! backward_variants {
+    ($apply:ident) => {
+        $apply! {
+            backward_f16_d64, prepare_f16, finish_f16_d64, F16, 64, None, 128, 128, Keys, 64, 64;
+            backward_f16_d64_causal, prepare_f16, finish_f16_d64, F16, 64, Causal, 128, 128, Keys, 64, 64;
+            backward_f16_d128, prepare_f16, finish_f16_d128, F16, 128, None, 64, 128, Keys, 64, 128;
+            backward_f16_d128_causal, prepare_f16, finish_f16_d128, F16, 128, Causal, 64, 128, Keys, 64, 128;
+            backward_f16_d256, prepare_f16, finish_f16_d256, F16, 256, None, 64, 64, Columns, 128, 128;
+            backward_f16_d256_causal, prepare_f16, finish_f16_d256, F16, 256, Causal, 64, 64, Columns, 128, 128;
+            backward_bf16_d64, prepare_bf16, finish_bf16_d64, Bf16, 64, None, 128, 128, Keys, 64, 64;
+            backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Bf16, 64, Causal, 128, 128, Keys, 64, 64;
+            backward_bf16_d128, prepare_bf16, finish_bf16_d128, Bf16, 128, None, 64, 128, Keys, 64, 128;
+            backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Bf16, 128, Causal, 64, 128, Keys, 64, 128;
+            backward_bf16_d256, prepare_bf16, finish_bf16_d256, Bf16, 256, None, 64, 64, Columns, 128, 128;
+            backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Bf16, 256, Causal, 64, 64, Columns, 128, 128;
+        }
+    };
+}
+
+macro_rules! backward_table {
+    ($($symbol:ident, $prepare:ident, $finish:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal,
+       $block_n:literal, $split:ident, $dq_columns:literal, $dkv_columns:literal;)*) => {
+        /// Every compiled backward variant.
+        pub static BACKWARD_VARIANTS: &[BackwardVariant] = &[$(
+            BackwardVariant {
+                symbol: stringify!($symbol),
+                prepare: stringify!($prepare),
+                finish: stringify!($finish),
+                dtype: Dtype::$dtype,
+                head_dim: $head_dim,
+                mask: MaskKind::$mask,
+                block_m: $block_m,
+                block_n: $block_n,
+                split: Split::$split,
+            },
+        )*];
+    };
+}
+backward_variants!(backward_table);

@@ -13,8 +13,10 @@ pub mod cpu;
 #[cfg(target_arch = "nvptx64")]
 pub mod sm90;
 
+use crate::attention::query_blocks::QueryBlock;
 use crate::attention::scheduler::WorkTile;
-use crate::params::{Output, Shape};
+use crate::params::{Output, Shape, Strided, Workspace};
+use crate::pipeline::order::KvBlock;
 
 /// A fragment that a product still in flight is writing.
 #[must_use = "a product must be waited for"]
@@ -36,6 +38,10 @@ pub trait Warpgroup: Sized {
     fn zeros<const N8: usize>(&self) -> Self::Acc<N8>;
     /// Elements of row r from column `end(r)` on become `fill`; rows and columns count from the fragment's corner.
     fn truncate_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, fill: f32, end: impl Fn(u32) -> i32);
+    /// Elements of row r before column `start(r)` become `fill`.
+    fn fill_rows_before<const N8: usize>(&self, x: &mut Self::Acc<N8>, fill: f32, start: impl Fn(u32) -> i32);
+    /// `f(x, y)` for every element x and the one of y in its place.
+    fn zip_with<const N8: usize>(&self, x: &mut Self::Acc<N8>, y: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32);
     /// `f(x, r)` for every element x and its row's r.
     fn map_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
     /// Multiplies each row by its factor; fast where all are 1.
@@ -96,4 +102,71 @@ pub trait ForwardWarpgroup: Warpgroup {
     fn store<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: &Output<Self::Tensor>, tile: &WorkTile, shape: &Shape);
     /// Stores one f32 for each of this warpgroup's rows of `tile` in the (batch, heads_q, seqlen_q) array at `address`.
     fn store_rows(&mut self, values: Self::Rows, address: u64, tile: &WorkTile, shape: &Shape);
+}
+
+/// How the gradients of a block of keys are shared out between two warpgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// Each has half of the keys.
+    Keys,
+    /// Each has half of the columns of dK and dV, and computes the scores of all keys.
+    Columns,
+}
+
+/// A consumer warpgroup of the backward kernel: 64 keys, its end of the rings of Q and dO, and its part of dQ.
+///
+/// Scores are transposed here, keys × queries, so that Pᵀ and dSᵀ are left operands as they come.
+pub trait BackwardWarpgroup: Warpgroup {
+    /// A filled slot of a ring.
+    type Slot: Copy;
+    /// This warpgroup's part of dQ of one query block.
+    type DQ<const Q8: usize>;
+
+    /// This warpgroup's first key within the block of keys.
+    fn first_key(&self) -> u32;
+    /// Waits for K and V of the next work tile.
+    fn wait_kv(&mut self);
+    /// Gives K and V back; every product that reads them must have been waited for.
+    fn release_kv(&mut self);
+    /// Waits for the next query block's Q and LSE.
+    fn wait_q(&mut self) -> Self::Slot;
+    fn release_q(&mut self, q: Self::Slot);
+    /// Waits for the next query block's dO and delta.
+    fn wait_do(&mut self) -> Self::Slot;
+    fn release_do(&mut self, d_o: Self::Slot);
+
+    /// `f(x, l)` for every element x and the LSE l of its column's query, in base 2.
+    fn map_lse<const M8: usize>(&self, x: &mut Self::Acc<M8>, q: Self::Slot, f: impl Fn(f32, f32) -> f32);
+    /// `f(x, d)` for every element x and delta d of its column's query.
+    fn map_delta<const M8: usize>(&self, x: &mut Self::Acc<M8>, d_o: Self::Slot, f: impl Fn(f32, f32) -> f32);
+
+    /// Sᵀ = K·Qᵀ, in flight.
+    fn kq<const D8: usize, const M8: usize>(&mut self, q: Self::Slot) -> Pending<Self::Acc<M8>>;
+    /// dPᵀ = V·dOᵀ, in flight.
+    fn v_do<const D8: usize, const M8: usize>(&mut self, d_o: Self::Slot) -> Pending<Self::Acc<M8>>;
+    /// dV + Pᵀ·dO, in flight: this warpgroup's columns.
+    fn p_do<const M8: usize, const C8: usize>(
+        &mut self,
+        dv: Self::Acc<C8>,
+        p: Self::Operand<M8>,
+        d_o: Self::Slot,
+    ) -> Pending<Self::Acc<C8>>;
+    /// dK + dSᵀ·Q, in flight: this warpgroup's columns.
+    fn ds_q<const M8: usize, const C8: usize>(
+        &mut self,
+        dk: Self::Acc<C8>,
+        ds: Self::Operand<M8>,
+        q: Self::Slot,
+    ) -> Pending<Self::Acc<C8>>;
+    /// Shows dSᵀ to the other warpgroup, and waits for its own.
+    fn share<const M8: usize>(&mut self, ds: &Self::Operand<M8>);
+    /// dQ = dS·K of the dS last shared, in flight: this warpgroup's part.
+    fn ds_k<const M8: usize, const Q8: usize>(&mut self) -> Pending<Self::DQ<Q8>>;
+    /// As [`Warpgroup::wait`].
+    fn wait_dq<const LATER: usize, const Q8: usize>(&mut self, x: Pending<Self::DQ<Q8>>) -> Self::DQ<Q8>;
+    /// Adds this warpgroup's part to the workspace; `turn` is the block of keys that it is due to.
+    fn add_dq<const Q8: usize>(&mut self, dq: &Self::DQ<Q8>, to: &Workspace, shape: &Shape, at: &QueryBlock, turn: u32);
+
+    /// Stores this warpgroup's part of dK or dV, in the input's dtype, as far as it is rows and columns of `shape`.
+    fn store_kv<const C8: usize>(&mut self, x: &Self::Acc<C8>, to: &Strided, at: &KvBlock, shape: &Shape);
 }

@@ -10,6 +10,8 @@ use crate::params::Shape;
 pub trait Mask: Copy {
     /// Query row `i` sees the keys `0..live_end(i)`, never more than seqlen_k, and never fewer than row `i − 1`.
     fn live_end(shape: &Shape, i: u32) -> u32;
+    /// Key `j` is seen by the query rows from this one on, by the same rule; for j below seqlen_k.
+    fn live_start(shape: &Shape, j: u32) -> u32;
 }
 
 /// Every query sees every key.
@@ -20,6 +22,10 @@ impl Mask for Full {
     #[inline(always)]
     fn live_end(shape: &Shape, _: u32) -> u32 {
         shape.seqlen_k
+    }
+    #[inline(always)]
+    fn live_start(_: &Shape, _: u32) -> u32 {
+        0
     }
 }
 
@@ -33,6 +39,10 @@ impl Mask for Causal {
         let end = i as i32 + 1 + (shape.seqlen_k as i32 - shape.seqlen_q as i32);
         end.max(0).min(shape.seqlen_k as i32) as u32
     }
+    #[inline(always)]
+    fn live_start(shape: &Shape, j: u32) -> u32 {
+        (j as i32 - (shape.seqlen_k as i32 - shape.seqlen_q as i32)).max(0) as u32
+    }
 }
 
 /// Scores of keys that a row may not see become −∞; the fragment starts at query `row` and key `first_key`.
@@ -45,4 +55,19 @@ pub fn mask_scores<W: Warpgroup, M: Mask, const N8: usize>(
     first_key: u32,
 ) {
     wg.truncate_rows(s, f32::NEG_INFINITY, |r| M::live_end(shape, row + r) as i32 - first_key as i32);
+}
+
+/// As [`mask_scores`], for transposed scores: the fragment starts at key `key` and query row `first_row`.
+#[inline(always)]
+pub fn mask_transposed<W: Warpgroup, M: Mask, const M8: usize>(
+    wg: &W,
+    shape: &Shape,
+    s: &mut W::Acc<M8>,
+    key: u32,
+    first_row: u32,
+) {
+    wg.fill_rows_before(s, f32::NEG_INFINITY, |r| {
+        let start = if key + r < shape.seqlen_k { M::live_start(shape, key + r) as i32 } else { i32::MAX };
+        start.saturating_sub(first_row as i32)
+    });
 }

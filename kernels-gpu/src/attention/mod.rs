@@ -3,5 +3,7 @@
 pub mod block_info;
 pub mod epilogue;
 pub mod mask;
+pub mod query_blocks;
+pub mod row_statistics;
 pub mod scheduler;
 pub mod softmax;

@@ -1,3 +1,4 @@
 //! The kernels, in the paper's notation.
 
+pub mod backward;
 pub mod forward;

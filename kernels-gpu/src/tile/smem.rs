@@ -91,6 +91,84 @@ impl ForwardSmem {
     }
 }
 
+/// Offsets of a backward CTA's shared memory: K, V, the rings of Q and dO, two tiles of dSᵀ, the statistics of the query
+/// rows in the rings, the barriers.
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardSmem {
+    pub head_dim: u32,
+    pub block_m: u32,
+    pub block_n: u32,
+}
+
+impl BackwardSmem {
+    /// Slots of each ring.
+    pub const STAGES: u32 = 2;
+
+    /// Bytes of the tile of K, and of V.
+    pub const fn kv_bytes(&self) -> u32 {
+        tile_bytes(self.block_n, self.head_dim)
+    }
+    /// Bytes of a slot of Q, and of dO.
+    pub const fn q_bytes(&self) -> u32 {
+        tile_bytes(self.block_m, self.head_dim)
+    }
+    const fn ds_bytes(&self) -> u32 {
+        tile_bytes(self.block_n, self.block_m)
+    }
+    /// Bytes of the statistics of a slot: one f32 a query row.
+    pub const fn row_bytes(&self) -> u32 {
+        self.block_m * 4
+    }
+    pub const fn k(&self) -> u32 {
+        0
+    }
+    pub const fn v(&self) -> u32 {
+        self.kv_bytes()
+    }
+    pub const fn q(&self, slot: u32) -> u32 {
+        2 * self.kv_bytes() + slot * self.q_bytes()
+    }
+    pub const fn d_o(&self, slot: u32) -> u32 {
+        self.q(Self::STAGES) + slot * self.q_bytes()
+    }
+    /// dSᵀ, of even and odd steps.
+    pub const fn ds(&self, parity: u32) -> u32 {
+        self.d_o(Self::STAGES) + parity * self.ds_bytes()
+    }
+    pub const fn lse(&self, slot: u32) -> u32 {
+        self.ds(2) + slot * self.row_bytes()
+    }
+    pub const fn delta(&self, slot: u32) -> u32 {
+        self.lse(Self::STAGES) + slot * self.row_bytes()
+    }
+    const fn barrier(&self, index: u32) -> u32 {
+        self.delta(Self::STAGES) + index * BARRIER_BYTES
+    }
+    /// The barriers that say that K and V are there, and that they are no longer needed.
+    pub const fn kv_full(&self) -> u32 {
+        self.barrier(0)
+    }
+    pub const fn kv_empty(&self) -> u32 {
+        self.barrier(1)
+    }
+    pub const fn q_full(&self, slot: u32) -> u32 {
+        self.barrier(2 + slot)
+    }
+    pub const fn q_empty(&self, slot: u32) -> u32 {
+        self.barrier(2 + Self::STAGES + slot)
+    }
+    pub const fn do_full(&self, slot: u32) -> u32 {
+        self.barrier(2 + 2 * Self::STAGES + slot)
+    }
+    pub const fn do_empty(&self, slot: u32) -> u32 {
+        self.barrier(2 + 3 * Self::STAGES + slot)
+    }
+    /// All of it.
+    pub const fn bytes(&self) -> u32 {
+        self.barrier(2 + 4 * Self::STAGES)
+    }
+}
+
 #[cfg(test)]
 mod tests {
 

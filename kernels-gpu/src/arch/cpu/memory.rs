@@ -54,3 +54,21 @@ pub unsafe fn write_f32(address: u64, index: usize, value: f32) {
     // SAFETY: the caller's promise.
     unsafe { with_exposed_provenance_mut::<f32>(address as usize).add(index).write(value) }
 }
+
+/// Reads element `index` of the f32 array at `address`.
+///
+/// # Safety
+/// The element is valid for reading.
+pub unsafe fn read_f32(address: u64, index: usize) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe { with_exposed_provenance::<f32>(address as usize).add(index).read() }
+}
+
+/// Adds to element `index` of the f32 array at `address`.
+///
+/// # Safety
+/// The element is valid for reading and writing, and nobody else accesses it.
+pub unsafe fn add_f32(address: u64, index: usize, value: f32) {
+    // SAFETY: the caller's promise.
+    unsafe { *with_exposed_provenance_mut::<f32>(address as usize).add(index) += value };
+}

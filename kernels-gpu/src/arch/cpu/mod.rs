@@ -5,6 +5,7 @@
 //! are deterministic, and a kernel that breaks the pipeline's protocol is a [`pipeline::Fault`] with a name instead of
 //! a hang.
 
+mod backward;
 mod forward;
 mod fragment;
 mod matmul;
@@ -12,18 +13,22 @@ mod memory;
 mod pipeline;
 mod warpgroup;
 
+pub use backward::{finish, prepare};
 pub use pipeline::Fault;
 pub use warpgroup::CpuWarpgroup;
 
 use crate::attention::block_info::KvBlocks;
 use crate::attention::mask::{Causal, Full, Mask};
-use crate::attention::scheduler::{CtaTiles, TileOrder};
+use crate::attention::query_blocks::key_block;
+use crate::attention::scheduler::{CtaTiles, TileOrder, WorkTile};
 use crate::element::Element;
+use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::forward::consume;
-use crate::params::{ForwardParams, Shape, Strided};
+use crate::params::{BackwardParams, ForwardParams, Shape, Strided};
 use crate::pipeline::order::KvOrder;
 use crate::tile::smem::ForwardSmem;
-use crate::variants::Variant;
+use crate::variants::{BackwardVariant, Variant};
+use backward::BackwardPipe;
 
 macro_rules! mask {
     (None) => {
@@ -80,4 +85,43 @@ unsafe fn run<M: Mask, E: Element, const D8: usize, const N8: usize>(
         consume::<_, M, D8, N8>(&mut warpgroup, p, block_m, tiles);
         warpgroup.finish();
     }
+}
+
+/// Runs the backward kernel for all blocks of keys of one key head, in order.
+///
+/// # Panics
+/// As [`forward`].
+///
+/// # Safety
+/// `p` describes tensors of `E` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV) in all of `p.shape`,
+/// which the variant holds, and a workspace that [`prepare`] has filled for every query head of the group; nobody else
+/// accesses this head's rows of dK and dV, or the workspace of its query heads. There is at least one key.
+pub unsafe fn backward<E: Element>(variant: &BackwardVariant, p: &BackwardParams<Strided>, batch: u32, head: u32) {
+    assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
+    macro_rules! dispatch {
+        ($($symbol:ident, $prepare:ident, $finish:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal,
+           $block_n:literal, $split:ident, $dq_columns:literal, $dkv_columns:literal;)*) => {
+            match variant.symbol {
+                $(stringify!($symbol) => {
+                    let n_blocks = p.shape.seqlen_k.div_ceil(variant.block_n);
+                    for (m_block, consumer) in (0..n_blocks).flat_map(|m_block| [(m_block, 0), (m_block, 1)]) {
+                        let tile = WorkTile { batch, head, m_block };
+                        let keys = key_block(&p.shape, variant.block_n, &tile);
+                        // SAFETY: the caller's promise; consumers own different parts of dK and dV.
+                        let mut warpgroup = unsafe {
+                            CpuWarpgroup::<E, BackwardPipe<mask!($mask)>>::backward(
+                                p, variant.smem(), variant.split, consumer, &keys,
+                            )
+                        };
+                        consume_backward::<
+                            _, mask!($mask), { $head_dim / 8 }, { $dkv_columns / 8 }, { $block_m / 8 }, { $dq_columns / 8 },
+                        >(&mut warpgroup, p, variant.block_n, core::iter::once(tile));
+                        warpgroup.finish();
+                    }
+                })*
+                other => unreachable!("{other} is not in the table of variants"),
+            }
+        };
+    }
+    crate::backward_variants!(dispatch);
 }

@@ -37,6 +37,19 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
             x.row_mut(row)[end..].fill(fill);
         }
     }
+    fn fill_rows_before<const N8: usize>(&self, x: &mut Tile<N8>, fill: f32, start: impl Fn(u32) -> i32) {
+        for row in 0..self.live {
+            let start = (start(row as u32).max(0) as usize).min(8 * N8);
+            x.row_mut(row)[..start].fill(fill);
+        }
+    }
+    fn zip_with<const N8: usize>(&self, x: &mut Tile<N8>, y: &Tile<N8>, f: impl Fn(f32, f32) -> f32) {
+        for row in 0..self.live {
+            for (x, y) in x.row_mut(row).iter_mut().zip(y.row(row)) {
+                *x = f(*x, *y);
+            }
+        }
+    }
     fn map_rows<const N8: usize>(&self, x: &mut Tile<N8>, rows: Rows, f: impl Fn(f32, f32) -> f32) {
         for (row, value) in rows.into_iter().enumerate().take(self.live) {
             for x in x.row_mut(row) {

@@ -1,0 +1,120 @@
+//! Backward attention by recomputation: dQ, dK and dV without a stored score matrix (FlashAttention-2, arXiv 2307.08691,
+//! algorithm 2; FlashAttention-3, arXiv 2407.08608, section 3).
+//!
+//! A CTA keeps one block of keys, with dK and dV in registers, and walks over the query blocks that see it. Scores are
+//! recomputed transposed, so that Pᵀ and dSᵀ go from registers into dV and dK; dSᵀ also goes through shared memory into
+//! dQ, which is added up in f32 in the workspace. The next block's scores are issued with the last products of this one.
+
+use core::f32::consts::LOG2_E;
+
+use crate::arch::BackwardWarpgroup;
+use crate::attention::mask::{Mask, mask_transposed};
+use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
+use crate::attention::scheduler::WorkTile;
+use crate::params::BackwardParams;
+use crate::pipeline::order::KvBlock;
+
+/// The gradients of a block of keys, and the scores of the query block that comes next.
+struct Mainloop<W: BackwardWarpgroup, const C8: usize, const M8: usize> {
+    dk: W::Acc<C8>,
+    dv: W::Acc<C8>,
+    s: W::Acc<M8>,
+    q: W::Slot,
+}
+
+/// What a step needs to know of where it is.
+struct Step<'a, T, M> {
+    p: &'a BackwardParams<T>,
+    keys: KvBlock,
+    first_key: u32,
+    block_m: u32,
+    blocks: &'a QueryBlocks<M>,
+}
+
+impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8> {
+    /// The scores of the first query block.
+    #[inline(always)]
+    fn new<const D8: usize>(wg: &mut W) -> Self {
+        let q = wg.wait_q();
+        let s = wg.kq::<D8, M8>(q);
+        let s = wg.wait::<0, M8>(s);
+        Mainloop { dk: wg.zeros::<C8>(), dv: wg.zeros::<C8>(), s, q }
+    }
+
+    /// One query block. But for the last, the scores of the next are issued beside it.
+    #[inline(always)]
+    fn step<const LAST: bool, const D8: usize, const Q8: usize, M: Mask>(
+        &mut self,
+        wg: &mut W,
+        step: &Step<W::Tensor, M>,
+        at: &QueryBlock,
+    ) {
+        let Step { p, keys, first_key, block_m, blocks } = step;
+        let (mut s, q, c) = (self.s, self.q, p.scale * LOG2_E);
+        let d_o = wg.wait_do();
+        let dp = wg.v_do::<D8, M8>(d_o); //                         dPᵀ = V·dOᵀ
+        if !blocks.is_full(at) {
+            mask_transposed::<W, M, M8>(wg, &p.shape, &mut s, *first_key, at.m_block * block_m);
+        }
+        wg.map_lse(&mut s, q, |s, lse| W::exp2(W::fma(s, c, -lse))); //  Sᵀ → Pᵀ
+        let p_t = wg.pack(&s);
+        let dv = wg.p_do::<M8, C8>(self.dv, p_t, d_o); //           dV = dV + Pᵀ·dO
+        let mut dp = wg.wait::<1, M8>(dp);
+        wg.map_delta(&mut dp, d_o, |dp, delta| dp - delta);
+        wg.zip_with(&mut dp, &s, |dp, p| dp * p); //                dSᵀ = Pᵀ∘(dPᵀ − delta)
+        let ds = wg.pack(&dp);
+        wg.share(&ds);
+        let dq = wg.ds_k::<M8, Q8>(); //                            dQ = dS·K
+        let dk = wg.ds_q::<M8, C8>(self.dk, ds, q); //              dK = dK + dSᵀ·Q
+        if LAST {
+            self.dv = wg.wait::<2, C8>(dv);
+            wg.release_do(d_o);
+            let dq = wg.wait_dq::<1, Q8>(dq);
+            wg.add_dq(&dq, &p.workspace, &p.shape, at, keys.n_block);
+            self.dk = wg.wait::<0, C8>(dk);
+            wg.release_q(q);
+        } else {
+            self.q = wg.wait_q();
+            let s = wg.kq::<D8, M8>(self.q); //                     Sᵀ = K·Qᵀ, of the next query block
+            self.dv = wg.wait::<3, C8>(dv);
+            wg.release_do(d_o);
+            let dq = wg.wait_dq::<2, Q8>(dq);
+            wg.add_dq(&dq, &p.workspace, &p.shape, at, keys.n_block);
+            self.dk = wg.wait::<1, C8>(dk);
+            wg.release_q(q);
+            self.s = wg.wait::<0, M8>(s);
+        }
+    }
+}
+
+/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys. dQ has 8·Q8 columns a warpgroup, dK and
+/// dV 8·C8.
+#[inline(always)]
+pub fn consume<W: BackwardWarpgroup, M: Mask, const D8: usize, const C8: usize, const M8: usize, const Q8: usize>(
+    wg: &mut W,
+    p: &BackwardParams<W::Tensor>,
+    block_n: u32,
+    tiles: impl Iterator<Item = WorkTile>,
+) {
+    let block_m = 8 * M8 as u32;
+    for tile in tiles {
+        let keys = key_block(&p.shape, block_n, &tile);
+        let blocks = QueryBlocks::<M>::new(&p.shape, block_m, block_n, &keys);
+        let first_key = keys.n_block * block_n + wg.first_key();
+        let step = Step { p, keys, first_key, block_m, blocks: &blocks };
+        wg.wait_kv();
+        let mut mainloop = Mainloop::<W, C8, M8>::new::<D8>(wg);
+        let mut upcoming = blocks;
+        let Some(mut at) = upcoming.next() else { continue };
+        for next in upcoming {
+            mainloop.step::<false, D8, Q8, M>(wg, &step, &at);
+            at = next;
+        }
+        mainloop.step::<true, D8, Q8, M>(wg, &step, &at);
+        wg.release_kv();
+        let scale = wg.rows(p.scale);
+        wg.map_rows(&mut mainloop.dk, scale, |dk, scale| dk * scale);
+        wg.store_kv(&mainloop.dk, &p.dk, &keys, &p.shape);
+        wg.store_kv(&mainloop.dv, &p.dv, &keys, &p.shape);
+    }
+}
