@@ -4,15 +4,19 @@ use core::arch::nvptx::{_block_idx_x, _grid_dim_x};
 
 use half::{bf16, f16};
 
+use crate::arch::Split;
+use crate::arch::sm90::backward_producer;
 use crate::arch::sm90::consumer::Consumer;
 use crate::arch::sm90::cta::{self, Role};
 use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
+use crate::arch::sm90::rows;
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::scheduler::CtaTiles;
+use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::forward::consume;
-use crate::params::{ForwardParams, TensorMap};
-use crate::tile::smem::ForwardSmem;
+use crate::params::{BackwardParams, FinishParams, ForwardParams, PrepareParams, TensorMap};
+use crate::tile::smem::{BackwardSmem, ForwardSmem};
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
@@ -77,3 +81,71 @@ macro_rules! forward_entries {
     )*};
 }
 crate::forward_variants!(forward_entries);
+
+/// A backward CTA: one producer warpgroup, two consumers.
+#[inline(always)]
+fn backward<
+    E: Packed,
+    M: Mask,
+    const D8: usize,
+    const C8: usize,
+    const M8: usize,
+    const Q8: usize,
+>(
+    p: &BackwardParams<TensorMap>,
+    parameters: u64,
+    smem: &BackwardSmem,
+    split: Split,
+) {
+    cta::init_backward_barriers(smem);
+    // SAFETY: reads special registers.
+    let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
+    let tiles = CtaTiles::new(&p.order, cta, ctas);
+    let role = cta::role();
+    match role {
+        Role::Producer => {
+            cta::set_backward_registers(role, smem.head_dim);
+            backward_producer::produce::<M>(p, parameters, smem, tiles);
+        }
+        Role::Consumer(index) => {
+            cta::set_backward_registers(role, smem.head_dim);
+            let mut consumer = Consumer::<E, _>::backward(smem, split, index, parameters);
+            consume_backward::<_, M, D8, C8, M8, Q8>(&mut consumer, p, smem.block_n, tiles);
+        }
+    }
+}
+
+macro_rules! backward_entries {
+    ($($symbol:ident, $prepare:ident, $finish:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal,
+       $block_n:literal, $split:ident, $dq_columns:literal, $dkv_columns:literal;)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $symbol(p: BackwardParams<TensorMap>) {
+            const SMEM: BackwardSmem =
+                BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n };
+            backward::<
+                element!($dtype), mask!($mask), { $head_dim / 8 }, { $dkv_columns / 8 }, { $block_m / 8 },
+                { $dq_columns / 8 },
+            >(&p, crate::parameter_address!($symbol), &SMEM, Split::$split);
+        }
+    )*};
+}
+crate::backward_variants!(backward_entries);
+
+macro_rules! row_entries {
+    ($($prepare:ident, $dtype:ident, [$($finish:ident, $head_dim:literal, $block_m:literal, $dq_columns:literal;)*];)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $prepare(p: PrepareParams) {
+            rows::prepare::<element!($dtype)>(&p);
+        }
+        $(
+            #[unsafe(no_mangle)]
+            pub unsafe extern "ptx-kernel" fn $finish(p: FinishParams) {
+                rows::finish::<element!($dtype), { $dq_columns / 8 }>(&p, $head_dim, $block_m);
+            }
+        )*
+    )*};
+}
+row_entries! {
+    prepare_f16, F16, [finish_f16_d64, 64, 128, 64; finish_f16_d128, 128, 64, 64; finish_f16_d256, 256, 64, 128;];
+    prepare_bf16, Bf16, [finish_bf16_d64, 64, 128, 64; finish_bf16_d128, 128, 64, 64; finish_bf16_d256, 256, 64, 128;];
+}

@@ -54,8 +54,9 @@ pub fn key_block(shape: &Shape, block_n: u32, tile: &WorkTile) -> KvBlock {
 #[derive(Clone, Copy, Debug)]
 pub struct QueryBlocks<M> {
     blocks: MBlocks,
-    next: QueryBlock,
-    end_head: u32,
+    batch: u32,
+    first_head: u32,
+    heads: u32,
     mask: PhantomData<M>,
 }
 
@@ -63,33 +64,36 @@ impl<M: Mask> QueryBlocks<M> {
     #[inline(always)]
     pub fn new(shape: &Shape, block_m: u32, block_n: u32, keys: &KvBlock) -> Self {
         let blocks = MBlocks::new::<M>(shape, keys.n_block * block_n, block_n, block_m);
-        let group = shape.group();
-        let next = QueryBlock { batch: keys.batch, head: keys.head * group, m_block: blocks.start };
-        QueryBlocks { blocks, next, end_head: (keys.head + 1) * group, mask: PhantomData }
+        let heads = shape.group();
+        QueryBlocks { blocks, batch: keys.batch, first_head: keys.head * heads, heads, mask: PhantomData }
+    }
+
+    /// How many there are; at least one.
+    #[inline(always)]
+    pub fn count(&self) -> u32 {
+        self.heads * (self.blocks.end - self.blocks.start)
+    }
+
+    #[inline(always)]
+    pub fn first(&self) -> QueryBlock {
+        QueryBlock { batch: self.batch, head: self.first_head, m_block: self.blocks.start }
+    }
+
+    /// The one after `block`.
+    #[inline(always)]
+    pub fn after(&self, block: &QueryBlock) -> QueryBlock {
+        let last = block.m_block + 1 == self.blocks.end;
+        QueryBlock {
+            head: block.head + last as u32,
+            m_block: if last { self.blocks.start } else { block.m_block + 1 },
+            ..*block
+        }
     }
 
     /// Whether every query of the block sees every key.
     #[inline(always)]
     pub fn is_full(&self, block: &QueryBlock) -> bool {
         block.m_block >= self.blocks.full_start
-    }
-}
-
-impl<M: Mask> Iterator for QueryBlocks<M> {
-    type Item = QueryBlock;
-
-    #[inline(always)]
-    fn next(&mut self) -> Option<QueryBlock> {
-        let block = self.next;
-        if block.head == self.end_head {
-            return None;
-        }
-        self.next.m_block += 1;
-        if self.next.m_block == self.blocks.end {
-            self.next.m_block = self.blocks.start;
-            self.next.head += 1;
-        }
-        Some(block)
     }
 }
 
@@ -139,7 +143,12 @@ mod tests {
     fn blocks_come_head_by_head() {
         let shape = Shape { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 20, seqlen_k: 20, head_dim: 8 };
         let keys = KvBlock { batch: 0, head: 1, n_block: 1 };
-        let blocks: Vec<_> = QueryBlocks::<Causal>::new(&shape, 8, 8, &keys).map(|b| (b.head, b.m_block)).collect();
-        assert_eq!(blocks, [(2, 1), (2, 2), (3, 1), (3, 2)]);
+        let blocks = QueryBlocks::<Causal>::new(&shape, 8, 8, &keys);
+        let mut all = std::vec![blocks.first()];
+        for _ in 1..blocks.count() {
+            all.push(blocks.after(&all[all.len() - 1]));
+        }
+        let places: Vec<_> = all.into_iter().map(|b| (b.head, b.m_block)).collect();
+        assert_eq!(places, [(2, 1), (2, 2), (3, 1), (3, 2)]);
     }
 }

@@ -7,7 +7,7 @@
 
 use core::f32::consts::LOG2_E;
 
-use crate::arch::BackwardWarpgroup;
+use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::mask::{Mask, mask_transposed};
 use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
 use crate::attention::scheduler::WorkTile;
@@ -41,7 +41,19 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         Mainloop { dk: wg.zeros::<C8>(), dv: wg.zeros::<C8>(), s, q }
     }
 
-    /// One query block. But for the last, the scores of the next are issued beside it.
+    /// Issues the scores of the next query block.
+    #[inline(always)]
+    fn scores<const D8: usize>(&mut self, wg: &mut W) -> Pending<W::Acc<M8>> {
+        self.q = wg.wait_q();
+        wg.kq::<D8, M8>(self.q)
+    }
+
+    /// Whether the next scores fit beside dQ: registers of dK and dV, dQ, S and dS.
+    const fn ahead<const Q8: usize>() -> bool {
+        8 * C8 + 4 * Q8 + 6 * M8 <= 208
+    }
+
+    /// One query block. But for the last, the scores of the next are issued beside its last products.
     #[inline(always)]
     fn step<const LAST: bool, const D8: usize, const Q8: usize, M: Mask>(
         &mut self,
@@ -52,37 +64,41 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         let Step { p, keys, first_key, block_m, blocks } = step;
         let (mut s, q, c) = (self.s, self.q, p.scale * LOG2_E);
         let d_o = wg.wait_do();
-        let dp = wg.v_do::<D8, M8>(d_o); //                         dPᵀ = V·dOᵀ
+        let dp = wg.v_do::<D8, M8>(d_o); //                             dPᵀ = V·dOᵀ
         if !blocks.is_full(at) {
             mask_transposed::<W, M, M8>(wg, &p.shape, &mut s, *first_key, at.m_block * block_m);
         }
-        wg.map_lse(&mut s, q, |s, lse| W::exp2(W::fma(s, c, -lse))); //  Sᵀ → Pᵀ
-        let p_t = wg.pack(&s);
-        let dv = wg.p_do::<M8, C8>(self.dv, p_t, d_o); //           dV = dV + Pᵀ·dO
-        let mut dp = wg.wait::<1, M8>(dp);
+        wg.map_lse(&mut s, q, |s, lse| W::exp2(W::fma(s, c, -lse))); // Sᵀ → Pᵀ
+        let mut dp = wg.wait::<0, M8>(dp);
         wg.map_delta(&mut dp, d_o, |dp, delta| dp - delta);
-        wg.zip_with(&mut dp, &s, |dp, p| dp * p); //                dSᵀ = Pᵀ∘(dPᵀ − delta)
-        let ds = wg.pack(&dp);
+        wg.zip_with(&mut dp, &s, |dp, p| dp * p); //                    dSᵀ = Pᵀ∘(dPᵀ − delta)
+        let (p_t, ds) = (wg.pack(&s), wg.pack(&dp));
+        let dv = wg.p_do::<M8, C8>(self.dv, p_t, d_o); //               dV = dV + Pᵀ·dO
         wg.share(&ds);
-        let dq = wg.ds_k::<M8, Q8>(); //                            dQ = dS·K
-        let dk = wg.ds_q::<M8, C8>(self.dk, ds, q); //              dK = dK + dSᵀ·Q
-        if LAST {
-            self.dv = wg.wait::<2, C8>(dv);
-            wg.release_do(d_o);
-            let dq = wg.wait_dq::<1, Q8>(dq);
-            wg.add_dq(&dq, &p.workspace, &p.shape, at, keys.n_block);
-            self.dk = wg.wait::<0, C8>(dk);
-            wg.release_q(q);
+        let ahead = const { Self::ahead::<Q8>() };
+        let dq;
+        if ahead {
+            dq = wg.ds_k::<M8, Q8>(); //                                dQ = dS·K
+            self.dv = wg.wait::<1, C8>(dv);
         } else {
-            self.q = wg.wait_q();
-            let s = wg.kq::<D8, M8>(self.q); //                     Sᵀ = K·Qᵀ, of the next query block
-            self.dv = wg.wait::<3, C8>(dv);
-            wg.release_do(d_o);
-            let dq = wg.wait_dq::<2, Q8>(dq);
-            wg.add_dq(&dq, &p.workspace, &p.shape, at, keys.n_block);
-            self.dk = wg.wait::<1, C8>(dk);
-            wg.release_q(q);
-            self.s = wg.wait::<0, M8>(s);
+            self.dv = wg.wait::<0, C8>(dv);
+            dq = wg.ds_k::<M8, Q8>();
+        }
+        wg.release_do(d_o);
+        let dk = wg.ds_q::<M8, C8>(self.dk, ds, q); //                  dK = dK + dSᵀ·Q
+        let mut next = None;
+        if ahead && !LAST {
+            next = Some(self.scores::<D8>(wg)); //                      Sᵀ = K·Qᵀ, of the next query block
+        }
+        let dq = if ahead && !LAST { wg.wait_dq::<2, Q8>(dq) } else { wg.wait_dq::<1, Q8>(dq) };
+        wg.add_dq(&dq, &p.workspace, &p.shape, at, keys.n_block);
+        if !ahead && !LAST {
+            next = Some(self.scores::<D8>(wg));
+        }
+        self.dk = if LAST { wg.wait::<0, C8>(dk) } else { wg.wait::<1, C8>(dk) };
+        wg.release_q(q);
+        if let Some(next) = next {
+            self.s = wg.wait::<0, M8>(next);
         }
     }
 }
@@ -104,11 +120,10 @@ pub fn consume<W: BackwardWarpgroup, M: Mask, const D8: usize, const C8: usize, 
         let step = Step { p, keys, first_key, block_m, blocks: &blocks };
         wg.wait_kv();
         let mut mainloop = Mainloop::<W, C8, M8>::new::<D8>(wg);
-        let mut upcoming = blocks;
-        let Some(mut at) = upcoming.next() else { continue };
-        for next in upcoming {
+        let mut at = blocks.first();
+        for _ in 1..blocks.count() {
             mainloop.step::<false, D8, Q8, M>(wg, &step, &at);
-            at = next;
+            at = blocks.after(&at);
         }
         mainloop.step::<true, D8, Q8, M>(wg, &step, &at);
         wg.release_kv();

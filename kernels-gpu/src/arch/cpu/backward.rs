@@ -31,14 +31,15 @@ struct QueryTile {
 
 /// One of the two rings, filled when it is waited for.
 struct QueryRing<M> {
-    loads: QueryBlocks<M>,
+    blocks: QueryBlocks<M>,
+    upcoming: QueryBlock,
     held: VecDeque<QueryTile>,
     next_slot: u32,
 }
 
 impl<M: Mask> QueryRing<M> {
-    fn new(loads: QueryBlocks<M>) -> Self {
-        QueryRing { loads, held: VecDeque::new(), next_slot: 0 }
+    fn new(blocks: QueryBlocks<M>) -> Self {
+        QueryRing { blocks, upcoming: blocks.first(), held: VecDeque::new(), next_slot: 0 }
     }
     /// The next query block, and the slot that it is to fill.
     fn next(&mut self) -> (QueryBlock, u32) {
@@ -46,8 +47,13 @@ impl<M: Mask> QueryRing<M> {
         if self.held.len() == BackwardSmem::STAGES as usize {
             Fault::WaitWithoutRelease { slot }.raise();
         }
+        if slot == self.blocks.count() {
+            Fault::WaitWithoutLoad { slot }.raise();
+        }
         self.next_slot += 1;
-        (self.loads.next().unwrap_or_else(|| Fault::WaitWithoutLoad { slot }.raise()), slot)
+        let block = self.upcoming;
+        self.upcoming = self.blocks.after(&block);
+        (block, slot)
     }
     fn release(&mut self, slot: u32) {
         match self.held.pop_front() {
@@ -60,7 +66,7 @@ impl<M: Mask> QueryRing<M> {
         found.unwrap_or_else(|| Fault::WrongTile { slot, holds: None }.raise())
     }
     fn finish(&mut self) {
-        if self.loads.next().is_some() || !self.held.is_empty() {
+        if self.next_slot < self.blocks.count() || !self.held.is_empty() {
             Fault::Unfinished.raise();
         }
     }

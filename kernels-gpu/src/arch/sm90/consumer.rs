@@ -118,6 +118,14 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         x.truncate_rows(self.lane(), fill, end);
     }
     #[inline(always)]
+    fn fill_rows_before<const N8: usize>(&self, x: &mut Fragment<N8>, fill: f32, start: impl Fn(u32) -> i32) {
+        x.fill_rows_before(self.lane(), fill, start);
+    }
+    #[inline(always)]
+    fn zip_with<const N8: usize>(&self, x: &mut Fragment<N8>, y: &Fragment<N8>, f: impl Fn(f32, f32) -> f32) {
+        x.zip_with(y, f);
+    }
+    #[inline(always)]
     fn map_rows<const N8: usize>(&self, x: &mut Fragment<N8>, rows: Rows, f: impl Fn(f32, f32) -> f32) {
         x.map_rows(rows, f);
     }

@@ -4,7 +4,7 @@ use core::arch::asm;
 use core::arch::nvptx::_thread_idx_x;
 
 use super::barrier::{Mbarrier, fence_mbarrier_init, named_sync};
-use crate::tile::smem::ForwardSmem;
+use crate::tile::smem::{BackwardSmem, ForwardSmem};
 use crate::variants::WARPGROUP_THREADS;
 
 core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
@@ -13,6 +13,8 @@ core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
 const CTA: u32 = 0;
 /// From here on, one for each consumer's turn to issue products.
 pub const TURN: u32 = 1;
+/// Both consumers of the backward kernel, which has no turns.
+pub const EXCHANGE: u32 = 1;
 /// From here on, one for each consumer's own threads.
 pub const WARPGROUP: u32 = 8;
 
@@ -110,6 +112,42 @@ pub fn init_barriers(smem: &ForwardSmem) {
         }
     }
     named_sync(CTA, (smem.consumers + 1) * WARPGROUP_THREADS);
+}
+
+/// As [`init_barriers`], for the backward kernel's two consumers.
+#[inline(always)]
+pub fn init_backward_barriers(smem: &BackwardSmem) {
+    const CONSUMER_WARPS: u32 = 8;
+    let base = smem_base();
+    // SAFETY: as in `init_barriers`.
+    unsafe {
+        if _thread_idx_x() == 0 {
+            Mbarrier(base + smem.kv_full()).init(1);
+            Mbarrier(base + smem.kv_empty()).init(CONSUMER_WARPS);
+            for slot in 0..BackwardSmem::STAGES {
+                Mbarrier(base + smem.q_full(slot)).init(1);
+                Mbarrier(base + smem.do_full(slot)).init(1);
+                Mbarrier(base + smem.q_empty(slot)).init(CONSUMER_WARPS);
+                Mbarrier(base + smem.do_empty(slot)).init(CONSUMER_WARPS);
+            }
+            fence_mbarrier_init();
+        }
+    }
+    named_sync(CTA, 3 * WARPGROUP_THREADS);
+}
+
+/// As [`set_registers`], for the backward kernel: with a larger head dim the consumers need what the producer can spare.
+#[inline(always)]
+pub fn set_backward_registers(role: Role, head_dim: u32) {
+    // SAFETY: as in `set_registers`; 128·40 + 256·232, or 128·24 + 256·240.
+    unsafe {
+        match (role, head_dim) {
+            (Role::Producer, 64) => asm!("setmaxnreg.dec.sync.aligned.u32 40;", options(nostack)),
+            (Role::Producer, _) => asm!("setmaxnreg.dec.sync.aligned.u32 24;", options(nostack)),
+            (Role::Consumer(_), 64) => asm!("setmaxnreg.inc.sync.aligned.u32 232;", options(nostack)),
+            (Role::Consumer(_), _) => asm!("setmaxnreg.inc.sync.aligned.u32 240;", options(nostack)),
+        }
+    }
 }
 
 /// Gives registers to the consumers: the producer keeps few, they get the most that the register file holds.

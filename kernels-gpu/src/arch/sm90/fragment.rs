@@ -33,6 +33,25 @@ impl<const N8: usize> Fragment<N8> {
     }
 
     #[inline(always)]
+    pub fn fill_rows_before(&mut self, lane: Lane, fill: f32, start: impl Fn(u32) -> i32) {
+        let starts = [0, 1].map(|half| start(lane.row(half)).saturating_sub(lane.column as i32));
+        for (group, registers) in self.0.iter_mut().enumerate() {
+            for (i, x) in registers.iter_mut().enumerate() {
+                if ((8 * group + i % 2) as i32) < starts[i / 2] {
+                    *x = fill;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub fn zip_with(&mut self, y: &Self, f: impl Fn(f32, f32) -> f32) {
+        for (x, y) in self.0.as_flattened_mut().iter_mut().zip(y.0.as_flattened()) {
+            *x = f(*x, *y);
+        }
+    }
+
+    #[inline(always)]
     pub fn map_rows(&mut self, rows: Rows, f: impl Fn(f32, f32) -> f32) {
         for registers in &mut self.0 {
             for (i, x) in registers.iter_mut().enumerate() {

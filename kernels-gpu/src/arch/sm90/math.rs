@@ -97,6 +97,8 @@ pub fn fresh(x: u32) -> u32 {
 pub trait Packed: Element {
     /// `low` and `high` rounded and put in one register.
     fn pack(low: f32, high: f32) -> u32;
+    /// The two elements of a register.
+    fn unpack(pair: u32) -> [f32; 2];
 }
 
 macro_rules! packed {
@@ -111,6 +113,10 @@ macro_rules! packed {
                          options(pure, nomem, nostack));
                 }
                 y
+            }
+            #[inline(always)]
+            fn unpack(pair: u32) -> [f32; 2] {
+                [pair as u16, (pair >> 16) as u16].map(|bits| <$element as Element>::from_bits(bits).to_f32())
             }
         }
     };

@@ -3,13 +3,17 @@
 //! This is the only place with `asm!`. Each file wraps one hardware facility in functions as small as the instruction
 //! allows; [`consumer`] and [`producer`] build the two roles of a CTA from them, and [`cta`] deals the roles out.
 
+pub mod backward;
+pub mod backward_producer;
 pub mod barrier;
 pub mod consumer;
 pub mod cta;
 pub mod forward;
 pub mod fragment;
+pub mod load;
 pub mod math;
 pub mod producer;
+pub mod rows;
 pub mod store;
 pub mod tma;
 pub mod wgmma;

@@ -136,6 +136,48 @@ macro_rules! products {
             }
         }
 
+        /// One k16 step of A·B with both in shared memory, rows of one k each, into fresh accumulators.
+        ///
+        /// # Safety
+        /// As [`start`], with tiles of 16 × 64 and 16 × 8·N8 elements.
+        #[inline(always)]
+        pub unsafe fn start_transposed<E: Packed, const N8: usize>(
+            to: &mut MaybeUninit<Fragment<N8>>,
+            a: Descriptor,
+            b: Descriptor,
+        ) {
+            let d: *mut f32 = to.as_mut_ptr().cast();
+            // SAFETY: as `start`.
+            unsafe {
+                match (N8, E::DTYPE) {
+                    $(($n8, Dtype::F16) => product!(out, d, $n, "f16", $first, $($i)*, transposed a, b),
+                      ($n8, Dtype::Bf16) => product!(out, d, $n, "bf16", $first, $($i)*, transposed a, b),)*
+                    _ => unreachable!(),
+                }
+            }
+        }
+
+        /// One k16 step of D + A·B with both in shared memory, rows of one k each.
+        ///
+        /// # Safety
+        /// As [`start_transposed`], and `to` holds the steps before.
+        #[inline(always)]
+        pub unsafe fn add_transposed<E: Packed, const N8: usize>(
+            to: &mut MaybeUninit<Fragment<N8>>,
+            a: Descriptor,
+            b: Descriptor,
+        ) {
+            let d: *mut f32 = to.as_mut_ptr().cast();
+            // SAFETY: as `start`.
+            unsafe {
+                match (N8, E::DTYPE) {
+                    $(($n8, Dtype::F16) => product!(inout, d, $n, "f16", $first, $($i)*, transposed a, b),
+                      ($n8, Dtype::Bf16) => product!(inout, d, $n, "bf16", $first, $($i)*, transposed a, b),)*
+                    _ => unreachable!(),
+                }
+            }
+        }
+
         /// One k16 step of D + A·B with A in registers and B in shared memory, rows of one k each.
         ///
         /// # Safety
@@ -164,9 +206,17 @@ macro_rules! product {
     (inout, $($rest:tt)*) => { product!(@emit inout, "1", $($rest)*) };
     (@emit $direction:ident, $accumulate:literal, $d:ident, $n:literal, $dtype:literal, $first:literal, $($i:literal)*,
      smem $a:ident, $b:ident) => {
+        product!(@descriptors "0, 0", $direction, $accumulate, $d, $n, $dtype, $first, $($i)*, $a, $b)
+    };
+    (@emit $direction:ident, $accumulate:literal, $d:ident, $n:literal, $dtype:literal, $first:literal, $($i:literal)*,
+     transposed $a:ident, $b:ident) => {
+        product!(@descriptors "1, 1", $direction, $accumulate, $d, $n, $dtype, $first, $($i)*, $a, $b)
+    };
+    (@descriptors $transpose:literal, $direction:ident, $accumulate:literal, $d:ident, $n:literal, $dtype:literal,
+     $first:literal, $($i:literal)*, $a:ident, $b:ident) => {
         asm!(
             concat!("{{ .reg .pred p; setp.ne.b32 p, ", $accumulate, ", 0; ", product!(@mnemonic $n $dtype),
-                    "{{{", $first, "}", $(", {", $i, "}",)* "}}, {a}, {b}, p, 1, 1, 0, 0; }}"),
+                    "{{{", $first, "}", $(", {", $i, "}",)* "}}, {a}, {b}, p, 1, 1, ", $transpose, "; }}"),
             $direction(reg32) *$d.add($first), $($direction(reg32) *$d.add($i),)*
             a = in(reg64) $a.bits(), b = in(reg64) $b.bits(), options(nostack)
         )

@@ -1,0 +1,111 @@
+//! Loads of a few values at a time, and what is added to memory.
+
+use core::arch::asm;
+
+use super::barrier::Mbarrier;
+use super::cta::Leader;
+
+/// Two f32 of shared memory.
+///
+/// # Safety
+/// The address is 8-byte aligned and readable, and what it holds has been made visible to this thread.
+#[inline(always)]
+pub unsafe fn load_shared_pair(address: u32) -> [f32; 2] {
+    let (a, b): (f32, f32);
+    // SAFETY: the caller's promise. Not `pure`: what is there changes.
+    unsafe {
+        asm!("ld.shared.v2.f32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg32) address, options(nostack));
+    }
+    [a, b]
+}
+
+/// 16 bytes of global memory.
+///
+/// # Safety
+/// The address is 16-byte aligned and readable.
+#[inline(always)]
+pub unsafe fn load_16_bytes(address: u64) -> [u32; 4] {
+    let mut x = [0u32; 4];
+    let [a, b, c, d] = &mut x;
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("ld.global.v4.b32 {{{0}, {1}, {2}, {3}}}, [{4}];", out(reg32) *a, out(reg32) *b, out(reg32) *c, out(reg32) *d,
+             in(reg64) address, options(nostack));
+    }
+    x
+}
+
+/// An f32 of global memory.
+///
+/// # Safety
+/// The address is 4-byte aligned and readable.
+#[inline(always)]
+pub unsafe fn load_f32(address: u64) -> f32 {
+    let x: f32;
+    // SAFETY: the caller's promise.
+    unsafe { asm!("ld.global.f32 {0}, [{1}];", out(reg32) x, in(reg64) address, options(nostack)) }
+    x
+}
+
+/// Adds four f32 to global memory, each atomically (PTX ISA, red).
+///
+/// # Safety
+/// The address is 16-byte aligned and writable.
+#[inline(always)]
+pub unsafe fn add_global(address: u64, x: [f32; 4]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("red.relaxed.gpu.global.add.v4.f32 [{0}], {{{1}, {2}, {3}, {4}}};", in(reg64) address,
+             in(reg32) x[0], in(reg32) x[1], in(reg32) x[2], in(reg32) x[3], options(nostack));
+    }
+}
+
+/// The leader starts the copy of `bytes` of global memory to shared memory at `to`; they count at `barrier`.
+///
+/// # Safety
+/// Both addresses and `bytes` are multiples of 16; the memory is readable, and nobody reads or writes what lies at `to`
+/// until `barrier`'s phase completes.
+#[inline(always)]
+pub unsafe fn load_bytes(leader: Leader, from: u64, bytes: u32, to: u32, barrier: Mbarrier) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "{{ .reg .pred p; setp.ne.u32 p, {4}, 0;",
+            "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}], {2}, [{3}]; }}",
+            in(reg32) to, in(reg64) from, in(reg32) bytes, in(reg32) barrier.0, in(reg32) leader.0, options(nostack)
+        );
+    }
+}
+
+/// Waits until the counter at `address` has reached `turn`.
+///
+/// # Safety
+/// The address is a counter that others increase by [`count_turn`].
+#[inline(always)]
+pub unsafe fn wait_turn(address: u64, turn: u32) {
+    let mut count = 0u32;
+    while count < turn {
+        // SAFETY: the caller's promise.
+        unsafe { asm!("ld.acquire.gpu.global.u32 {0}, [{1}];", out(reg32) count, in(reg64) address, options(nostack)) }
+    }
+}
+
+/// The leader increases the counter at `address`, after all that its warpgroup wrote before and synchronised on.
+///
+/// # Safety
+/// As [`wait_turn`].
+#[inline(always)]
+pub unsafe fn count_turn(leader: Leader, address: u64) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("{{ .reg .pred p; setp.ne.u32 p, {1}, 0; @p red.release.gpu.global.add.u32 [{0}], 1; }}",
+             in(reg64) address, in(reg32) leader.0, options(nostack));
+    }
+}
+
+/// Orders this thread's accesses to global memory before those that follow, for the whole GPU.
+#[inline(always)]
+pub fn fence_gpu() {
+    // SAFETY: a fence has no operands.
+    unsafe { asm!("fence.acq_rel.gpu;", options(nostack)) }
+}
