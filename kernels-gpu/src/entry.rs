@@ -84,14 +84,7 @@ crate::forward_variants!(forward_entries);
 
 /// A backward CTA: one producer warpgroup, two consumers.
 #[inline(always)]
-fn backward<
-    E: Packed,
-    M: Mask,
-    const D8: usize,
-    const C8: usize,
-    const M8: usize,
-    const Q8: usize,
->(
+fn backward<E: Packed, M: Mask, const D8: usize, const C8: usize, const M8: usize, const Q8: usize>(
     p: &BackwardParams<TensorMap>,
     parameters: u64,
     smem: &BackwardSmem,

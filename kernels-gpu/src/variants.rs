@@ -207,8 +207,8 @@ pub struct BackwardVariant {
 
 /// Threads of a CTA of the kernels that prepare and finish.
 pub const ROW_KERNEL_THREADS: u32 = 256;
-/// Rows of the workspace that a CTA of the preparing kernel takes: eight lanes a row.
-pub const PREPARE_ROWS: u32 = ROW_KERNEL_THREADS / 8;
+/// Rows of the workspace that a CTA of the preparing kernel takes: eight lanes a row, several rows one after the other.
+pub const PREPARE_ROWS: u32 = ROW_PADDING;
 
 impl BackwardVariant {
     /// Threads of a CTA: the producer's warpgroup and the consumers'.
@@ -232,7 +232,7 @@ impl BackwardVariant {
     pub fn order(&self, shape: &Shape, ctas: u32, exact: bool) -> TileOrder {
         let keys = Shape { heads_q: shape.heads_kv, seqlen_q: shape.seqlen_k, ..*shape };
         if exact {
-            return TileOrder::new(&keys, self.block_n, u32::MAX);
+            return TileOrder::new(&keys, self.block_n, u32::MAX).one_way();
         }
         let n_blocks = shape.seqlen_k.div_ceil(self.block_n);
         let cost = |index: u32| {

@@ -164,8 +164,10 @@ pub trait BackwardWarpgroup: Warpgroup {
     fn ds_k<const M8: usize, const Q8: usize>(&mut self) -> Pending<Self::DQ<Q8>>;
     /// As [`Warpgroup::wait`].
     fn wait_dq<const LATER: usize, const Q8: usize>(&mut self, x: Pending<Self::DQ<Q8>>) -> Self::DQ<Q8>;
-    /// Adds this warpgroup's part to the workspace; `turn` is the block of keys that it is due to.
-    fn add_dq<const Q8: usize>(&mut self, dq: &Self::DQ<Q8>, to: &Workspace, shape: &Shape, at: &QueryBlock, turn: u32);
+    /// In an exact pass, waits until the blocks of keys before `turn` have added to this part of dQ.
+    fn await_turn(&mut self, to: &Workspace, shape: &Shape, at: &QueryBlock, turn: u32);
+    /// Adds this warpgroup's part to the workspace.
+    fn add_dq<const Q8: usize>(&mut self, dq: &Self::DQ<Q8>, to: &Workspace, shape: &Shape, at: &QueryBlock);
 
     /// Stores this warpgroup's part of dK or dV, in the input's dtype, as far as it is rows and columns of `shape`.
     fn store_kv<const C8: usize>(&mut self, x: &Self::Acc<C8>, to: &Strided, at: &KvBlock, shape: &Shape);

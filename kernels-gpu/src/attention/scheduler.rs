@@ -35,6 +35,8 @@ pub struct TileOrder {
     /// Heads of a section.
     section: u32,
     sections: u32,
+    /// 1 where every section runs from its last m_block to the first.
+    one_way: u32,
 }
 
 impl TileOrder {
@@ -48,7 +50,13 @@ impl TileOrder {
             m_blocks: shape.seqlen_q.div_ceil(block_m),
             section,
             sections: heads.div_ceil(section),
+            one_way: 0,
         }
+    }
+
+    /// The same sections, each from its last m_block to the first: for work tiles that wait for those before them.
+    pub fn one_way(self) -> Self {
+        TileOrder { one_way: 1, ..self }
     }
 
     /// The order in which `ctas` CTAs finish soonest, where m_block i takes `blocks(i)` steps of the mainloop; and how many
@@ -115,7 +123,7 @@ impl TileOrder {
         let head = first + (within - from_last * heads);
         let batch = quotient(head, self.heads_q);
         // The last section runs from its last m_block to the first, the one before it the other way, and so on.
-        let descending = (self.sections - section) & 1 == 1;
+        let descending = (self.sections - section) & 1 | self.one_way == 1;
         let m_block = if descending { self.m_blocks - 1 - from_last } else { from_last };
         WorkTile { batch, head: head - batch * self.heads_q, m_block }
     }

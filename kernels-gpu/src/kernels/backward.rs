@@ -90,8 +90,9 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         if ahead && !LAST {
             next = Some(self.scores::<D8>(wg)); //                      Sᵀ = K·Qᵀ, of the next query block
         }
+        wg.await_turn(&p.workspace, &p.shape, at, keys.n_block);
         let dq = if ahead && !LAST { wg.wait_dq::<2, Q8>(dq) } else { wg.wait_dq::<1, Q8>(dq) };
-        wg.add_dq(&dq, &p.workspace, &p.shape, at, keys.n_block);
+        wg.add_dq(&dq, &p.workspace, &p.shape, at);
         if !ahead && !LAST {
             next = Some(self.scores::<D8>(wg));
         }

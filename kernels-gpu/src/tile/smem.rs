@@ -155,17 +155,17 @@ impl BackwardSmem {
         self.barrier(2 + slot)
     }
     pub const fn q_empty(&self, slot: u32) -> u32 {
-        self.barrier(2 + Self::STAGES + slot)
+        self.q_full(Self::STAGES + slot)
     }
     pub const fn do_full(&self, slot: u32) -> u32 {
-        self.barrier(2 + 2 * Self::STAGES + slot)
+        self.q_full(2 * Self::STAGES + slot)
     }
     pub const fn do_empty(&self, slot: u32) -> u32 {
-        self.barrier(2 + 3 * Self::STAGES + slot)
+        self.q_full(3 * Self::STAGES + slot)
     }
     /// All of it.
     pub const fn bytes(&self) -> u32 {
-        self.barrier(2 + 4 * Self::STAGES)
+        self.q_full(4 * Self::STAGES)
     }
 }
 

@@ -252,7 +252,8 @@ impl<E: Element, M: Mask> BackwardWarpgroup for CpuWarpgroup<E, BackwardPipe<'_,
     fn wait_dq<const LATER: usize, const Q8: usize>(&mut self, x: Pending<Vec<f32>>) -> Vec<f32> {
         x.0
     }
-    fn add_dq<const Q8: usize>(&mut self, dq: &Vec<f32>, to: &Workspace, shape: &Shape, at: &QueryBlock, _: u32) {
+    fn await_turn(&mut self, _: &Workspace, _: &Shape, _: &QueryBlock, _: u32) {}
+    fn add_dq<const Q8: usize>(&mut self, dq: &Vec<f32>, to: &Workspace, shape: &Shape, at: &QueryBlock) {
         let (own, head_dim) = (self.pipe.columns(), self.pipe.smem.head_dim as usize);
         let first = to.row(shape, at.batch, at.head, at.m_block * self.pipe.smem.block_m) as usize;
         for (i, dq) in dq.chunks_exact(own.len()).enumerate() {

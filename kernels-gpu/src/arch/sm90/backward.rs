@@ -10,7 +10,7 @@ use super::barrier::{Mbarrier, named_sync};
 use super::consumer::{Consumer, Lines};
 use super::cta::{self, Leader, thread_of_warpgroup};
 use super::fragment::{Fragment, Operand};
-use super::load::{add_global, count_turn, fence_gpu, load_shared_pair, wait_turn};
+use super::load::{add_global, count_turn, load_shared_pair, wait_turn};
 use super::math::Packed;
 use super::store::fence_for_copy_engine;
 use super::wgmma::{self, Descriptor};
@@ -31,6 +31,8 @@ pub struct BackwardPipe<'a> {
     d_o: Position,
     /// Which of the two tiles of dSᵀ this step has.
     ds: u32,
+    /// Where an exact pass has still to count this warpgroup's last additions to dQ; 0 for nowhere.
+    counter: u64,
 }
 
 impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
@@ -38,7 +40,19 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     #[inline(always)]
     pub fn backward(smem: &'a BackwardSmem, split: Split, index: u32, parameters: u64) -> Self {
         let (q, d_o) = (Position::CONSUMER, Position::CONSUMER);
-        Self::with_pipe(index, parameters, BackwardPipe { smem, split, kv_parity: 0, q, d_o, ds: 0 })
+        Self::with_pipe(index, parameters, BackwardPipe { smem, split, kv_parity: 0, q, d_o, ds: 0, counter: 0 })
+    }
+
+    /// Counts this warpgroup's last additions to dQ, so that whoever is next may add.
+    #[inline(always)]
+    fn count_last(&mut self) {
+        if self.pipe.counter != 0 {
+            // All have issued them; the leader's release is for all.
+            named_sync(cta::WARPGROUP + self.index(), WARPGROUP_THREADS);
+            // SAFETY: a counter of the workspace.
+            unsafe { count_turn(Leader::of_warpgroup(), self.pipe.counter) };
+            self.pipe.counter = 0;
+        }
     }
 
     /// x·Bᵀ for a tile B of query rows: scores, or their gradients; `rows` is where this warpgroup's keys are.
@@ -119,11 +133,13 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     #[inline(always)]
     fn wait_kv(&mut self) {
         // SAFETY: initialised before the roles parted; so are all barriers below.
+        // SAFETY: initialised before the roles parted; so are all barriers below.
         unsafe { Mbarrier(self.base() + self.pipe.smem.kv_full()).wait(self.pipe.kv_parity) };
         self.pipe.kv_parity ^= 1;
     }
     #[inline(always)]
     fn release_kv(&mut self) {
+        self.count_last();
         // SAFETY: as above.
         unsafe { Mbarrier(self.base() + self.pipe.smem.kv_empty()).arrive_elected() };
     }
@@ -238,34 +254,27 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         x
     }
     #[inline(always)]
-    fn add_dq<const Q8: usize>(
-        &mut self,
-        dq: &Fragment<Q8>,
-        to: &Workspace,
-        shape: &Shape,
-        at: &QueryBlock,
-        turn: u32,
-    ) {
+    fn await_turn(&mut self, to: &Workspace, shape: &Shape, at: &QueryBlock, turn: u32) {
+        if to.turns != 0 {
+            // By now the last step's additions have arrived, and counting them holds nobody up.
+            self.count_last();
+            let first = to.row(shape, at.batch, at.head, at.m_block * self.pipe.smem.block_m);
+            let index = first / self.pipe.smem.block_m as u64 * 2 + self.index() as u64;
+            self.pipe.counter = to.turns + index * 4;
+            // SAFETY: a counter of the workspace.
+            unsafe { wait_turn(self.pipe.counter, turn) };
+        }
+    }
+    #[inline(always)]
+    fn add_dq<const Q8: usize>(&mut self, dq: &Fragment<Q8>, to: &Workspace, shape: &Shape, at: &QueryBlock) {
         let smem = self.pipe.smem;
         let block_bytes = (smem.block_m * smem.head_dim * 4) as u64;
         let first = to.row(shape, at.batch, at.head, at.m_block * smem.block_m);
         let address = to.dq + first * (smem.head_dim * 4) as u64 + self.index() as u64 * (block_bytes / 2);
         let address = address + 16 * thread_of_warpgroup() as u64;
-        let counter = to.turns + (first / smem.block_m as u64 * 2 + self.index() as u64) * 4;
-        if to.turns != 0 {
-            // SAFETY: a counter of the workspace.
-            unsafe { wait_turn(counter, turn) };
-            fence_gpu();
-        }
         for (group, x) in dq.0.iter().enumerate() {
             // SAFETY: this warpgroup's part of the query block in the workspace, which the host has made large enough.
             unsafe { add_global(address + (group as u32 * 16 * WARPGROUP_THREADS) as u64, *x) };
-        }
-        if to.turns != 0 {
-            fence_gpu();
-            named_sync(cta::WARPGROUP + self.index(), WARPGROUP_THREADS);
-            // SAFETY: as above.
-            unsafe { count_turn(Leader::of_warpgroup(), counter) };
         }
     }
 

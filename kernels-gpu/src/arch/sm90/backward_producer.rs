@@ -53,10 +53,10 @@ pub fn produce<M: Mask>(
             Mbarrier(base + smem.kv_empty()).wait(kv_parity);
             full.arrive_expect(Leader::SOLE, 2 * smem.kv_bytes());
         }
-        kv_parity ^= 1;
         let at = BoxOrigin { column: 0, row: keys.n_block * smem.block_n, head: keys.head, batch: keys.batch };
         load_tile(offset_of!(BackwardParams<TensorMap>, k), smem.block_n, at, base + smem.k(), full);
         load_tile(offset_of!(BackwardParams<TensorMap>, v), smem.block_n, at, base + smem.v(), full);
+        kv_parity ^= 1;
         let blocks = QueryBlocks::<M>::new(&shape, smem.block_m, smem.block_n, &keys);
         let mut block = blocks.first();
         for _ in 0..blocks.count() {

@@ -102,10 +102,3 @@ pub unsafe fn count_turn(leader: Leader, address: u64) {
              in(reg64) address, in(reg32) leader.0, options(nostack));
     }
 }
-
-/// Orders this thread's accesses to global memory before those that follow, for the whole GPU.
-#[inline(always)]
-pub fn fence_gpu() {
-    // SAFETY: a fence has no operands.
-    unsafe { asm!("fence.acq_rel.gpu;", options(nostack)) }
-}

@@ -102,7 +102,7 @@ pub trait Packed: Element {
 }
 
 macro_rules! packed {
-    ($element:ident, $instruction:literal) => {
+    ($element:ident, $instruction:literal, $unpack:expr) => {
         impl Packed for $element {
             #[inline(always)]
             fn pack(low: f32, high: f32) -> u32 {
@@ -116,10 +116,15 @@ macro_rules! packed {
             }
             #[inline(always)]
             fn unpack(pair: u32) -> [f32; 2] {
-                [pair as u16, (pair >> 16) as u16].map(|bits| <$element as Element>::from_bits(bits).to_f32())
+                [pair as u16, (pair >> 16) as u16].map($unpack)
             }
         }
     };
 }
-packed!(f16, "cvt.rn.f16x2.f32");
-packed!(bf16, "cvt.rn.bf16x2.f32");
+packed!(f16, "cvt.rn.f16x2.f32", |bits| {
+    let y: f32;
+    // SAFETY: register arithmetic without side effects.
+    unsafe { asm!("cvt.f32.f16 {0}, {1};", out(reg32) y, in(reg16) bits, options(pure, nomem, nostack)) }
+    y
+});
+packed!(bf16, "cvt.rn.bf16x2.f32", |bits| f32::from_bits((bits as u32) << 16));

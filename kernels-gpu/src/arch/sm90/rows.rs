@@ -8,65 +8,68 @@ use super::load::{load_16_bytes, load_f32};
 use super::math::{Packed, shuffle_xor};
 use super::store::{store_16_bytes, store_f32};
 use crate::attention::row_statistics::{delta, exponent_offset};
-use crate::params::{FinishParams, PrepareParams, ROW_PADDING, quotient};
-use crate::variants::{PREPARE_ROWS, WARPGROUP_THREADS};
+use crate::params::{FinishParams, PrepareParams, quotient};
+use crate::variants::{PREPARE_ROWS, ROW_KERNEL_THREADS, WARPGROUP_THREADS};
 
 /// Lanes that share a row, each with eight elements at a time.
 const LANES: u32 = 8;
+const LARGEST_HEAD_DIM: u32 = 256;
 
 /// Fills the workspace's rows of one CTA: LSE, delta, and zeros for dQ.
 #[inline(always)]
 pub fn prepare<E: Packed>(p: &PrepareParams) {
     // SAFETY: reads special registers.
     let (thread, cta) = unsafe { (_thread_idx_x() as u32, _block_idx_x() as u32) };
-    let (lane, padding) = (thread % LANES, p.workspace.rows / ROW_PADDING * (ROW_PADDING / PREPARE_ROWS));
     // CTAs of one head, and so heads, follow one another.
-    let head_index = quotient(cta, padding);
-    let row = (cta - head_index * padding) * PREPARE_ROWS + thread / LANES;
-    let batch = quotient(head_index, p.shape.heads_q);
-    let head = head_index - batch * p.shape.heads_q;
-    let live = row < p.shape.seqlen_q && batch < p.shape.batch;
-    let index = p.workspace.row(&p.shape, batch, head, row);
+    let ctas = quotient(p.workspace.rows, PREPARE_ROWS);
+    let index = quotient(cta, ctas);
+    let batch = quotient(index, p.shape.heads_q);
+    let head = index - batch * p.shape.heads_q;
+    let first = (cta - index * ctas) * PREPARE_ROWS + thread / LANES;
+    for pass in 0..PREPARE_ROWS / (ROW_KERNEL_THREADS / LANES) {
+        prepare_row::<E>(p, batch, head, first + pass * (ROW_KERNEL_THREADS / LANES), thread % LANES);
+    }
+}
+
+/// One row, by the lanes that share it.
+#[inline(always)]
+fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, lane: u32) {
+    let live = row < p.shape.seqlen_q;
     let mut dot = 0.0;
-    if live {
-        let (o, d_o) = (p.o.row_offset(batch, head, row), p.d_o.row_offset(batch, head, row));
-        let mut column = LANES * lane;
-        while column < p.shape.head_dim {
+    let (o, d_o) = (p.o.row_offset(batch, head, row), p.d_o.row_offset(batch, head, row));
+    for chunk in 0..LARGEST_HEAD_DIM / (LANES * 8) {
+        let column = (chunk * LANES + lane) * 8;
+        if live && column < p.shape.head_dim {
+            let at = |address: u64, offset: i64| address + 2 * (offset + column as i64) as u64;
             // SAFETY: eight elements of a row that the host has checked.
-            let (x, y) = unsafe {
-                let at = |address: u64, offset: i64| address + 2 * (offset + column as i64) as u64;
-                (load_16_bytes(at(p.o.address, o)), load_16_bytes(at(p.d_o.address, d_o)))
-            };
-            for (x, y) in x.into_iter().zip(y) {
-                let ([a, b], [c, d]) = (E::unpack(x), E::unpack(y));
+            let (x, y) = unsafe { (load_16_bytes(at(p.o.address, o)), load_16_bytes(at(p.d_o.address, d_o))) };
+            for i in 0..4 {
+                let ([a, b], [c, d]) = (E::unpack(x[i]), E::unpack(y[i]));
                 dot += a * c + b * d;
             }
-            column += LANES * 8;
         }
     }
     dot += f32::from_bits(shuffle_xor::<1>(dot.to_bits()));
     dot += f32::from_bits(shuffle_xor::<2>(dot.to_bits()));
     dot += f32::from_bits(shuffle_xor::<4>(dot.to_bits()));
-    if batch < p.shape.batch {
-        let (mut lse, mut statistic) = (f32::INFINITY, 0.0);
-        if live {
-            let at = 4 * ((batch * p.shape.heads_q + head) as u64 * p.shape.seqlen_q as u64 + row as u64);
-            // SAFETY: elements of arrays that the host has checked.
-            unsafe {
-                lse = exponent_offset(load_f32(p.lse + at));
-                statistic = delta(dot, if p.d_lse == 0 { 0.0 } else { load_f32(p.d_lse + at) });
-            }
-        }
-        // SAFETY: this row of the workspace, which the host has made large enough; no other lane stores the same.
+    let (mut lse, mut statistic) = (f32::INFINITY, 0.0);
+    if live {
+        let at = 4 * ((batch * p.shape.heads_q + head) as u64 * p.shape.seqlen_q as u64 + row as u64);
+        // SAFETY: elements of arrays that the host has checked.
         unsafe {
-            store_f32(lane == 0, p.workspace.lse + 4 * index, lse);
-            store_f32(lane == 0, p.workspace.delta + 4 * index, statistic);
-            let line = p.workspace.dq + index * p.head_dim as u64 * 4;
-            let mut column = 4 * lane;
-            while column < p.head_dim {
-                store_16_bytes(true, line + 4 * column as u64, [0; 4]);
-                column += 4 * LANES;
-            }
+            lse = exponent_offset(load_f32(p.lse + at));
+            statistic = delta(dot, if p.d_lse == 0 { 0.0 } else { load_f32(p.d_lse + at) });
+        }
+    }
+    let index = p.workspace.row(&p.shape, batch, head, row);
+    // SAFETY: this row of the workspace, which the host has made large enough; no other lane stores the same.
+    unsafe {
+        store_f32(lane == 0, p.workspace.lse + 4 * index, lse);
+        store_f32(lane == 0, p.workspace.delta + 4 * index, statistic);
+        let line = p.workspace.dq + index * p.head_dim as u64 * 4;
+        for chunk in 0..LARGEST_HEAD_DIM / (LANES * 4) {
+            let column = (chunk * LANES + lane) * 4;
+            store_16_bytes(column < p.head_dim, line + 4 * column as u64, [0; 4]);
         }
     }
 }
@@ -91,8 +94,11 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, head_dim: u32, block
         let loaded = unsafe { load_16_bytes(address + (group as u32 * 16 * WARPGROUP_THREADS) as u64) };
         *x = loaded.map(|x| f32::from_bits(x) * p.scale);
     }
-    let (row, column) = if Q8 as u32 * 8 == head_dim { (first_row + 64 * part, 0) } else { (first_row, part * 8 * Q8 as u32) };
+    let (row, column) =
+        if Q8 as u32 * 8 == head_dim { (first_row + 64 * part, 0) } else { (first_row, part * 8 * Q8 as u32) };
     let at = Lines { batch, head, row, column };
     // SAFETY: the host has checked the tensor, of which these rows and columns belong to this warpgroup.
-    unsafe { Consumer::<E, ()>::with_pipe(part, 0, ()).store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape) };
+    unsafe {
+        Consumer::<E, ()>::with_pipe(part, 0, ()).store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape)
+    };
 }
