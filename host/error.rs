@@ -132,13 +132,23 @@ pub enum Error {
         /// Elements that the layout spans.
         required: u128,
     },
-    /// The LSE buffer is not exactly (batch, heads_q, seqlen_q).
-    #[error("lse has {len} elements; exactly {expected} are needed (batch × heads_q × seqlen_q)")]
+    /// The buffer of the LSE, or of its gradient, is not exactly (batch, heads_q, seqlen_q).
+    #[error("{operand} has {len} elements; exactly {expected} are needed (batch × heads_q × seqlen_q)")]
     LseLength {
+        /// The LSE or its gradient.
+        operand: Operand,
         /// Elements of the buffer.
         len: usize,
         /// Elements that the problem has.
         expected: usize,
+    },
+    /// The workspace is smaller than the plan asks for.
+    #[error("workspace has {bytes} bytes; the plan needs {required}")]
+    WorkspaceTooSmall {
+        /// Bytes of the workspace.
+        bytes: usize,
+        /// Bytes that the plan needs.
+        required: usize,
     },
     /// A device pointer is null although the tensor is not empty.
     #[error("{operand} is a null pointer; its tensor is not empty")]
@@ -253,6 +263,18 @@ pub enum Operand {
     O,
     /// The log-sum-exp of each row's scores.
     Lse,
+    /// The gradient of the result.
+    DO,
+    /// The gradient of the log-sum-exp.
+    DLse,
+    /// The gradient of the queries.
+    Dq,
+    /// The gradient of the keys.
+    Dk,
+    /// The gradient of the values.
+    Dv,
+    /// What the kernels of a backward pass hand to each other.
+    Workspace,
 }
 
 impl fmt::Display for Operand {
@@ -263,6 +285,12 @@ impl fmt::Display for Operand {
             Operand::V => "v",
             Operand::O => "o",
             Operand::Lse => "lse",
+            Operand::DO => "d_o",
+            Operand::DLse => "d_lse",
+            Operand::Dq => "dq",
+            Operand::Dk => "dk",
+            Operand::Dv => "dv",
+            Operand::Workspace => "workspace",
         })
     }
 }

@@ -77,10 +77,10 @@ pub use error::{Dim, Error, Operand, Result};
 pub use half::{bf16, f16};
 pub use kernels_gpu::{
     element::Element,
-    variants::{Dtype, MaskKind, Op, VARIANTS, Variant},
+    variants::{BACKWARD_VARIANTS, BackwardVariant, Dtype, MaskKind, Op, VARIANTS, Variant},
 };
-pub use operands::{RawForward, RawTensor};
-pub use plan::Plan;
+pub use operands::{BackwardInputs, Gradients, RawBackward, RawForward, RawTensor};
+pub use plan::{BackwardPlan, Determinism, Plan};
 pub use problem::{Mask, Problem};
 pub use tensor::{Layout, Tensor};
 

@@ -1,6 +1,6 @@
-//! The machines that run a [`Plan`]: what they have in common.
+//! The machines that run a [`Plan`] or a [`BackwardPlan`]: what they have in common.
 //!
-//! A backend checks the tensors against the plan (in `operands`, the same rules for all), then runs the plan's kernel
+//! A backend checks the tensors against the plan (in `operands`, the same rules for all), then runs the plan's kernels
 //! over its work tiles. Call it through [`Attention`](crate::Attention).
 
 use std::ops::Range;
@@ -9,7 +9,8 @@ use kernels_gpu::element::Element;
 
 use crate::{
     error::{Operand, Result},
-    plan::Plan,
+    operands::{BackwardInputs, Gradients},
+    plan::{BackwardPlan, Plan},
     tensor::Tensor,
 };
 
@@ -85,6 +86,27 @@ pub trait Backend: sealed::Sealed {
         v: Tensor<Self::Slice<'_, E>>,
         o: Tensor<Self::SliceMut<'_, E>>,
         lse: Option<Self::SliceMut<'_, f32>>,
+    ) -> Result<()>;
+
+    /// Checks the inputs of a backward pass by themselves, before memory for its results is allocated.
+    ///
+    /// # Errors
+    /// Every error that names `q`, `k`, `v`, `o`, `d_o`, `lse` or `d_lse`.
+    fn check_backward_inputs<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: &BackwardInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
+    ) -> Result<()>;
+
+    /// Runs a backward plan; see [`Attention::backward_into`](crate::Attention::backward_into).
+    ///
+    /// # Errors
+    /// As there.
+    fn backward_into<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: BackwardInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
+        outputs: Gradients<Tensor<Self::SliceMut<'_, E>>>,
     ) -> Result<()>;
 }
 

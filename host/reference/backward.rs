@@ -30,7 +30,7 @@ pub struct Backward {
 /// key contribute nothing.
 ///
 /// # Errors
-/// Those of [`Plan::forward`] and of the tensors' shapes, with `d_o` named as O and `d_lse` as LSE.
+/// Those of [`Plan::forward`] and of the tensors' shapes.
 pub fn backward_f64<E: Element>(
     problem: &Problem,
     mask: Mask,
@@ -68,11 +68,11 @@ fn evaluate<E: Element, R: Real>(
     let plan = Plan::forward(problem, mask, Some(scale), 1)?;
     crate::Cpu.check_inputs(&plan, &q, &k, &v)?;
     let raw = RawTensor { address: d_o.data.as_ptr().addr() as u64, layout: d_o.layout };
-    check_tensor(problem, Operand::O, &raw, AddressSpace::Host, Some(d_o.data.len()))?;
+    check_tensor(problem, Operand::DO, &raw, AddressSpace::Host, Some(d_o.data.len()))?;
     if let Some(len) = d_lse.map(<[f32]>::len)
         && len != problem.lse_len()
     {
-        return Err(Error::LseLength { len, expected: problem.lse_len() });
+        return Err(Error::LseLength { operand: Operand::DLse, len, expected: problem.lse_len() });
     }
     if q.layout.is_empty() && k.layout.is_empty() {
         return Ok(Backward::default());
@@ -289,7 +289,7 @@ mod tests {
         for run in [backward_f64::<f16>, backward_plain::<f16>] {
             assert!(run(&problem, Mask::None, 1.0, short, None).is_err());
             assert!(run(&problem, Mask::None, 0.0, all, None).is_err());
-            let length = Error::LseLength { len: 11, expected: 12 };
+            let length = Error::LseLength { operand: Operand::DLse, len: 11, expected: 12 };
             assert_eq!(run(&problem, Mask::None, 1.0, all, Some(&[0.0; 11])), Err(length));
             let nothing = Problem { batch: usize::MAX >> 33, seqlen_q: 0, seqlen_k: 0, ..problem };
             let none: [Vec<f16>; 4] = Default::default();

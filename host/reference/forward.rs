@@ -248,7 +248,7 @@ impl Forward {
         if let Some(len) = lse.map(<[f32]>::len)
             && len != problem.lse_len()
         {
-            return Err(Error::LseLength { len, expected: problem.lse_len() });
+            return Err(Error::LseLength { operand: Operand::Lse, len, expected: problem.lse_len() });
         }
         let (mut out, mut out_lse) = (Vec::new(), Vec::new());
         for batch in 0..problem.batch {

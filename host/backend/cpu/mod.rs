@@ -18,10 +18,14 @@ use rayon::prelude::*;
 use crate::{
     backend::{Backend, sealed::Sealed},
     error::{Error, Operand, Result},
-    operands::{AddressSpace, Buffers, RawForward, RawTensor, check_dtype, check_tensor},
-    plan::Plan,
+    operands::{
+        AddressSpace, BackwardInputs, Buffers, Gradients, RawForward, RawTensor, check_dtype, check_tensor,
+    },
+    plan::{BackwardPlan, Plan},
     tensor::{Layout, Tensor},
 };
+
+mod backward;
 
 /// The CPU. Tensors are slices, of any alignment; work tiles run on the current rayon thread pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -111,6 +115,23 @@ impl Backend for Cpu {
         // function returns, those of `o` and `lse` mutably.
         unsafe { run::<E>(plan, &params) }
     }
+
+    fn check_backward_inputs<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: &BackwardInputs<&[E], &[f32]>,
+    ) -> Result<()> {
+        backward::check_inputs(plan, inputs)
+    }
+
+    fn backward_into<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: BackwardInputs<&[E], &[f32]>,
+        outputs: Gradients<Tensor<&mut [E]>>,
+    ) -> Result<()> {
+        backward::run_into(plan, inputs, outputs)
+    }
 }
 
 /// A slice's address and layout.
@@ -138,12 +159,13 @@ unsafe fn run<E: Element>(plan: &Plan, params: &ForwardParams<Strided>) -> Resul
             unsafe { kernels_gpu::cpu::forward::<E>(plan.variant(), params, cta, ctas) }
         };
         // A CTA that panics leaves behind nothing but its rows of the output, which the error calls unspecified.
-        catch_unwind(AssertUnwindSafe(run)).map_err(|panic| Error::KernelFault {
-            symbol: plan.variant().symbol,
-            cta,
-            message: message(&*panic),
-        })
+        catch(plan.variant().symbol, cta, run)
     })
+}
+
+/// Runs a part of a kernel; its panic becomes an error.
+fn catch(symbol: &'static str, cta: u32, run: impl FnOnce()) -> Result<()> {
+    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| Error::KernelFault { symbol, cta, message: message(&*panic) })
 }
 
 /// What a panic says.

@@ -1,7 +1,4 @@
-//! How a problem will be run: kernel, tiles, grid. A pure function of the problem and the machine's size.
-//!
-//! A [`Plan`] can only be made by a function that has validated the problem, so whoever holds one need not do so again.
-//! The CPU executor and the GPU run the same plan.
+//! How a forward pass runs.
 
 use std::fmt;
 
@@ -10,13 +7,11 @@ use kernels_gpu::{
     variants::{self, Variant},
 };
 
+use super::{MAX_WORK_TILES, checked_scale, write_problem};
 use crate::{
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };
-
-/// Work tiles are counted in 32-bit signed numbers.
-const MAX_WORK_TILES: u128 = i32::MAX as u128;
 
 /// A validated problem, the kernel for it and its launch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,11 +47,7 @@ impl Plan {
     /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
     /// [`Error::TooLarge`] for 2³¹ work tiles or more.
     pub fn forward(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<Plan> {
-        problem.validate()?;
-        let scale = scale.unwrap_or_else(|| 1.0 / (problem.head_dim as f32).sqrt());
-        if !scale.is_finite() || scale <= 0.0 {
-            return Err(Error::Scale { value: scale });
-        }
+        let scale = checked_scale(problem, scale)?;
         let shape = problem.kernel_shape();
         let mut best: Option<Choice> = None;
         for variant in variants::forward(problem.dtype, problem.head_dim as u32, mask.kind()) {
@@ -135,19 +126,10 @@ impl Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Problem { batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, dtype } = self.problem;
+        write_problem(f, self.variant.op.name(), &self.problem, self.mask, self.scale)?;
         writeln!(
             f,
-            "{} {}: batch {batch}, heads {heads_q}/{heads_kv}, seqlen {seqlen_q} × {seqlen_k}, head_dim {head_dim}, \
-             mask {}, scale {}",
-            self.variant.op.name(),
-            dtype.name(),
-            self.mask,
-            self.scale,
-        )?;
-        writeln!(
-            f,
-            "kernel {}: tiles {} × {}, head_dim {}, {} stages",
+            "\nkernel {}: tiles {} × {}, head_dim {}, {} stages",
             self.variant.symbol,
             self.variant.block_m(),
             self.variant.block_n,

@@ -5,10 +5,12 @@ use kernels_gpu::element::Element;
 use crate::{
     backend::Backend,
     error::{Operand, Result},
-    plan::Plan,
+    plan::{Determinism, Plan},
     problem::{Mask, Problem},
     tensor::{Layout, Tensor},
 };
+
+mod backward;
 
 /// Whether a forward pass that allocates its results returns the LSE.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -41,13 +43,20 @@ pub struct Attention {
     mask: Mask,
     scale: Option<f32>,
     lse: Lse,
+    determinism: Determinism,
 }
 
 impl Attention {
-    /// Attention without a mask, with the scale 1/√head_dim, returning the LSE. The problem is checked when it is
-    /// planned or run.
+    /// Attention without a mask, with the scale 1/√head_dim, returning the LSE, with fast gradients. The problem is
+    /// checked when it is planned or run.
     pub fn new(problem: Problem) -> Self {
-        Attention { problem, mask: Mask::default(), scale: None, lse: Lse::default() }
+        Attention {
+            problem,
+            mask: Mask::default(),
+            scale: None,
+            lse: Lse::default(),
+            determinism: Determinism::default(),
+        }
     }
 
     /// Which keys a query sees.
@@ -65,6 +74,12 @@ impl Attention {
     /// Whether [`Attention::forward`] returns the LSE.
     pub fn lse(mut self, lse: Lse) -> Self {
         self.lse = lse;
+        self
+    }
+
+    /// Whether the gradients are the same bits on every run; the forward pass's results always are.
+    pub fn determinism(mut self, determinism: Determinism) -> Self {
+        self.determinism = determinism;
         self
     }
 

@@ -1,0 +1,100 @@
+//! The way into the backward pass.
+
+use kernels_gpu::element::Element;
+
+use super::Attention;
+use crate::{
+    backend::Backend,
+    error::{Operand, Result},
+    operands::{BackwardInputs, Gradients},
+    plan::BackwardPlan,
+    tensor::{Layout, Tensor},
+};
+
+impl Attention {
+    /// How a backward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU; needs no such
+    /// machine.
+    ///
+    /// # Errors
+    /// Those of [`BackwardPlan::new`].
+    pub fn plan_backward(&self, sm_count: u32) -> Result<BackwardPlan> {
+        BackwardPlan::new(&self.problem, self.mask, self.scale, self.determinism, sm_count)
+    }
+
+    /// Computes dQ, dK and dV into memory that the backend allocates, each contiguous in the order batch, heads, seqlen,
+    /// head_dim.
+    ///
+    /// With P the probabilities, dP = dO·Vᵀ and δ the row sums of dO∘O less the LSE's gradient: dV = Pᵀ·dO,
+    /// dS = P∘(dP − δ), dQ = scale·dS·K, dK = scale·dSᵀ·Q (FlashAttention-2, arXiv 2307.08691, algorithm 2). P is
+    /// computed again from Q, K and the LSE, so the memory needed is linear in the sequence:
+    /// [`BackwardPlan::workspace_bytes`] beside the results. The mask and the scale are those of the forward pass that
+    /// gave O and the LSE. A query that sees no key has dQ = 0 and contributes nothing.
+    ///
+    /// ```
+    /// use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, Mask, Problem, Tensor, bf16};
+    ///
+    /// let problem =
+    ///     Problem { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 50, seqlen_k: 70, head_dim: 64, dtype: Dtype::Bf16 };
+    /// let (q_shape, kv_shape) = (problem.q_shape(), problem.kv_shape());
+    /// let x: Vec<bf16> = (0..4 * 70 * 64).map(|i| bf16::from_f32((i as f32).sin())).collect();
+    /// let (q, kv) = (Tensor::bhsd(&x[..], q_shape), Tensor::bhsd(&x[..], kv_shape));
+    ///
+    /// let attention = Attention::new(problem).mask(Mask::Causal);
+    /// let out = attention.forward(&Cpu, q, kv, kv)?;
+    /// let lse = out.lse.expect("returned unless omitted");
+    /// let o = Tensor::bhsd(&out.o[..], q_shape);
+    /// let inputs = BackwardInputs { q, k: kv, v: kv, o, d_o: q, lse: &lse[..], d_lse: None };
+    /// let gradients = attention.backward(&Cpu, inputs)?;
+    ///
+    /// assert_eq!(gradients.dq.len(), 4 * 50 * 64); // (batch, heads_q, seqlen_q, head_dim)
+    /// assert_eq!(gradients.dk.len(), 2 * 70 * 64); // (batch, heads_kv, seqlen_k, head_dim)
+    /// # Ok::<(), ferroflash::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`BackwardPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
+    /// an input; [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    pub fn backward<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+    ) -> Result<Gradients<B::Buffer<E>>> {
+        let plan = self.plan_backward(backend.sm_count())?;
+        backend.check_backward_inputs(&plan, &inputs)?;
+        let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
+        let allocate = |operand, shape| {
+            backend.allocate(operand, Layout::bhsd(shape).required_len()?, E::from_f32(0.0))
+        };
+        let mut gradients = Gradients {
+            dq: allocate(Operand::Dq, of_q)?,
+            dk: allocate(Operand::Dk, of_kv)?,
+            dv: allocate(Operand::Dv, of_kv)?,
+        };
+        let (q_len, kv_len) = (Layout::bhsd(of_q).required_len()?, Layout::bhsd(of_kv).required_len()?);
+        let outputs = Gradients {
+            dq: Tensor::bhsd(B::slice_mut(&mut gradients.dq, 0..q_len), of_q),
+            dk: Tensor::bhsd(B::slice_mut(&mut gradients.dk, 0..kv_len), of_kv),
+            dv: Tensor::bhsd(B::slice_mut(&mut gradients.dv, 0..kv_len), of_kv),
+        };
+        backend.backward_into(&plan, inputs, outputs)?;
+        Ok(gradients)
+    }
+
+    /// Computes dQ, dK and dV into the caller's memory; the workspace is allocated.
+    ///
+    /// `dq` is (batch, heads_q, seqlen_q, head_dim), `dk` and `dv` are (batch, heads_kv, seqlen_k, head_dim), each in
+    /// any stride order, no two rows sharing memory; what lies between their rows is left alone. See
+    /// [`Attention::backward`] for what they are.
+    ///
+    /// # Errors
+    /// Those of [`Attention::backward`], and every error that names an output. Unless the error comes from running,
+    /// nothing was written.
+    pub fn backward_into<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+        outputs: Gradients<Tensor<B::SliceMut<'_, E>>>,
+    ) -> Result<()> {
+        backend.backward_into(&self.plan_backward(backend.sm_count())?, inputs, outputs)
+    }
+}

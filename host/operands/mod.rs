@@ -1,0 +1,180 @@
+//! The tensors of one call as addresses and layouts, and every rule that they must meet.
+//!
+//! Both backends lower what they are given to a [`RawForward`] or a [`RawBackward`] and check it here, so the rules are
+//! the same for slices, device buffers and raw device pointers. Where there is nothing to read or write, the address
+//! does not matter.
+
+use kernels_gpu::{params::Strided, variants::Dtype};
+
+use crate::{
+    error::{Dim, Error, Operand, Result},
+    overlap::{Region, self_alias},
+    problem::{ELEMENT_BYTES, Problem},
+    tensor::Layout,
+};
+
+mod backward;
+mod forward;
+mod gradients;
+
+pub use backward::RawBackward;
+pub(crate) use backward::check_inputs as check_backward_inputs;
+pub use forward::RawForward;
+pub(crate) use forward::Buffers;
+pub use gradients::{BackwardInputs, Gradients};
+
+/// What the copy engine wants of addresses and strides, in bytes.
+const GRAIN_BYTES: usize = 16;
+/// Strides in bytes stay below this in the copy engine.
+const STRIDE_LIMIT_BYTES: u64 = 1 << 40;
+
+/// A tensor named by its address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawTensor {
+    /// Address of element (0, 0, 0, 0); on the GPU a multiple of 16.
+    pub address: u64,
+    /// Where elements lie from there.
+    pub layout: Layout,
+}
+
+impl RawTensor {
+    /// The tensor as kernels that compute addresses take it.
+    pub(crate) fn strided(&self) -> Strided {
+        let [stride_batch, stride_head, stride_row] = self.layout.lowered_strides().map(|stride| stride as i64);
+        Strided { address: self.address, stride_batch, stride_head, stride_row }
+    }
+
+    /// The first row alone, of a tensor that has one.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn first_row(&self) -> Self {
+        let [_, _, _, head_dim] = self.layout.shape;
+        RawTensor { layout: Layout { shape: [1, 1, 1, head_dim], ..self.layout }, ..*self }
+    }
+
+    fn region(&self) -> Option<Region> {
+        Region::of_rows(self.address, &self.layout, ELEMENT_BYTES)
+    }
+}
+
+/// Whose rules addresses follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AddressSpace {
+    /// The host's memory: any address that Rust's own slices have.
+    Host,
+    /// Device memory: not null, aligned for the copy engine.
+    Device,
+}
+
+/// Borrowed memory: where it starts, and its elements where that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Memory {
+    pub(crate) address: u64,
+    pub(crate) len: Option<usize>,
+}
+
+/// Checks that the tensors' element type is the problem's.
+pub(crate) fn check_dtype(problem: &Problem, found: Dtype) -> Result<()> {
+    if found != problem.dtype {
+        return Err(Error::DtypeMismatch { found, expected: problem.dtype });
+    }
+    Ok(())
+}
+
+/// Checks one tensor by itself; `len` is the length of its buffer in elements, where that is known.
+pub(crate) fn check_tensor(
+    problem: &Problem,
+    operand: Operand,
+    tensor: &RawTensor,
+    space: AddressSpace,
+    len: Option<usize>,
+) -> Result<()> {
+    let RawTensor { address, layout } = tensor;
+    let expected = match operand {
+        Operand::K | Operand::V | Operand::Dk | Operand::Dv => problem.kv_shape(),
+        _ => problem.q_shape(),
+    };
+    if layout.shape != expected {
+        return Err(Error::ShapeMismatch { operand, shape: layout.shape, expected });
+    }
+    if layout.is_empty() {
+        return Ok(());
+    }
+    check_strides(operand, layout)?;
+    let bytes = layout.span().saturating_mul(ELEMENT_BYTES as u128);
+    if let Some(len) = len
+        && layout.span() > len as u128
+    {
+        return Err(Error::BufferTooSmall { operand, len, required: layout.span() });
+    }
+    check_span(operand, *address, bytes)?;
+    check_address(operand, *address, GRAIN_BYTES, space)
+}
+
+/// Checks an f32 array (batch, heads_q, seqlen_q), contiguous, by itself.
+fn check_lse(problem: &Problem, operand: Operand, memory: Memory, space: AddressSpace) -> Result<()> {
+    let expected = problem.lse_len();
+    if let Some(len) = memory.len
+        && len != expected
+    {
+        return Err(Error::LseLength { operand, len, expected });
+    }
+    if expected == 0 {
+        return Ok(());
+    }
+    check_span(operand, memory.address, expected as u128 * size_of::<f32>() as u128)?;
+    check_address(operand, memory.address, size_of::<f32>(), space)
+}
+
+/// The bytes of such an array.
+fn lse_region(problem: &Problem, address: u64) -> Option<Region> {
+    Region::of_bytes(address, problem.lse_len() as u128 * size_of::<f32>() as u128)
+}
+
+/// Checks that an output's rows are apart from each other.
+fn check_rows_apart(operand: Operand, layout: &Layout) -> Result<()> {
+    self_alias(layout).map_or(Ok(()), |alias| {
+        Err(Error::OutputAliasesItself { operand, dim: alias.dim, stride: alias.stride, required: alias.required })
+    })
+}
+
+fn check_strides(operand: Operand, layout: &Layout) -> Result<()> {
+    let multiple = GRAIN_BYTES / ELEMENT_BYTES;
+    let limit = STRIDE_LIMIT_BYTES / ELEMENT_BYTES as u64 - multiple as u64;
+    for (dim, stride) in Dim::ALL.into_iter().zip(layout.lowered_strides()) {
+        if !stride.is_multiple_of(multiple) {
+            return Err(Error::StrideNotMultiple { operand, dim, stride, multiple });
+        }
+        if stride as u64 > limit {
+            return Err(Error::StrideTooLarge { operand, dim, stride, limit });
+        }
+    }
+    Ok(())
+}
+
+/// Checks that the tensor's last byte has an address, and that offsets from its first fit in 63 bits.
+fn check_span(operand: Operand, address: u64, bytes: u128) -> Result<()> {
+    let limit = (u64::MAX as u128 + 1 - address as u128).min(i64::MAX as u128);
+    if bytes > limit {
+        return Err(Error::SpanTooLarge { operand, address, bytes, limit });
+    }
+    Ok(())
+}
+
+fn check_address(operand: Operand, address: u64, alignment: usize, space: AddressSpace) -> Result<()> {
+    match space {
+        AddressSpace::Host => Ok(()),
+        AddressSpace::Device if address == 0 => Err(Error::NullPointer { operand }),
+        AddressSpace::Device if !address.is_multiple_of(alignment as u64) => {
+            Err(Error::Misaligned { operand, address, alignment: alignment as u64 })
+        }
+        AddressSpace::Device => Ok(()),
+    }
+}
+
+fn check_disjoint(output: (Operand, Option<Region>), other: (Operand, Option<Region>)) -> Result<()> {
+    match (output.1, other.1) {
+        (Some(a), Some(b)) if !a.is_disjoint(&b) => Err(Error::Overlap { output: output.0, other: other.0 }),
+        _ => Ok(()),
+    }
+}
+

@@ -1,0 +1,285 @@
+//! How a backward pass runs: three kernels and the workspace between them.
+
+use std::fmt;
+
+use kernels_gpu::{
+    attention::scheduler::TileOrder,
+    variants::{self, BackwardVariant, PREPARE_ROWS},
+};
+
+use super::{MAX_WORK_TILES, WorkspaceLayout, checked_scale, write_problem};
+use crate::{
+    error::{Error, Result},
+    problem::{Mask, Problem, at_most},
+};
+
+/// Whether a backward pass gives the same bits every time.
+///
+/// Every element of dQ is a sum of parts that different work tiles contribute; the order in which they are added up is
+/// what decides its last bits. dK and dV are the same bits every time, and so is all that the CPU computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Determinism {
+    /// Parts of dQ are added as they come: the last bits of dQ may differ from run to run.
+    #[default]
+    Fast,
+    /// Parts of dQ are added in the order of their keys: the same bits on every run. Slower, for tiles wait for each
+    /// other.
+    Exact,
+}
+
+impl fmt::Display for Determinism {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Determinism::Fast => "fast",
+            Determinism::Exact => "exact",
+        })
+    }
+}
+
+/// A validated problem, the kernels for its gradients, their launches and the workspace between them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BackwardPlan {
+    problem: Problem,
+    mask: Mask,
+    scale: f32,
+    determinism: Determinism,
+    variant: &'static BackwardVariant,
+    work_tiles: u32,
+    grid: u32,
+    /// How CTAs take the work tiles; of no meaning where there are none.
+    pub(crate) order: TileOrder,
+    /// All zeros where there is nothing to do.
+    pub(crate) workspace: WorkspaceLayout,
+}
+
+impl BackwardPlan {
+    /// Plans a backward pass for a machine with `sm_count` multiprocessors, or threads on the CPU; the default scale is
+    /// 1/√head_dim.
+    ///
+    /// # Errors
+    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
+    /// [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more, or for 2³² query rows or more of all heads,
+    /// each head's rounded up to 128.
+    pub fn new(
+        problem: &Problem,
+        mask: Mask,
+        scale: Option<f32>,
+        determinism: Determinism,
+        sm_count: u32,
+    ) -> Result<BackwardPlan> {
+        let scale = checked_scale(problem, scale)?;
+        let variant = variants::backward(problem.dtype, problem.head_dim as u32, mask.kind()).ok_or(
+            Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask },
+        )?;
+        let shape = problem.kernel_shape();
+        let n_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;
+        let work_tiles = problem.batch as u128 * problem.heads_kv as u128 * n_blocks;
+        at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
+        let work_tiles = work_tiles as u32;
+        let exact = determinism == Determinism::Exact;
+        let idle = problem.batch == 0 || problem.seqlen_q == 0 && problem.seqlen_k == 0;
+        let workspace = if idle { WorkspaceLayout::default() } else { WorkspaceLayout::new(variant, &shape, exact)? };
+        let grid = work_tiles.min(sm_count.max(1));
+        let order = if work_tiles == 0 { TileOrder::default() } else { variant.order(&shape, grid, exact) };
+        Ok(BackwardPlan {
+            problem: *problem,
+            mask,
+            scale,
+            determinism,
+            variant,
+            work_tiles,
+            grid,
+            order,
+            workspace,
+        })
+    }
+
+    /// The problem, validated.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// Which keys a query sees.
+    pub fn mask(&self) -> Mask {
+        self.mask
+    }
+
+    /// The factor of the scores, finite and above 0.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// Whether dQ is the same bits every time.
+    pub fn determinism(&self) -> Determinism {
+        self.determinism
+    }
+
+    /// The kernels.
+    pub fn variant(&self) -> &'static BackwardVariant {
+        self.variant
+    }
+
+    /// Work tiles of the main kernel: blocks of keys of each batch item and key head. 0 where there is no key.
+    pub fn work_tiles(&self) -> u32 {
+        self.work_tiles
+    }
+
+    /// CTAs of the main kernel's persistent grid. 0 where there is nothing to launch.
+    pub fn grid(&self) -> u32 {
+        self.grid
+    }
+
+    /// Threads of a CTA of the main kernel.
+    pub fn block(&self) -> u32 {
+        self.variant.threads()
+    }
+
+    /// Dynamic shared memory of a CTA of the main kernel, in bytes.
+    pub fn smem_bytes(&self) -> u32 {
+        self.variant.smem().bytes()
+    }
+
+    /// Memory that the kernels need beside the tensors, in bytes: linear in seqlen_q. It starts at a multiple of 256.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace.bytes
+    }
+
+    /// CTAs of the kernel that prepares the workspace. 0 where there is nothing to do at all.
+    pub fn prepare_grid(&self) -> u32 {
+        self.workspace_rows().div_ceil(PREPARE_ROWS)
+    }
+
+    /// CTAs of the kernel that turns the workspace's dQ into the tensor, one a query block. 0 where there is no query.
+    pub fn finish_grid(&self) -> u32 {
+        if self.problem.seqlen_q == 0 { 0 } else { self.workspace_rows() / self.variant.block_m }
+    }
+
+    /// Query rows of all heads; that they fit was checked with the workspace's layout.
+    fn workspace_rows(&self) -> u32 {
+        match self.workspace.rows {
+            0 => 0,
+            rows => self.problem.batch as u32 * self.problem.heads_q as u32 * rows,
+        }
+    }
+}
+
+impl fmt::Display for BackwardPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let BackwardVariant { symbol, prepare, finish, head_dim, block_m, block_n, .. } = self.variant;
+        write_problem(f, "backward", &self.problem, self.mask, self.scale)?;
+        writeln!(f, ", {}", self.determinism)?;
+        writeln!(f, "kernels {prepare}, {symbol}, {finish}: tiles {block_m} × {block_n}, head_dim {head_dim}")?;
+        write!(
+            f,
+            "launch: {} work tiles on {} CTAs of {} threads, {} bytes of shared memory, {} bytes of workspace",
+            self.work_tiles,
+            self.grid,
+            self.block(),
+            self.smem_bytes(),
+            self.workspace_bytes(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels_gpu::variants::Dtype;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PROBLEM: Problem =
+        Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
+
+    fn plan(problem: Problem, determinism: Determinism) -> Result<BackwardPlan> {
+        BackwardPlan::new(&problem, Mask::None, None, determinism, 132)
+    }
+
+    #[test]
+    fn prints_what_will_run() {
+        let plan = BackwardPlan::new(&PROBLEM, Mask::Causal, None, Determinism::Exact, 5).unwrap();
+        let workspace = 12 * 1024 * (4 + 4 + 4 * 64) + 12 * 8 * 2 * 4;
+        assert_eq!(plan.workspace_bytes(), workspace);
+        let smem = plan.smem_bytes();
+        assert_eq!(
+            plan.to_string(),
+            format!(
+                "backward bf16: batch 2, heads 6/2, seqlen 1000 × 300, head_dim 64, mask causal, scale 0.125, exact\n\
+                 kernels prepare_bf16, backward_bf16_d64_causal, finish_bf16_d64: tiles 128 × 128, head_dim 64\n\
+                 launch: 12 work tiles on 5 CTAs of 384 threads, {smem} bytes of shared memory, {workspace} bytes of \
+                 workspace"
+            )
+        );
+    }
+
+    #[test]
+    fn scale_must_be_finite_and_positive() {
+        for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            let error = BackwardPlan::new(&PROBLEM, Mask::None, Some(scale), Determinism::Fast, 1).unwrap_err();
+            assert_eq!(error.to_string(), format!("scale is {scale}; a finite number above 0 is needed"));
+        }
+    }
+
+    #[test]
+    fn counts_have_limits() {
+        let many = Problem { batch: 1 << 24, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1 << 14, head_dim: 8, ..PROBLEM };
+        assert_eq!(
+            plan(many, Determinism::Fast),
+            Err(Error::TooLarge { field: "work_tiles", value: 1 << 31, limit: (1 << 31) - 1 })
+        );
+        assert_eq!(plan(Problem { batch: (1 << 24) - 1, ..many }, Determinism::Fast).unwrap().work_tiles(), i32::MAX as u32 - 127);
+        let many = Problem { batch: 1 << 25, seqlen_k: 1, ..many };
+        let error = plan(many, Determinism::Fast).unwrap_err();
+        assert_eq!(error.to_string(), "workspace_rows is 4294967296; at most 4294967295 is allowed");
+        assert!(plan(Problem { heads_q: 5, ..PROBLEM }, Determinism::Fast).is_err());
+    }
+
+    #[test]
+    fn nothing_to_do_is_nothing_to_launch() {
+        for problem in [
+            Problem { batch: 0, ..PROBLEM },
+            Problem { seqlen_q: 0, seqlen_k: 0, ..PROBLEM },
+            Problem { batch: 0, heads_q: 1 << 30, heads_kv: 1, seqlen_q: 1 << 30, ..PROBLEM },
+        ] {
+            let plan = plan(problem, Determinism::Exact).unwrap();
+            assert_eq!((plan.prepare_grid(), plan.grid(), plan.finish_grid()), (0, 0, 0));
+            assert_eq!(plan.workspace_bytes(), 0);
+        }
+        // Without keys dQ is 0, without queries dK and dV are: there are zeros to write.
+        let no_keys = plan(Problem { seqlen_k: 0, ..PROBLEM }, Determinism::Fast).unwrap();
+        assert_eq!((no_keys.prepare_grid(), no_keys.grid(), no_keys.finish_grid()), (12 * 1024 / 32, 0, 12 * 8));
+        let no_queries = plan(Problem { seqlen_q: 0, ..PROBLEM }, Determinism::Fast).unwrap();
+        assert_eq!((no_queries.prepare_grid(), no_queries.grid(), no_queries.finish_grid()), (12 * 128 / 32, 12, 0));
+    }
+
+    /// Ten times the queries are at most ten times the bytes, whatever the keys.
+    #[test]
+    fn the_workspace_is_linear() {
+        let bytes = |seqlen_q, seqlen_k, determinism| {
+            plan(Problem { seqlen_q, seqlen_k, ..PROBLEM }, determinism).unwrap().workspace_bytes()
+        };
+        for determinism in [Determinism::Fast, Determinism::Exact] {
+            assert_eq!(bytes(1 << 20, 1, determinism), bytes(1 << 20, 1 << 20, determinism));
+            assert!(bytes(10 << 20, 1, determinism) <= 10 * bytes(1 << 20, 1, determinism));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn tiles_cover_every_key_once(
+            batch in 0..4usize, heads in 1..5usize, seqlen_k in 0..2000usize, d in 1..=32usize, sm_count in 0..200u32,
+            exact: bool,
+        ) {
+            let problem = Problem { batch, heads_q: 2 * heads, heads_kv: heads, seqlen_k, head_dim: 8 * d, ..PROBLEM };
+            let determinism = if exact { Determinism::Exact } else { Determinism::Fast };
+            let plan = BackwardPlan::new(&problem, Mask::Causal, None, determinism, sm_count).unwrap();
+            prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
+            let n_blocks = seqlen_k.div_ceil(plan.variant().block_n as usize);
+            prop_assert_eq!(plan.work_tiles() as usize, batch * heads * n_blocks);
+            prop_assert_eq!(plan.grid(), plan.work_tiles().min(sm_count.max(1)));
+            if plan.work_tiles() > 0 {
+                prop_assert_eq!(plan.order.tiles(), plan.work_tiles());
+            }
+        }
+    }
+}

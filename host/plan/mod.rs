@@ -1,0 +1,43 @@
+//! How a problem will be run: kernel, tiles, grid. Pure functions of the problem and the machine's size.
+//!
+//! A [`Plan`] or [`BackwardPlan`] can only be made by a function that has validated the problem, so whoever holds one
+//! need not do so again. The CPU executor and the GPU run the same plan.
+
+use std::fmt;
+
+use crate::{
+    error::{Error, Result},
+    problem::{Mask, Problem},
+};
+
+mod backward;
+mod forward;
+mod workspace;
+
+pub use backward::{BackwardPlan, Determinism};
+pub use forward::Plan;
+pub(crate) use workspace::{WORKSPACE_ALIGNMENT, WorkspaceLayout};
+
+/// Work tiles are counted in 32-bit signed numbers.
+const MAX_WORK_TILES: u128 = i32::MAX as u128;
+
+/// Checks the problem; the factor of its scores, by default 1/√head_dim.
+fn checked_scale(problem: &Problem, scale: Option<f32>) -> Result<f32> {
+    problem.validate()?;
+    let scale = scale.unwrap_or_else(|| 1.0 / (problem.head_dim as f32).sqrt());
+    if !scale.is_finite() || scale <= 0.0 {
+        return Err(Error::Scale { value: scale });
+    }
+    Ok(scale)
+}
+
+/// A plan's first line: the pass and the problem.
+fn write_problem(f: &mut fmt::Formatter<'_>, pass: &str, problem: &Problem, mask: Mask, scale: f32) -> fmt::Result {
+    let Problem { batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, dtype } = problem;
+    write!(
+        f,
+        "{pass} {}: batch {batch}, heads {heads_q}/{heads_kv}, seqlen {seqlen_q} × {seqlen_k}, head_dim {head_dim}, \
+         mask {mask}, scale {scale}",
+        dtype.name(),
+    )
+}

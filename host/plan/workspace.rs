@@ -1,0 +1,147 @@
+//! Where the parts of a backward pass's workspace lie. Its size grows with the sequence, not with its square.
+
+use kernels_gpu::{
+    params::{Shape, Workspace},
+    variants::BackwardVariant,
+};
+
+use crate::{error::Result, problem::at_most};
+
+/// The workspace, and each region of it, starts at a multiple of this many bytes.
+pub(crate) const WORKSPACE_ALIGNMENT: usize = 256;
+
+/// Rows of all heads: kernels multiply them out in 32 bits.
+const MAX_ROWS: u128 = u32::MAX as u128;
+
+/// The workspace's regions, as offsets from its start in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct WorkspaceLayout {
+    /// f32 (batch, heads_q, rows).
+    pub(crate) lse: usize,
+    /// f32 (batch, heads_q, rows).
+    pub(crate) delta: usize,
+    /// f32 (batch, heads_q, rows, compiled head dim).
+    pub(crate) dq: usize,
+    /// u32 (batch, heads_q, query blocks, 2); `None` where order is free.
+    pub(crate) turns: Option<usize>,
+    /// All of it.
+    pub(crate) bytes: usize,
+    /// Numbers in `turns`; 0 where there is none.
+    pub(crate) turns_len: usize,
+    /// Query rows of a head, padding included.
+    pub(crate) rows: u32,
+}
+
+impl WorkspaceLayout {
+    /// The layout for a problem with something to do; `exact` passes take turns.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`](crate::Error::TooLarge) for 2³² rows or more, the padding of each head included, or for more
+    /// bytes than memory can have.
+    pub(crate) fn new(variant: &BackwardVariant, shape: &Shape, exact: bool) -> Result<Self> {
+        let rows = variant.rows(shape);
+        let heads = shape.batch as u128 * shape.heads_q as u128;
+        at_most("workspace_rows", heads * rows as u128, MAX_ROWS)?;
+        let turns_len = if exact { 2 * heads * variant.m_blocks(shape) as u128 } else { 0 };
+        let row_bytes = heads * rows as u128 * size_of::<f32>() as u128;
+        let mut end = 0;
+        let mut region = |bytes: u128| {
+            let start = end;
+            end = (start + bytes).next_multiple_of(WORKSPACE_ALIGNMENT as u128);
+            start as usize
+        };
+        let lse = region(row_bytes);
+        let delta = region(row_bytes);
+        let dq = region(row_bytes * variant.head_dim as u128);
+        let turns = region(turns_len * size_of::<u32>() as u128);
+        at_most("workspace_bytes", end, isize::MAX as u128)?;
+        Ok(WorkspaceLayout {
+            lse,
+            delta,
+            dq,
+            turns: exact.then_some(turns),
+            bytes: end as usize,
+            turns_len: turns_len as usize,
+            rows,
+        })
+    }
+
+    /// The workspace at `address`, as kernels take it.
+    pub(crate) fn at(&self, address: u64) -> Workspace {
+        Workspace {
+            lse: address + self.lse as u64,
+            delta: address + self.delta as u64,
+            dq: address + self.dq as u64,
+            turns: self.turns.map_or(0, |turns| address + turns as u64),
+            rows: self.rows,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels_gpu::variants::{self, Dtype, MaskKind};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::error::Error;
+
+    const SHAPE: Shape = Shape { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 72 };
+
+    fn layout(shape: &Shape, exact: bool) -> Result<WorkspaceLayout> {
+        let variant = variants::backward(Dtype::F16, shape.head_dim, MaskKind::None).unwrap();
+        WorkspaceLayout::new(variant, shape, exact)
+    }
+
+    #[test]
+    fn regions_follow_one_another() {
+        let (fast, exact) = (layout(&SHAPE, false).unwrap(), layout(&SHAPE, true).unwrap());
+        let rows = 12 * 1024;
+        assert_eq!((fast.lse, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
+        // Head dim 72 runs in 128.
+        assert_eq!((fast.turns, fast.bytes, fast.rows), (None, 8 * rows + 4 * 128 * rows, 1024));
+        assert_eq!((exact.turns, exact.turns_len), (Some(fast.bytes), 12 * (1024 / 64) * 2));
+        assert_eq!(exact.bytes, fast.bytes + (4 * exact.turns_len).next_multiple_of(256));
+        let base = 0x1000;
+        let at = |offset: usize| base + offset as u64;
+        let expected = Workspace { lse: base, delta: at(fast.delta), dq: at(fast.dq), turns: 0, rows: 1024 };
+        assert_eq!(fast.at(base), expected);
+        assert_eq!(exact.at(base), Workspace { turns: at(fast.bytes), ..expected });
+    }
+
+    #[test]
+    fn rows_have_a_limit() {
+        // 128 rows a head, however few the queries.
+        let most = Shape { batch: (1 << 25) - 1, heads_q: 1, heads_kv: 1, seqlen_q: 1, ..SHAPE };
+        assert_eq!(layout(&most, true).unwrap().rows, 128);
+        let more = Shape { batch: 1 << 25, ..most };
+        let error = Error::TooLarge { field: "workspace_rows", value: 1 << 32, limit: (1 << 32) - 1 };
+        assert_eq!(layout(&more, false), Err(error));
+        let long = Shape { batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: i32::MAX as u32, ..SHAPE };
+        assert!(layout(&long, false).is_err());
+        assert_eq!(layout(&Shape { heads_q: 1, ..long }, false).unwrap().rows, 1 << 31);
+    }
+
+    proptest! {
+        #[test]
+        fn regions_are_apart_aligned_and_linear(
+            batch in 1..5u32, heads in 1..80u32, seqlen_q in 0..5000u32, head_dim in 1..=32u32, exact: bool,
+        ) {
+            let shape = Shape { batch, heads_q: heads, heads_kv: 1, seqlen_q, head_dim: 8 * head_dim, ..SHAPE };
+            let variant = variants::backward(Dtype::Bf16, shape.head_dim, MaskKind::Causal).unwrap();
+            let found = WorkspaceLayout::new(variant, &shape, exact).unwrap();
+            let rows = (batch * heads * found.rows) as usize;
+            let turns = found.turns.unwrap_or(found.bytes);
+            for (start, bytes, end) in [
+                (found.lse, 4 * rows, found.delta),
+                (found.delta, 4 * rows, found.dq),
+                (found.dq, 4 * rows * variant.head_dim as usize, turns),
+                (turns, 4 * found.turns_len, found.bytes),
+            ] {
+                prop_assert!(start % 256 == 0 && start + bytes <= end && end - start < bytes + 256);
+            }
+            prop_assert!(found.rows >= seqlen_q && found.rows < seqlen_q + 129 && found.rows % variant.block_m == 0);
+            prop_assert_eq!(exact, found.turns.is_some() && found.turns_len > 0);
+        }
+    }
+}
