@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ferroflash::cases::{Case, plain_loop};
 use ferroflash::reference::Rows;
-use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, bf16};
+use ferroflash::{Attention, Cpu, Determinism, Dtype, Mask, Problem, bf16};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
@@ -18,13 +18,34 @@ fn named_cases() {
     }
 }
 
+#[test]
+fn named_cases_backward() {
+    for (name, case) in common::named_backward() {
+        println!("{name}");
+        common::pass_backward(&Cpu, &case, Determinism::Fast);
+    }
+}
+
+/// So many random cases; those that once failed are kept beside this file and run first.
+fn random(cases: u32) -> ProptestConfig {
+    let failure_persistence = Some(Box::new(FileFailurePersistence::WithSource("regressions")) as _);
+    ProptestConfig { cases, failure_persistence, ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: 150,
-        // Cases that once failed are kept beside this file and run first.
-        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
-        ..ProptestConfig::default()
-    })]
+    #![proptest_config(random(100))]
+
+    #[test]
+    fn random_gradients_are_within_the_bar(seed: u64, exact: bool) {
+        let determinism = if exact { Determinism::Exact } else { Determinism::Fast };
+        let case = Case::random(seed, 1e7);
+        let outcome = case.run_backward(&Cpu, determinism).unwrap();
+        prop_assert!(outcome.passed(), "{case}\n{outcome}");
+    }
+}
+
+proptest! {
+    #![proptest_config(random(150))]
 
     #[test]
     fn random_cases_are_within_the_bar(seed: u64) {
@@ -62,6 +83,27 @@ fn same_bits_whatever_the_threads() {
         common::bits(&pool.install(|| case.output(&Cpu, &inputs).unwrap()))
     };
     assert!(on(1) == on(3));
+}
+
+#[test]
+fn nan_gradient_stays_in_its_head() {
+    common::nan_gradient_stays_in_its_head(&Cpu);
+}
+
+#[test]
+fn same_gradients_whatever_the_threads() {
+    for (head_dim, mask) in [(64, Mask::Causal), (128, Mask::None), (256, Mask::Causal)] {
+        let problem =
+            Problem { batch: 2, heads_q: 6, heads_kv: 3, seqlen_q: 300, seqlen_k: 200, head_dim, dtype: Dtype::Bf16 };
+        let case = Case { seed: 1, ..Case::new(problem, mask) };
+        common::repeats_backward(&Cpu, &case, 2);
+        let data = case.backward_data::<_, bf16>(&Cpu).unwrap();
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| case.gradients(&Cpu, &data, Determinism::Fast).unwrap().bits())
+        };
+        assert!(on(1) == on(3) && on(1) == on(8), "{case}");
+    }
 }
 
 #[test]

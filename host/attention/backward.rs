@@ -62,9 +62,8 @@ impl Attention {
         let plan = self.plan_backward(backend.sm_count())?;
         backend.check_backward_inputs(&plan, &inputs)?;
         let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
-        let allocate = |operand, shape| {
-            backend.allocate(operand, Layout::bhsd(shape).required_len()?, E::from_f32(0.0))
-        };
+        let allocate =
+            |operand, shape| backend.allocate(operand, Layout::bhsd(shape).required_len()?, E::from_f32(0.0));
         let mut gradients = Gradients {
             dq: allocate(Operand::Dq, of_q)?,
             dk: allocate(Operand::Dk, of_kv)?,

@@ -2,6 +2,7 @@
 //!
 //! The CLI's `check` and the test suites draw from here. Inputs lie between rows of NaN padding, outputs are poisoned
 //! beforehand and stand between canaries, so a case also fails on memory that a kernel should have left alone.
+//! A backward case takes O and the LSE from the same backend's forward pass.
 
 use std::fmt;
 
@@ -12,20 +13,17 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
-use crate::backend::Backend;
-use crate::error::{Operand, Result};
+use crate::error::Result;
 use crate::problem::{Mask, Problem};
-use crate::reference::{Accuracy, Forward, Rows, forward_f64, forward_plain};
 use crate::tensor::{Layout, Tensor};
 
-/// Elements of the canaries before and after O, which is left with the least alignment allowed: 16 bytes.
-const CANARY: usize = 72;
-/// The same for the LSE, whose alignment is that of f32.
-const CANARY_LSE: usize = 65;
-/// A NaN whose bits no kernel writes.
-const POISON: u16 = 0xffff;
-/// The same for the LSE.
-const POISON_LSE: u32 = 0xffff_ffff;
+mod backward;
+mod forward;
+mod guarded;
+
+pub use backward::{BackwardData, BackwardOutcome, CaseGradients};
+pub use forward::{CaseOutput, Outcome};
+use guarded::POISON;
 
 /// Order of the dimensions in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,22 +57,6 @@ pub struct Case {
     /// Standard deviation of the inputs.
     pub input_std: f32,
     pub seed: u64,
-}
-
-/// How a case ended.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Outcome {
-    pub o: Accuracy,
-    pub lse: Accuracy,
-    /// Whether everything outside of the outputs' rows is as it was.
-    pub untouched: bool,
-}
-
-impl Outcome {
-    /// Within the bar, and nothing else written.
-    pub fn passed(&self) -> bool {
-        self.o.passed() && self.lse.passed() && self.untouched
-    }
 }
 
 impl Case {
@@ -157,18 +139,21 @@ impl Case {
     /// Q, K and V: normal values, with NaN in the padding.
     pub fn inputs<E: Element>(&self) -> Result<[Vec<E>; 3]> {
         let mut rng = StdRng::seed_from_u64(self.seed);
-        let mut input = |shape: [usize; 4]| {
-            let layout = self.layout(shape);
-            let mut data = vec![E::from_bits(POISON); layout.required_len()?];
-            for_rows(&layout, |start| {
-                for x in &mut data[start..start + shape[3]] {
-                    let normal: f32 = rng.sample(StandardNormal);
-                    *x = E::from_f32(self.input_std * normal);
-                }
-            });
-            Ok(data)
-        };
+        let mut input = |shape: [usize; 4]| self.normal(&mut rng, shape, self.input_std);
         Ok([input(self.problem.q_shape())?, input(self.problem.kv_shape())?, input(self.problem.kv_shape())?])
+    }
+
+    /// A tensor of normal values, with NaN in the padding.
+    fn normal<E: Element>(&self, rng: &mut StdRng, shape: [usize; 4], std: f32) -> Result<Vec<E>> {
+        let layout = self.layout(shape);
+        let mut data = vec![E::from_bits(POISON); layout.required_len()?];
+        for_rows(&layout, |start| {
+            for x in &mut data[start..start + shape[3]] {
+                let normal: f32 = rng.sample(StandardNormal);
+                *x = E::from_f32(std * normal);
+            }
+        });
+        Ok(data)
     }
 
     /// Contiguous inputs of any size, quickly: a few million normal values, over and over from different places.
@@ -191,71 +176,6 @@ impl Case {
         Ok([input(q, 0), input(kv, POOL / 3), input(kv, POOL / 2)])
     }
 
-    /// Runs the case with its own inputs and judges the rows that `rows` names.
-    ///
-    /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into).
-    pub fn run<B: Backend>(&self, backend: &B, rows: &Rows) -> Result<Outcome> {
-        match self.problem.dtype {
-            Dtype::F16 => self.judge::<B, half::f16>(backend, &self.inputs()?, rows),
-            Dtype::Bf16 => self.judge::<B, half::bf16>(backend, &self.inputs()?, rows),
-        }
-    }
-
-    /// Runs the case with the given inputs and judges the rows that `rows` names.
-    ///
-    /// # Errors
-    /// As [`Case::run`].
-    pub fn judge<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 3], rows: &Rows) -> Result<Outcome> {
-        let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
-        let output = self.output::<B, E>(backend, inputs)?;
-        let tensors = self.tensors(inputs);
-        let exact = forward_f64(problem, mask, scale, tensors, rows)?;
-        let plain = forward_plain(problem, mask, scale, tensors, rows)?;
-        let o = Tensor { data: &output.o[..], layout: self.layout(problem.q_shape()) };
-        let found = Forward::gather(problem, o, Some(&output.lse), rows)?;
-        Ok(Outcome {
-            o: Accuracy::of_o(&found, &plain, &exact),
-            lse: Accuracy::of_lse(&found, &plain, &exact),
-            untouched: output.untouched,
-        })
-    }
-
-    /// Runs the case with the given inputs.
-    ///
-    /// # Errors
-    /// As [`Case::run`].
-    pub fn output<B: Backend, E: Element>(&self, backend: &B, [q, k, v]: &[Vec<E>; 3]) -> Result<CaseOutput<E>> {
-        let problem = &self.problem;
-        let layout = self.layout(problem.q_shape());
-        let (o_len, lse_len) = (layout.required_len()?, problem.lse_len());
-        let q = backend.upload(Operand::Q, q)?;
-        let k = backend.upload(Operand::K, k)?;
-        let v = backend.upload(Operand::V, v)?;
-        let mut o = backend.upload(Operand::O, &vec![E::from_bits(POISON); o_len + 2 * CANARY])?;
-        let mut lse = backend.upload(Operand::Lse, &vec![f32::from_bits(POISON_LSE); lse_len + 2 * CANARY_LSE])?;
-        let tensor = |data, shape| Tensor { data, layout: self.layout(shape) };
-        crate::Attention::new(*problem).mask(self.mask).scale(self.effective_scale()).forward_into(
-            backend,
-            tensor(B::slice(&q), problem.q_shape()),
-            tensor(B::slice(&k), problem.kv_shape()),
-            tensor(B::slice(&v), problem.kv_shape()),
-            Tensor { data: B::slice_mut(&mut o, CANARY..CANARY + o_len), layout },
-            Some(B::slice_mut(&mut lse, CANARY_LSE..CANARY_LSE + lse_len)),
-        )?;
-        let (o, lse) = (backend.download(&o)?, backend.download(&lse)?);
-        let mut outside = vec![true; o.len()];
-        for_rows(&layout, |start| outside[CANARY + start..][..layout.shape[3]].fill(false));
-        let kept = o.iter().zip(outside).all(|(x, outside)| !outside || x.to_bits() == POISON);
-        let edges = lse[..CANARY_LSE].iter().chain(&lse[CANARY_LSE + lse_len..]);
-        let lse_kept = edges.into_iter().all(|x| x.to_bits() == POISON_LSE);
-        Ok(CaseOutput {
-            o: o[CANARY..CANARY + o_len].to_vec(),
-            lse: lse[CANARY_LSE..CANARY_LSE + lse_len].to_vec(),
-            untouched: kept && lse_kept,
-        })
-    }
-
     /// The inputs as tensors.
     pub fn tensors<'a, E>(&self, [q, k, v]: &'a [Vec<E>; 3]) -> [Tensor<&'a [E]>; 3] {
         let kv = self.layout(self.problem.kv_shape());
@@ -265,16 +185,6 @@ impl Case {
             Tensor { data: v, layout: kv },
         ]
     }
-}
-
-/// What a case's run wrote.
-#[derive(Clone, Debug)]
-pub struct CaseOutput<E> {
-    /// In the case's layout, padding included.
-    pub o: Vec<E>,
-    pub lse: Vec<f32>,
-    /// Whether canaries and padding are as they were.
-    pub untouched: bool,
 }
 
 /// Attention as one would first write it: three loops in f32, one thread, one head. What the CPU executor

@@ -195,9 +195,7 @@ pub(crate) fn check_inputs(
     space: AddressSpace,
 ) -> Result<()> {
     let BackwardInputs { q, k, v, o, d_o, lse, d_lse } = inputs;
-    for (operand, tensor) in
-        [(Operand::Q, q), (Operand::K, k), (Operand::V, v), (Operand::O, o), (Operand::DO, d_o)]
-    {
+    for (operand, tensor) in [(Operand::Q, q), (Operand::K, k), (Operand::V, v), (Operand::O, o), (Operand::DO, d_o)] {
         check_tensor(plan.problem(), operand, &raw(tensor), space, tensor.data.len)?;
     }
     check_lse(plan.problem(), Operand::Lse, *lse, space)?;

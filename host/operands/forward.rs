@@ -6,8 +6,7 @@ use kernels_gpu::{
 };
 
 use super::{
-    AddressSpace, Memory, RawTensor, check_disjoint, check_dtype, check_lse, check_rows_apart, check_tensor,
-    lse_region,
+    AddressSpace, Memory, RawTensor, check_disjoint, check_dtype, check_lse, check_rows_apart, check_tensor, lse_region,
 };
 use crate::{
     error::{Operand, Result},

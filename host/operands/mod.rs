@@ -19,8 +19,8 @@ mod gradients;
 
 pub use backward::RawBackward;
 pub(crate) use backward::check_inputs as check_backward_inputs;
-pub use forward::RawForward;
 pub(crate) use forward::Buffers;
+pub use forward::RawForward;
 pub use gradients::{BackwardInputs, Gradients};
 
 /// What the copy engine wants of addresses and strides, in bytes.
@@ -177,4 +177,3 @@ fn check_disjoint(output: (Operand, Option<Region>), other: (Operand, Option<Reg
         _ => Ok(()),
     }
 }
-

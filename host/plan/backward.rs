@@ -68,9 +68,8 @@ impl BackwardPlan {
         sm_count: u32,
     ) -> Result<BackwardPlan> {
         let scale = checked_scale(problem, scale)?;
-        let variant = variants::backward(problem.dtype, problem.head_dim as u32, mask.kind()).ok_or(
-            Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask },
-        )?;
+        let variant = variants::backward(problem.dtype, problem.head_dim as u32, mask.kind())
+            .ok_or(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask })?;
         let shape = problem.kernel_shape();
         let n_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;
         let work_tiles = problem.batch as u128 * problem.heads_kv as u128 * n_blocks;
@@ -81,17 +80,7 @@ impl BackwardPlan {
         let workspace = if idle { WorkspaceLayout::default() } else { WorkspaceLayout::new(variant, &shape, exact)? };
         let grid = work_tiles.min(sm_count.max(1));
         let order = if work_tiles == 0 { TileOrder::default() } else { variant.order(&shape, grid, exact) };
-        Ok(BackwardPlan {
-            problem: *problem,
-            mask,
-            scale,
-            determinism,
-            variant,
-            work_tiles,
-            grid,
-            order,
-            workspace,
-        })
+        Ok(BackwardPlan { problem: *problem, mask, scale, determinism, variant, work_tiles, grid, order, workspace })
     }
 
     /// The problem, validated.
@@ -222,12 +211,16 @@ mod tests {
 
     #[test]
     fn counts_have_limits() {
-        let many = Problem { batch: 1 << 24, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1 << 14, head_dim: 8, ..PROBLEM };
+        let many =
+            Problem { batch: 1 << 24, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1 << 14, head_dim: 8, ..PROBLEM };
         assert_eq!(
             plan(many, Determinism::Fast),
             Err(Error::TooLarge { field: "work_tiles", value: 1 << 31, limit: (1 << 31) - 1 })
         );
-        assert_eq!(plan(Problem { batch: (1 << 24) - 1, ..many }, Determinism::Fast).unwrap().work_tiles(), i32::MAX as u32 - 127);
+        assert_eq!(
+            plan(Problem { batch: (1 << 24) - 1, ..many }, Determinism::Fast).unwrap().work_tiles(),
+            i32::MAX as u32 - 127
+        );
         let many = Problem { batch: 1 << 25, seqlen_k: 1, ..many };
         let error = plan(many, Determinism::Fast).unwrap_err();
         assert_eq!(error.to_string(), "workspace_rows is 4294967296; at most 4294967295 is allowed");

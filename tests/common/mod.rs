@@ -1,8 +1,8 @@
 //! What both machines must pass: named cases, and properties that compare runs with each other.
 
-use ferroflash::cases::{Case, CaseOutput, Order, for_rows};
+use ferroflash::cases::{BackwardData, Case, CaseOutput, Order, for_rows};
 use ferroflash::reference::Rows;
-use ferroflash::{Backend, Dtype, Element, Mask, Problem, bf16, f16};
+use ferroflash::{Backend, Determinism, Dtype, Element, Mask, Problem, bf16, f16};
 
 /// (name, case): the shapes that attention kernels get wrong.
 pub fn named() -> Vec<(&'static str, Case)> {
@@ -47,6 +47,41 @@ pub fn named() -> Vec<(&'static str, Case)> {
         ("grouped 7 over 1", f16(bshd(case((7, 1), (70, 130), 128, Causal)))),
         ("inputs of standard deviation 4", Case { input_std: 4.0, ..case((2, 2), (200, 300), 128, None) }),
     ]
+}
+
+/// (name, case): the shapes that the backward pass has to get right beside those of [`named`]. Odd seeds have a gradient of
+/// the LSE.
+pub fn named_backward() -> Vec<(String, Case)> {
+    let mut cases: Vec<(String, Case)> =
+        named().into_iter().map(|(name, case)| (name.to_owned(), Case { seed: case.seed + 1, ..case })).collect();
+    for (seqlen_q, seqlen_k) in [(1, 1), (2, 2), (5, 5), (17, 17), (5, 1), (10, 2), (25, 5), (85, 17), (0, 33), (33, 0)]
+    {
+        for (head_dim, mask) in [(64, Mask::Causal), (128, Mask::None), (256, Mask::Causal)] {
+            for dtype in [Dtype::F16, Dtype::Bf16] {
+                let problem = Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q, seqlen_k, head_dim, dtype };
+                let seed = seqlen_q as u64 + head_dim as u64 / 64;
+                let name = format!("{seqlen_q} by {seqlen_k}, {}, head dim {head_dim}, mask {mask}", dtype.name());
+                cases.push((name, Case { seed, ..Case::new(problem, mask) }));
+            }
+        }
+    }
+    cases
+}
+
+/// Runs a case's backward pass and fails with what it takes to run it again.
+pub fn pass_backward<B: Backend>(backend: &B, case: &Case, determinism: Determinism) {
+    let outcome = case.run_backward(backend, determinism).unwrap_or_else(|error| panic!("{case}: {error}"));
+    assert!(outcome.passed(), "{case} ({determinism})\n{outcome}");
+}
+
+/// The same gradients, bit for bit, on every run of an exact pass.
+pub fn repeats_backward<B: Backend>(backend: &B, case: &Case, runs: usize) {
+    let data: BackwardData<bf16> = case.backward_data(backend).unwrap();
+    let bits = || case.gradients(backend, &data, Determinism::Exact).unwrap().bits();
+    let first = bits();
+    for run in 1..runs {
+        assert!(bits() == first, "{case}: run {run} differs");
+    }
 }
 
 /// Runs a case and fails with what it takes to run it again.
@@ -112,6 +147,25 @@ pub fn nan_stays_in_its_head<B: Backend>(backend: &B) {
             assert_eq!(same, !(4..6).contains(&row), "tensor {tensor}, head {row}");
         }
         assert!(output.o[4 * head..].iter().any(|x| x.is_nan()), "the NaN itself must be seen");
+    }
+}
+
+/// A NaN in one row of dO leaves every other batch item and key head as it was, bit for bit.
+pub fn nan_gradient_stays_in_its_head<B: Backend>(backend: &B) {
+    let problem =
+        Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 150, seqlen_k: 140, head_dim: 64, dtype: Dtype::Bf16 };
+    let case = Case { seed: 1, ..Case::new(problem, Mask::Causal) };
+    let clean: BackwardData<bf16> = case.backward_data(backend).unwrap();
+    let before = case.gradients(backend, &clean, Determinism::Exact).unwrap().bits();
+    let mut data = clean.clone();
+    // A row of query head 1 of batch item 1, which reads key head 0.
+    let start = case.layout(problem.q_shape()).offset(1, 1, 77);
+    data.d_o[start..start + 64].fill(bf16::NAN);
+    let after = case.gradients(backend, &data, Determinism::Exact).unwrap().bits();
+    for (gradient, (rows, dirty)) in [(150 * 64, 5), (140 * 64, 2), (140 * 64, 2)].into_iter().enumerate() {
+        for (head, (a, b)) in before[gradient].chunks(rows).zip(after[gradient].chunks(rows)).enumerate() {
+            assert_eq!(a == b, head != dirty, "gradient {gradient}, head {head}");
+        }
     }
 }
 

@@ -18,9 +18,7 @@ use rayon::prelude::*;
 use crate::{
     backend::{Backend, sealed::Sealed},
     error::{Error, Operand, Result},
-    operands::{
-        AddressSpace, BackwardInputs, Buffers, Gradients, RawForward, RawTensor, check_dtype, check_tensor,
-    },
+    operands::{AddressSpace, BackwardInputs, Buffers, Gradients, RawForward, RawTensor, check_dtype, check_tensor},
     plan::{BackwardPlan, Plan},
     tensor::{Layout, Tensor},
 };
