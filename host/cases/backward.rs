@@ -106,7 +106,8 @@ impl Case {
         let [q, k, v] = self.tensors(&data.inputs);
         let tensors = [q, k, v, Tensor { data: &data.d_o[..], layout: self.layout(problem.q_shape()) }];
         let exact = backward_f64(problem, mask, scale, tensors, data.d_lse.as_deref())?;
-        let plain = backward_plain(problem, mask, scale, tensors, data.d_lse.as_deref())?;
+        let o = Tensor { data: &data.o[..], layout: self.layout(problem.q_shape()) };
+        let plain = backward_plain(problem, mask, scale, tensors, Some(o), data.d_lse.as_deref())?;
         let of = |gradient: &[E], shape| gather(gradient, &self.layout(shape));
         let [dq, dk, dv] = &found.gradients;
         let (of_q, of_kv) = (problem.q_shape(), problem.kv_shape());

@@ -38,11 +38,14 @@ pub fn backward_f64<E: Element>(
     [q, k, v, d_o]: [Tensor<&[E]>; 4],
     d_lse: Option<&[f32]>,
 ) -> Result<Backward> {
-    evaluate(problem, mask, scale, [q, k, v, d_o], d_lse, |x: f64| x)
+    evaluate(problem, mask, scale, [q, k, v, d_o], None, d_lse, |x: f64| x)
 }
 
 /// The same in the precision of a kernel, without its tiles: products of 16-bit operands in f32, softmax, δ and dS in
 /// f32, P and dS rounded to the inputs' dtype before they are multiplied, the gradients rounded to it at the end.
+///
+/// `o` is what the forward pass stored, where δ is to be taken from it as a kernel does: δᵢ = dOᵢ·Oᵢ − dLSEᵢ. Its rounding
+/// to 16 bits is then in δ too; where P is close to 1 and dP − δ close to 0, that is most of the error of dS.
 ///
 /// # Errors
 /// As [`backward_f64`].
@@ -51,9 +54,10 @@ pub fn backward_plain<E: Element>(
     mask: Mask,
     scale: f32,
     [q, k, v, d_o]: [Tensor<&[E]>; 4],
+    o: Option<Tensor<&[E]>>,
     d_lse: Option<&[f32]>,
 ) -> Result<Backward> {
-    evaluate(problem, mask, scale, [q, k, v, d_o], d_lse, |x: f32| E::from_f32(x).to_f32())
+    evaluate(problem, mask, scale, [q, k, v, d_o], o, d_lse, |x: f32| E::from_f32(x).to_f32())
 }
 
 /// Runs [`row`] over every row, key heads in parallel; `round` is what becomes of P, dS and the gradients.
@@ -62,13 +66,16 @@ fn evaluate<E: Element, R: Real>(
     mask: Mask,
     scale: f32,
     [q, k, v, d_o]: [Tensor<&[E]>; 4],
+    o: Option<Tensor<&[E]>>,
     d_lse: Option<&[f32]>,
     round: impl Fn(R) -> R + Sync,
 ) -> Result<Backward> {
     let plan = Plan::forward(problem, mask, Some(scale), 1)?;
     crate::Cpu.check_inputs(&plan, &q, &k, &v)?;
-    let raw = RawTensor { address: d_o.data.as_ptr().addr() as u64, layout: d_o.layout };
-    check_tensor(problem, Operand::DO, &raw, AddressSpace::Host, Some(d_o.data.len()))?;
+    for (operand, tensor) in o.map(|o| (Operand::O, o)).into_iter().chain([(Operand::DO, d_o)]) {
+        let raw = RawTensor { address: tensor.data.as_ptr().addr() as u64, layout: tensor.layout };
+        check_tensor(problem, operand, &raw, AddressSpace::Host, Some(tensor.data.len()))?;
+    }
     if let Some(len) = d_lse.map(<[f32]>::len)
         && len != problem.lse_len()
     {
@@ -88,13 +95,15 @@ fn evaluate<E: Element, R: Real>(
             let mut dq_rows = dq.chunks_exact_mut(d);
             for head in head_kv * group..(head_kv + 1) * group {
                 let (q, d_o) = (head_rows(&q, batch, head), head_rows(&d_o, batch, head));
+                let o: Option<Vec<R>> = o.as_ref().map(|o| head_rows(o, batch, head));
                 let lines = q.chunks_exact(d).zip(d_o.chunks_exact(d)).zip(&mut dq_rows);
                 for (i, ((q, d_o), dq)) in lines.enumerate() {
                     let live = live_keys(problem, mask, i) * d;
                     let at = (batch * problem.heads_q + head) * problem.seqlen_q + i;
                     let d_lse = d_lse.map_or(R::default(), |d_lse| R::from_f32(d_lse[at]));
                     let grads = [dq, &mut dk[..live], &mut dv[..live]];
-                    row([q, &k[..live], &v[..live], d_o], [d_lse, scale], grads, &round);
+                    let o = o.as_ref().map(|o| &o[i * d..][..d]);
+                    row([q, &k[..live], &v[..live], d_o], o, [d_lse, scale], grads, &round);
                 }
             }
             // dQ and dK lack the scale so far.
@@ -113,7 +122,13 @@ fn evaluate<E: Element, R: Real>(
 }
 
 /// Adds what one query row contributes; K, V, dK and dV hold its live keys only, and dQ and dK lack the scale.
-fn row<R: Real>([q, k, v, d_o]: [&[R]; 4], [d_lse, scale]: [R; 2], grads: [&mut [R]; 3], round: impl Fn(R) -> R) {
+fn row<R: Real>(
+    [q, k, v, d_o]: [&[R]; 4],
+    o: Option<&[R]>,
+    [d_lse, scale]: [R; 2],
+    grads: [&mut [R]; 3],
+    round: impl Fn(R) -> R,
+) {
     let ([dq, dk, dv], d) = (grads, q.len());
     let mut p: Vec<R> = k.chunks_exact(d).map(|k| scale * dot(q, k)).collect();
     let m = p.iter().fold(R::NEG_INFINITY, |m, &s| if s > m { s } else { m });
@@ -125,7 +140,10 @@ fn row<R: Real>([q, k, v, d_o]: [&[R]; 4], [d_lse, scale]: [R; 2], grads: [&mut 
     p.iter_mut().for_each(|p| *p = *p / l);
     let dp: Vec<R> = v.chunks_exact(d).map(|v| dot(d_o, v)).collect();
     let mut delta = R::default();
-    p.iter().zip(&dp).for_each(|(&p, &dp)| delta += p * dp);
+    match o {
+        Some(o) => delta = dot(d_o, o),
+        None => p.iter().zip(&dp).for_each(|(&p, &dp)| delta += p * dp),
+    }
     let delta = delta - d_lse;
     // to += factor·x.
     let add = |to: &mut [R], factor, x: &[R]| to.iter_mut().zip(x).for_each(|(to, &x)| *to += factor * x);
@@ -165,6 +183,16 @@ mod tests {
     fn tensors<'a, E>(problem: &Problem, [q, k, v, d_o]: &'a [Vec<E>; 4]) -> [Tensor<&'a [E]>; 4] {
         let (of_q, of_kv) = (problem.q_shape(), problem.kv_shape());
         [Tensor::bhsd(q, of_q), Tensor::bhsd(k, of_kv), Tensor::bhsd(v, of_kv), Tensor::bhsd(d_o, of_q)]
+    }
+
+    fn plain<E: Element>(
+        problem: &Problem,
+        mask: Mask,
+        scale: f32,
+        tensors: [Tensor<&[E]>; 4],
+        d_lse: Option<&[f32]>,
+    ) -> Result<Backward> {
+        backward_plain(problem, mask, scale, tensors, None, d_lse)
     }
 
     /// Central differences of Σ O∘dO + Σ LSE∘dLSE, with a step that f16 holds exactly beside any of the values.
@@ -216,7 +244,7 @@ mod tests {
         for (operand, head) in [(1, 0), (1, 1), (2, 0), (2, 1)] {
             inputs_hidden[operand][(head * 5 + 4) * 8..][..8].fill(f16::NAN);
         }
-        for run in [backward_f64::<f16>, backward_plain::<f16>] {
+        for run in [backward_f64::<f16>, plain::<f16>] {
             let found = run(&dead, Mask::Causal, 0.7, tensors(&dead, &inputs_dead), Some(&d_lse_dead)).unwrap();
             assert!((0..20).all(|row| (found.dq[row * 8..][..8] == [0.0; 8]) == (row % 5 < 3)));
             assert!(found.dk.iter().chain(&found.dv).all(|x| x.is_finite()));
@@ -252,7 +280,7 @@ mod tests {
         for (m, n, mask) in SHAPES.into_iter().chain([(70, 90, Mask::Causal)]) {
             let problem = Problem { dtype: Dtype::Bf16, ..problem(m, n, 4, 2) };
             let (inputs, d_lse) = inputs::<bf16>(&problem);
-            let [exact, plain] = [backward_f64, backward_plain]
+            let [exact, plain] = [backward_f64, plain]
                 .map(|run| run(&problem, mask, 0.7, tensors(&problem, &inputs), Some(&d_lse)).unwrap());
             let accuracy = GradientAccuracy::of(&plain, &plain, &exact);
             assert!(accuracy.passed() && !GradientAccuracy::of(&Backward::default(), &plain, &exact).passed());
@@ -268,8 +296,8 @@ mod tests {
     fn plain_rounds_each_factor_and_product() {
         let problem = Problem { dtype: Dtype::Bf16, ..problem(1, 9, 1, 1) };
         let (inputs, _) = inputs::<bf16>(&problem);
-        let [exact, plain] = [backward_f64, backward_plain]
-            .map(|run| run(&problem, Mask::None, 1.0, tensors(&problem, &inputs), None).unwrap());
+        let [exact, plain] =
+            [backward_f64, plain].map(|run| run(&problem, Mask::None, 1.0, tensors(&problem, &inputs), None).unwrap());
         for (exact, plain, x) in [(exact.dk, plain.dk, &inputs[0]), (exact.dv, plain.dv, &inputs[3])] {
             for (at, (exact, plain)) in exact.into_iter().zip(plain).enumerate() {
                 let x = x[at / 72 * 8 + at % 8].to_f64();
@@ -279,6 +307,28 @@ mod tests {
         }
     }
 
+    /// The O that belongs to the inputs changes next to nothing; another one changes δ, and so dQ and dK alone.
+    #[test]
+    fn delta_comes_from_the_stored_output() {
+        let problem = problem(6, 5, 4, 2);
+        let (inputs, d_lse) = inputs::<f16>(&problem);
+        let [q, k, v, d_o] = tensors(&problem, &inputs);
+        let forward = forward_f64(&problem, Mask::Causal, 0.7, [q, k, v], &Rows::All).unwrap();
+        let run = |o: Option<&[f16]>| {
+            let o = o.map(|o| Tensor::bhsd(o, problem.q_shape()));
+            backward_plain(&problem, Mask::Causal, 0.7, [q, k, v, d_o], o, Some(&d_lse)).unwrap()
+        };
+        let o: Vec<f16> = forward.o.iter().map(|&x| f16::from_f64(x)).collect();
+        let (without, with, zero) = (run(None), run(Some(&o)), run(Some(&vec![f16::ZERO; o.len()])));
+        let differ = |a: &[f64], b: &[f64]| a.iter().zip(b).any(|(a, b)| (a - b).abs() > 0.01);
+        assert!(!differ(&with.dq, &without.dq) && !differ(&with.dk, &without.dk));
+        assert!(differ(&zero.dq, &without.dq) && differ(&zero.dk, &without.dk));
+        assert!(with.dv == without.dv && zero.dv == without.dv);
+        let short = Some(Tensor::bhsd(&o[1..], problem.q_shape()));
+        let error = backward_plain(&problem, Mask::Causal, 0.7, [q, k, v, d_o], short, None).unwrap_err();
+        assert!(error.to_string().starts_with("o has "), "{error}");
+    }
+
     #[test]
     fn what_is_not_there_is_an_error() {
         let problem = problem(3, 3, 2, 2);
@@ -286,7 +336,7 @@ mod tests {
         let all = tensors(&problem, &inputs);
         let mut short = all;
         short[3].data = &short[3].data[1..];
-        for run in [backward_f64::<f16>, backward_plain::<f16>] {
+        for run in [backward_f64::<f16>, plain::<f16>] {
             assert!(run(&problem, Mask::None, 1.0, short, None).is_err());
             assert!(run(&problem, Mask::None, 0.0, all, None).is_err());
             let length = Error::LseLength { operand: Operand::DLse, len: 11, expected: 12 };
