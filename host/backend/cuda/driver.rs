@@ -79,6 +79,15 @@ pub(super) unsafe fn copy_to_host(to: &mut [MaybeUninit<u8>], from: u64) -> Resu
     check("cuMemcpyDtoH", unsafe { sys::cuMemcpyDtoH_v2(to.as_mut_ptr().cast(), from, to.len()) })
 }
 
+/// Sets `words` 32-bit words to 0, on the stream; neither allocates nor waits.
+///
+/// # Safety
+/// They are valid at `address`, a multiple of 4, until that has run; `stream` is a stream of the current context or null.
+pub(super) unsafe fn zero_words(address: u64, words: usize, stream: sys::CUstream) -> Result<()> {
+    // SAFETY: the caller's promise.
+    check("cuMemsetD32Async", unsafe { sys::cuMemsetD32Async(address, 0, words, stream) })
+}
+
 /// A kernel, in the context it was loaded in.
 #[derive(Clone, Copy)]
 pub(super) struct Function(pub(super) sys::CUfunction);

@@ -4,7 +4,6 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use cust::module::Module;
-use kernels_gpu::variants::Variant;
 
 use super::driver::{Function, failed};
 use crate::error::{Error, Result};
@@ -25,9 +24,9 @@ pub struct Kernel {
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 impl Kernel {
-    /// The compiled kernel of a variant.
-    pub fn of(variant: &Variant) -> Option<&'static Kernel> {
-        KERNELS.iter().find(|kernel| kernel.symbol == variant.symbol)
+    /// The compiled kernel of this name.
+    pub fn of(symbol: &str) -> Option<&'static Kernel> {
+        KERNELS.iter().find(|kernel| kernel.symbol == symbol)
     }
 }
 
@@ -47,23 +46,22 @@ impl Modules {
         Modules(KERNELS.iter().map(|_| OnceLock::new()).collect())
     }
 
-    /// The kernel of a variant, loaded on the first call; the device's context is current.
-    pub(super) fn get(&self, variant: &Variant) -> Result<&Loaded> {
-        let missing = || Error::Driver {
-            call: "cuModuleGetFunction",
-            message: format!("the build holds no kernel {}", variant.symbol),
-        };
-        let place = KERNELS.iter().position(|kernel| kernel.symbol == variant.symbol).ok_or_else(missing)?;
+    /// The kernel of this name, which has `smem_bytes` of dynamic shared memory, loaded on the first call; the device's
+    /// context is current.
+    pub(super) fn get(&self, symbol: &str, smem_bytes: u32) -> Result<&Loaded> {
+        let missing =
+            || Error::Driver { call: "cuModuleGetFunction", message: format!("the build holds no kernel {symbol}") };
+        let place = KERNELS.iter().position(|kernel| kernel.symbol == symbol).ok_or_else(missing)?;
         if let Some(loaded) = self.0[place].get() {
             return Ok(loaded);
         }
         // Two threads may both get here; one of the two modules is then dropped again.
-        let loaded = load(&KERNELS[place], variant)?;
+        let loaded = load(&KERNELS[place], smem_bytes)?;
         Ok(self.0[place].get_or_init(|| loaded))
     }
 }
 
-fn load(kernel: &Kernel, variant: &Variant) -> Result<Loaded> {
+fn load(kernel: &Kernel, smem_bytes: u32) -> Result<Loaded> {
     let start = Instant::now();
     // A driver that is older than the build's ptxas refuses the cubin, and compiles the PTX instead.
     let cubin = kernel.cubin.and_then(|cubin| Module::from_cubin(cubin, &[]).ok());
@@ -73,6 +71,6 @@ fn load(kernel: &Kernel, variant: &Variant) -> Result<Loaded> {
     };
     let function = module.get_function(kernel.symbol).map_err(failed("cuModuleGetFunction"))?;
     let function = Function(function.to_raw());
-    function.set_shared_memory(variant.smem_bytes())?;
+    function.set_shared_memory(smem_bytes)?;
     Ok(Loaded { function, load_time: start.elapsed(), _module: module })
 }

@@ -2,9 +2,10 @@
 //!
 //! [`Cuda`] holds the device's primary context, the one that CUDA's runtime and the frameworks on it use, so memory
 //! and streams of theirs can be passed in. The safe calls run on the default stream and return before the GPU is done;
-//! reading a [`DeviceBuffer`] waits. [`Cuda::forward_raw`] is for frameworks: raw addresses, the caller's stream, no
+//! reading a [`DeviceBuffer`] waits. [`Cuda::forward_raw`] and [`Cuda::backward_raw`] are for frameworks: raw addresses, the caller's stream, no
 //! allocation and no waiting.
 
+mod backward;
 mod driver;
 mod kernels;
 mod memory;
@@ -27,8 +28,10 @@ pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut, Plain};
 
 use crate::backend::{Backend, sealed::Sealed};
 use crate::error::{Error, Operand, Result};
-use crate::operands::{AddressSpace, Buffers, RawForward, RawTensor, check_dtype, check_tensor};
-use crate::plan::Plan;
+use crate::operands::{
+    AddressSpace, BackwardInputs, Buffers, Gradients, RawForward, RawTensor, check_dtype, check_tensor,
+};
+use crate::plan::{BackwardPlan, Plan};
 use crate::tensor::Tensor;
 use driver::failed;
 
@@ -137,7 +140,7 @@ impl Cuda {
     /// [`Error::Driver`].
     pub fn load(&self, plan: &Plan) -> Result<Duration> {
         self.device.make_current()?;
-        Ok(self.device.modules.get(plan.variant())?.load_time)
+        Ok(self.device.modules.get(plan.variant().symbol, plan.smem_bytes())?.load_time)
     }
 
     /// Runs a forward plan on raw device addresses and the caller's stream. After a kernel's first use (see
@@ -176,7 +179,7 @@ impl Cuda {
             _ => [q, encode(&args.k, variant.block_n)?, encode(&args.v, variant.block_n)?, o],
         };
         let params = args.params(plan, maps);
-        let function = self.device.modules.get(variant)?.function;
+        let function = self.device.modules.get(variant.symbol, plan.smem_bytes())?.function;
         // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
         unsafe { function.launch(plan.grid(), plan.block(), plan.smem_bytes(), stream.cast(), &params) }
     }
@@ -262,5 +265,22 @@ impl Backend for Cuda {
         // SAFETY: the arguments were validated against the plan; the slices stand for valid memory, borrowed as the
         // kernel uses it. Freeing a buffer waits for the launch, and so do the copies, all on the default stream.
         unsafe { self.launch(plan, &args, std::ptr::null_mut()) }
+    }
+
+    fn check_backward_inputs<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: &BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
+    ) -> Result<()> {
+        self.check_gradient_inputs(plan, inputs)
+    }
+
+    fn backward_into<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
+        outputs: Gradients<Tensor<DeviceSliceMut<'_, E>>>,
+    ) -> Result<()> {
+        self.run_backward(plan, inputs, outputs)
     }
 }

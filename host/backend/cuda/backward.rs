@@ -1,0 +1,144 @@
+//! The backward pass on the GPU: three launches on one stream, and the workspace between them.
+
+use std::time::Duration;
+
+use kernels_gpu::element::Element;
+use kernels_gpu::params::TensorMap;
+use kernels_gpu::variants::ROW_KERNEL_THREADS;
+
+use super::kernels::Loaded;
+use super::{Cuda, DeviceBuffer, DeviceSlice, DeviceSliceMut, RawStream, driver};
+use crate::error::{Operand, Result};
+use crate::operands::{
+    AddressSpace, BackwardInputs, Gradients, Memory, RawBackward, RawTensor, check_backward_inputs, check_dtype,
+};
+use crate::plan::BackwardPlan;
+use crate::tensor::Tensor;
+
+/// The kernels of a plan, loaded.
+struct Kernels<'a> {
+    prepare: &'a Loaded,
+    main: &'a Loaded,
+    finish: &'a Loaded,
+}
+
+impl Cuda {
+    /// Loads a backward plan's kernels, so that their first launch need not. Returns how long loading took when it
+    /// happened.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver).
+    pub fn load_backward(&self, plan: &BackwardPlan) -> Result<Duration> {
+        self.device.make_current()?;
+        let Kernels { prepare, main, finish } = self.backward_kernels(plan)?;
+        Ok(prepare.load_time + main.load_time + finish.load_time)
+    }
+
+    /// Runs a backward plan on raw device addresses and the caller's stream. After the kernels' first use (see
+    /// [`Cuda::load_backward`]) it neither allocates nor waits, and may be captured into a graph.
+    ///
+    /// # Errors
+    /// Those of [`RawBackward::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
+    ///
+    /// # Safety
+    /// Until the launches have run, the addresses are valid on this device for all that their layouts span, of elements
+    /// of the plan's dtype, f32 for the LSE and its gradient, and the workspace for all of its size; nobody writes an
+    /// input, or accesses an output or the workspace. `stream` is a stream of this device's primary context, or null.
+    pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward, stream: RawStream) -> Result<()> {
+        args.validate(plan)?;
+        // SAFETY: validated; the caller's promise.
+        unsafe { self.launch_backward(plan, args, stream) }
+    }
+
+    /// Checks the inputs by themselves.
+    pub(super) fn check_gradient_inputs<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: &BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
+    ) -> Result<()> {
+        check_dtype(plan.problem(), E::DTYPE)?;
+        check_backward_inputs(plan, &inputs.map(memory, memory), AddressSpace::Device)
+    }
+
+    /// Checks everything, takes memory for the workspace and launches the plan on the default stream. Giving the
+    /// workspace back waits for the launches.
+    pub(super) fn run_backward<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
+        outputs: Gradients<Tensor<DeviceSliceMut<'_, E>>>,
+    ) -> Result<()> {
+        let outputs = outputs
+            .map(|x| Tensor { data: Memory { address: x.data.address, len: Some(x.data.len) }, layout: x.layout });
+        let inputs = inputs.map(memory, memory);
+        let mut args = RawBackward::lower(plan, E::DTYPE, AddressSpace::Device, &inputs, &outputs)?;
+        let workspace = DeviceBuffer::<u8>::new(self, Operand::Workspace, plan.workspace_bytes())?;
+        args.workspace = workspace.address();
+        args.workspace_bytes = workspace.len();
+        // SAFETY: the arguments were validated against the plan, and the workspace is this function's own; the slices
+        // stand for valid memory, borrowed as the kernels use it. Freeing a buffer waits for the launches, and so do the
+        // copies, all on the default stream.
+        unsafe { self.launch_backward(plan, &args, std::ptr::null_mut()) }
+    }
+
+    /// The device's context is current.
+    fn backward_kernels(&self, plan: &BackwardPlan) -> Result<Kernels<'_>> {
+        let (modules, variant) = (&self.device.modules, plan.variant());
+        Ok(Kernels {
+            prepare: modules.get(variant.prepare, 0)?,
+            main: modules.get(variant.symbol, plan.smem_bytes())?,
+            finish: modules.get(variant.finish, 0)?,
+        })
+    }
+
+    /// # Safety
+    /// As [`Cuda::backward_raw`], with arguments that were validated for `plan`, workspace included.
+    unsafe fn launch_backward(&self, plan: &BackwardPlan, args: &RawBackward, stream: RawStream) -> Result<()> {
+        // Nothing to do, and so no workspace to work in.
+        if plan.prepare_grid() == 0 {
+            return Ok(());
+        }
+        self.device.make_current()?;
+        // Everything that can fail by itself comes before the first launch.
+        let kernels = self.backward_kernels(plan)?;
+        let maps = if plan.grid() > 0 { Some(self.backward_maps(plan, args)?) } else { None };
+        let stream = stream.cast();
+        // SAFETY: these are the kernels' parameters, their context is current, and the caller promises the rest; the
+        // turns are a part of the workspace.
+        unsafe {
+            let preparation = args.prepare(plan);
+            if plan.workspace.turns_len > 0 {
+                driver::zero_words(preparation.workspace.turns, plan.workspace.turns_len, stream)?;
+            }
+            let function = kernels.prepare.function;
+            function.launch(plan.prepare_grid(), ROW_KERNEL_THREADS, 0, stream, &preparation)?;
+            if let Some(maps) = maps {
+                let (function, params) = (kernels.main.function, args.params(plan, maps));
+                function.launch(plan.grid(), plan.block(), plan.smem_bytes(), stream, &params)?;
+            }
+            if plan.finish_grid() > 0 {
+                let function = kernels.finish.function;
+                function.launch(plan.finish_grid(), ROW_KERNEL_THREADS, 0, stream, &args.finish(plan))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tensor maps of Q, K, V and dO, of a plan that has keys.
+    fn backward_maps(&self, plan: &BackwardPlan, args: &RawBackward) -> Result<[TensorMap; 4]> {
+        let (variant, dtype) = (plan.variant(), plan.problem().dtype);
+        let encode = |tensor: &RawTensor, rows| self.device.encoder.encode(tensor, dtype, rows);
+        let (k, v) = (encode(&args.k, variant.block_n)?, encode(&args.v, variant.block_n)?);
+        if plan.problem().seqlen_q == 0 {
+            // The driver encodes no empty tensor; every query of this one, some element of K, has P = 0.
+            let stand_in = encode(&args.k.first_row(), variant.block_m)?;
+            return Ok([stand_in, k, v, stand_in]);
+        }
+        Ok([encode(&args.q, variant.block_m)?, k, v, encode(&args.d_o, variant.block_m)?])
+    }
+}
+
+/// A slice's address and length.
+fn memory<T>(slice: &DeviceSlice<'_, T>) -> Memory {
+    Memory { address: slice.address, len: Some(slice.len) }
+}
