@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::{env, fs};
 
-use kernels_gpu::variants::VARIANTS;
+use kernels_gpu::variants;
 
 fn main() -> ExitCode {
     println!("cargo:rerun-if-changed=build.rs");
@@ -47,7 +47,7 @@ fn compile_kernels() -> Result<(), String> {
 
     let compiler = compiler::find()?;
     let text = compiler.compile(&root.join("kernels-gpu"), &out.join("kernels"))?;
-    let launches: Vec<(&str, u32)> = VARIANTS.iter().map(|v| (v.symbol, v.threads())).collect();
+    let launches = variants::launches();
     let modules = ptx::split(&text, &launches, &compiler.version)?;
 
     let folder = out.join("ptx");
