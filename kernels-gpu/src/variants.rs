@@ -6,7 +6,7 @@
 use crate::arch::Split;
 use crate::attention::block_info::NBlocks;
 use crate::attention::mask::{Causal, Full};
-use crate::attention::query_blocks::MBlocks;
+use crate::attention::query_blocks::{MBlocks, turn_blocks};
 use crate::attention::scheduler::TileOrder;
 use crate::params::{ROW_PADDING, Shape};
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
@@ -228,22 +228,35 @@ impl BackwardVariant {
         self.rows(shape) / self.block_m
     }
     /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one key head, which
-    /// in [`TileOrder`] are query tiles of one query head. In an `exact` pass, blocks of keys of a head come in order.
-    pub fn order(&self, shape: &Shape, ctas: u32, exact: bool) -> TileOrder {
-        let keys = Shape { heads_q: shape.heads_kv, seqlen_q: shape.seqlen_k, ..*shape };
-        if exact {
-            return TileOrder::new(&keys, self.block_n, u32::MAX).one_way();
-        }
+    /// in [`TileOrder`] are query tiles of one query head.
+    pub fn order(&self, shape: &Shape, ctas: u32) -> TileOrder {
         let n_blocks = shape.seqlen_k.div_ceil(self.block_n);
-        let cost = |index: u32| {
+        TileOrder::balanced(&self.keys(shape), self.block_n, ctas, |index| {
             let first_key = (n_blocks - 1 - index) * self.block_n;
             let blocks = match self.mask {
                 MaskKind::None => MBlocks::new::<Full>(shape, first_key, self.block_n, self.block_m),
                 MaskKind::Causal => MBlocks::new::<Causal>(shape, first_key, self.block_n, self.block_m),
             };
             (blocks.end - blocks.start) * shape.group()
+        })
+        .0
+    }
+    /// As [`BackwardVariant::order`], for an exact pass: blocks of keys of one head come in order, each some turns behind
+    /// the one before. With more heads in a section fewer of a head run at once, and what they wait for at the start of
+    /// a launch is small beside the work tile; with fewer, more of Q, dO and dQ stays in L2.
+    pub fn exact_order(&self, shape: &Shape, ctas: u32) -> TileOrder {
+        let steps = shape.seqlen_q.div_ceil(self.block_m) * shape.group();
+        let steps = match self.mask {
+            MaskKind::None => steps,
+            // Of the shorter blocks of keys, whose lengths differ.
+            MaskKind::Causal => steps / 4,
         };
-        TileOrder::balanced(&keys, self.block_n, ctas, cost).0
+        let section = (ctas * (turn_blocks(self.head_dim) + 1)).div_ceil(steps.max(1));
+        TileOrder::new(&self.keys(shape), self.block_n, section).one_way()
+    }
+    /// The keys in the place of the queries.
+    fn keys(&self, shape: &Shape) -> Shape {
+        Shape { heads_q: shape.heads_kv, seqlen_q: shape.seqlen_k, ..*shape }
     }
 }
 

@@ -35,7 +35,7 @@ pub struct TileOrder {
     /// Heads of a section.
     section: u32,
     sections: u32,
-    /// 1 where every section runs from its last m_block to the first.
+    /// 1 where every section runs from its last m_block to the first, and CTAs take tiles in the same turn.
     one_way: u32,
 }
 
@@ -54,7 +54,8 @@ impl TileOrder {
         }
     }
 
-    /// The same sections, each from its last m_block to the first: for work tiles that wait for those before them.
+    /// The same sections, each from its last m_block to the first, taken by the CTAs in the same turn: for work tiles that
+    /// wait for those before them, so that who is behind stays behind and waits no more.
     pub fn one_way(self) -> Self {
         TileOrder { one_way: 1, ..self }
     }
@@ -154,7 +155,7 @@ impl Iterator for CtaTiles<'_> {
         let index = self.index;
         // The same distance behind the end of this round as this place is before it.
         let place = index - quotient(index, self.ctas) * self.ctas;
-        self.index += 2 * (self.ctas - place) - 1;
+        self.index += if self.order.one_way == 1 { self.ctas } else { 2 * (self.ctas - place) - 1 };
         (index < self.order.tiles()).then(|| self.order.tile(index))
     }
 }

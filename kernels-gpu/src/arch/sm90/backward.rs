@@ -15,7 +15,7 @@ use super::math::Packed;
 use super::store::fence_for_copy_engine;
 use super::wgmma::{self, Descriptor};
 use crate::arch::{BackwardWarpgroup, Pending, Split};
-use crate::attention::query_blocks::QueryBlock;
+use crate::attention::query_blocks::{QueryBlock, turn_blocks};
 use crate::params::{Shape, Strided, Workspace};
 use crate::pipeline::order::KvBlock;
 use crate::pipeline::ring::Position;
@@ -255,14 +255,18 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
     #[inline(always)]
     fn await_turn(&mut self, to: &Workspace, shape: &Shape, at: &QueryBlock, turn: u32) {
-        if to.turns != 0 {
+        if to.turns == 0 {
+            return;
+        }
+        let blocks = to.row(shape, at.batch, at.head, 0) / self.pipe.smem.block_m as u64;
+        let index = (blocks + (at.m_block / turn_blocks(self.pipe.smem.head_dim)) as u64) * 2 + self.index() as u64;
+        let counter = to.turns + index * 4;
+        if counter != self.pipe.counter {
             // By now the last step's additions have arrived, and counting them holds nobody up.
             self.count_last();
-            let first = to.row(shape, at.batch, at.head, at.m_block * self.pipe.smem.block_m);
-            let index = first / self.pipe.smem.block_m as u64 * 2 + self.index() as u64;
-            self.pipe.counter = to.turns + index * 4;
+            self.pipe.counter = counter;
             // SAFETY: a counter of the workspace.
-            unsafe { wait_turn(self.pipe.counter, turn) };
+            unsafe { wait_turn(counter, turn) };
         }
     }
     #[inline(always)]
