@@ -40,6 +40,8 @@
 //! - **Causal** is aligned to the bottom right: query i sees key j when j ≤ i + seqlen_k − seqlen_q, so the last query
 //!   sees every key. PyTorch's `is_causal` is aligned to the top left, which differs where the lengths do.
 //! - **Rows without a key**, by the mask or because seqlen_k is 0, give O = 0 and LSE = −∞, never NaN.
+//! - **Gradients** ([`Attention::backward`]) are of the inputs' dtype, accumulated in f32. [`Determinism`] says whether dQ
+//!   is the same bits on every run.
 //! - **LSE** is the natural logarithm of the sum of the exponentials of the scaled scores.
 //! - **Errors**: whatever a caller can get wrong is an [`Error`] that names the field, its value and what is allowed,
 //!   before anything is launched. The library does not panic.
@@ -47,10 +49,11 @@
 //! # Backends
 //! [`Cpu`] runs everywhere, over [rayon](https://docs.rs/rayon)'s threads. With the feature `cuda`, `Cuda` runs the
 //! same kernels on a GPU of compute capability 9.0, on slices of device memory or, for frameworks, from raw device
-//! pointers on the caller's stream with neither allocation nor synchronisation ([`RawForward`]).
+//! pointers on the caller's stream with neither allocation nor synchronisation ([`RawForward`], [`RawBackward`]).
 //!
 //! # Where things are
-//! [`Problem`] and [`Mask`] say what to compute, [`Plan`] how it will run (kernel, tiles, grid: pure and printable),
+//! [`Problem`] and [`Mask`] say what to compute, [`Plan`] and [`BackwardPlan`] how it will run (kernel, tiles, grid: pure
+//! and printable),
 //! [`Attention`] is the way in, and [`mod@reference`] is the f64 oracle that both backends are tested against.
 
 #![deny(missing_docs)]

@@ -8,7 +8,9 @@ mod common;
 use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
 use ferroflash::reference::Rows;
-use ferroflash::{Attention, Backend, Dtype, Layout, Mask, Operand, Problem, RawForward, RawTensor, bf16};
+use ferroflash::{
+    Attention, Backend, Determinism, Dtype, Layout, Mask, Operand, Problem, RawBackward, RawForward, RawTensor, bf16,
+};
 use libtest_mimic::{Arguments, Failed, Trial};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -36,6 +38,12 @@ fn main() {
         .into_iter()
         .map(|(name, case)| test(name, Box::new(move |cuda| common::pass(cuda, &case))))
         .collect();
+    for (name, case) in common::named_backward() {
+        for determinism in [Determinism::Fast, Determinism::Exact] {
+            let name = format!("backward, {determinism}: {name}");
+            trials.push(test(&name, Box::new(move |cuda| common::pass_backward(cuda, &case, determinism))));
+        }
+    }
     for mask in [Mask::None, Mask::Causal] {
         trials.push(test(&format!("large logits, {mask}"), Box::new(move |cuda| common::large_logits(cuda, mask))));
         for head_dim in [64, 96, 128, 192, 256] {
@@ -47,6 +55,16 @@ fn main() {
             ));
         }
     }
+    for (head_dim, mask) in [64, 96, 128, 256].into_iter().flat_map(|d| [(d, Mask::None), (d, Mask::Causal)]) {
+        let case = Case { seed: 1, ..Case::new(Problem { head_dim, ..BIG }, mask) };
+        trials.push(test(
+            &format!("100 exact repeats backward, head dim {head_dim}, {mask}"),
+            Box::new(move |cuda| common::repeats_backward(cuda, &case, 100)),
+        ));
+    }
+    trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));
+    trials.push(test("random cases backward", Box::new(random_cases_backward)));
+    trials.push(test("raw addresses backward", Box::new(raw_addresses_backward)));
     trials.push(test("nan stays in its head", Box::new(common::nan_stays_in_its_head)));
     trials.push(test("padding is never read", Box::new(common::padding_is_never_read)));
     trials.push(test("inputs may repeat a head", Box::new(repeated_heads)));
@@ -58,6 +76,9 @@ fn main() {
     libtest_mimic::run(&arguments, trials).exit();
 }
 
+/// Random backward cases of one run, half of them exact; the reference is what takes the time.
+const RANDOM_BACKWARD_CASES: u64 = 1000;
+
 const BIG: Problem =
     Problem { batch: 2, heads_q: 8, heads_kv: 4, seqlen_q: 1100, seqlen_k: 1300, head_dim: 128, dtype: Dtype::Bf16 };
 
@@ -67,6 +88,14 @@ fn random_cases(cuda: &Cuda) {
         common::pass(cuda, &Case::random(seed, 4e8));
     }
     println!("{cases} random cases passed");
+}
+
+fn random_cases_backward(cuda: &Cuda) {
+    let cases = std::env::var("FERROFLASH_GPU_CASES").ok().and_then(|n| n.parse().ok());
+    for seed in 0..cases.unwrap_or(RANDOM_BACKWARD_CASES) {
+        let determinism = if seed % 2 == 0 { Determinism::Fast } else { Determinism::Exact };
+        common::pass_backward(cuda, &Case::random(seed, 1e8), determinism);
+    }
 }
 
 /// Cases that no run has seen before; a failure prints what it takes to run it again.
@@ -151,4 +180,51 @@ fn raw_addresses(cuda: &Cuda) {
     }
     println!("raw launch: {:?} of host time", start.elapsed() / 100);
     cuda.synchronize().unwrap();
+}
+
+/// The same for the gradients, with a workspace of the caller's whose content does not matter.
+fn raw_addresses_backward(cuda: &Cuda) {
+    let case = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
+    let data = case.backward_data::<_, bf16>(cuda).unwrap();
+    let expected = case.gradients(cuda, &data, Determinism::Exact).unwrap();
+    let attention = Attention::new(BIG).mask(Mask::Causal).determinism(Determinism::Exact);
+    let plan = attention.plan_backward(cuda.sm_count()).unwrap();
+    cuda.load_backward(&plan).unwrap();
+    let [q, k, v] = data.inputs.each_ref().map(|x| cuda.upload(Operand::Q, x).unwrap());
+    let [o, d_o] = [&data.o, &data.d_o].map(|x| cuda.upload(Operand::O, x).unwrap());
+    let lse = cuda.upload(Operand::Lse, &data.lse).unwrap();
+    let d_lse = data.d_lse.as_ref().map(|d_lse| cuda.upload(Operand::DLse, d_lse).unwrap());
+    let outputs = expected.gradients.each_ref().map(|x| cuda.upload(Operand::Dq, &vec![bf16::NAN; x.len()]).unwrap());
+    let workspace = cuda.upload(Operand::Workspace, &vec![0xffu8; plan.workspace_bytes()]).unwrap();
+    let of_q = |address| RawTensor { address, layout: Layout::bhsd(BIG.q_shape()) };
+    let of_kv = |address| RawTensor { address, layout: Layout::bhsd(BIG.kv_shape()) };
+    let [dq, dk, dv] = outputs.each_ref().map(|x| x.address());
+    let args = RawBackward {
+        q: of_q(q.address()),
+        k: of_kv(k.address()),
+        v: of_kv(v.address()),
+        o: of_q(o.address()),
+        d_o: of_q(d_o.address()),
+        lse: lse.address(),
+        d_lse: d_lse.as_ref().map(|d_lse| d_lse.address()),
+        dq: of_q(dq),
+        dk: of_kv(dk),
+        dv: of_kv(dv),
+        workspace: workspace.address(),
+        workspace_bytes: workspace.len(),
+    };
+    let small = RawBackward { workspace_bytes: workspace.len() - 1, ..args };
+    let overlap = RawBackward { dk: of_kv(dv), ..args };
+    let stream = std::ptr::null_mut();
+    // SAFETY: the buffers outlive the launches, and the default stream is this device's.
+    unsafe {
+        assert!(cuda.backward_raw(&plan, &small, stream).is_err());
+        assert!(cuda.backward_raw(&plan, &overlap, stream).is_err());
+        // Twice, so that the second finds what the first left in the workspace.
+        cuda.backward_raw(&plan, &args, stream).unwrap();
+        cuda.backward_raw(&plan, &args, stream).unwrap();
+    }
+    for (found, expected) in outputs.iter().zip(&expected.gradients) {
+        assert!(cuda.download(found).unwrap() == *expected);
+    }
 }

@@ -1,6 +1,6 @@
 //! Memory is linear in the sequence's length. A test binary of its own, since it watches the whole process's peak.
 
-use ferroflash::{Attention, Cpu, Dtype, Problem, Tensor, bf16};
+use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, Problem, Tensor, bf16};
 
 /// The peak grows by less than half of what the scores alone would take.
 #[test]
@@ -16,10 +16,31 @@ fn memory_is_linear_in_the_sequence() {
         let q = Tensor::bhsd(&x[..], problem.q_shape());
         let before = peak_bytes();
         Attention::new(problem).forward(&Cpu, q, tensor(&kv[..]), tensor(&kv[..])).unwrap();
-        let grown = peak_bytes() - before;
-        let scores = 4 * problem.seqlen_q * problem.seqlen_k;
-        assert!(grown < scores / 2, "{grown} bytes more for {scores} bytes of scores");
+        grew_less_than_scores(&problem, before);
     }
+    // The backward pass, with shorter sequences: it takes longer.
+    let long_k = Problem { seqlen_k: 1 << 18, ..problem };
+    let long_q = Problem { seqlen_q: 1 << 14, seqlen_k: 1 << 10, ..problem };
+    for problem in [long_k, long_q] {
+        let x = vec![bf16::ONE; problem.q_shape().iter().product()];
+        let kv = vec![bf16::ONE; problem.kv_shape().iter().product()];
+        let (q, k) = (Tensor::bhsd(&x[..], problem.q_shape()), Tensor::bhsd(&kv[..], problem.kv_shape()));
+        let lse = vec![(problem.seqlen_k as f32).ln() + 8f32.sqrt(); problem.lse_len()];
+        let inputs = BackwardInputs { q, k, v: k, o: q, d_o: q, lse: &lse[..], d_lse: None };
+        // The peak of what ran before would hide this one.
+        let _ = std::fs::write("/proc/self/clear_refs", "5");
+        let before = peak_bytes();
+        let gradients = Attention::new(problem).backward(&Cpu, inputs).unwrap();
+        grew_less_than_scores(&problem, before);
+        assert!(gradients.dv.iter().all(|x| x.to_f32() > 0.0));
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn grew_less_than_scores(problem: &Problem, before: usize) {
+    let grown = peak_bytes() - before;
+    let scores = 4 * problem.seqlen_q * problem.seqlen_k;
+    assert!(grown < scores / 2, "{grown} bytes more for {scores} bytes of scores");
 }
 
 #[cfg(target_os = "linux")]
