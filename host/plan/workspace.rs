@@ -138,9 +138,9 @@ mod tests {
                 (found.dq, 4 * rows * variant.head_dim as usize, turns),
                 (turns, 4 * found.turns_len, found.bytes),
             ] {
-                prop_assert!(start % 256 == 0 && start + bytes <= end && end - start < bytes + 256);
+                prop_assert!(start.is_multiple_of(256) && start + bytes <= end && end - start < bytes + 256);
             }
-            prop_assert!(found.rows >= seqlen_q && found.rows < seqlen_q + 129 && found.rows % variant.block_m == 0);
+            prop_assert!(found.rows >= seqlen_q && found.rows < seqlen_q + 129 && found.rows.is_multiple_of(variant.block_m));
             prop_assert_eq!(exact, found.turns.is_some() && found.turns_len > 0);
         }
     }
