@@ -103,20 +103,11 @@ pub unsafe fn backward<E: Element>(variant: &BackwardVariant, p: &BackwardParams
            $block_n:literal, $split:ident, $dq_columns:literal, $dkv_columns:literal;)*) => {
             match variant.symbol {
                 $(stringify!($symbol) => {
-                    let n_blocks = p.shape.seqlen_k.div_ceil(variant.block_n);
-                    for (m_block, consumer) in (0..n_blocks).flat_map(|m_block| [(m_block, 0), (m_block, 1)]) {
-                        let tile = WorkTile { batch, head, m_block };
-                        let keys = key_block(&p.shape, variant.block_n, &tile);
-                        // SAFETY: the caller's promise; consumers own different parts of dK and dV.
-                        let mut warpgroup = unsafe {
-                            CpuWarpgroup::<E, BackwardPipe<mask!($mask)>>::backward(
-                                p, variant.smem(), variant.split, consumer, &keys,
-                            )
-                        };
-                        consume_backward::<
-                            _, mask!($mask), { $head_dim / 8 }, { $dkv_columns / 8 }, { $block_m / 8 }, { $dq_columns / 8 },
-                        >(&mut warpgroup, p, variant.block_n, core::iter::once(tile));
-                        warpgroup.finish();
+                    // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
+                    unsafe {
+                        run_backward::<
+                            mask!($mask), E, { $head_dim / 8 }, { $dkv_columns / 8 }, { $block_m / 8 }, { $dq_columns / 8 },
+                        >(variant, p, batch, head)
                     }
                 })*
                 other => unreachable!("{other} is not in the table of variants"),
@@ -124,4 +115,27 @@ pub unsafe fn backward<E: Element>(variant: &BackwardVariant, p: &BackwardParams
         };
     }
     crate::backward_variants!(dispatch);
+}
+
+/// One key head, a function of its own for each variant: without optimisation their tiles would not fit one stack frame.
+///
+/// # Safety
+/// As [`backward`].
+#[inline(never)]
+unsafe fn run_backward<M: Mask, E: Element, const D8: usize, const C8: usize, const M8: usize, const Q8: usize>(
+    variant: &BackwardVariant,
+    p: &BackwardParams<Strided>,
+    batch: u32,
+    head: u32,
+) {
+    let n_blocks = p.shape.seqlen_k.div_ceil(variant.block_n);
+    for (m_block, consumer) in (0..n_blocks).flat_map(|m_block| [(m_block, 0), (m_block, 1)]) {
+        let tile = WorkTile { batch, head, m_block };
+        let keys = key_block(&p.shape, variant.block_n, &tile);
+        // SAFETY: the caller's promise; consumers own different parts of dK and dV.
+        let mut warpgroup =
+            unsafe { CpuWarpgroup::<E, BackwardPipe<M>>::backward(p, variant.smem(), variant.split, consumer, &keys) };
+        consume_backward::<_, M, D8, C8, M8, Q8>(&mut warpgroup, p, variant.block_n, core::iter::once(tile));
+        warpgroup.finish();
+    }
 }
