@@ -8,6 +8,8 @@ use kernels_gpu::{
 use super::{
     AddressSpace, Memory, RawTensor, check_disjoint, check_dtype, check_lse, check_rows_apart, check_tensor, lse_region,
 };
+#[cfg(doc)]
+use crate::error::Error;
 use crate::{
     error::{Operand, Result},
     plan::Plan,
