@@ -79,7 +79,11 @@ impl BackwardPlan {
         let idle = problem.batch == 0 || problem.seqlen_q == 0 && problem.seqlen_k == 0;
         let workspace = if idle { WorkspaceLayout::default() } else { WorkspaceLayout::new(variant, &shape, exact)? };
         let grid = work_tiles.min(sm_count.max(1));
-        let order = if work_tiles == 0 { TileOrder::default() } else { variant.order(&shape, grid, exact) };
+        let order = match determinism {
+            _ if work_tiles == 0 => TileOrder::default(),
+            Determinism::Fast => variant.order(&shape, grid),
+            Determinism::Exact => variant.exact_order(&shape, grid),
+        };
         Ok(BackwardPlan { problem: *problem, mask, scale, determinism, variant, work_tiles, grid, order, workspace })
     }
 

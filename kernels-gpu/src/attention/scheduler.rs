@@ -35,6 +35,9 @@ pub struct TileOrder {
     /// Heads of a section.
     section: u32,
     sections: u32,
+    /// Work tiles of a whole section, and of all: products that no kernel needs to keep.
+    section_tiles: u32,
+    tiles: u32,
     /// 1 where every section runs from its last m_block to the first, and CTAs take tiles in the same turn.
     one_way: u32,
 }
@@ -44,12 +47,15 @@ impl TileOrder {
     pub fn new(shape: &Shape, block_m: u32, section: u32) -> Self {
         let heads = shape.batch * shape.heads_q;
         let section = section.clamp(1, heads.max(1));
+        let m_blocks = shape.seqlen_q.div_ceil(block_m);
         TileOrder {
             heads_q: shape.heads_q,
             heads,
-            m_blocks: shape.seqlen_q.div_ceil(block_m),
+            m_blocks,
             section,
             sections: heads.div_ceil(section),
+            section_tiles: section * m_blocks,
+            tiles: heads * m_blocks,
             one_way: 0,
         }
     }
@@ -110,13 +116,13 @@ impl TileOrder {
     /// Number of work tiles.
     #[inline(always)]
     pub fn tiles(&self) -> u32 {
-        self.heads * self.m_blocks
+        self.tiles
     }
 
     /// The `index`-th work tile: batch item, query head, m_block.
     #[inline(always)]
     pub fn tile(&self, index: u32) -> WorkTile {
-        let section = quotient(index, self.section * self.m_blocks);
+        let section = quotient(index, self.section_tiles);
         let first = section * self.section;
         let heads = self.section.min(self.heads - first);
         let within = index - first * self.m_blocks;
