@@ -244,9 +244,9 @@ mod tests {
         }
         // Without keys dQ is 0, without queries dK and dV are: there are zeros to write.
         let no_keys = plan(Problem { seqlen_k: 0, ..PROBLEM }, Determinism::Fast).unwrap();
-        assert_eq!((no_keys.prepare_grid(), no_keys.grid(), no_keys.finish_grid()), (12 * 1024 / 32, 0, 12 * 8));
+        assert_eq!((no_keys.prepare_grid(), no_keys.grid(), no_keys.finish_grid()), (12 * 1024 / 128, 0, 12 * 8));
         let no_queries = plan(Problem { seqlen_q: 0, ..PROBLEM }, Determinism::Fast).unwrap();
-        assert_eq!((no_queries.prepare_grid(), no_queries.grid(), no_queries.finish_grid()), (12 * 128 / 32, 12, 0));
+        assert_eq!((no_queries.prepare_grid(), no_queries.grid(), no_queries.finish_grid()), (12, 12, 0));
     }
 
     /// Ten times the queries are at most ten times the bytes, whatever the keys.
