@@ -64,6 +64,8 @@ impl Compiler {
             // No linker is needed: fat LTO leaves one module, and its assembly is what is wanted.
             "-Clinker=/bin/true",
             "-Ctarget-cpu=sm_90a",
+            // The first version of PTX with red.v4.f32.
+            "-Ctarget-feature=+ptx81",
             "--emit=asm",
             // Fragments are arrays that must become registers, so every loop over one must unroll.
             "-Cllvm-args=-unroll-threshold=100000",

@@ -112,7 +112,30 @@ impl Case {
         let [dq, dk, dv] = &found.gradients;
         let (of_q, of_kv) = (problem.q_shape(), problem.kv_shape());
         let gathered = Backward { dq: of(dq, of_q), dk: of(dk, of_kv), dv: of(dv, of_kv) };
-        Ok(BackwardOutcome { gradients: GradientAccuracy::of(&gathered, &plain, &exact), untouched: found.untouched })
+        let gradients = GradientAccuracy::of(&gathered, &plain, &exact, self.cancelled(data));
+        Ok(BackwardOutcome { gradients, untouched: found.untouched })
+    }
+
+    /// Where no query sees more than one key, the size of what dQ and dK subtract from each other; otherwise 1.
+    fn cancelled<E: Element>(&self, data: &BackwardData<E>) -> f64 {
+        if self.problem.seqlen_k > 1 {
+            return 1.0;
+        }
+        let rows = |x: &[E], shape| {
+            let mut rows: Vec<Vec<f64>> = Vec::new();
+            for_rows(&self.layout(shape), |start| {
+                rows.push(x[start..start + shape[3]].iter().map(|x| f64::from(x.to_f32()).abs()).collect());
+            });
+            rows
+        };
+        let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
+        let terms = rows(&data.o, of_q)
+            .iter()
+            .zip(rows(&data.d_o, of_q))
+            .fold(0.0, |largest: f64, (o, d_o)| largest.max(o.iter().zip(&d_o).map(|(o, d_o)| o * d_o).sum()));
+        let [q, k, _] = &data.inputs;
+        let factor = rows(q, of_q).into_iter().chain(rows(k, of_kv)).flatten().fold(0.0, f64::max);
+        terms * factor * f64::from(self.effective_scale())
     }
 
     /// Random inputs, what the backend's forward pass makes of them, and random gradients of that.

@@ -60,10 +60,15 @@ pub struct GradientAccuracy {
 
 impl GradientAccuracy {
     /// For each gradient: twice the plain error + 10⁻⁵.
-    pub fn of(found: &Backward, plain: &Backward, exact: &Backward) -> Self {
+    ///
+    /// Where every query sees a single key, the exact dQ and dK are 0: dP and delta are equal sums. A plain loop forms them
+    /// in the same order and gets 0; a machine that forms them in different ones gets f32's rounding of them. There the
+    /// 10⁻⁵ count in units of `cancelled`, the size of the terms whose difference is 0; elsewhere it is 1.
+    pub fn of(found: &Backward, plain: &Backward, exact: &Backward, cancelled: f64) -> Self {
+        let slack = SLACK * cancelled.max(1.0);
         GradientAccuracy {
-            dq: Accuracy::compare(&found.dq, &plain.dq, &exact.dq, SLACK),
-            dk: Accuracy::compare(&found.dk, &plain.dk, &exact.dk, SLACK),
+            dq: Accuracy::compare(&found.dq, &plain.dq, &exact.dq, slack),
+            dk: Accuracy::compare(&found.dk, &plain.dk, &exact.dk, slack),
             dv: Accuracy::compare(&found.dv, &plain.dv, &exact.dv, SLACK),
         }
     }
@@ -112,7 +117,7 @@ mod tests {
     #[test]
     fn every_gradient_has_its_bar() {
         let backward = |[dq, dk, dv]: [f64; 3]| Backward { dq: vec![dq], dk: vec![dk], dv: vec![dv] };
-        let judge = |found| GradientAccuracy::of(&backward(found), &backward([1.25; 3]), &backward([1.0; 3]));
+        let judge = |found| GradientAccuracy::of(&backward(found), &backward([1.25; 3]), &backward([1.0; 3]), 1.0);
         assert!(judge([1.5, 0.5, 1.0]).passed());
         for wrong in [1.51, 0.49, f64::NAN, INF] {
             for i in 0..3 {
