@@ -2,7 +2,9 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ferroflash::cases::{Case, Order};
-use ferroflash::{Dtype, Mask, Problem};
+use ferroflash::{Determinism, Dtype, Mask, Problem};
+
+use crate::op::OpName;
 
 /// Exact attention on NVIDIA GPUs and on the CPU.
 #[derive(Parser)]
@@ -11,7 +13,7 @@ use ferroflash::{Dtype, Mask, Problem};
     about,
     after_help = "\
 Examples:
-  ferroflash check                              50 random cases against the f64 reference
+  ferroflash check                              50 random cases, both passes, against the f64 reference
   ferroflash check --head-dim 128 --mask causal one case
   ferroflash bench --json results.json          a sweep of head dims, lengths and masks
   ferroflash info                               devices and compiled kernels"
@@ -49,20 +51,6 @@ pub enum DeviceName {
     Cuda,
 }
 
-/// What to run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum OpName {
-    Forward,
-}
-
-impl OpName {
-    pub fn name(self) -> &'static str {
-        match self {
-            OpName::Forward => "forward",
-        }
-    }
-}
-
 #[derive(Args)]
 pub struct DeviceArgs {
     /// Where to run; by default the GPU where there is one and the build has the feature `cuda`, otherwise the CPU.
@@ -81,17 +69,22 @@ pub struct InfoArgs {
 Examples:
   ferroflash check --cases 200 --seed 7
   ferroflash check --seqlen-q 1023 --seqlen-k 1024 --heads-q 6 --heads-kv 2 --dtype f16 --mask causal
-  ferroflash check --device cuda --seqlen-q 1048576 --seqlen-k 1048576 --heads-q 1 --heads-kv 1
+  ferroflash check --op backward --determinism exact --mask causal --head-dim 128
+  ferroflash check --op forward --device cuda --seqlen-q 1048576 --seqlen-k 1048576 --heads-q 1 --heads-kv 1
 
 With --cases, or with no flag that describes a case, shapes are drawn at random from the seed. Otherwise one case runs.
-Where the reference would take minutes, as with a million tokens, a sample of query rows is judged.
+Where the reference would take minutes, as with a million tokens, a sample of query rows is judged; gradients can't be
+sampled, and such a case has no backward check. dO is random, and so is dLSE where the seed is odd.
 Exit code 0 when every case is within the accuracy bar, 1 when one is not or can't run, 2 for bad flags.")]
 pub struct CheckArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
     /// What to check.
-    #[arg(long, value_delimiter = ',', default_value = "forward")]
+    #[arg(long, value_delimiter = ',', default_value = "forward,backward")]
     pub op: Vec<OpName>,
+    /// Whether gradients are the same bits on every run (exact, slower); the results of the forward pass always are.
+    #[arg(long, value_parser = determinism, default_value = "fast", value_name = "fast|exact")]
+    pub determinism: Determinism,
     /// Random cases to run [default: 50].
     #[arg(long, conflicts_with = "case", value_parser = clap::value_parser!(u64).range(1..))]
     pub cases: Option<u64>,
@@ -157,15 +150,20 @@ Examples:
   ferroflash bench --head-dims 128 --seqlens 4096,16384 --mask none,causal --json results.json
   ferroflash bench --device cpu --tokens 2048 --hidden 256
   ferroflash bench --heads-kv 8 --hidden 4096 --head-dims 128
+  ferroflash bench --op backward --determinism exact
 
 The batch is tokens / seqlen and the heads are hidden / head_dim, so every measurement has about the same size.
-Inputs are random. TFLOP/s count 4·B·H·M·N·D, half of it when causal; the time is the median of many runs.")]
+Inputs are random. TFLOP/s count 4·B·H·M·N·D, 2.5 times that for backward, half of it when causal; the time is the median
+of many runs.")]
 pub struct BenchArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
     /// What to measure.
-    #[arg(long, value_delimiter = ',', default_value = "forward")]
+    #[arg(long, value_delimiter = ',', default_value = "forward,backward")]
     pub op: Vec<OpName>,
+    /// Whether gradients are the same bits on every run (exact, slower); the results of the forward pass always are.
+    #[arg(long, value_parser = determinism, default_value = "fast", value_name = "fast|exact")]
+    pub determinism: Determinism,
     /// [default: 64,128,256; on the CPU 64,128]
     #[arg(long, value_delimiter = ',')]
     pub head_dims: Vec<usize>,
@@ -202,6 +200,13 @@ fn dtype(text: &str) -> Result<Dtype, String> {
 
 fn mask(text: &str) -> Result<Mask, String> {
     text.parse().map_err(|error: ferroflash::Error| error.to_string())
+}
+
+fn determinism(text: &str) -> Result<Determinism, String> {
+    [Determinism::Fast, Determinism::Exact]
+        .into_iter()
+        .find(|determinism| determinism.to_string() == text)
+        .ok_or_else(|| "allowed are fast and exact".to_owned())
 }
 
 fn input_std(text: &str) -> Result<f32, String> {

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use ferroflash::{Backend, Cpu, Error, Operand, Problem, Result};
+use ferroflash::{Backend, BackwardPlan, Cpu, Element, Error, Result};
 
 use crate::args::{DeviceArgs, DeviceName};
+use crate::backward::{self, BackwardMemory};
 
 /// Why a build without the feature has no GPU.
 pub const NO_GPU_SUPPORT: &str =
@@ -24,9 +25,16 @@ pub trait Job {
 }
 
 /// A backend that can measure itself.
-pub trait Timed: Backend {
+pub trait Timed: Backend + Sized {
     /// The device time of what `work` runs.
     fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration>;
+
+    /// Makes a backward pass ready to be run again and again; a run by itself allocates nothing on a GPU.
+    fn backward<'a, E: Element>(
+        &'a self,
+        plan: &'a BackwardPlan,
+        memory: &'a mut BackwardMemory<Self, E>,
+    ) -> Result<impl FnMut() -> Result<()> + 'a>;
 }
 
 impl Timed for Cpu {
@@ -35,12 +43,28 @@ impl Timed for Cpu {
         work()?;
         Ok(start.elapsed())
     }
+
+    fn backward<'a, E: Element>(
+        &'a self,
+        plan: &'a BackwardPlan,
+        memory: &'a mut BackwardMemory<Self, E>,
+    ) -> Result<impl FnMut() -> Result<()> + 'a> {
+        Ok(backward::on_cpu(plan, memory))
+    }
 }
 
 #[cfg(feature = "cuda")]
 impl Timed for ferroflash::Cuda {
     fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
         ferroflash::Cuda::time(self, work)
+    }
+
+    fn backward<'a, E: Element>(
+        &'a self,
+        plan: &'a BackwardPlan,
+        memory: &'a mut BackwardMemory<Self, E>,
+    ) -> Result<impl FnMut() -> Result<()> + 'a> {
+        backward::on_cuda(self, plan, memory)
     }
 }
 
@@ -127,43 +151,6 @@ impl Machine {
             }
         }
     }
-}
-
-/// Fails where this computer has no memory for a problem's tensors, of which a run needs `copies`. Linux would promise
-/// the memory all the same, and end the process when it is used.
-pub fn check_memory(problem: &Problem, copies: u128) -> Result<()> {
-    let Some(available) = proc_kib("/proc/meminfo", "MemAvailable:") else { return Ok(()) };
-    let mut needed = 0;
-    for (operand, shape) in [
-        (Operand::Q, problem.q_shape()),
-        (Operand::K, problem.kv_shape()),
-        (Operand::V, problem.kv_shape()),
-        (Operand::O, problem.q_shape()),
-    ] {
-        let bytes = shape.iter().fold(2u128, |bytes, &extent| bytes.saturating_mul(extent as u128));
-        needed = bytes.saturating_mul(copies).saturating_add(needed);
-        if needed > available as u128 {
-            return Err(Error::OutOfMemory { operand, bytes });
-        }
-    }
-    Ok(())
-}
-
-/// The most memory that this process has held since [`forget_peak_memory`].
-pub fn peak_memory() -> Option<usize> {
-    proc_kib("/proc/self/status", "VmHWM:")
-}
-
-/// Starts [`peak_memory`] anew. Where the system does not let us, the peak is that of the whole process.
-pub fn forget_peak_memory() {
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
-}
-
-/// A field that Linux gives in KiB, in bytes.
-fn proc_kib(file: &str, field: &str) -> Option<usize> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let value = text.lines().find_map(|line| line.strip_prefix(field))?;
-    Some(1024 * value.split_whitespace().next()?.parse::<usize>().ok()?)
 }
 
 /// What compiled the kernels that a device runs.

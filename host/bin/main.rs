@@ -1,10 +1,13 @@
 //! The command line: `info`, `check` and `bench`.
 
 mod args;
+mod backward;
 mod bench;
 mod check;
 mod info;
 mod machine;
+mod memory;
+mod op;
 mod sweep;
 
 use std::fmt::Display;

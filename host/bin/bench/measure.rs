@@ -1,0 +1,93 @@
+//! The median time of many runs of one pass.
+
+use std::time::{Duration, Instant};
+
+use ferroflash::cases::Case;
+use ferroflash::{Attention, Element, Operand, Result, Tensor};
+
+use super::Step;
+use crate::backward::BackwardMemory;
+use crate::machine::Timed;
+use crate::op::OpName;
+use crate::sweep::interrupted;
+
+/// Runs that warm-up and measurement have at least.
+const WARM_UP: usize = 2;
+const FEWEST_RUNS: usize = 5;
+
+/// What runs of one problem took.
+pub struct Measured {
+    pub median: Duration,
+    pub runs: usize,
+    /// What they need beside the tensors.
+    pub extra_bytes: usize,
+}
+
+/// Measures one problem; `None` where Ctrl-C left too few runs for a median.
+pub fn measure<B: Timed, E: Element>(backend: &B, step: &Step, budget: Duration) -> Result<Option<Measured>> {
+    let (attention, case) = (step.attention(), Case::new(step.problem, step.mask));
+    match step.op {
+        OpName::Forward => forward::<B, E>(backend, &attention, &case, budget),
+        OpName::Backward => backward::<B, E>(backend, &attention, &case, budget),
+    }
+}
+
+fn forward<B: Timed, E: Element>(
+    backend: &B,
+    attention: &Attention,
+    case: &Case,
+    budget: Duration,
+) -> Result<Option<Measured>> {
+    let (plan, problem) = (attention.plan(backend.sm_count())?, &case.problem);
+    let inputs = case.random_inputs::<E>()?;
+    let [q, k, v] = [
+        backend.upload(Operand::Q, &inputs[0])?,
+        backend.upload(Operand::K, &inputs[1])?,
+        backend.upload(Operand::V, &inputs[2])?,
+    ];
+    let mut o = backend.allocate(Operand::O, inputs[0].len(), E::from_f32(0.0))?;
+    let len = inputs[0].len();
+    let launch = || {
+        let kv = |buffer| Tensor::bhsd(B::slice(buffer), problem.kv_shape());
+        let q = Tensor::bhsd(B::slice(&q), problem.q_shape());
+        let o = Tensor::bhsd(B::slice_mut(&mut o, 0..len), problem.q_shape());
+        backend.forward_into(&plan, q, kv(&k), kv(&v), o, None)
+    };
+    median(backend, launch, budget, plan.workspace_bytes())
+}
+
+/// The whole backward pass; one forward pass before gives O and the LSE.
+fn backward<B: Timed, E: Element>(
+    backend: &B,
+    attention: &Attention,
+    case: &Case,
+    budget: Duration,
+) -> Result<Option<Measured>> {
+    let plan = attention.plan_backward(backend.sm_count())?;
+    let mut memory = BackwardMemory::<B, E>::new(backend, attention, case)?;
+    let lse_bytes = case.problem.lse_len() * size_of::<f32>();
+    median(backend, backend.backward(&plan, &mut memory)?, budget, lse_bytes + plan.workspace_bytes())
+}
+
+fn median<B: Timed>(
+    backend: &B,
+    mut launch: impl FnMut() -> Result<()>,
+    budget: Duration,
+    extra_bytes: usize,
+) -> Result<Option<Measured>> {
+    // As long as the measurement: a chip that comes from a pause runs faster than it can go on.
+    let (start, mut runs) = (Instant::now(), 0);
+    while (runs < WARM_UP || start.elapsed() < budget) && !interrupted() {
+        backend.time(&mut launch)?;
+        runs += 1;
+    }
+    let (start, mut times) = (Instant::now(), Vec::new());
+    while (times.len() < FEWEST_RUNS || start.elapsed() < budget) && !interrupted() {
+        times.push(backend.time(&mut launch)?);
+    }
+    if times.len() < FEWEST_RUNS {
+        return Ok(None);
+    }
+    times.sort();
+    Ok(Some(Measured { median: times[times.len() / 2], runs: times.len(), extra_bytes }))
+}

@@ -1,0 +1,126 @@
+//! `bench`: the median time of many runs, by device events on a GPU.
+
+mod measure;
+mod record;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use ferroflash::{Attention, Determinism, Dtype, Mask, Problem, Result, bf16, f16};
+
+use crate::args::BenchArgs;
+use crate::machine::{Job, Machine, Timed};
+use crate::memory::{check_memory, forget_peak_memory};
+use crate::op::OpName;
+use crate::say;
+use crate::sweep::{Swept, sweep};
+use measure::measure;
+use record::{Header, JsonFile, Record, Report, print_table};
+
+/// Copies of its tensors that this computer must hold: the values, and on the CPU what they are uploaded to.
+const COPIES_CPU: u128 = 2;
+const COPIES_GPU: u128 = 1;
+
+pub fn run(args: &BenchArgs) -> Result<ExitCode> {
+    let machine = Machine::open(&args.device)?;
+    let steps = steps(args, &machine);
+    // Bad shapes are reported before anything is measured.
+    for step in &steps {
+        let workspace = step.op.workspace_bytes(&step.attention())?;
+        let (copies, workspace) = if machine.is_cpu() { (COPIES_CPU, workspace) } else { (COPIES_GPU, 0) };
+        check_memory(step.op, &step.problem, copies, workspace)?;
+    }
+    let mut file = match args.json.as_deref().map(JsonFile::open).transpose() {
+        Ok(file) => file,
+        Err(message) => return Ok(fail(&message)),
+    };
+    let budget = Duration::from_millis(args.budget_ms.unwrap_or(if machine.is_cpu() { 500 } else { 300 }));
+    say(machine.name());
+    let Swept { done, ended } = machine.run(Bench { steps: &steps, budget });
+    let records: Vec<Record> = done.into_iter().flatten().collect();
+    print_table(&records, machine.matrix_peak());
+    let report = Report { header: Header::of(&machine), records: &records };
+    if let Some(Err(message)) = file.as_mut().map(|file| file.write(&report)) {
+        return Ok(fail(&message));
+    }
+    ended?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn fail(message: &str) -> ExitCode {
+    eprintln!("error: {message}");
+    ExitCode::FAILURE
+}
+
+/// One measurement to make.
+struct Step {
+    op: OpName,
+    problem: Problem,
+    mask: Mask,
+    determinism: Determinism,
+}
+
+impl Step {
+    fn attention(&self) -> Attention {
+        Attention::new(self.problem).mask(self.mask).determinism(self.determinism)
+    }
+}
+
+/// Every measurement that the flags ask for.
+fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
+    let pick = |given: &[usize], gpu: &[usize], cpu: &[usize]| match (given.is_empty(), machine.is_cpu()) {
+        (false, _) => given.to_vec(),
+        (true, false) => gpu.to_vec(),
+        (true, true) => cpu.to_vec(),
+    };
+    let head_dims = pick(&args.head_dims, &[64, 128, 256], &[64, 128]);
+    let seqlens = pick(&args.seqlens, &[1024, 4096, 16384], &[256, 1024]);
+    let tokens = args.tokens.unwrap_or(if machine.is_cpu() { 1024 } else { 32768 });
+    let hidden = args.hidden.unwrap_or(if machine.is_cpu() { 512 } else { 2048 });
+    let mut steps = Vec::new();
+    for &op in &args.op {
+        for &dtype in &args.dtype {
+            for &head_dim in &head_dims {
+                for &seqlen in &seqlens {
+                    for &mask in &args.mask {
+                        let heads_q = (hidden / head_dim.max(1)).max(1);
+                        let problem = Problem {
+                            batch: (tokens / seqlen.max(1)).max(1),
+                            heads_q,
+                            heads_kv: args.heads_kv.unwrap_or(heads_q),
+                            seqlen_q: seqlen,
+                            seqlen_k: seqlen,
+                            head_dim,
+                            dtype,
+                        };
+                        steps.push(Step { op, problem, mask, determinism: args.determinism });
+                    }
+                }
+            }
+        }
+    }
+    steps
+}
+
+struct Bench<'a> {
+    steps: &'a [Step],
+    budget: Duration,
+}
+
+impl Job for Bench<'_> {
+    type Result = Swept<Option<Record>>;
+
+    fn run<B: Timed>(self, backend: &B, machine: &Machine) -> Self::Result {
+        let name = |Step { op, problem, mask, determinism }: &Step| {
+            format!("{} D {} S {} {mask}", op.title(*determinism), problem.head_dim, problem.seqlen_q)
+        };
+        sweep(self.steps, name, |step| {
+            forget_peak_memory();
+            let measured = match step.problem.dtype {
+                Dtype::F16 => measure::<B, f16>(backend, step, self.budget)?,
+                Dtype::Bf16 => measure::<B, bf16>(backend, step, self.budget)?,
+            };
+            Ok(measured.map(|measured| Record::new(step, machine, &measured)))
+        })
+    }
+}

@@ -1,0 +1,159 @@
+//! `check`: results against the f64 reference, within the accuracy bar.
+
+mod report;
+
+use std::fmt::{self, Display};
+use std::process::ExitCode;
+
+use ferroflash::cases::Case;
+use ferroflash::reference::Rows;
+use ferroflash::{Attention, Determinism, Result};
+
+use crate::args::CheckArgs;
+use crate::machine::{Job, Machine, Timed};
+use crate::memory::check_memory;
+use crate::op::OpName;
+use crate::sweep::{Swept, sweep};
+use crate::{EXIT_BAD_FLAGS, say};
+use report::{Judged, Verdict, report};
+
+/// Random cases when no flag says otherwise.
+const DEFAULT_CASES: u64 = 50;
+/// Multiply-adds of a random case at most.
+const FLOPS_CPU: f64 = 1e8;
+const FLOPS_GPU: f64 = 4e8;
+/// Score elements of one case that the reference computes in a few seconds; larger cases are judged by a sample of rows.
+const REFERENCE_SCORES: usize = 1 << 29;
+/// Rows of such a sample, of each head.
+const SAMPLED_ROWS: usize = 64;
+/// Score elements of the largest case whose gradients are judged, of which no sample can be taken: every row contributes
+/// to every key. The reference needs a minute or two for them.
+const GRADIENT_SCORES: usize = 1 << 26;
+/// Copies of its tensors that a case needs at least: the test's own, and the backend's.
+const COPIES: u128 = 2;
+
+pub fn run(args: &CheckArgs) -> Result<ExitCode> {
+    let machine = Machine::open(&args.device)?;
+    let limit = if machine.is_cpu() { FLOPS_CPU } else { FLOPS_GPU };
+    let cases: Vec<Case> = match &args.case {
+        Some(case) => vec![case.case(args.seed)],
+        None => {
+            let count = args.cases.unwrap_or(DEFAULT_CASES);
+            (0..count).map(|i| Case::random(args.seed.wrapping_mul(1 << 32).wrapping_add(i), limit)).collect()
+        }
+    };
+    let step = |op: OpName, case| Step { op, case, determinism: args.determinism };
+    let steps: Vec<Step> = args.op.iter().flat_map(|&op| cases.iter().map(move |&case| step(op, case))).collect();
+    // What can't run is reported before anything runs.
+    for step in &steps {
+        let Step { op, case, .. } = step;
+        let workspace = op.workspace_bytes(&step.attention())?;
+        check_memory(*op, &case.problem, COPIES, if machine.is_cpu() { workspace } else { 0 })?;
+        let scores = scores(case);
+        if *op == OpName::Backward && scores > GRADIENT_SCORES {
+            eprintln!(
+                "error: the reference would take too long for the gradients of {scores} scores (batch × heads_q × \
+                 seqlen_q × seqlen_k); at most {GRADIENT_SCORES} are allowed, and --op forward has no limit"
+            );
+            return Ok(ExitCode::from(EXIT_BAD_FLAGS));
+        }
+    }
+    say(format_args!("{} on {}", plural(steps.len(), "case"), machine.name()));
+    let Swept { done, ended } = machine.run(Check { steps: &steps });
+    let failed = report(&done);
+    ended?;
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A case to run.
+#[derive(Clone, Copy)]
+struct Step {
+    op: OpName,
+    case: Case,
+    determinism: Determinism,
+}
+
+impl Step {
+    fn attention(&self) -> Attention {
+        let Case { problem, mask, .. } = self.case;
+        Attention::new(problem).mask(mask).scale(self.case.effective_scale()).determinism(self.determinism)
+    }
+}
+
+/// The flags that run it again.
+impl Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "--op {}", self.op.name())?;
+        if let Some(determinism) = self.op.determinism(self.determinism) {
+            write!(f, " --determinism {determinism}")?;
+        }
+        write!(f, " {}", self.case)
+    }
+}
+
+/// The cases to run.
+struct Check<'a> {
+    steps: &'a [Step],
+}
+
+impl Job for Check<'_> {
+    type Result = Swept<Judged>;
+
+    fn run<B: Timed>(self, backend: &B, _: &Machine) -> Self::Result {
+        sweep(self.steps, Step::to_string, |&step| {
+            let Step { op, case, determinism } = step;
+            let verdict = match op {
+                OpName::Forward => {
+                    let rows = rows(&case);
+                    Verdict::forward(&case.run(backend, &rows)?, rows)
+                }
+                OpName::Backward => Verdict::backward(&case.run_backward(backend, determinism)?),
+            };
+            Ok(Judged { step, verdict })
+        })
+    }
+}
+
+/// All rows, or a sample where all would keep the reference busy for long.
+fn rows(case: &Case) -> Rows {
+    if scores(case) <= REFERENCE_SCORES { Rows::All } else { Rows::sample(case.problem.seqlen_q, SAMPLED_ROWS) }
+}
+
+/// Scores of a case; rows and keys cost something even where there is no score.
+fn scores(case: &Case) -> usize {
+    let problem = &case.problem;
+    [problem.batch, problem.heads_q, problem.seqlen_q.max(1), problem.seqlen_k.max(1)]
+        .into_iter()
+        .fold(1, usize::saturating_mul)
+}
+
+fn plural(count: usize, noun: &str) -> String {
+    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    #[test]
+    fn a_case_prints_the_flags_that_run_it_again() {
+        for (op, determinism) in [
+            (OpName::Forward, Determinism::Fast),
+            (OpName::Backward, Determinism::Fast),
+            (OpName::Backward, Determinism::Exact),
+        ] {
+            let step = Step { op, case: Case { padding: 0, ..Case::random(5, 1e6) }, determinism };
+            let line = format!("ferroflash check {step}");
+            let Ok(Cli { command: Command::Check(args) }) = Cli::try_parse_from(line.split(' ')) else {
+                panic!("{line}");
+            };
+            let case = args.case.map(|case| case.case(args.seed));
+            let scale = Some(step.case.effective_scale());
+            assert_eq!((args.op, args.determinism), (vec![op], determinism), "{line}");
+            assert_eq!(case, Some(Case { scale, ..step.case }), "{line}");
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! What `check` says of the cases that ran.
+
+use ferroflash::cases::{BackwardOutcome, Outcome};
+use ferroflash::reference::{Accuracy, GradientAccuracy, Rows};
+
+use super::Step;
+use crate::{say, table};
+
+/// Rows of the table; failures are always shown.
+const SHOWN: usize = 20;
+
+/// A case that ran.
+pub struct Judged {
+    pub step: Step,
+    pub verdict: Verdict,
+}
+
+/// How it ended, whichever pass it was of.
+pub struct Verdict {
+    /// The result that stands for the others, and its accuracy.
+    tensor: &'static str,
+    accuracy: Accuracy,
+    lse: Option<Accuracy>,
+    /// Within every bar, and nothing else written.
+    passed: bool,
+    untouched: bool,
+    sampled: bool,
+}
+
+impl Verdict {
+    /// Of a forward pass, of which `rows` were judged: O, and the LSE beside it.
+    pub fn forward(outcome: &Outcome, rows: Rows) -> Self {
+        Verdict {
+            tensor: "O",
+            accuracy: outcome.o,
+            lse: Some(outcome.lse),
+            passed: outcome.passed(),
+            untouched: outcome.untouched,
+            sampled: matches!(rows, Rows::Some(_)),
+        }
+    }
+
+    /// Of a backward pass: the gradient closest to its bar, or furthest beyond it.
+    pub fn backward(outcome: &BackwardOutcome) -> Self {
+        let GradientAccuracy { dq, dk, dv } = outcome.gradients;
+        let worse = |a: (&'static str, Accuracy), b: (&'static str, Accuracy)| {
+            if closeness(&b.1) > closeness(&a.1) { b } else { a }
+        };
+        let (tensor, accuracy) = [("dK", dk), ("dV", dv)].into_iter().fold(("dQ", dq), worse);
+        Verdict { tensor, accuracy, lse: None, passed: outcome.passed(), untouched: outcome.untouched, sampled: false }
+    }
+
+    fn words(&self) -> &'static str {
+        match self {
+            Verdict { passed: true, sampled: false, .. } => "pass",
+            Verdict { passed: true, sampled: true, .. } => "pass (sampled rows)",
+            Verdict { passed: false, untouched: true, .. } => "FAIL",
+            Verdict { passed: false, untouched: false, .. } => "FAIL (wrote outside)",
+        }
+    }
+}
+
+/// The error in units of its bar.
+fn closeness(accuracy: &Accuracy) -> f64 {
+    accuracy.error / accuracy.bar
+}
+
+/// Prints the cases that failed and those closest to the bar; how many failed.
+pub fn report(results: &[Judged]) -> usize {
+    let mut order: Vec<&Judged> = results.iter().collect();
+    order.sort_by(|a, b| closeness(&b.verdict.accuracy).total_cmp(&closeness(&a.verdict.accuracy)));
+    order.sort_by_key(|judged| judged.verdict.passed);
+    let failed = results.iter().filter(|judged| !judged.verdict.passed).count();
+    let mut table = table([
+        "op",
+        "B",
+        "Hq",
+        "Hkv",
+        "M",
+        "N",
+        "D",
+        "dtype",
+        "mask",
+        "layout",
+        "std",
+        "worst",
+        "error",
+        "plain",
+        "bar",
+        "error LSE",
+        "bar",
+        "result",
+    ]);
+    for judged in order.iter().take(SHOWN.max(failed)) {
+        table.add_row(row(judged));
+    }
+    say(table);
+    if results.len() > SHOWN.max(failed) {
+        let hidden = results.len() - SHOWN.max(failed);
+        say(format_args!("(those closest to the bar; {hidden} more are further from it)"));
+    }
+    for judged in results.iter().filter(|judged| !judged.verdict.passed) {
+        say(format_args!("to run it again: ferroflash check {}", judged.step));
+    }
+    say(format_args!("{} passed, {} failed", results.len() - failed, failed));
+    failed
+}
+
+fn row(Judged { step, verdict }: &Judged) -> Vec<String> {
+    let Step { op, case, determinism } = step;
+    let (p, Verdict { accuracy, lse, .. }) = (&case.problem, verdict);
+    let number = |x: f64| format!("{x:.1e}");
+    let mut row = vec![op.title(*determinism)];
+    row.extend([p.batch, p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, p.head_dim].map(|x| x.to_string()));
+    row.extend([p.dtype.name().to_owned(), case.mask.to_string(), case.order.to_string()]);
+    row.extend([case.input_std.to_string(), verdict.tensor.to_owned()]);
+    row.extend([accuracy.error, accuracy.plain, accuracy.bar].map(number));
+    row.extend(lse.map_or(["-".to_owned(), "-".to_owned()], |lse| [lse.error, lse.bar].map(number)));
+    row.push(verdict.words().to_owned());
+    row
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_gradient_stands_for_all() {
+        let accuracy = |error| Accuracy { error, plain: 0.5, bar: 1.0 };
+        for (errors, name) in [
+            ([0.2, 0.1, 0.1], "dQ"),
+            ([0.2, 0.3, 0.1], "dK"),
+            ([0.2, 0.3, 1.5], "dV"),
+            ([0.2, f64::INFINITY, 1.5], "dK"),
+        ] {
+            let [dq, dk, dv] = errors.map(accuracy);
+            let outcome = BackwardOutcome { gradients: GradientAccuracy { dq, dk, dv }, untouched: true };
+            let verdict = Verdict::backward(&outcome);
+            assert_eq!((verdict.tensor, verdict.passed), (name, outcome.passed()), "{errors:?}");
+        }
+    }
+}

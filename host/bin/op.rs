@@ -1,0 +1,105 @@
+//! The passes that a command can run, and what each costs.
+
+use clap::ValueEnum;
+use ferroflash::{Attention, Determinism, Mask, Operand, Problem, Result};
+
+/// What to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OpName {
+    Forward,
+    Backward,
+}
+
+impl OpName {
+    pub fn name(self) -> &'static str {
+        match self {
+            OpName::Forward => "forward",
+            OpName::Backward => "backward",
+        }
+    }
+
+    /// How it was asked to run, where it can run in more than one way.
+    pub fn determinism(self, asked: Determinism) -> Option<Determinism> {
+        match self {
+            OpName::Forward => None,
+            OpName::Backward => Some(asked),
+        }
+    }
+
+    /// Its name in a table, for people.
+    pub fn title(self, determinism: Determinism) -> String {
+        match self.determinism(determinism) {
+            Some(Determinism::Exact) => format!("{} exact", self.name()),
+            _ => self.name().to_owned(),
+        }
+    }
+
+    /// Plans it, for whatever machine; the bytes of workspace that it needs.
+    ///
+    /// # Errors
+    /// Those of the plan: shapes that can't be.
+    pub fn workspace_bytes(self, attention: &Attention) -> Result<usize> {
+        Ok(match self {
+            OpName::Forward => attention.plan(1)?.workspace_bytes(),
+            OpName::Backward => attention.plan_backward(1)?.workspace_bytes(),
+        })
+    }
+
+    /// The 16-bit tensors that it reads and writes, with their sizes in bytes.
+    pub fn tensors(self, problem: &Problem) -> Vec<(Operand, u128)> {
+        let bytes = |shape: [usize; 4]| shape.iter().fold(2u128, |bytes, &extent| bytes.saturating_mul(extent as u128));
+        let (q, kv) = (bytes(problem.q_shape()), bytes(problem.kv_shape()));
+        let mut tensors = vec![(Operand::Q, q), (Operand::K, kv), (Operand::V, kv), (Operand::O, q)];
+        if self == OpName::Backward {
+            tensors.extend([(Operand::DO, q), (Operand::Dq, q), (Operand::Dk, kv), (Operand::Dv, kv)]);
+        }
+        tensors
+    }
+
+    /// Bytes of all of them.
+    pub fn tensor_bytes(self, problem: &Problem) -> u128 {
+        self.tensors(problem).into_iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Bytes that it must move at least: each tensor once, and the LSE.
+    pub fn bytes(self, problem: &Problem) -> f64 {
+        self.tensor_bytes(problem) as f64 + 4.0 * problem.lse_len() as f64
+    }
+
+    /// Floating-point operations by the field's convention: the backward pass has five products where the forward pass
+    /// has two.
+    pub fn flops(self, problem: &Problem, mask: Mask) -> f64 {
+        let forward = problem.flops_forward(mask);
+        match self {
+            OpName::Forward => forward,
+            OpName::Backward => 2.5 * forward,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ferroflash::Dtype;
+
+    use super::*;
+
+    #[test]
+    fn costs_follow_the_convention() {
+        let problem = Problem {
+            batch: 2,
+            heads_q: 6,
+            heads_kv: 2,
+            seqlen_q: 100,
+            seqlen_k: 300,
+            head_dim: 64,
+            dtype: Dtype::F16,
+        };
+        let (q, kv, lse) = (2 * 6 * 100 * 64 * 2, 2 * 2 * 300 * 64 * 2, 2 * 6 * 100 * 4);
+        assert_eq!(OpName::Forward.bytes(&problem), problem.bytes_forward());
+        assert_eq!(OpName::Backward.bytes(&problem), (4 * q + 4 * kv + lse) as f64);
+        for mask in [Mask::None, Mask::Causal] {
+            assert_eq!(OpName::Forward.flops(&problem, mask), problem.flops_forward(mask));
+            assert_eq!(OpName::Backward.flops(&problem, mask), 2.5 * problem.flops_forward(mask));
+        }
+    }
+}
