@@ -1,8 +1,10 @@
 //! `info`: what this build has and what this machine has.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
-use ferroflash::{Result, VARIANTS};
+use ferroflash::{BACKWARD_VARIANTS, Result, VARIANTS};
+use kernels_gpu::variants::ROW_KERNEL_THREADS;
 
 use crate::args::InfoArgs;
 use crate::machine::{Machine, commit, kernel_compiler};
@@ -40,21 +42,29 @@ fn gpu() -> Option<Machine> {
     Machine::open(&cuda).inspect_err(|error| say(format_args!("gpu: {error}"))).ok()
 }
 
+/// Every kernel: the forward ones, the main kernels of the backward pass, and those that prepare and finish one.
 fn variants() -> comfy_table::Table {
     let mut table =
         table(["kernel", "tile M × N", "head dim", "threads", "stages", "shared memory", "registers", "code"]);
-    for variant in VARIANTS {
-        let (registers, code) = compiled(variant.symbol);
-        table.add_row([
-            variant.symbol.to_owned(),
-            format!("{} × {}", variant.block_m(), variant.block_n),
-            variant.head_dim.to_string(),
-            variant.threads().to_string(),
-            variant.stages.to_string(),
-            format!("{:.1} KiB", f64::from(variant.smem_bytes()) / 1024.0),
-            registers,
-            code,
-        ]);
+    let none = || "-".to_owned();
+    let tile = |m: u32, n: u32| format!("{m} × {n}");
+    let kib = |bytes: u32| format!("{:.1} KiB", f64::from(bytes) / 1024.0);
+    let mut row = |symbol: &str, tile, head_dim, threads: u32, stages, smem| {
+        let (registers, code) = compiled(symbol);
+        table.add_row([symbol.to_owned(), tile, head_dim, threads.to_string(), stages, smem, registers, code]);
+    };
+    for v in VARIANTS {
+        let (tile, smem) = (tile(v.block_m(), v.block_n), kib(v.smem_bytes()));
+        row(v.symbol, tile, v.head_dim.to_string(), v.threads(), v.stages.to_string(), smem);
+    }
+    for v in BACKWARD_VARIANTS {
+        let (tile, smem) = (tile(v.block_m, v.block_n), kib(v.smem().bytes()));
+        row(v.symbol, tile, v.head_dim.to_string(), v.threads(), none(), smem);
+    }
+    // Variants share them.
+    let row_kernels: BTreeSet<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
+    for symbol in row_kernels {
+        row(symbol, none(), none(), ROW_KERNEL_THREADS, none(), none());
     }
     table
 }
@@ -77,16 +87,36 @@ fn compiled(_: &str) -> (String, String) {
     ("-".to_owned(), "CPU only".to_owned())
 }
 
-/// How long the first use of a kernel takes.
+/// How long the first use of kernels takes.
 #[cfg(feature = "cuda")]
 fn load_times(machine: &Machine) -> Result<()> {
+    use std::time::Duration;
+
     use ferroflash::{Attention, Backend, Dtype, Problem};
     let Machine::Cuda(cuda) = machine else { return Ok(()) };
+    let attention = |head_dim| {
+        Attention::new(Problem {
+            batch: 1,
+            heads_q: 1,
+            heads_kv: 1,
+            seqlen_q: 1,
+            seqlen_k: 1,
+            head_dim,
+            dtype: Dtype::Bf16,
+        })
+    };
+    let report = |symbols: &str, time: Duration| {
+        say(format_args!("first use of {symbols}: {:.1} ms", time.as_secs_f64() * 1e3));
+    };
     for head_dim in [64, 96, 128, 192, 256] {
-        let problem =
-            Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1, head_dim, dtype: Dtype::Bf16 };
-        let plan = Attention::new(problem).plan(cuda.sm_count())?;
-        say(format_args!("first use of {}: {:.1} ms", plan.variant().symbol, cuda.load(&plan)?.as_secs_f64() * 1e3));
+        let plan = attention(head_dim).plan(cuda.sm_count())?;
+        report(plan.variant().symbol, cuda.load(&plan)?);
+    }
+    for head_dim in [64, 128, 256] {
+        let plan = attention(head_dim).plan_backward(cuda.sm_count())?;
+        let variant = plan.variant();
+        let symbols = [variant.prepare, variant.symbol, variant.finish].join(", ");
+        report(&symbols, cuda.load_backward(&plan)?);
     }
     Ok(())
 }
