@@ -14,7 +14,8 @@ fn text(bytes: &[u8]) -> String {
 fn check_passes_and_says_so() {
     let random = ferroflash(&["check", "--device", "cpu", "--cases", "6", "--seed", "3"]);
     assert!(random.status.success(), "{random:?}");
-    assert!(text(&random.stdout).contains("6 passed, 0 failed"));
+    // Both passes, unless one is asked for.
+    assert!(text(&random.stdout).contains("12 passed, 0 failed"));
     let one = ferroflash(&[
         "check",
         "--device",
@@ -48,11 +49,39 @@ fn check_passes_and_says_so() {
     assert!(text(&one.stdout).contains("1 passed, 0 failed"));
 }
 
+/// Of a gradient the worst of the three stands in the table.
+#[test]
+fn check_judges_gradients() {
+    for determinism in ["fast", "exact"] {
+        let flags = ["--op", "backward", "--determinism", determinism, "--seqlen-q", "130", "--seqlen-k", "70"];
+        let case = ["--heads-kv", "2", "--head-dim", "40", "--mask", "causal", "--seed", "1"];
+        let output = ferroflash(&[&["check", "--device", "cpu"][..], &flags, &case].concat());
+        assert!(output.status.success(), "{output:?}");
+        let table = text(&output.stdout);
+        assert!(table.contains("1 passed, 0 failed"), "{table}");
+        let row = table.lines().find(|line| line.contains("bhsd")).expect("a row");
+        assert_eq!(row.contains("backward exact"), determinism == "exact", "{row}");
+        assert!(["dQ", "dK", "dV"].iter().any(|name| row.contains(name)), "{row}");
+    }
+}
+
+#[test]
+fn both_passes_are_checked_in_one_run() {
+    let output = ferroflash(&["check", "--device", "cpu", "--op", "forward,backward", "--seqlen-q", "65"]);
+    assert!(output.status.success(), "{output:?}");
+    let table = text(&output.stdout);
+    assert!(table.contains("2 passed, 0 failed"), "{table}");
+    assert!(table.contains(" forward ") && table.contains(" backward "), "{table}");
+}
+
 #[test]
 fn bad_flags_exit_with_2() {
     for arguments in [
         &["check", "--dtype", "f8"][..],
         &["check", "--mask", "diagonal"],
+        &["check", "--op", "sideways"],
+        &["check", "--determinism", "slow"],
+        &["bench", "--determinism", "Exact"],
         &["check", "--cases", "3", "--head-dim", "64"],
         &["bench", "--device", "tpu"],
         &["check", "--cases", "0"],
@@ -74,6 +103,14 @@ fn bad_problems_are_named() {
         (&["check", "--scale", "-1"], 2, "scale is -1"),
         (&["check", "--seqlen-q", "99999999999999999"], 2, "seqlen_q is 99999999999999999"),
         (&["bench", "--head-dims", "260"], 2, "head_dim is 260"),
+        (&["check", "--op", "backward", "--heads-q", "3", "--heads-kv", "2"], 2, "heads_q is 3"),
+        // No sample of rows has gradients.
+        (&["check", "--seqlen-q", "65536"], 2, "--op forward has no limit"),
+        (
+            &["check", "--op", "backward", "--seqlen-q", "1000000", "--seqlen-k", "17"],
+            2,
+            "gradients of 68000000 scores",
+        ),
         // Good flags that this machine can't serve.
         (&["check", "--seqlen-q", "2000000000", "--heads-q", "100"], 1, "no memory for"),
         (&["bench", "--seqlens", "2000000000", "--hidden", "6400"], 1, "no memory for"),
@@ -95,6 +132,8 @@ fn bench_writes_json() {
         "cpu",
         "--head-dims",
         "64,128",
+        "--determinism",
+        "exact",
         "--seqlens",
         "128",
         "--mask",
@@ -116,7 +155,15 @@ fn bench_writes_json() {
         assert!(json["header"].as_object().expect("a header").contains_key(field), "{field}");
     }
     let records = json["records"].as_array().expect("records");
-    assert_eq!(records.len(), 4);
+    assert_eq!(records.len(), 8);
+    let (forward, backward) = records.split_at(4);
+    for record in forward {
+        assert_eq!(record["op"], "forward");
+        assert_eq!(record.get("determinism"), None, "{record}");
+    }
+    for record in backward {
+        assert_eq!((&record["op"], &record["determinism"]), (&"backward".into(), &"exact".into()));
+    }
     for record in records {
         for field in ["batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "peak_bytes"] {
             assert!(record[field].as_u64().is_some_and(|x| x > 0), "{field}: {record}");
@@ -124,8 +171,7 @@ fn bench_writes_json() {
         for field in ["ms", "tflops", "gbps"] {
             assert!(record[field].as_f64().is_some_and(|x| x > 0.0), "{field}: {record}");
         }
-        assert_eq!((&record["op"], &record["device"]), (&"forward".into(), &"cpu".into()));
-        assert_eq!(record["dtype"], "bf16");
+        assert_eq!((&record["device"], &record["dtype"]), (&"cpu".into(), &"bf16".into()));
     }
     assert_eq!((&records[0]["mask"], &records[1]["mask"]), (&"none".into(), &"causal".into()));
 }
@@ -144,8 +190,12 @@ fn a_build_without_cuda_says_how_to_get_it() {
 fn info_lists_the_kernels() {
     let output = ferroflash(&["info", "--device", "cpu"]);
     assert!(output.status.success(), "{output:?}");
-    for variant in ferroflash::VARIANTS {
-        assert!(text(&output.stdout).contains(variant.symbol), "{}", variant.symbol);
+    let forward = ferroflash::VARIANTS.iter().map(|variant| variant.symbol);
+    let backward = ferroflash::BACKWARD_VARIANTS.iter().flat_map(|v| [v.symbol, v.prepare, v.finish]);
+    let table = text(&output.stdout);
+    for symbol in forward.chain(backward) {
+        let rows = table.lines().filter(|line| line.split_whitespace().next() == Some(symbol)).count();
+        assert_eq!(rows, 1, "{symbol}");
     }
 }
 
