@@ -246,12 +246,12 @@ impl BackwardVariant {
     /// a launch is small beside the work tile; with fewer, more of Q, dO and dQ stays in L2.
     pub fn exact_order(&self, shape: &Shape, ctas: u32) -> TileOrder {
         let steps = shape.seqlen_q.div_ceil(self.block_m) * shape.group();
-        let steps = match self.mask {
-            MaskKind::None => steps,
-            // Of the shorter blocks of keys, whose lengths differ.
-            MaskKind::Causal => steps / 4,
+        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next.
+        let (steps, fewest) = match self.mask {
+            MaskKind::None => (steps.max(1), 1),
+            MaskKind::Causal => ((steps / 2).max(8), 16),
         };
-        let section = (ctas * (turn_blocks(self.head_dim) + 1)).div_ceil(steps.max(1));
+        let section = (ctas * (turn_blocks(self.head_dim) + 1)).div_ceil(steps).max(fewest);
         TileOrder::new(&self.keys(shape), self.block_n, section).one_way()
     }
     /// The keys in the place of the queries.

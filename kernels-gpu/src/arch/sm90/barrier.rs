@@ -37,6 +37,19 @@ impl Mbarrier {
         }
     }
 
+    /// As [`Mbarrier::arrive_elected`], after all that the warp's lanes have read.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    pub unsafe fn arrive_elected_after_reads(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("bar.warp.sync 0xffffffff;", options(nostack));
+            self.arrive_elected();
+        }
+    }
+
     /// The leader arrives once, and makes the phase wait for `bytes` from the copy engine as well.
     ///
     /// # Safety
