@@ -154,7 +154,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     #[inline(always)]
     fn release_q(&mut self, q: u32) {
         // SAFETY: as above.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.q_empty(q)).arrive_elected_after_reads() };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.q_empty(q)).arrive() };
     }
     #[inline(always)]
     fn wait_do(&mut self) -> u32 {
@@ -167,7 +167,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     #[inline(always)]
     fn release_do(&mut self, d_o: u32) {
         // SAFETY: as above.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.do_empty(d_o)).arrive_elected_after_reads() };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.do_empty(d_o)).arrive() };
     }
 
     #[inline(always)]

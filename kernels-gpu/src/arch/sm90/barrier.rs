@@ -37,17 +37,14 @@ impl Mbarrier {
         }
     }
 
-    /// As [`Mbarrier::arrive_elected`], after all that the warp's lanes have read.
+    /// This thread arrives, after all that it has read.
     ///
     /// # Safety
-    /// As there.
+    /// The barrier has been initialised, visibly to this thread.
     #[inline(always)]
-    pub unsafe fn arrive_elected_after_reads(self) {
+    pub unsafe fn arrive(self) {
         // SAFETY: the caller's promise.
-        unsafe {
-            asm!("bar.warp.sync 0xffffffff;", options(nostack));
-            self.arrive_elected();
-        }
+        unsafe { asm!("mbarrier.arrive.release.cta.shared::cta.b64 _, [{0}];", in(reg32) self.0, options(nostack)) }
     }
 
     /// The leader arrives once, and makes the phase wait for `bytes` from the copy engine as well.

@@ -127,8 +127,9 @@ pub fn init_backward_barriers(smem: &BackwardSmem) {
             for slot in 0..BackwardSmem::STAGES {
                 Mbarrier(base + smem.q_full(slot)).init(1);
                 Mbarrier(base + smem.do_full(slot)).init(1);
-                Mbarrier(base + smem.q_empty(slot)).init(CONSUMER_WARPS);
-                Mbarrier(base + smem.do_empty(slot)).init(CONSUMER_WARPS);
+                // Every thread has read statistics there by itself.
+                Mbarrier(base + smem.q_empty(slot)).init(2 * WARPGROUP_THREADS);
+                Mbarrier(base + smem.do_empty(slot)).init(2 * WARPGROUP_THREADS);
             }
             fence_mbarrier_init();
         }
