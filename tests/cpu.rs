@@ -106,6 +106,20 @@ fn same_gradients_whatever_the_threads() {
     }
 }
 
+/// Kernels need much stack where they are compiled without optimisation; the caller's threads need not have it.
+#[test]
+fn small_stacks_are_enough() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).stack_size(128 << 10).build().unwrap();
+    let problem =
+        Problem { batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: 300, seqlen_k: 100, head_dim: 256, dtype: Dtype::Bf16 };
+    let case = Case::new(problem, Mask::Causal);
+    let data = case.backward_data::<_, bf16>(&Cpu).unwrap();
+    pool.install(|| {
+        case.output(&Cpu, &data.inputs).unwrap();
+        case.gradients(&Cpu, &data, Determinism::Fast).unwrap();
+    });
+}
+
 #[test]
 fn faster_than_a_plain_loop() {
     let problem =

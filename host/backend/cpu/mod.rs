@@ -161,8 +161,13 @@ unsafe fn run<E: Element>(plan: &Plan, params: &ForwardParams<Strided>) -> Resul
     })
 }
 
-/// Runs a part of a kernel; its panic becomes an error.
+/// Stack that a part of a kernel needs at most: fragments are whole tiles here, and without optimisation every function
+/// keeps its own copies of them.
+const STACK_BYTES: usize = 32 << 20;
+
+/// Runs a part of a kernel, with the stack that it needs; its panic becomes an error.
 fn catch(symbol: &'static str, cta: u32, run: impl FnOnce()) -> Result<()> {
+    let run = || stacker::maybe_grow(STACK_BYTES, STACK_BYTES, run);
     catch_unwind(AssertUnwindSafe(run)).map_err(|panic| Error::KernelFault { symbol, cta, message: message(&*panic) })
 }
 
