@@ -62,6 +62,14 @@ fn main() {
             Box::new(move |cuda| common::repeats_backward(cuda, &case, 100)),
         ));
     }
+    for (seqlen_q, seqlen_k) in [(239, 1), (1024, 128)] {
+        let problem = Problem { batch: 60, heads_q: 4, heads_kv: 4, seqlen_q, seqlen_k, ..BIG };
+        let case = Case { seed: 1, ..Case::new(problem, Mask::Causal) };
+        trials.push(test(
+            &format!("250 exact repeats backward, {seqlen_q} by {seqlen_k}"),
+            Box::new(move |cuda| common::repeats_backward(cuda, &case, 250)),
+        ));
+    }
     trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));
     trials.push(test("random cases backward", Box::new(random_cases_backward)));
     trials.push(test("raw addresses backward", Box::new(raw_addresses_backward)));
