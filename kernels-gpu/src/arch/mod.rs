@@ -5,8 +5,8 @@
 //! loop. The trait stands at the level of the whole warpgroup on purpose: element-wise code sees rows and
 //! columns and never a lane, so it cannot depend on who holds what.
 //!
-//! Products are asynchronous. [`Warpgroup::qk`] and [`Warpgroup::pv`] return a [`Pending`] fragment, which has no
-//! readable element until [`Warpgroup::wait`] has turned it into one.
+//! Products are asynchronous. [`ForwardWarpgroup::qk`], [`ForwardWarpgroup::pv`] and their like return a [`Pending`]
+//! fragment, which has no readable element until [`Warpgroup::wait`] has turned it into one.
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod cpu;
@@ -77,7 +77,7 @@ pub trait ForwardWarpgroup: Warpgroup {
     fn first_row(&self, tile: &WorkTile) -> u32;
     /// Starts loading this warpgroup's query rows of `tile`; every earlier product with Q must have been waited for.
     fn load_q(&mut self, tile: &WorkTile);
-    /// Waits until the rows that [`Warpgroup::load_q`] asked for are there.
+    /// Waits until the rows that [`ForwardWarpgroup::load_q`] asked for are there.
     fn wait_q(&mut self);
     /// Waits for the next tile of the K/V ring, in the order of [`crate::pipeline::order::KvOrder`].
     fn wait_kv(&mut self) -> Self::Slot;
