@@ -4,8 +4,6 @@
 //! operand of dQ = dS·K all the same. A warpgroup's part of dQ is 64 queries wide, of the columns of half the head dim
 //! where a query block has 64 rows; in the workspace it lies as the threads hold it, sixteen bytes of each in turn.
 
-use core::mem::MaybeUninit;
-
 use super::barrier::{Mbarrier, named_sync};
 use super::consumer::{Consumer, Lines};
 use super::cta::{self, Leader, thread_of_warpgroup};
@@ -14,7 +12,7 @@ use super::load::{add_global, count_turn, load_shared_pair, wait_turn};
 use super::math::Packed;
 use super::store::fence_for_copy_engine;
 use super::wgmma::{self, Descriptor};
-use crate::arch::{BackwardWarpgroup, Pending, Split};
+use crate::arch::{BackwardWarpgroup, Pending, Split, Warpgroup};
 use crate::attention::query_blocks::{QueryBlock, turn_blocks};
 use crate::params::{Shape, Strided, Workspace};
 use crate::pipeline::order::KvBlock;
@@ -61,30 +59,20 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         let smem = self.pipe.smem;
         let a = Descriptor::k_major(self.base() + keys + self.first_key() * PANEL_ROW_BYTES);
         let b = Descriptor::k_major(self.base() + queries);
-        let mut s = MaybeUninit::uninit();
-        wgmma::fence();
-        for step in 0..D8 as u32 / 2 {
-            let (a, b) = (a.offset(columns_step(smem.block_n, step)), b.offset(columns_step(smem.block_m, step)));
-            // SAFETY: both tiles are full, and stay so until this product is waited for.
-            unsafe {
-                if step == 0 {
-                    wgmma::start::<E, M8>(&mut s, a, b);
-                } else {
-                    wgmma::add::<E, M8>(&mut s, a, b);
-                }
-            }
+        // SAFETY: both tiles are full, and stay so until this product is waited for.
+        unsafe {
+            wgmma::multiply::<E, M8>(D8 as u32 / 2, |step| {
+                [a.offset(columns_step(smem.block_n, step)), b.offset(columns_step(smem.block_m, step))]
+            })
         }
-        wgmma::commit();
-        // SAFETY: the first step wrote every register.
-        Pending(unsafe { s.assume_init() })
     }
 
     /// acc + x·B for this warpgroup's columns of a tile B of query rows.
     #[inline(always)]
     fn accumulate<const M8: usize, const C8: usize>(
         &self,
-        mut acc: Fragment<C8>,
-        mut x: Operand<M8>,
+        acc: Fragment<C8>,
+        x: Operand<M8>,
         queries: u32,
     ) -> Pending<Fragment<C8>> {
         let panel = self.pipe.smem.block_m * PANEL_ROW_BYTES;
@@ -93,16 +81,8 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
             Split::Columns => self.index() * (C8 as u32 * 8 / PANEL_COLUMNS),
         };
         let b = Descriptor::mn_major(self.base() + queries + first_panel * panel, panel);
-        wgmma::tie(&mut acc);
-        wgmma::tie_operand(&mut x);
-        wgmma::fence();
-        for step in 0..M8 / 2 {
-            let [[a0, a1], [a2, a3]] = [x.0[2 * step], x.0[2 * step + 1]];
-            // SAFETY: the tile is full, and stays so until this product is waited for.
-            unsafe { wgmma::add_registers::<E, C8>(&mut acc, [a0, a1, a2, a3], b.offset(rows_step(step as u32))) };
-        }
-        wgmma::commit();
-        Pending(acc)
+        // SAFETY: the tile is full, and stays so until this product is waited for.
+        unsafe { wgmma::accumulate::<E, M8, C8>(acc, x, |step| b.offset(rows_step(step))) }
     }
 
     /// `f(x, s)` for every element and its column's statistic, from the array in shared memory at `statistics`.
@@ -229,29 +209,12 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         };
         let a = Descriptor::mn_major(self.base() + smem.ds(self.pipe.ds) + a, panel);
         let b = Descriptor::mn_major(self.base() + smem.k() + b, panel);
-        let mut dq = MaybeUninit::uninit();
-        wgmma::fence();
-        for step in 0..smem.block_n / 16 {
-            let (a, b) = (a.offset(rows_step(step)), b.offset(rows_step(step)));
-            // SAFETY: both warpgroups have written dSᵀ, K is full, and both stay so until this product is waited for.
-            unsafe {
-                if step == 0 {
-                    wgmma::start_transposed::<E, Q8>(&mut dq, a, b);
-                } else {
-                    wgmma::add_transposed::<E, Q8>(&mut dq, a, b);
-                }
-            }
-        }
-        wgmma::commit();
-        // SAFETY: the first step wrote every register.
-        Pending(unsafe { dq.assume_init() })
+        // SAFETY: both warpgroups have written dSᵀ, K is full, and both stay so until this product is waited for.
+        unsafe { wgmma::multiply::<E, Q8>(smem.block_n / 16, |step| [a, b].map(|x| x.offset(rows_step(step)))) }
     }
     #[inline(always)]
     fn wait_dq<const LATER: usize, const Q8: usize>(&mut self, x: Pending<Fragment<Q8>>) -> Fragment<Q8> {
-        let Pending(mut x) = x;
-        wgmma::wait::<LATER>();
-        wgmma::tie(&mut x);
-        x
+        self.wait::<LATER, Q8>(x)
     }
     #[inline(always)]
     fn await_turn(&mut self, to: &Workspace, shape: &Shape, at: &QueryBlock, turn: u32) {

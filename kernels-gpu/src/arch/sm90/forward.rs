@@ -1,6 +1,6 @@
 //! A consumer of the forward kernel: [`ForwardWarpgroup`] on Hopper.
 
-use core::mem::{MaybeUninit, offset_of};
+use core::mem::offset_of;
 
 use super::barrier::{Mbarrier, named_arrive, named_sync};
 use super::consumer::{Consumer, Lines};
@@ -124,43 +124,25 @@ impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
     fn qk<const D8: usize, const N8: usize>(&mut self, k: u32) -> Pending<Fragment<N8>> {
         let q = Descriptor::k_major(self.base + self.pipe.smem.q(self.index()));
         let k = Descriptor::k_major(self.base + self.pipe.smem.slot(k));
-        let mut s = MaybeUninit::uninit();
-        wgmma::fence();
-        for step in 0..D8 as u32 / 2 {
-            let (a, b) = (q.offset(columns_step(WARPGROUP_ROWS, step)), k.offset(columns_step(8 * N8 as u32, step)));
-            // SAFETY: both tiles are full, and stay so until this product is waited for.
-            unsafe {
-                if step == 0 {
-                    wgmma::start::<E, N8>(&mut s, a, b);
-                } else {
-                    wgmma::add::<E, N8>(&mut s, a, b);
-                }
-            }
+        // SAFETY: both tiles are full, and stay so until this product is waited for.
+        unsafe {
+            wgmma::multiply::<E, N8>(D8 as u32 / 2, |step| {
+                [q.offset(columns_step(WARPGROUP_ROWS, step)), k.offset(columns_step(8 * N8 as u32, step))]
+            })
         }
-        wgmma::commit();
-        // SAFETY: the first step wrote every register.
-        Pending(unsafe { s.assume_init() })
     }
     #[inline(always)]
     fn pv<const N8: usize, const D8: usize>(
         &mut self,
-        mut o: Fragment<D8>,
-        mut p: Operand<N8>,
+        o: Fragment<D8>,
+        p: Operand<N8>,
         v: u32,
     ) -> Pending<Fragment<D8>> {
         let v = Descriptor::mn_major(self.base + self.pipe.smem.slot(v), 8 * N8 as u32 * PANEL_ROW_BYTES);
-        wgmma::tie(&mut o);
-        wgmma::tie_operand(&mut p);
-        wgmma::fence();
-        for step in 0..N8 / 2 {
-            let [[a0, a1], [a2, a3]] = [p.0[2 * step], p.0[2 * step + 1]];
-            let b = v.offset(rows_step(step as u32));
-            // SAFETY: the tile of V is full, and stays so until this product is waited for.
-            unsafe { wgmma::add_registers::<E, D8>(&mut o, [a0, a1, a2, a3], b) };
-        }
-        wgmma::commit();
-        Pending(o)
+        // SAFETY: the tile of V is full, and stays so until this product is waited for.
+        unsafe { wgmma::accumulate::<E, N8, D8>(o, p, |step| v.offset(rows_step(step))) }
     }
+
     #[inline(always)]
     fn take_turn(&mut self) {
         named_sync(cta::TURN + self.index(), 2 * WARPGROUP_THREADS);

@@ -9,6 +9,7 @@ use core::mem::MaybeUninit;
 
 use super::fragment::{Fragment, Operand};
 use super::math::{Packed, fresh};
+use crate::arch::Pending;
 use crate::variants::Dtype;
 
 /// A matrix in shared memory as wgmma sees it (PTX ISA, matrix descriptor), in the 128-byte swizzle.
@@ -16,6 +17,16 @@ use crate::variants::Dtype;
 pub struct Descriptor {
     /// Start address and leading-dimension offset, in 16-byte units.
     low: u32,
+    major: Major,
+}
+
+/// What lies side by side in a row of a tile.
+#[derive(Clone, Copy)]
+enum Major {
+    /// Consecutive k.
+    K,
+    /// Consecutive rows of the left or columns of the right operand, of one k.
+    Mn,
 }
 
 impl Descriptor {
@@ -25,25 +36,25 @@ impl Descriptor {
     /// A tile whose rows hold consecutive k: Q, and K as the right operand of Q·Kᵀ.
     #[inline(always)]
     pub fn k_major(address: u32) -> Self {
-        Self::new(address, 16)
+        Self::new(address, 16, Major::K)
     }
 
-    /// A tile whose rows hold one k each: V as the right operand of P·V. `panel` is the bytes from one 64-column panel
-    /// to the next.
+    /// A tile whose rows hold one k each: V as the right operand of P·V, or dSᵀ as the left one of dS·K. `panel` is the
+    /// bytes from one 64-column panel to the next.
     #[inline(always)]
     pub fn mn_major(address: u32, panel: u32) -> Self {
-        Self::new(address, panel)
+        Self::new(address, panel, Major::Mn)
     }
 
     #[inline(always)]
-    fn new(address: u32, leading: u32) -> Self {
-        Descriptor { low: (fresh(address) & 0x3ffff) >> 4 | leading >> 4 << 16 }
+    fn new(address: u32, leading: u32, major: Major) -> Self {
+        Descriptor { low: (fresh(address) & 0x3ffff) >> 4 | leading >> 4 << 16, major }
     }
 
     /// The same matrix `bytes` further on.
     #[inline(always)]
     pub fn offset(self, bytes: u32) -> Self {
-        Descriptor { low: self.low + (bytes >> 4) }
+        Descriptor { low: self.low + (bytes >> 4), ..self }
     }
 
     #[inline(always)]
@@ -72,7 +83,7 @@ pub fn tie<const N8: usize>(x: &mut Fragment<N8>) {
 
 /// As [`tie`], for a left operand.
 #[inline(always)]
-pub fn tie_operand<const N8: usize>(x: &mut Operand<N8>) {
+fn tie_operand<const N8: usize>(x: &mut Operand<N8>) {
     for [a, b] in &mut x.0 {
         // SAFETY: emits a comment.
         unsafe { asm!("// {0} {1}", inout(reg32) * a, inout(reg32) * b, options(nostack)) }
@@ -81,14 +92,14 @@ pub fn tie_operand<const N8: usize>(x: &mut Operand<N8>) {
 
 /// Orders register accesses before the products that follow (PTX ISA, wgmma.fence).
 #[inline(always)]
-pub fn fence() {
+fn fence() {
     // SAFETY: all warps of the warpgroup run this, converged.
     unsafe { asm!("wgmma.fence.sync.aligned;", options(nostack)) }
 }
 
 /// Closes a group of products.
 #[inline(always)]
-pub fn commit() {
+fn commit() {
     // SAFETY: as `fence`.
     unsafe { asm!("wgmma.commit_group.sync.aligned;", options(nostack)) }
 }
@@ -100,90 +111,102 @@ pub fn wait<const LATER: usize>() {
     unsafe { asm!("wgmma.wait_group.sync.aligned {0};", const LATER, options(nostack)) }
 }
 
+/// A·B with both in shared memory, in flight; `operands` names the tiles of each k16 step.
+///
+/// # Safety
+/// There is at least one step. The descriptors name tiles of 64 × 16 and 16 × 8·N8 elements of E, both of the same major,
+/// that are full and stay unwritten until the wait.
+#[inline(always)]
+pub unsafe fn multiply<E: Packed, const N8: usize>(
+    steps: u32,
+    operands: impl Fn(u32) -> [Descriptor; 2],
+) -> Pending<Fragment<N8>> {
+    let mut d = MaybeUninit::uninit();
+    fence();
+    for step in 0..steps {
+        let [a, b] = operands(step);
+        // SAFETY: the caller's promise.
+        unsafe {
+            if step == 0 {
+                start::<E, N8>(&mut d, a, b);
+            } else {
+                add::<E, N8>(&mut d, a, b);
+            }
+        }
+    }
+    commit();
+    // SAFETY: the first step wrote every register.
+    Pending(unsafe { d.assume_init() })
+}
+
+/// D + A·B with A in registers and B in shared memory, rows of one k each, in flight; `b` names the tile of each k16 step.
+///
+/// # Safety
+/// The descriptors name tiles of 16 × 8·N8 elements of E that are full and stay unwritten until the wait.
+#[inline(always)]
+pub unsafe fn accumulate<E: Packed, const K8: usize, const N8: usize>(
+    mut d: Fragment<N8>,
+    mut a: Operand<K8>,
+    b: impl Fn(u32) -> Descriptor,
+) -> Pending<Fragment<N8>> {
+    tie(&mut d);
+    tie_operand(&mut a);
+    fence();
+    for step in 0..K8 / 2 {
+        let [[a0, a1], [a2, a3]] = [a.0[2 * step], a.0[2 * step + 1]];
+        // SAFETY: the caller's promise.
+        unsafe { add_registers::<E, N8>(&mut d, [a0, a1, a2, a3], b(step as u32)) };
+    }
+    commit();
+    Pending(d)
+}
+
 macro_rules! products {
     ($($n8:literal $n:literal [$first:literal $($i:literal)*];)*) => {
-        /// One k16 step of A·B with both in shared memory, rows of consecutive k, into fresh accumulators.
+        /// One k16 step of A·B with both in shared memory, into fresh accumulators.
         ///
         /// # Safety
-        /// The descriptors name tiles of 64 × 16 and 8·N8 × 16 elements of E that stay unwritten until the wait.
+        /// As [`multiply`].
         #[inline(always)]
-        pub unsafe fn start<E: Packed, const N8: usize>(to: &mut MaybeUninit<Fragment<N8>>, a: Descriptor, b: Descriptor) {
+        unsafe fn start<E: Packed, const N8: usize>(to: &mut MaybeUninit<Fragment<N8>>, a: Descriptor, b: Descriptor) {
             let d: *mut f32 = to.as_mut_ptr().cast();
             // SAFETY: `d` has 4·N8 registers, each arm's own count; the caller's promise covers the reads.
             unsafe {
-                match (N8, E::DTYPE) {
-                    $(($n8, Dtype::F16) => product!(out, d, $n, "f16", $first, $($i)*, smem a, b),
-                      ($n8, Dtype::Bf16) => product!(out, d, $n, "bf16", $first, $($i)*, smem a, b),)*
+                match (N8, E::DTYPE, a.major) {
+                    $(($n8, Dtype::F16, Major::K) => product!(out, d, $n, "f16", $first, $($i)*, smem "0, 0", a, b),
+                      ($n8, Dtype::Bf16, Major::K) => product!(out, d, $n, "bf16", $first, $($i)*, smem "0, 0", a, b),
+                      ($n8, Dtype::F16, Major::Mn) => product!(out, d, $n, "f16", $first, $($i)*, smem "1, 1", a, b),
+                      ($n8, Dtype::Bf16, Major::Mn) => product!(out, d, $n, "bf16", $first, $($i)*, smem "1, 1", a, b),)*
                     _ => unreachable!(),
                 }
             }
         }
 
-        /// One k16 step of D + A·B with both in shared memory, rows of consecutive k.
+        /// One k16 step of D + A·B with both in shared memory.
         ///
         /// # Safety
-        /// As [`start`], and `to` holds the steps before.
+        /// As [`multiply`], and `to` holds the steps before.
         #[inline(always)]
-        pub unsafe fn add<E: Packed, const N8: usize>(to: &mut MaybeUninit<Fragment<N8>>, a: Descriptor, b: Descriptor) {
+        unsafe fn add<E: Packed, const N8: usize>(to: &mut MaybeUninit<Fragment<N8>>, a: Descriptor, b: Descriptor) {
             let d: *mut f32 = to.as_mut_ptr().cast();
             // SAFETY: as `start`.
             unsafe {
-                match (N8, E::DTYPE) {
-                    $(($n8, Dtype::F16) => product!(inout, d, $n, "f16", $first, $($i)*, smem a, b),
-                      ($n8, Dtype::Bf16) => product!(inout, d, $n, "bf16", $first, $($i)*, smem a, b),)*
+                match (N8, E::DTYPE, a.major) {
+                    $(($n8, Dtype::F16, Major::K) => product!(inout, d, $n, "f16", $first, $($i)*, smem "0, 0", a, b),
+                      ($n8, Dtype::Bf16, Major::K) => product!(inout, d, $n, "bf16", $first, $($i)*, smem "0, 0", a, b),
+                      ($n8, Dtype::F16, Major::Mn) => product!(inout, d, $n, "f16", $first, $($i)*, smem "1, 1", a, b),
+                      ($n8, Dtype::Bf16, Major::Mn) => product!(inout, d, $n, "bf16", $first, $($i)*, smem "1, 1", a, b),)*
                     _ => unreachable!(),
                 }
             }
         }
 
-        /// One k16 step of A·B with both in shared memory, rows of one k each, into fresh accumulators.
+        /// One k16 step of D + A·B with A in registers.
         ///
         /// # Safety
-        /// As [`start`], with tiles of 16 × 64 and 16 × 8·N8 elements.
+        /// As [`accumulate`].
         #[inline(always)]
-        pub unsafe fn start_transposed<E: Packed, const N8: usize>(
-            to: &mut MaybeUninit<Fragment<N8>>,
-            a: Descriptor,
-            b: Descriptor,
-        ) {
-            let d: *mut f32 = to.as_mut_ptr().cast();
-            // SAFETY: as `start`.
-            unsafe {
-                match (N8, E::DTYPE) {
-                    $(($n8, Dtype::F16) => product!(out, d, $n, "f16", $first, $($i)*, transposed a, b),
-                      ($n8, Dtype::Bf16) => product!(out, d, $n, "bf16", $first, $($i)*, transposed a, b),)*
-                    _ => unreachable!(),
-                }
-            }
-        }
-
-        /// One k16 step of D + A·B with both in shared memory, rows of one k each.
-        ///
-        /// # Safety
-        /// As [`start_transposed`], and `to` holds the steps before.
-        #[inline(always)]
-        pub unsafe fn add_transposed<E: Packed, const N8: usize>(
-            to: &mut MaybeUninit<Fragment<N8>>,
-            a: Descriptor,
-            b: Descriptor,
-        ) {
-            let d: *mut f32 = to.as_mut_ptr().cast();
-            // SAFETY: as `start`.
-            unsafe {
-                match (N8, E::DTYPE) {
-                    $(($n8, Dtype::F16) => product!(inout, d, $n, "f16", $first, $($i)*, transposed a, b),
-                      ($n8, Dtype::Bf16) => product!(inout, d, $n, "bf16", $first, $($i)*, transposed a, b),)*
-                    _ => unreachable!(),
-                }
-            }
-        }
-
-        /// One k16 step of D + A·B with A in registers and B in shared memory, rows of one k each.
-        ///
-        /// # Safety
-        /// `b` names a tile of 16 × 8·N8 elements of E that stays unwritten until the wait.
-        #[inline(always)]
-        pub unsafe fn add_registers<E: Packed, const N8: usize>(to: &mut Fragment<N8>, a: [u32; 4], b: Descriptor) {
+        unsafe fn add_registers<E: Packed, const N8: usize>(to: &mut Fragment<N8>, a: [u32; 4], b: Descriptor) {
             let d: *mut f32 = to.0.as_mut_ptr().cast();
             // SAFETY: as `start`.
             unsafe {
@@ -205,15 +228,7 @@ macro_rules! product {
     (out, $($rest:tt)*) => { product!(@emit out, "0", $($rest)*) };
     (inout, $($rest:tt)*) => { product!(@emit inout, "1", $($rest)*) };
     (@emit $direction:ident, $accumulate:literal, $d:ident, $n:literal, $dtype:literal, $first:literal, $($i:literal)*,
-     smem $a:ident, $b:ident) => {
-        product!(@descriptors "0, 0", $direction, $accumulate, $d, $n, $dtype, $first, $($i)*, $a, $b)
-    };
-    (@emit $direction:ident, $accumulate:literal, $d:ident, $n:literal, $dtype:literal, $first:literal, $($i:literal)*,
-     transposed $a:ident, $b:ident) => {
-        product!(@descriptors "1, 1", $direction, $accumulate, $d, $n, $dtype, $first, $($i)*, $a, $b)
-    };
-    (@descriptors $transpose:literal, $direction:ident, $accumulate:literal, $d:ident, $n:literal, $dtype:literal,
-     $first:literal, $($i:literal)*, $a:ident, $b:ident) => {
+     smem $transpose:literal, $a:ident, $b:ident) => {
         asm!(
             concat!("{{ .reg .pred p; setp.ne.b32 p, ", $accumulate, ", 0; ", product!(@mnemonic $n $dtype),
                     "{{{", $first, "}", $(", {", $i, "}",)* "}}, {a}, {b}, p, 1, 1, ", $transpose, "; }}"),
