@@ -12,6 +12,7 @@ use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
 use crate::attention::mask::{Causal, Full, Mask};
+use crate::attention::query_blocks::DqPart;
 use crate::attention::scheduler::CtaTiles;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::forward::consume;
@@ -108,37 +109,45 @@ fn backward<E: Packed, M: Mask, const D8: usize, const C8: usize, const M8: usiz
     }
 }
 
+/// The kernel that finishes is the same for every mask; the row without one makes it.
+macro_rules! finish_entry {
+    (None, $finish:ident, $dtype:ident, $head_dim:literal, $block_m:literal) => {
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $finish(p: FinishParams) {
+            rows::finish::<element!($dtype), { DqPart::columns($block_m, $head_dim) as usize / 8 }>(
+                &p, $head_dim, $block_m,
+            );
+        }
+    };
+    ($($other:tt)*) => {};
+}
 macro_rules! backward_entries {
     ($($symbol:ident, $prepare:ident, $finish:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal,
-       $block_n:literal, $split:ident, $dq_columns:literal, $dkv_columns:literal;)*) => {$(
+       $block_n:literal, $split:ident;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $symbol(p: BackwardParams<TensorMap>) {
             const SMEM: BackwardSmem =
                 BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n };
             backward::<
-                element!($dtype), mask!($mask), { $head_dim / 8 }, { $dkv_columns / 8 }, { $block_m / 8 },
-                { $dq_columns / 8 },
+                element!($dtype), mask!($mask), { $head_dim / 8 },
+                { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 },
+                { DqPart::columns($block_m, $head_dim) as usize / 8 },
             >(&p, crate::parameter_address!($symbol), &SMEM, Split::$split);
         }
+        finish_entry!($mask, $finish, $dtype, $head_dim, $block_m);
     )*};
 }
 crate::backward_variants!(backward_entries);
 
-macro_rules! row_entries {
-    ($($prepare:ident, $dtype:ident, [$($finish:ident, $head_dim:literal, $block_m:literal, $dq_columns:literal;)*];)*) => {$(
+macro_rules! prepare_entries {
+    ($($prepare:ident, $dtype:ident;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $prepare(p: PrepareParams) {
             rows::prepare::<element!($dtype)>(&p);
         }
-        $(
-            #[unsafe(no_mangle)]
-            pub unsafe extern "ptx-kernel" fn $finish(p: FinishParams) {
-                rows::finish::<element!($dtype), { $dq_columns / 8 }>(&p, $head_dim, $block_m);
-            }
-        )*
     )*};
 }
-row_entries! {
-    prepare_f16, F16, [finish_f16_d64, 64, 128, 64; finish_f16_d128, 128, 64, 64; finish_f16_d256, 256, 64, 128;];
-    prepare_bf16, Bf16, [finish_bf16_d64, 64, 128, 64; finish_bf16_d128, 128, 64, 64; finish_bf16_d256, 256, 64, 128;];
+prepare_entries! {
+    prepare_f16, F16;
+    prepare_bf16, Bf16;
 }

@@ -280,32 +280,30 @@ pub fn launches() -> std::vec::Vec<(&'static str, u32)> {
 }
 
 /// Calls `$apply!` with one row a variant:
-/// `symbol, prepare, finish, dtype, head_dim, mask, block_m, block_n, split, dq_columns, dkv_columns;`
-///
-/// The last two are the columns of a warpgroup's part of dQ (of which it has 64 rows), and of dK and dV.
+/// `symbol, prepare, finish, dtype, head_dim, mask, block_m, block_n, split;`
 #[macro_export]
 macro_rules! backward_variants {
     ($apply:ident) => {
         $apply! {
-            backward_f16_d64, prepare_f16, finish_f16_d64, F16, 64, None, 128, 128, Keys, 64, 64;
-            backward_f16_d64_causal, prepare_f16, finish_f16_d64, F16, 64, Causal, 128, 128, Keys, 64, 64;
-            backward_f16_d128, prepare_f16, finish_f16_d128, F16, 128, None, 64, 128, Keys, 64, 128;
-            backward_f16_d128_causal, prepare_f16, finish_f16_d128, F16, 128, Causal, 64, 128, Keys, 64, 128;
-            backward_f16_d256, prepare_f16, finish_f16_d256, F16, 256, None, 64, 64, Columns, 128, 128;
-            backward_f16_d256_causal, prepare_f16, finish_f16_d256, F16, 256, Causal, 64, 64, Columns, 128, 128;
-            backward_bf16_d64, prepare_bf16, finish_bf16_d64, Bf16, 64, None, 128, 128, Keys, 64, 64;
-            backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Bf16, 64, Causal, 128, 128, Keys, 64, 64;
-            backward_bf16_d128, prepare_bf16, finish_bf16_d128, Bf16, 128, None, 64, 128, Keys, 64, 128;
-            backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Bf16, 128, Causal, 64, 128, Keys, 64, 128;
-            backward_bf16_d256, prepare_bf16, finish_bf16_d256, Bf16, 256, None, 64, 64, Columns, 128, 128;
-            backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Bf16, 256, Causal, 64, 64, Columns, 128, 128;
+            backward_f16_d64, prepare_f16, finish_f16_d64, F16, 64, None, 128, 128, Keys;
+            backward_f16_d64_causal, prepare_f16, finish_f16_d64, F16, 64, Causal, 128, 128, Keys;
+            backward_f16_d128, prepare_f16, finish_f16_d128, F16, 128, None, 64, 128, Keys;
+            backward_f16_d128_causal, prepare_f16, finish_f16_d128, F16, 128, Causal, 64, 128, Keys;
+            backward_f16_d256, prepare_f16, finish_f16_d256, F16, 256, None, 64, 64, Columns;
+            backward_f16_d256_causal, prepare_f16, finish_f16_d256, F16, 256, Causal, 64, 64, Columns;
+            backward_bf16_d64, prepare_bf16, finish_bf16_d64, Bf16, 64, None, 128, 128, Keys;
+            backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Bf16, 64, Causal, 128, 128, Keys;
+            backward_bf16_d128, prepare_bf16, finish_bf16_d128, Bf16, 128, None, 64, 128, Keys;
+            backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Bf16, 128, Causal, 64, 128, Keys;
+            backward_bf16_d256, prepare_bf16, finish_bf16_d256, Bf16, 256, None, 64, 64, Columns;
+            backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Bf16, 256, Causal, 64, 64, Columns;
         }
     };
 }
 
 macro_rules! backward_table {
     ($($symbol:ident, $prepare:ident, $finish:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal,
-       $block_n:literal, $split:ident, $dq_columns:literal, $dkv_columns:literal;)*) => {
+       $block_n:literal, $split:ident;)*) => {
         /// Every compiled backward variant.
         pub static BACKWARD_VARIANTS: &[BackwardVariant] = &[$(
             BackwardVariant {

@@ -113,6 +113,16 @@ pub enum Split {
     Columns,
 }
 
+impl Split {
+    /// Columns of a warpgroup's part of dK and dV.
+    pub const fn columns(self, head_dim: u32) -> u32 {
+        match self {
+            Split::Keys => head_dim,
+            Split::Columns => head_dim / 2,
+        }
+    }
+}
+
 /// A consumer warpgroup of the backward kernel: 64 keys, its end of the rings of Q and dO, and its part of dQ.
 ///
 /// Scores are transposed here, keys × queries, so that Pᵀ and dSᵀ are left operands as they come.

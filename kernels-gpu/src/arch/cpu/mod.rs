@@ -17,9 +17,10 @@ pub use backward::{finish, prepare};
 pub use pipeline::Fault;
 pub use warpgroup::CpuWarpgroup;
 
+use crate::arch::Split;
 use crate::attention::block_info::KvBlocks;
 use crate::attention::mask::{Causal, Full, Mask};
-use crate::attention::query_blocks::key_block;
+use crate::attention::query_blocks::{DqPart, key_block};
 use crate::attention::scheduler::{CtaTiles, TileOrder, WorkTile};
 use crate::element::Element;
 use crate::kernels::backward::consume as consume_backward;
@@ -100,13 +101,13 @@ pub unsafe fn backward<E: Element>(variant: &BackwardVariant, p: &BackwardParams
     assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
     macro_rules! dispatch {
         ($($symbol:ident, $prepare:ident, $finish:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal,
-           $block_n:literal, $split:ident, $dq_columns:literal, $dkv_columns:literal;)*) => {
+           $block_n:literal, $split:ident;)*) => {
             match variant.symbol {
                 $(stringify!($symbol) => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
                     unsafe {
                         run_backward::<
-                            mask!($mask), E, { $head_dim / 8 }, { $dkv_columns / 8 }, { $block_m / 8 }, { $dq_columns / 8 },
+                            mask!($mask), E, { $head_dim / 8 }, { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 }, { DqPart::columns($block_m, $head_dim) as usize / 8 },
                         >(variant, p, batch, head)
                     }
                 })*

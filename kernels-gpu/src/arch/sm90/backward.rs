@@ -1,19 +1,19 @@
 //! A consumer of the backward kernel: [`BackwardWarpgroup`] on Hopper.
 //!
 //! Rows of a fragment are keys, columns are queries. dSᵀ goes to shared memory as it is; with one k a row it is the left
-//! operand of dQ = dS·K all the same. A warpgroup's part of dQ is 64 queries wide, of the columns of half the head dim
-//! where a query block has 64 rows; in the workspace it lies as the threads hold it, sixteen bytes of each in turn.
+//! operand of dQ = dS·K all the same. A warpgroup's part of dQ ([`DqPart`]) lies in the workspace as the threads hold it,
+//! sixteen bytes of each in turn.
 
 use super::barrier::{Mbarrier, named_sync};
-use super::consumer::{Consumer, Lines};
+use super::consumer::Consumer;
 use super::cta::{self, Leader, thread_of_warpgroup};
 use super::fragment::{Fragment, Operand};
 use super::load::{add_global, count_turn, load_shared_pair, wait_turn};
 use super::math::Packed;
-use super::store::fence_for_copy_engine;
+use super::store::{Lines, fence_async_proxy, store_lines, write_tile};
 use super::wgmma::{self, Descriptor};
 use crate::arch::{BackwardWarpgroup, Pending, Split, Warpgroup};
-use crate::attention::query_blocks::{QueryBlock, turn_blocks};
+use crate::attention::query_blocks::{DqPart, QueryBlock, turn_blocks};
 use crate::params::{Shape, Strided, Workspace};
 use crate::pipeline::order::KvBlock;
 use crate::pipeline::ring::Position;
@@ -193,22 +193,19 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         if self.pipe.split == Split::Keys || self.index() == 0 {
             // SAFETY: this warpgroup's rows of the tile that the step before the last read; every product that did so was
             // waited for before the barrier of the last step.
-            unsafe { self.write_tile(ds, self.base() + smem.ds(self.pipe.ds), smem.block_n, self.first_key()) };
+            unsafe { write_tile(ds, self.base() + smem.ds(self.pipe.ds), smem.block_n, self.first_key()) };
         }
-        fence_for_copy_engine();
+        fence_async_proxy();
         named_sync(cta::EXCHANGE, 2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
     fn ds_k<const M8: usize, const Q8: usize>(&mut self) -> Pending<Fragment<Q8>> {
         let smem = self.pipe.smem;
         let panel = smem.block_n * PANEL_ROW_BYTES;
-        // Half of the query rows, or all of them and half of the columns.
-        let (a, b) = match M8 {
-            16 => (self.index() * panel, 0),
-            _ => (0, self.index() * (Q8 as u32 * 8 / PANEL_COLUMNS) * panel),
-        };
-        let a = Descriptor::mn_major(self.base() + smem.ds(self.pipe.ds) + a, panel);
-        let b = Descriptor::mn_major(self.base() + smem.k() + b, panel);
+        let part = DqPart::new(smem.block_m, smem.head_dim, self.index());
+        let (rows, columns) = (part.row / PANEL_COLUMNS * panel, part.column / PANEL_COLUMNS * panel);
+        let a = Descriptor::mn_major(self.base() + smem.ds(self.pipe.ds) + rows, panel);
+        let b = Descriptor::mn_major(self.base() + smem.k() + columns, panel);
         // SAFETY: both warpgroups have written dSᵀ, K is full, and both stay so until this product is waited for.
         unsafe { wgmma::multiply::<E, Q8>(smem.block_n / 16, |step| [a, b].map(|x| x.offset(rows_step(step)))) }
     }
@@ -254,6 +251,6 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         let row = at.n_block * self.pipe.smem.block_n + self.first_key();
         let at = Lines { batch: at.batch, head: at.head, row, column };
         // SAFETY: the host has checked the tensor, of which these rows and columns belong to this warpgroup.
-        unsafe { self.store_lines(&x.pack::<E>(), to, at, shape.seqlen_k, shape) };
+        unsafe { store_lines(&x.pack::<E>(), to, at, shape.seqlen_k, shape) };
     }
 }

@@ -5,13 +5,10 @@ use core::marker::PhantomData;
 use super::cta::{smem_base, thread_of_warpgroup};
 use super::fragment::{self, Fragment, Operand, Rows};
 use super::math::{self, Packed, fresh};
-use super::store::{store_16_bytes, store_matrices};
 use super::wgmma;
 use crate::arch::{Pending, Warpgroup};
-use crate::params::{Shape, Strided, TensorMap};
+use crate::params::TensorMap;
 use crate::tile::lane::Lane;
-use crate::tile::smem::PANEL_ROW_BYTES;
-use crate::variants::WARP_ROWS;
 
 /// One of the CTA's consumers, with its end `P` of the pipeline.
 pub struct Consumer<E, P> {
@@ -44,63 +41,6 @@ impl<E: Packed, P> Consumer<E, P> {
     pub(super) fn lane(&self) -> Lane {
         Lane::new(thread_of_warpgroup())
     }
-
-    /// Writes a fragment's rows to a tile of `rows` rows in shared memory, at `tile`, from row `first_row` on; each warp
-    /// writes its own sixteen.
-    ///
-    /// # Safety
-    /// Nobody else accesses those rows.
-    #[inline(always)]
-    pub(super) unsafe fn write_tile<const N8: usize>(&self, x: &Operand<N8>, tile: u32, rows: u32, first_row: u32) {
-        let thread = thread_of_warpgroup();
-        // Lane 8·i + r holds the address of row r of matrix i: upper and lower rows of one column group, then of the next.
-        let (row, group) = (first_row + thread / 32 * WARP_ROWS + thread % 16, thread / 16 % 2);
-        for pair in 0..N8 / 2 {
-            let (panel, chunk) = (pair as u32 / 4 * rows * PANEL_ROW_BYTES, pair as u32 % 4 * 2);
-            let address = tile + row * PANEL_ROW_BYTES + panel + (((chunk + group) ^ (row % 8)) * 16);
-            let [[a, b], [c, d]] = [x.0[2 * pair], x.0[2 * pair + 1]];
-            // SAFETY: the rows are this warp's own.
-            unsafe { store_matrices(address, [a, b, c, d]) };
-        }
-    }
-
-    /// Stores a fragment to the rows `row..` of a tensor by each thread, 16 bytes at a time, as far as there are that
-    /// many rows and columns; `columns` says which columns of the tensor the fragment holds.
-    ///
-    /// # Safety
-    /// Rows below `seqlen` and columns below the shape's head_dim are the tensor's, and nobody else accesses them.
-    #[inline(always)]
-    pub(super) unsafe fn store_lines<const D8: usize>(
-        &self,
-        x: &Operand<D8>,
-        to: &Strided,
-        at: Lines,
-        seqlen: u32,
-        shape: &Shape,
-    ) {
-        let lane = self.lane();
-        for half in 0..2 {
-            let row = at.row + lane.row(half as u32);
-            let line = to.address + 2 * to.row_offset(at.batch, at.head, row) as u64;
-            for groups in 0..D8 / 4 {
-                let quad = [0, 1, 2, 3].map(|i| x.0[4 * groups + i][half]);
-                let chunk = fragment::transpose_quad(lane, quad);
-                let column = at.column + 32 * groups as u32 + 4 * lane.column;
-                let live = row < seqlen && column < shape.head_dim;
-                // SAFETY: a live row's eight columns lie within the tensor and belong to this lane alone.
-                unsafe { store_16_bytes(live, line + 2 * column as u64, chunk) };
-            }
-        }
-    }
-}
-
-/// Where in a tensor a fragment's first element lies.
-#[derive(Clone, Copy)]
-pub(super) struct Lines {
-    pub batch: u32,
-    pub head: u32,
-    pub row: u32,
-    pub column: u32,
 }
 
 impl<E: Packed, P> Warpgroup for Consumer<E, P> {

@@ -3,11 +3,13 @@
 use core::mem::offset_of;
 
 use super::barrier::{Mbarrier, named_arrive, named_sync};
-use super::consumer::{Consumer, Lines};
+use super::consumer::Consumer;
 use super::cta::{self, Leader, thread_of_warpgroup};
 use super::fragment::{Fragment, Operand, Rows};
 use super::math::Packed;
-use super::store::{commit_stores, fence_for_copy_engine, store_box, store_f32, wait_for_stores};
+use super::store::{
+    Lines, commit_stores, fence_async_proxy, store_box, store_f32, store_lines, wait_for_stores, write_tile,
+};
 use super::tma::{BoxOrigin, MapAddress, load_box};
 use super::wgmma::{self, Descriptor};
 use crate::arch::{ForwardWarpgroup, Pending};
@@ -53,8 +55,8 @@ impl<'a, E: Packed> Consumer<E, ForwardPipe<'a>> {
         let staging = self.base() + self.pipe.smem.o(self.index());
         wait_for_stores();
         // SAFETY: this warp's own part of the staging tile, which the copy engine has read.
-        unsafe { self.write_tile(x, staging, WARPGROUP_ROWS, 0) };
-        fence_for_copy_engine();
+        unsafe { write_tile(x, staging, WARPGROUP_ROWS, 0) };
+        fence_async_proxy();
         let map = MapAddress(self.parameters + offset_of!(ForwardParams<TensorMap>, o.tiles) as u64);
         let leader = Leader::of_warp();
         for panel in 0..panels(self.pipe.smem.head_dim) {
@@ -162,7 +164,7 @@ impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
         } else {
             let at = Lines { batch: tile.batch, head: tile.head, row: self.first_row(tile), column: 0 };
             // SAFETY: the host has checked the tensor, whose rows of this tile belong to this warpgroup.
-            unsafe { self.store_lines(&packed, &to.rows, at, shape.seqlen_q, shape) };
+            unsafe { store_lines(&packed, &to.rows, at, shape.seqlen_q, shape) };
         }
     }
     #[inline(always)]

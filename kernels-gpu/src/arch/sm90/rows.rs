@@ -2,11 +2,11 @@
 
 use core::arch::nvptx::{_block_idx_x, _thread_idx_x};
 
-use super::consumer::{Consumer, Lines};
 use super::fragment::Fragment;
 use super::load::{load_16_bytes, load_f32};
 use super::math::{Packed, shuffle_xor};
-use super::store::{store_16_bytes, store_f32};
+use super::store::{Lines, store_16_bytes, store_f32, store_lines};
+use crate::attention::query_blocks::DqPart;
 use crate::attention::row_statistics::{delta, exponent_offset};
 use crate::params::{FinishParams, PrepareParams, quotient};
 use crate::variants::{PREPARE_ROWS, ROW_KERNEL_THREADS, WARPGROUP_THREADS};
@@ -94,11 +94,8 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, head_dim: u32, block
         let loaded = unsafe { load_16_bytes(address + (group as u32 * 16 * WARPGROUP_THREADS) as u64) };
         *x = loaded.map(|x| f32::from_bits(x) * p.scale);
     }
-    let (row, column) =
-        if Q8 as u32 * 8 == head_dim { (first_row + 64 * part, 0) } else { (first_row, part * 8 * Q8 as u32) };
-    let at = Lines { batch, head, row, column };
+    let DqPart { row, column } = DqPart::new(block_m, head_dim, part);
+    let at = Lines { batch, head, row: first_row + row, column };
     // SAFETY: the host has checked the tensor, of which these rows and columns belong to this warpgroup.
-    unsafe {
-        Consumer::<E, ()>::with_pipe(part, 0, ()).store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape)
-    };
+    unsafe { store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape) };
 }

@@ -5,8 +5,13 @@
 
 use core::arch::asm;
 
-use super::cta::Leader;
+use super::cta::{Leader, thread_of_warpgroup};
+use super::fragment::{Operand, transpose_quad};
 use super::tma::{BoxOrigin, MapAddress};
+use crate::params::{Shape, Strided};
+use crate::tile::lane::Lane;
+use crate::tile::smem::PANEL_ROW_BYTES;
+use crate::variants::WARP_ROWS;
 
 /// Stores 16 bytes at `address` where `live`.
 ///
@@ -43,7 +48,7 @@ pub unsafe fn store_f32(live: bool, address: u64, x: f32) {
 /// # Safety
 /// The whole warp calls it, converged, and nobody else accesses those rows.
 #[inline(always)]
-pub unsafe fn store_matrices(row: u32, x: [u32; 4]) {
+unsafe fn store_matrices(row: u32, x: [u32; 4]) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [{0}], {{{1}, {2}, {3}, {4}}};",
@@ -51,9 +56,9 @@ pub unsafe fn store_matrices(row: u32, x: [u32; 4]) {
     }
 }
 
-/// Makes what this warp has written to shared memory visible to the copy engine.
+/// Makes what this warp has written to shared memory visible to the copy engine and to products.
 #[inline(always)]
-pub fn fence_for_copy_engine() {
+pub fn fence_async_proxy() {
     // SAFETY: fences have no operands; the warp is converged here.
     unsafe { asm!("fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff;", options(nostack)) }
 }
@@ -89,4 +94,54 @@ pub fn commit_stores() {
 pub fn wait_for_stores() {
     // SAFETY: no operands; the warp is converged here.
     unsafe { asm!("cp.async.bulk.wait_group.read 0; bar.warp.sync 0xffffffff;", options(nostack)) }
+}
+
+/// Writes a fragment's rows to a tile of `rows` rows in shared memory, at `tile`, from row `first_row` on; each warp
+/// writes its own sixteen.
+///
+/// # Safety
+/// Nobody else accesses those rows.
+#[inline(always)]
+pub unsafe fn write_tile<const N8: usize>(x: &Operand<N8>, tile: u32, rows: u32, first_row: u32) {
+    let thread = thread_of_warpgroup();
+    // Lane 8·i + r holds the address of row r of matrix i: upper and lower rows of one column group, then of the next.
+    let (row, group) = (first_row + thread / 32 * WARP_ROWS + thread % 16, thread / 16 % 2);
+    for pair in 0..N8 / 2 {
+        let (panel, chunk) = (pair as u32 / 4 * rows * PANEL_ROW_BYTES, pair as u32 % 4 * 2);
+        let address = tile + row * PANEL_ROW_BYTES + panel + (((chunk + group) ^ (row % 8)) * 16);
+        let [[a, b], [c, d]] = [x.0[2 * pair], x.0[2 * pair + 1]];
+        // SAFETY: the rows are this warp's own.
+        unsafe { store_matrices(address, [a, b, c, d]) };
+    }
+}
+
+/// Where in a tensor a fragment's first element lies.
+#[derive(Clone, Copy)]
+pub struct Lines {
+    pub batch: u32,
+    pub head: u32,
+    pub row: u32,
+    pub column: u32,
+}
+
+/// Stores a fragment to the rows `row..` of a tensor by each thread, 16 bytes at a time, as far as there are that
+/// many rows and columns; `columns` says which columns of the tensor the fragment holds.
+///
+/// # Safety
+/// Rows below `seqlen` and columns below the shape's head_dim are the tensor's, and nobody else accesses them.
+#[inline(always)]
+pub unsafe fn store_lines<const D8: usize>(x: &Operand<D8>, to: &Strided, at: Lines, seqlen: u32, shape: &Shape) {
+    let lane = Lane::new(thread_of_warpgroup());
+    for half in 0..2 {
+        let row = at.row + lane.row(half as u32);
+        let line = to.address + 2 * to.row_offset(at.batch, at.head, row) as u64;
+        for groups in 0..D8 / 4 {
+            let quad = [0, 1, 2, 3].map(|i| x.0[4 * groups + i][half]);
+            let chunk = transpose_quad(lane, quad);
+            let column = at.column + 32 * groups as u32 + 4 * lane.column;
+            let live = row < seqlen && column < shape.head_dim;
+            // SAFETY: a live row's eight columns lie within the tensor and belong to this lane alone.
+            unsafe { store_16_bytes(live, line + 2 * column as u64, chunk) };
+        }
+    }
 }
