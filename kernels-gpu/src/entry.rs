@@ -8,6 +8,7 @@ use crate::arch::Split;
 use crate::arch::sm90::backward_producer;
 use crate::arch::sm90::consumer::Consumer;
 use crate::arch::sm90::cta::{self, Role};
+use crate::arch::sm90::forward::ForwardPipe;
 use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
@@ -16,8 +17,12 @@ use crate::attention::query_blocks::DqPart;
 use crate::attention::scheduler::CtaTiles;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::forward::consume;
-use crate::params::{BackwardParams, FinishParams, ForwardParams, PrepareParams, TensorMap};
+use crate::params::{
+    BackwardParams, BackwardSecond, BackwardSecondPair, FinishParams, ForwardParams, PrepareParams, Second, SecondPair,
+    TensorMap,
+};
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
+use crate::variants::Op;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
@@ -26,8 +31,8 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
 
 /// A forward CTA: one producer warpgroup, the others consumers.
 #[inline(always)]
-fn forward<E: Packed, M: Mask, const D8: usize, const N8: usize>(
-    p: &ForwardParams<TensorMap>,
+fn forward<E: Packed, M: Mask, S: Second<TensorMap>, const D8: usize, const N8: usize>(
+    p: &ForwardParams<TensorMap, S>,
     parameters: u64,
     smem: &ForwardSmem,
 ) {
@@ -40,12 +45,12 @@ fn forward<E: Packed, M: Mask, const D8: usize, const N8: usize>(
     match role {
         Role::Producer => {
             cta::set_registers(role, smem.consumers);
-            produce::<M>(p, parameters, smem, tiles);
+            produce::<M, S>(p, parameters, smem, tiles);
         }
         Role::Consumer(index) => {
             cta::set_registers(role, smem.consumers);
-            let mut consumer = Consumer::<E, _>::forward(smem, index, parameters);
-            consume::<_, M, D8, N8>(&mut consumer, p, block_m, tiles);
+            let mut consumer = Consumer::<E, ForwardPipe<S>>::forward(smem, index, parameters);
+            consume::<_, M, S, D8, N8>(&mut consumer, p, block_m, tiles);
             consumer.finish();
         }
     }
@@ -67,13 +72,27 @@ macro_rules! mask {
         Causal
     };
 }
+macro_rules! second {
+    (Forward) => {
+        ()
+    };
+    (Piecewise) => {
+        SecondPair<TensorMap>
+    };
+}
 macro_rules! forward_entries {
-    ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal, $stages:literal;)*) => {$(
+    ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
+       $stages:literal;)*) => {$(
         #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $symbol(p: ForwardParams<TensorMap>) {
-            const SMEM: ForwardSmem =
-                ForwardSmem { head_dim: $head_dim, block_n: $block_n, consumers: $consumers, stages: $stages };
-            forward::<element!($dtype), mask!($mask), { $head_dim / 8 }, { $block_n / 8 }>(
+        pub unsafe extern "ptx-kernel" fn $symbol(p: ForwardParams<TensorMap, second!($op)>) {
+            const SMEM: ForwardSmem = ForwardSmem {
+                head_dim: $head_dim,
+                block_n: $block_n,
+                consumers: $consumers,
+                stages: $stages,
+                pairs: Op::$op.pairs(),
+            };
+            forward::<element!($dtype), mask!($mask), second!($op), { $head_dim / 8 }, { $block_n / 8 }>(
                 &p,
                 crate::parameter_address!($symbol),
                 &SMEM,
@@ -85,8 +104,16 @@ crate::forward_variants!(forward_entries);
 
 /// A backward CTA: one producer warpgroup, two consumers.
 #[inline(always)]
-fn backward<E: Packed, M: Mask, const D8: usize, const C8: usize, const M8: usize, const Q8: usize>(
-    p: &BackwardParams<TensorMap>,
+fn backward<
+    E: Packed,
+    M: Mask,
+    S: BackwardSecond<TensorMap>,
+    const D8: usize,
+    const C8: usize,
+    const M8: usize,
+    const Q8: usize,
+>(
+    p: &BackwardParams<TensorMap, S>,
     parameters: u64,
     smem: &BackwardSmem,
     split: Split,
@@ -99,19 +126,19 @@ fn backward<E: Packed, M: Mask, const D8: usize, const C8: usize, const M8: usiz
     match role {
         Role::Producer => {
             cta::set_backward_registers(role, smem.head_dim);
-            backward_producer::produce::<M>(p, parameters, smem, tiles);
+            backward_producer::produce::<M, S>(p, parameters, smem, tiles);
         }
         Role::Consumer(index) => {
             cta::set_backward_registers(role, smem.head_dim);
             let mut consumer = Consumer::<E, _>::backward(smem, split, index, parameters);
-            consume_backward::<_, M, D8, C8, M8, Q8>(&mut consumer, p, smem.block_n, tiles);
+            consume_backward::<_, M, S, D8, C8, M8, Q8>(&mut consumer, p, smem.block_n, tiles);
         }
     }
 }
 
-/// The kernel that finishes is the same for every mask; the row without one makes it.
+/// The kernel that finishes is the same for every mask and operator; one row of them makes it.
 macro_rules! finish_entry {
-    (None, $finish:ident, $dtype:ident, $head_dim:literal, $block_m:literal) => {
+    (Forward, None, $finish:ident, $dtype:ident, $head_dim:literal, $block_m:literal) => {
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $finish(p: FinishParams) {
             rows::finish::<element!($dtype), { DqPart::columns($block_m, $head_dim) as usize / 8 }>(
@@ -121,20 +148,28 @@ macro_rules! finish_entry {
     };
     ($($other:tt)*) => {};
 }
+macro_rules! backward_second {
+    (Forward) => {
+        ()
+    };
+    (Piecewise) => {
+        BackwardSecondPair<TensorMap>
+    };
+}
 macro_rules! backward_entries {
-    ($($symbol:ident, $prepare:ident, $finish:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal,
-       $block_n:literal, $split:ident;)*) => {$(
+    ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
+       $block_m:literal, $block_n:literal, $split:ident;)*) => {$(
         #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $symbol(p: BackwardParams<TensorMap>) {
+        pub unsafe extern "ptx-kernel" fn $symbol(p: BackwardParams<TensorMap, backward_second!($op)>) {
             const SMEM: BackwardSmem =
                 BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n };
             backward::<
-                element!($dtype), mask!($mask), { $head_dim / 8 },
+                element!($dtype), mask!($mask), backward_second!($op), { $head_dim / 8 },
                 { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 },
                 { DqPart::columns($block_m, $head_dim) as usize / 8 },
             >(&p, crate::parameter_address!($symbol), &SMEM, Split::$split);
         }
-        finish_entry!($mask, $finish, $dtype, $head_dim, $block_m);
+        finish_entry!($op, $mask, $finish, $dtype, $head_dim, $block_m);
     )*};
 }
 crate::backward_variants!(backward_entries);

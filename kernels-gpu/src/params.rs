@@ -3,6 +3,7 @@
 //! A kernel takes one `#[repr(C)]` struct by value. It is generic over how a tensor is named: on the GPU a
 //! [`TensorMap`], which the copy engine reads; on the CPU executor a plain [`Strided`] address.
 
+use crate::attention::pairs::{ByDistance, OnePair, Pairs};
 use crate::attention::scheduler::TileOrder;
 
 /// A tensor (batch, heads, seqlen, head_dim) in memory; strides are in elements and head_dim is contiguous.
@@ -68,13 +69,114 @@ pub fn quotient(a: u32, b: u32) -> u32 {
     a / b.max(1)
 }
 
+/// What a kernel's parameters say of a second pair of Q and K: nothing, `()`, or a [`SecondPair`].
+pub trait Second<T>: Copy {
+    /// The rule by which scores come from the pairs.
+    type Pairs: Pairs;
+    fn pairs(&self, shape: &Shape) -> Self::Pairs;
+    /// The number of the last pair.
+    fn last(&self) -> u32;
+    /// Its tensors, where there is one.
+    fn tensors(&self) -> Option<(&T, &T)>;
+}
+
+impl<T> Second<T> for () {
+    type Pairs = OnePair;
+    #[inline(always)]
+    fn pairs(&self, _: &Shape) -> OnePair {
+        OnePair
+    }
+    #[inline(always)]
+    fn last(&self) -> u32 {
+        0
+    }
+    #[inline(always)]
+    fn tensors(&self) -> Option<(&T, &T)> {
+        None
+    }
+}
+
+/// The second pair of piecewise attention. Its size keeps every map behind it on its boundary.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SecondPair<T> {
+    pub q: T,
+    pub k: T,
+    /// The distance from which on scores come from this pair.
+    pub dist_threshold: i32,
+    /// This pair's number, 1. Read from here, it is no constant that a compiler would make a second mainloop for.
+    pub number: u32,
+    pub padding: [u32; 14],
+}
+
+impl<T: Copy> Second<T> for SecondPair<T> {
+    type Pairs = ByDistance;
+    #[inline(always)]
+    fn pairs(&self, shape: &Shape) -> ByDistance {
+        ByDistance::new(self.dist_threshold, shape)
+    }
+    #[inline(always)]
+    fn last(&self) -> u32 {
+        self.number
+    }
+    #[inline(always)]
+    fn tensors(&self) -> Option<(&T, &T)> {
+        Some((&self.q, &self.k))
+    }
+}
+
+/// As [`Second`], of a backward pass.
+pub trait BackwardSecond<T>: Second<T> {
+    /// The gradient of the pair's K, where there is one.
+    fn dk(&self) -> Option<Strided>;
+}
+
+impl<T> BackwardSecond<T> for () {
+    #[inline(always)]
+    fn dk(&self) -> Option<Strided> {
+        None
+    }
+}
+
+/// The second pair of piecewise attention's backward pass.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardSecondPair<T> {
+    pub pair: SecondPair<T>,
+    pub dk: Strided,
+}
+
+impl<T: Copy> Second<T> for BackwardSecondPair<T> {
+    type Pairs = ByDistance;
+    #[inline(always)]
+    fn pairs(&self, shape: &Shape) -> ByDistance {
+        self.pair.pairs(shape)
+    }
+    #[inline(always)]
+    fn last(&self) -> u32 {
+        self.pair.number
+    }
+    #[inline(always)]
+    fn tensors(&self) -> Option<(&T, &T)> {
+        self.pair.tensors()
+    }
+}
+
+impl<T: Copy> BackwardSecond<T> for BackwardSecondPair<T> {
+    #[inline(always)]
+    fn dk(&self) -> Option<Strided> {
+        Some(self.dk)
+    }
+}
+
 /// Parameters of the forward kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct ForwardParams<T> {
+pub struct ForwardParams<T, S = ()> {
     pub q: T,
     pub k: T,
     pub v: T,
+    pub second: S,
     pub o: Output<T>,
     /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; 0 where it is not wanted.
     pub lse: u64,
@@ -90,11 +192,12 @@ pub const ROW_PADDING: u32 = 128;
 /// Parameters of the backward kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct BackwardParams<T> {
+pub struct BackwardParams<T, S = ()> {
     pub q: T,
     pub k: T,
     pub v: T,
     pub d_o: T,
+    pub second: S,
     pub dk: Strided,
     pub dv: Strided,
     pub workspace: Workspace,
@@ -113,9 +216,10 @@ pub struct Workspace {
     pub lse: u64,
     /// f32 (batch, heads_q, rows): rowsum(dO∘O) less the gradient of the LSE.
     pub delta: u64,
-    /// f32 (batch, heads_q, rows, compiled head_dim), unscaled; within a query block in an order of the machine's own.
+    /// f32 (pairs, batch, heads_q, rows, compiled head_dim), unscaled; within a query block in an order of the machine's
+    /// own.
     pub dq: u64,
-    /// u32 (batch, heads_q, query blocks, 2): how many key blocks have added to a part of dQ; 0 where order is free.
+    /// u32 (pairs, batch, heads_q, query blocks, 2): how many key blocks have added to a part of dQ; 0 where order is free.
     pub turns: u64,
     /// Query rows of a head, padding included.
     pub rows: u32,
@@ -143,6 +247,8 @@ pub struct PrepareParams {
     pub shape: Shape,
     /// The backward kernel's compiled head dim.
     pub head_dim: u32,
+    /// Pairs of Q and K.
+    pub pairs: u32,
 }
 
 /// Parameters of the kernel that turns the workspace's dQ into the tensor.
@@ -153,4 +259,6 @@ pub struct FinishParams {
     pub workspace: Workspace,
     pub scale: f32,
     pub shape: Shape,
+    /// The pair whose dQ it is.
+    pub pair: u32,
 }

@@ -4,8 +4,9 @@
 //! executor runs the same row. Everything that is not in a row is a run-time parameter.
 
 use crate::arch::Split;
-use crate::attention::block_info::NBlocks;
-use crate::attention::mask::{Causal, Full};
+use crate::attention::block_info::Visits;
+use crate::attention::mask::{Causal, Full, Mask};
+use crate::attention::pairs::{ByDistance, OnePair, Pairs};
 use crate::attention::query_blocks::{MBlocks, turn_blocks};
 use crate::attention::scheduler::TileOrder;
 use crate::params::{ROW_PADDING, Shape};
@@ -47,12 +48,25 @@ impl MaskKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Op {
     Forward,
+    /// With two pairs of Q and K, by distance.
+    Piecewise,
 }
 
 impl Op {
     pub const fn name(self) -> &'static str {
         match self {
             Op::Forward => "forward",
+            Op::Piecewise => "piecewise",
+        }
+    }
+}
+
+impl Op {
+    /// Pairs of Q and K.
+    pub const fn pairs(self) -> u32 {
+        match self {
+            Op::Forward => 1,
+            Op::Piecewise => 2,
         }
     }
 }
@@ -93,7 +107,13 @@ impl Variant {
     }
     /// Where everything lies in a CTA's shared memory.
     pub const fn smem(&self) -> ForwardSmem {
-        ForwardSmem { head_dim: self.head_dim, block_n: self.block_n, consumers: self.consumers, stages: self.stages }
+        ForwardSmem {
+            head_dim: self.head_dim,
+            block_n: self.block_n,
+            consumers: self.consumers,
+            stages: self.stages,
+            pairs: self.op.pairs(),
+        }
     }
     /// Dynamic shared memory of a CTA in bytes.
     pub const fn smem_bytes(&self) -> u32 {
@@ -102,22 +122,40 @@ impl Variant {
 }
 
 impl MaskKind {
-    /// The n_blocks that a query tile visits.
-    pub fn n_blocks(self, shape: &Shape, first_row: u32, block_m: u32, block_n: u32) -> NBlocks {
-        match self {
-            MaskKind::None => NBlocks::new::<Full>(shape, first_row, block_m, block_n),
-            MaskKind::Causal => NBlocks::new::<Causal>(shape, first_row, block_m, block_n),
+    /// How many blocks of keys a query tile visits; with a threshold, through two pairs.
+    fn visits(self, shape: &Shape, dist_threshold: Option<i32>, m_block: u32, (block_m, block_n): (u32, u32)) -> u32 {
+        let row = m_block * block_m;
+        let distance = |t| ByDistance::new(t, shape);
+        match (self, dist_threshold) {
+            (MaskKind::None, None) => Visits::new::<Full, _>(shape, OnePair, row, block_m, block_n).count,
+            (MaskKind::None, Some(t)) => Visits::new::<Full, _>(shape, distance(t), row, block_m, block_n).count,
+            (MaskKind::Causal, None) => Visits::new::<Causal, _>(shape, OnePair, row, block_m, block_n).count,
+            (MaskKind::Causal, Some(t)) => Visits::new::<Causal, _>(shape, distance(t), row, block_m, block_n).count,
+        }
+    }
+
+    /// How many query blocks of a head a block of keys meets; with a threshold, through two pairs.
+    fn met(self, shape: &Shape, dist_threshold: Option<i32>, n_block: u32, tile: (u32, u32)) -> u32 {
+        fn count<M: Mask, P: Pairs>(shape: &Shape, pairs: P, n_block: u32, (block_m, block_n): (u32, u32)) -> u32 {
+            let blocks = |pair| MBlocks::new::<M, P>(shape, pairs, pair, n_block * block_n, block_n, block_m);
+            (0..P::COUNT).map(blocks).map(|blocks| blocks.end - blocks.start).sum()
+        }
+        match (self, dist_threshold) {
+            (MaskKind::None, None) => count::<Full, _>(shape, OnePair, n_block, tile),
+            (MaskKind::None, Some(t)) => count::<Full, _>(shape, ByDistance::new(t, shape), n_block, tile),
+            (MaskKind::Causal, None) => count::<Causal, _>(shape, OnePair, n_block, tile),
+            (MaskKind::Causal, Some(t)) => count::<Causal, _>(shape, ByDistance::new(t, shape), n_block, tile),
         }
     }
 }
 
 impl Variant {
     /// The order in which `ctas` CTAs take the work tiles of a problem that has any, and about how long they take: in
-    /// scores that the busiest one computes.
-    pub fn order(&self, shape: &Shape, ctas: u32) -> (TileOrder, u64) {
+    /// scores that the busiest one computes. Piecewise attention has a threshold.
+    pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> (TileOrder, u64) {
         let (block_m, block_n) = (self.block_m(), self.block_n);
         let (order, blocks) = TileOrder::balanced(shape, block_m, ctas, |m_block| {
-            self.mask.n_blocks(shape, m_block * block_m, block_m, block_n).end
+            self.mask.visits(shape, dist_threshold, m_block, (block_m, block_n))
         });
         // Two consumers hide less of each other's softmax than three.
         let percent = if self.consumers < 3 { 100 } else { 85 };
@@ -125,54 +163,71 @@ impl Variant {
     }
 }
 
-/// The compiled forward variants of the smallest head dim that holds `head_dim`; they differ in their tiles.
-pub fn forward(dtype: Dtype, head_dim: u32, mask: MaskKind) -> impl Iterator<Item = &'static Variant> {
-    let fits = move |v: &&Variant| v.op == Op::Forward && v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim;
+/// The compiled variants of an operator of the smallest head dim that holds `head_dim`; they differ in their tiles.
+pub fn forward(op: Op, dtype: Dtype, head_dim: u32, mask: MaskKind) -> impl Iterator<Item = &'static Variant> {
+    let fits = move |v: &&Variant| v.op == op && v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim;
     let smallest = VARIANTS.iter().filter(fits).map(|v| v.head_dim).min();
     VARIANTS.iter().filter(fits).filter(move |v| Some(v.head_dim) == smallest)
 }
 
 /// Calls `$apply!` with one row a variant:
-/// `symbol, dtype, head_dim, mask, consumers, block_n, stages;`
+/// `symbol, op, dtype, head_dim, mask, consumers, block_n, stages;`
 #[macro_export]
 macro_rules! forward_variants {
     ($apply:ident) => {
         $apply! {
-            forward_f16_d64, F16, 64, None, 3, 128, 6;
-            forward_f16_d64_causal, F16, 64, Causal, 3, 128, 6;
-            forward_f16_d64_m128, F16, 64, None, 2, 128, 6;
-            forward_f16_d64_m128_causal, F16, 64, Causal, 2, 128, 6;
-            forward_f16_d96, F16, 96, None, 2, 128, 5;
-            forward_f16_d96_causal, F16, 96, Causal, 2, 128, 5;
-            forward_f16_d128, F16, 128, None, 2, 128, 5;
-            forward_f16_d128_causal, F16, 128, Causal, 2, 128, 5;
-            forward_f16_d192, F16, 192, None, 2, 112, 4;
-            forward_f16_d192_causal, F16, 192, Causal, 2, 112, 4;
-            forward_f16_d256, F16, 256, None, 2, 80, 4;
-            forward_f16_d256_causal, F16, 256, Causal, 2, 80, 4;
-            forward_bf16_d64, Bf16, 64, None, 3, 128, 6;
-            forward_bf16_d64_causal, Bf16, 64, Causal, 3, 128, 6;
-            forward_bf16_d64_m128, Bf16, 64, None, 2, 128, 6;
-            forward_bf16_d64_m128_causal, Bf16, 64, Causal, 2, 128, 6;
-            forward_bf16_d96, Bf16, 96, None, 2, 128, 5;
-            forward_bf16_d96_causal, Bf16, 96, Causal, 2, 128, 5;
-            forward_bf16_d128, Bf16, 128, None, 2, 128, 5;
-            forward_bf16_d128_causal, Bf16, 128, Causal, 2, 128, 5;
-            forward_bf16_d192, Bf16, 192, None, 2, 112, 4;
-            forward_bf16_d192_causal, Bf16, 192, Causal, 2, 112, 4;
-            forward_bf16_d256, Bf16, 256, None, 2, 80, 4;
-            forward_bf16_d256_causal, Bf16, 256, Causal, 2, 80, 4;
+            forward_f16_d64, Forward, F16, 64, None, 3, 128, 6;
+            forward_f16_d64_causal, Forward, F16, 64, Causal, 3, 128, 6;
+            forward_f16_d64_m128, Forward, F16, 64, None, 2, 128, 6;
+            forward_f16_d64_m128_causal, Forward, F16, 64, Causal, 2, 128, 6;
+            forward_f16_d96, Forward, F16, 96, None, 2, 128, 5;
+            forward_f16_d96_causal, Forward, F16, 96, Causal, 2, 128, 5;
+            forward_f16_d128, Forward, F16, 128, None, 2, 128, 5;
+            forward_f16_d128_causal, Forward, F16, 128, Causal, 2, 128, 5;
+            forward_f16_d192, Forward, F16, 192, None, 2, 112, 4;
+            forward_f16_d192_causal, Forward, F16, 192, Causal, 2, 112, 4;
+            forward_f16_d256, Forward, F16, 256, None, 2, 80, 4;
+            forward_f16_d256_causal, Forward, F16, 256, Causal, 2, 80, 4;
+            forward_bf16_d64, Forward, Bf16, 64, None, 3, 128, 6;
+            forward_bf16_d64_causal, Forward, Bf16, 64, Causal, 3, 128, 6;
+            forward_bf16_d64_m128, Forward, Bf16, 64, None, 2, 128, 6;
+            forward_bf16_d64_m128_causal, Forward, Bf16, 64, Causal, 2, 128, 6;
+            forward_bf16_d96, Forward, Bf16, 96, None, 2, 128, 5;
+            forward_bf16_d96_causal, Forward, Bf16, 96, Causal, 2, 128, 5;
+            forward_bf16_d128, Forward, Bf16, 128, None, 2, 128, 5;
+            forward_bf16_d128_causal, Forward, Bf16, 128, Causal, 2, 128, 5;
+            forward_bf16_d192, Forward, Bf16, 192, None, 2, 112, 4;
+            forward_bf16_d192_causal, Forward, Bf16, 192, Causal, 2, 112, 4;
+            forward_bf16_d256, Forward, Bf16, 256, None, 2, 80, 4;
+            forward_bf16_d256_causal, Forward, Bf16, 256, Causal, 2, 80, 4;
+            piecewise_f16_d64, Piecewise, F16, 64, None, 3, 128, 6;
+            piecewise_f16_d64_causal, Piecewise, F16, 64, Causal, 3, 128, 6;
+            piecewise_f16_d64_m128, Piecewise, F16, 64, None, 2, 128, 6;
+            piecewise_f16_d64_m128_causal, Piecewise, F16, 64, Causal, 2, 128, 6;
+            piecewise_f16_d128, Piecewise, F16, 128, None, 2, 128, 4;
+            piecewise_f16_d128_causal, Piecewise, F16, 128, Causal, 2, 128, 4;
+            piecewise_f16_d256, Piecewise, F16, 256, None, 2, 64, 3;
+            piecewise_f16_d256_causal, Piecewise, F16, 256, Causal, 2, 64, 3;
+            piecewise_bf16_d64, Piecewise, Bf16, 64, None, 3, 128, 6;
+            piecewise_bf16_d64_causal, Piecewise, Bf16, 64, Causal, 3, 128, 6;
+            piecewise_bf16_d64_m128, Piecewise, Bf16, 64, None, 2, 128, 6;
+            piecewise_bf16_d64_m128_causal, Piecewise, Bf16, 64, Causal, 2, 128, 6;
+            piecewise_bf16_d128, Piecewise, Bf16, 128, None, 2, 128, 4;
+            piecewise_bf16_d128_causal, Piecewise, Bf16, 128, Causal, 2, 128, 4;
+            piecewise_bf16_d256, Piecewise, Bf16, 256, None, 2, 64, 3;
+            piecewise_bf16_d256_causal, Piecewise, Bf16, 256, Causal, 2, 64, 3;
         }
     };
 }
 
 macro_rules! forward_table {
-    ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal, $stages:literal;)*) => {
+    ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
+       $stages:literal;)*) => {
         /// Every compiled variant.
         pub static VARIANTS: &[Variant] = &[$(
             Variant {
                 symbol: stringify!($symbol),
-                op: Op::Forward,
+                op: Op::$op,
                 dtype: Dtype::$dtype,
                 head_dim: $head_dim,
                 mask: MaskKind::$mask,
@@ -193,6 +248,8 @@ pub struct BackwardVariant {
     /// Names of the kernels that prepare the workspace and that turn its dQ into the tensor.
     pub prepare: &'static str,
     pub finish: &'static str,
+    /// Whose gradients these are.
+    pub op: Op,
     pub dtype: Dtype,
     /// The compiled head dim; smaller ones run in it, padded with zeros by the copy engine.
     pub head_dim: u32,
@@ -228,16 +285,11 @@ impl BackwardVariant {
         self.rows(shape) / self.block_m
     }
     /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one key head, which
-    /// in [`TileOrder`] are query tiles of one query head.
-    pub fn order(&self, shape: &Shape, ctas: u32) -> TileOrder {
+    /// in [`TileOrder`] are query tiles of one query head. Piecewise attention has a threshold.
+    pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> TileOrder {
         let n_blocks = shape.seqlen_k.div_ceil(self.block_n);
         TileOrder::balanced(&self.keys(shape), self.block_n, ctas, |index| {
-            let first_key = (n_blocks - 1 - index) * self.block_n;
-            let blocks = match self.mask {
-                MaskKind::None => MBlocks::new::<Full>(shape, first_key, self.block_n, self.block_m),
-                MaskKind::Causal => MBlocks::new::<Causal>(shape, first_key, self.block_n, self.block_m),
-            };
-            (blocks.end - blocks.start) * shape.group()
+            self.mask.met(shape, dist_threshold, n_blocks - 1 - index, (self.block_m, self.block_n)) * shape.group()
         })
         .0
     }
@@ -260,11 +312,11 @@ impl BackwardVariant {
     }
 }
 
-/// The smallest compiled backward variant that holds `head_dim`.
-pub fn backward(dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static BackwardVariant> {
+/// The smallest compiled backward variant of an operator that holds `head_dim`.
+pub fn backward(op: Op, dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static BackwardVariant> {
     BACKWARD_VARIANTS
         .iter()
-        .filter(|v| v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim)
+        .filter(|v| v.op == op && v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim)
         .min_by_key(|v| v.head_dim)
 }
 
@@ -280,36 +332,49 @@ pub fn launches() -> std::vec::Vec<(&'static str, u32)> {
 }
 
 /// Calls `$apply!` with one row a variant:
-/// `symbol, prepare, finish, dtype, head_dim, mask, block_m, block_n, split;`
+/// `symbol, prepare, finish, op, dtype, head_dim, mask, block_m, block_n, split;`
 #[macro_export]
 macro_rules! backward_variants {
     ($apply:ident) => {
         $apply! {
-            backward_f16_d64, prepare_f16, finish_f16_d64, F16, 64, None, 128, 128, Keys;
-            backward_f16_d64_causal, prepare_f16, finish_f16_d64, F16, 64, Causal, 128, 128, Keys;
-            backward_f16_d128, prepare_f16, finish_f16_d128, F16, 128, None, 64, 128, Keys;
-            backward_f16_d128_causal, prepare_f16, finish_f16_d128, F16, 128, Causal, 64, 128, Keys;
-            backward_f16_d256, prepare_f16, finish_f16_d256, F16, 256, None, 64, 64, Columns;
-            backward_f16_d256_causal, prepare_f16, finish_f16_d256, F16, 256, Causal, 64, 64, Columns;
-            backward_bf16_d64, prepare_bf16, finish_bf16_d64, Bf16, 64, None, 128, 128, Keys;
-            backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Bf16, 64, Causal, 128, 128, Keys;
-            backward_bf16_d128, prepare_bf16, finish_bf16_d128, Bf16, 128, None, 64, 128, Keys;
-            backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Bf16, 128, Causal, 64, 128, Keys;
-            backward_bf16_d256, prepare_bf16, finish_bf16_d256, Bf16, 256, None, 64, 64, Columns;
-            backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Bf16, 256, Causal, 64, 64, Columns;
+            backward_f16_d64, prepare_f16, finish_f16_d64, Forward, F16, 64, None, 128, 128, Keys;
+            backward_f16_d64_causal, prepare_f16, finish_f16_d64, Forward, F16, 64, Causal, 128, 128, Keys;
+            backward_f16_d128, prepare_f16, finish_f16_d128, Forward, F16, 128, None, 64, 128, Keys;
+            backward_f16_d128_causal, prepare_f16, finish_f16_d128, Forward, F16, 128, Causal, 64, 128, Keys;
+            backward_f16_d256, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Columns;
+            backward_f16_d256_causal, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Columns;
+            backward_bf16_d64, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, None, 128, 128, Keys;
+            backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, Causal, 128, 128, Keys;
+            backward_bf16_d128, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, None, 64, 128, Keys;
+            backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, Causal, 64, 128, Keys;
+            backward_bf16_d256, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Columns;
+            backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Columns;
+            piecewise_backward_f16_d64, prepare_f16, finish_f16_d64, Piecewise, F16, 64, None, 128, 128, Keys;
+            piecewise_backward_f16_d64_causal, prepare_f16, finish_f16_d64, Piecewise, F16, 64, Causal, 128, 128, Keys;
+            piecewise_backward_f16_d128, prepare_f16, finish_f16_d128, Piecewise, F16, 128, None, 64, 128, Keys;
+            piecewise_backward_f16_d128_causal, prepare_f16, finish_f16_d128, Piecewise, F16, 128, Causal, 64, 128, Keys;
+            piecewise_backward_f16_d256, prepare_f16, finish_f16_d256, Piecewise, F16, 256, None, 64, 64, Columns;
+            piecewise_backward_f16_d256_causal, prepare_f16, finish_f16_d256, Piecewise, F16, 256, Causal, 64, 64, Columns;
+            piecewise_backward_bf16_d64, prepare_bf16, finish_bf16_d64, Piecewise, Bf16, 64, None, 128, 128, Keys;
+            piecewise_backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Piecewise, Bf16, 64, Causal, 128, 128, Keys;
+            piecewise_backward_bf16_d128, prepare_bf16, finish_bf16_d128, Piecewise, Bf16, 128, None, 64, 128, Keys;
+            piecewise_backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Piecewise, Bf16, 128, Causal, 64, 128, Keys;
+            piecewise_backward_bf16_d256, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, None, 64, 64, Columns;
+            piecewise_backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, Causal, 64, 64, Columns;
         }
     };
 }
 
 macro_rules! backward_table {
-    ($($symbol:ident, $prepare:ident, $finish:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal,
-       $block_n:literal, $split:ident;)*) => {
+    ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
+       $block_m:literal, $block_n:literal, $split:ident;)*) => {
         /// Every compiled backward variant.
         pub static BACKWARD_VARIANTS: &[BackwardVariant] = &[$(
             BackwardVariant {
                 symbol: stringify!($symbol),
                 prepare: stringify!($prepare),
                 finish: stringify!($finish),
+                op: Op::$op,
                 dtype: Dtype::$dtype,
                 head_dim: $head_dim,
                 mask: MaskKind::$mask,

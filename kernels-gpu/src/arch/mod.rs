@@ -75,7 +75,7 @@ pub trait ForwardWarpgroup: Warpgroup {
 
     /// The query row of `tile` where this warpgroup's 64 begin.
     fn first_row(&self, tile: &WorkTile) -> u32;
-    /// Starts loading this warpgroup's query rows of `tile`; every earlier product with Q must have been waited for.
+    /// Starts loading this warpgroup's query rows of `tile`, of every pair; every earlier product with Q must have been waited for.
     fn load_q(&mut self, tile: &WorkTile);
     /// Waits until the rows that [`ForwardWarpgroup::load_q`] asked for are there.
     fn wait_q(&mut self);
@@ -84,8 +84,8 @@ pub trait ForwardWarpgroup: Warpgroup {
     /// Gives a slot back to the producer; every product that reads it must have been waited for.
     fn release_kv(&mut self, slot: Self::Slot);
 
-    /// S = Q·Kᵀ, in flight.
-    fn qk<const D8: usize, const N8: usize>(&mut self, k: Self::Slot) -> Pending<Self::Acc<N8>>;
+    /// S = Q·Kᵀ of one pair, in flight.
+    fn qk<const D8: usize, const N8: usize>(&mut self, k: Self::Slot, pair: u32) -> Pending<Self::Acc<N8>>;
     /// O + P·V, in flight.
     fn pv<const N8: usize, const D8: usize>(
         &mut self,

@@ -1,67 +1,149 @@
 //! Which n_blocks a query tile visits: skipped blocks hold no live key, full blocks hold only live ones.
 //!
 //! Blocks are visited from the last to the first, so that the masked ones come before the full ones and the mainloop
-//! runs over two consecutive ranges with one step function. A query tile without a live key visits its first block all
-//! the same, wholly masked: so every work tile has a first and a last block, and the mainloop no case of none.
+//! runs over consecutive ranges with one step function; with two pairs, those of the first pair and then those of the
+//! second. A query tile without a live key visits its first block all the same, wholly masked: so every work tile has a
+//! first and a last visit, and the mainloop no case of none.
 
 use core::marker::PhantomData;
 
 use super::mask::Mask;
+use super::pairs::Pairs;
 use super::scheduler::WorkTile;
 use crate::params::{Shape, quotient};
 use crate::pipeline::order::KvBlock;
 
-/// The n_blocks of one query tile: `0..full_end` are full, `full_end..end` are masked, the rest is skipped.
+/// The n_blocks that a query tile meets through one pair: of `start..end`, those in `full_start..full_end` are full, the
+/// others masked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NBlocks {
-    pub full_end: u32,
-    pub end: u32,
+struct NBlocks {
+    start: u32,
+    full_start: u32,
+    full_end: u32,
+    end: u32,
 }
 
 impl NBlocks {
+    #[inline(always)]
+    fn new<M: Mask, P: Pairs>(shape: &Shape, pairs: P, pair: u32, rows: (u32, u32), block_n: u32) -> Self {
+        let (first, last) = (pairs.keys::<M>(shape, pair, rows.0), pairs.keys::<M>(shape, pair, rows.1));
+        // Starts and ends grow with the row; where neither the first nor the last row sees a key, none does.
+        let any = P::COUNT == 1 || first.0 < first.1 || last.0 < last.1;
+        let end = if any { last.1.div_ceil(block_n) } else { 0 };
+        NBlocks {
+            start: (first.0 / block_n).min(end),
+            full_start: last.0.div_ceil(block_n),
+            full_end: first.1 / block_n,
+            end,
+        }
+    }
+}
+
+/// What a query tile visits, counted down: visit `u` has `u` more behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Visits {
+    pub count: u32,
+    /// Those below are of the second pair.
+    second: u32,
+    /// Visit `u` of the first pair is n_block `u − base`, modulo 2³².
+    base: u32,
+    /// Where runs of full blocks begin and end.
+    first_full: (u32, u32),
+    second_full: u32,
+}
+
+/// One block of keys, and the pair that its scores come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Visit {
+    pub pair: u32,
+    pub n_block: u32,
+}
+
+impl Visits {
     /// For the query rows `first_row..first_row + block_m`, of which there is at least one before seqlen_q.
     #[inline(always)]
-    pub fn new<M: Mask>(shape: &Shape, first_row: u32, block_m: u32, block_n: u32) -> Self {
-        let last_row = (first_row + block_m).min(shape.seqlen_q) - 1;
-        NBlocks {
-            full_end: M::live_end(shape, first_row) / block_n,
-            end: M::live_end(shape, last_row).div_ceil(block_n).max(1),
+    pub fn new<M: Mask, P: Pairs>(shape: &Shape, pairs: P, first_row: u32, block_m: u32, block_n: u32) -> Self {
+        let rows = (first_row, (first_row + block_m).min(shape.seqlen_q) - 1);
+        let first = NBlocks::new::<M, P>(shape, pairs, 0, rows, block_n);
+        if P::COUNT == 1 {
+            return Visits {
+                count: first.end.max(1),
+                second: 0,
+                base: 0,
+                first_full: (0, first.full_end),
+                second_full: 0,
+            };
         }
+        let second = NBlocks::new::<M, P>(shape, pairs, 1, rows, block_n);
+        let base = second.end.wrapping_sub(first.start);
+        let visit = |n_block: u32| n_block.clamp(first.start, first.end).wrapping_add(base);
+        Visits {
+            count: (second.end + (first.end - first.start)).max(1),
+            second: second.end,
+            base,
+            first_full: (visit(first.full_start), visit(first.full_end)),
+            second_full: second.full_end.min(second.end),
+        }
+    }
+
+    #[inline(always)]
+    pub fn at(&self, u: u32) -> Visit {
+        let second = u < self.second;
+        Visit { pair: second as u32, n_block: if second { u } else { u.wrapping_sub(self.base) } }
+    }
+
+    /// Whether every row sees every key of the block through the pair.
+    #[inline(always)]
+    pub fn is_full(&self, u: u32) -> bool {
+        (self.first_full.0 <= u && u < self.first_full.1) || u < self.second_full
+    }
+
+    /// Run `index` of as many as there are pairs: its masked visits are those before the run before down to `.1`, its full
+    /// ones from there down to `.0`.
+    #[inline(always)]
+    pub fn run(&self, index: u32) -> (u32, u32) {
+        if index == 0 { self.first_full } else { (0, self.second_full) }
     }
 }
 
 /// The blocks of keys that a CTA's work tiles visit, in the order in which they visit them.
-pub struct KvBlocks<'a, M, I> {
+pub struct KvBlocks<'a, M, P, I> {
     shape: &'a Shape,
+    pairs: P,
     block_m: u32,
     block_n: u32,
     tiles: I,
-    /// The last block that was given; those before it in its work tile are still to come.
-    block: KvBlock,
+    /// The work tile's batch item and key/value head, and its visits; `left` of them are still to come.
+    batch: u32,
+    head: u32,
+    visits: Visits,
+    left: u32,
     mask: PhantomData<M>,
 }
 
-impl<'a, M: Mask, I: Iterator<Item = WorkTile>> KvBlocks<'a, M, I> {
+impl<'a, M: Mask, P: Pairs, I: Iterator<Item = WorkTile>> KvBlocks<'a, M, P, I> {
     #[inline(always)]
-    pub fn new(shape: &'a Shape, block_m: u32, block_n: u32, tiles: I) -> Self {
-        let block = KvBlock { batch: 0, head: 0, n_block: 0 };
-        KvBlocks { shape, block_m, block_n, tiles, block, mask: PhantomData }
+    pub fn new(shape: &'a Shape, pairs: P, block_m: u32, block_n: u32, tiles: I) -> Self {
+        let visits = Visits { count: 0, second: 0, base: 0, first_full: (0, 0), second_full: 0 };
+        KvBlocks { shape, pairs, block_m, block_n, tiles, batch: 0, head: 0, visits, left: 0, mask: PhantomData }
     }
 }
 
-impl<M: Mask, I: Iterator<Item = WorkTile>> Iterator for KvBlocks<'_, M, I> {
+impl<M: Mask, P: Pairs, I: Iterator<Item = WorkTile>> Iterator for KvBlocks<'_, M, P, I> {
     type Item = KvBlock;
 
     #[inline(always)]
     fn next(&mut self) -> Option<KvBlock> {
-        if self.block.n_block == 0 {
+        if self.left == 0 {
             let tile = self.tiles.next()?;
-            let blocks = NBlocks::new::<M>(self.shape, tile.m_block * self.block_m, self.block_m, self.block_n);
-            let head = quotient(tile.head, self.shape.group());
-            self.block = KvBlock { batch: tile.batch, head, n_block: blocks.end };
+            let first_row = tile.m_block * self.block_m;
+            self.visits = Visits::new::<M, P>(self.shape, self.pairs, first_row, self.block_m, self.block_n);
+            self.left = self.visits.count;
+            (self.batch, self.head) = (tile.batch, quotient(tile.head, self.shape.group()));
         }
-        self.block.n_block -= 1;
-        Some(self.block)
+        self.left -= 1;
+        let Visit { pair, n_block } = self.visits.at(self.left);
+        Some(KvBlock { batch: self.batch, head: self.head, n_block, pair })
     }
 }
 
@@ -70,34 +152,64 @@ mod tests {
 
     use super::*;
     use crate::attention::mask::{Causal, Full};
+    use crate::attention::pairs::{ByDistance, OnePair};
 
-    fn agrees<M: Mask>(shape: Shape, block_m: u32, block_n: u32) {
+    fn agrees<M: Mask, P: Pairs>(shape: Shape, pairs: P, block_m: u32, block_n: u32) {
         for first_row in (0..shape.seqlen_q).step_by(block_m as usize) {
-            let blocks = NBlocks::new::<M>(&shape, first_row, block_m, block_n);
+            let visits = Visits::new::<M, P>(&shape, pairs, first_row, block_m, block_n);
             let rows = first_row..(first_row + block_m).min(shape.seqlen_q);
-            for n_block in 0..shape.seqlen_k.div_ceil(block_n) {
+            let mut met = std::vec![];
+            for u in (0..visits.count).rev() {
+                let Visit { pair, n_block } = visits.at(u);
                 let keys = n_block * block_n..(n_block + 1) * block_n;
-                let live = |i: u32, j: u32| j < M::live_end(&shape, i);
+                let live = |i: u32, j: u32| {
+                    let (start, end) = pairs.keys::<M>(&shape, pair, i);
+                    (start..end).contains(&j)
+                };
                 let any = rows.clone().any(|i| keys.clone().any(|j| live(i, j)));
                 let all = rows.clone().all(|i| keys.clone().all(|j| live(i, j)));
-                assert!(n_block < blocks.end || !any, "{shape:?} row {first_row}: block {n_block} skipped but live");
-                assert!(n_block >= blocks.full_end || all, "{shape:?} row {first_row}: block {n_block} not full");
-                let visited = n_block < blocks.end;
-                assert!(
-                    !visited || n_block == 0 || any,
-                    "{shape:?} row {first_row}: block {n_block} visited for nothing"
-                );
+                assert!(any || visits.count == 1, "{shape:?} row {first_row}: {visits:?} visits {u} for nothing");
+                assert_eq!(visits.is_full(u), all, "{shape:?} row {first_row}: {visits:?} at {u}");
+                met.push((pair, n_block));
             }
+            for pair in 0..P::COUNT {
+                for j in 0..shape.seqlen_k {
+                    let live = rows.clone().any(|i| {
+                        let (start, end) = pairs.keys::<M>(&shape, pair, i);
+                        (start..end).contains(&j)
+                    });
+                    assert!(
+                        !live || met.contains(&(pair, j / block_n)),
+                        "{shape:?} row {first_row}: key {j} is skipped"
+                    );
+                }
+            }
+            // Runs of masked and full visits follow each other from the top, as the mainloop takes them.
+            let mut above = visits.count;
+            for (full_start, full_end) in (0..P::COUNT).map(|run| visits.run(run)) {
+                let full_end = full_end.min(above);
+                assert!((full_end..above).all(|u| !visits.is_full(u)), "{visits:?}");
+                assert!((full_start..full_end).all(|u| visits.is_full(u)), "{visits:?}");
+                above = full_start.min(full_end);
+            }
+            assert_eq!(above, 0, "{visits:?}");
+            met.sort_unstable();
+            met.dedup();
+            assert_eq!(met.len() as u32, visits.count, "{visits:?}: a block twice");
         }
     }
 
     #[test]
-    fn ranges_and_predicate_agree() {
+    fn visits_and_predicate_agree() {
         for seqlen_q in [1, 2, 7, 8, 9, 31, 33] {
             for seqlen_k in [0, 1, 3, 5, 6, 7, 29, 40] {
                 let shape = Shape { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q, seqlen_k, head_dim: 8 };
-                agrees::<Full>(shape, 8, 6);
-                agrees::<Causal>(shape, 8, 6);
+                agrees::<Full, _>(shape, OnePair, 8, 6);
+                agrees::<Causal, _>(shape, OnePair, 8, 6);
+                for threshold in -42..=42 {
+                    agrees::<Full, _>(shape, ByDistance::new(threshold, &shape), 8, 6);
+                    agrees::<Causal, _>(shape, ByDistance::new(threshold, &shape), 8, 6);
+                }
             }
         }
     }

@@ -7,9 +7,9 @@ use crate::params::ForwardParams;
 
 /// Stores this warpgroup's rows of O and LSE. Rows without a live key get O = 0 and LSE = −∞, whatever V holds.
 #[inline(always)]
-pub fn store<W: ForwardWarpgroup, const D8: usize>(
+pub fn store<W: ForwardWarpgroup, S, const D8: usize>(
     wg: &mut W,
-    p: &ForwardParams<W::Tensor>,
+    p: &ForwardParams<W::Tensor, S>,
     tile: &WorkTile,
     mut o: W::Acc<D8>,
     softmax: Softmax<W>,

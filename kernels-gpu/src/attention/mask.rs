@@ -3,6 +3,7 @@
 //! Both what the scheduler needs (which blocks to visit, [`super::block_info`]) and what an element needs (is this key
 //! live) follow from that interval, so they cannot disagree. Keys past the end are masked by the same interval.
 
+use super::pairs::Pairs;
 use crate::arch::Warpgroup;
 use crate::params::Shape;
 
@@ -45,29 +46,44 @@ impl Mask for Causal {
     }
 }
 
-/// Scores of keys that a row may not see become −∞; the fragment starts at query `row` and key `first_key`.
+/// Scores of keys that a row may not see through the visit's pair become −∞; the fragment starts at query `row` and key
+/// `first_key`.
 #[inline(always)]
-pub fn mask_scores<W: Warpgroup, M: Mask, const N8: usize>(
+pub fn mask_scores<W: Warpgroup, M: Mask, P: Pairs, const N8: usize>(
     wg: &W,
     shape: &Shape,
+    pairs: P,
+    pair: u32,
     s: &mut W::Acc<N8>,
     row: u32,
     first_key: u32,
 ) {
-    wg.truncate_rows(s, f32::NEG_INFINITY, |r| M::live_end(shape, row + r) as i32 - first_key as i32);
+    let keys = |r| pairs.keys::<M>(shape, pair, row + r);
+    wg.truncate_rows(s, f32::NEG_INFINITY, |r| keys(r).1 as i32 - first_key as i32);
+    if P::COUNT > 1 {
+        wg.fill_rows_before(s, f32::NEG_INFINITY, |r| keys(r).0 as i32 - first_key as i32);
+    }
 }
 
 /// As [`mask_scores`], for transposed scores: the fragment starts at key `key` and query row `first_row`.
 #[inline(always)]
-pub fn mask_transposed<W: Warpgroup, M: Mask, const M8: usize>(
+pub fn mask_transposed<W: Warpgroup, M: Mask, P: Pairs, const M8: usize>(
     wg: &W,
     shape: &Shape,
+    pairs: P,
+    pair: u32,
     s: &mut W::Acc<M8>,
     key: u32,
     first_row: u32,
 ) {
+    let queries = |r| pairs.queries::<M>(shape, pair, key + r);
     wg.fill_rows_before(s, f32::NEG_INFINITY, |r| {
-        let start = if key + r < shape.seqlen_k { M::live_start(shape, key + r) as i32 } else { i32::MAX };
+        let start = if key + r < shape.seqlen_k { queries(r).0 as i32 } else { i32::MAX };
         start.saturating_sub(first_row as i32)
     });
+    if P::COUNT > 1 {
+        wg.truncate_rows(s, f32::NEG_INFINITY, |r| {
+            (queries(r).1.min(i32::MAX as u32) as i32).saturating_sub(first_row as i32)
+        });
+    }
 }

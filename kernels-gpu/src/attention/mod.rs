@@ -3,6 +3,7 @@
 pub mod block_info;
 pub mod epilogue;
 pub mod mask;
+pub mod pairs;
 pub mod query_blocks;
 pub mod row_statistics;
 pub mod scheduler;

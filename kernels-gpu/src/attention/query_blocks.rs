@@ -2,34 +2,57 @@
 //! that sees a key of it to the last.
 //!
 //! A block of keys that no query sees meets its last query block all the same, wholly masked: so every work tile has a
-//! first and a last step, and gradients of 0 come out of it by themselves.
+//! first and a last step, and gradients of 0 come out of it by themselves. With two pairs that may be so for one of them,
+//! which is then left out.
 
 use core::marker::PhantomData;
 
 use super::mask::Mask;
+use super::pairs::Pairs;
 use super::scheduler::WorkTile;
 use crate::params::Shape;
 use crate::pipeline::order::KvBlock;
 use crate::variants::WARPGROUP_ROWS;
 
-/// The query blocks of one block of keys: `start..full_start` are masked, `full_start..end` are full.
+/// The query blocks that a block of keys meets through one pair: of `start..end`, those in `full_start..full_end` are
+/// full, the others masked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MBlocks {
     pub start: u32,
-    pub full_start: u32,
+    full_start: u32,
+    full_end: u32,
     pub end: u32,
 }
 
 impl MBlocks {
     /// For the keys `first_key..first_key + block_n`, of which there is at least one before seqlen_k.
     #[inline(always)]
-    pub fn new<M: Mask>(shape: &Shape, first_key: u32, block_n: u32, block_m: u32) -> Self {
-        let end = shape.seqlen_q.div_ceil(block_m).max(1);
+    pub fn new<M: Mask, P: Pairs>(
+        shape: &Shape,
+        pairs: P,
+        pair: u32,
+        first_key: u32,
+        block_n: u32,
+        block_m: u32,
+    ) -> Self {
+        let m_blocks = shape.seqlen_q.div_ceil(block_m);
         let last_key = first_key + block_n - 1;
-        let full_start = if last_key < shape.seqlen_k { M::live_start(shape, last_key).div_ceil(block_m) } else { end };
+        let whole = last_key < shape.seqlen_k;
+        if P::COUNT == 1 {
+            let end = m_blocks.max(1);
+            let full_start = if whole { M::live_start(shape, last_key).div_ceil(block_m) } else { end };
+            let start = (M::live_start(shape, first_key) / block_m).min(end - 1);
+            return MBlocks { start, full_start: full_start.min(end), full_end: end, end };
+        }
+        let queries = |j| pairs.queries::<M>(shape, pair, j);
+        let (first, last) = (queries(first_key), queries(last_key.min(shape.seqlen_k - 1)));
+        // Starts and ends grow with the key; where neither the first nor the last key is seen, none is.
+        let any = |(start, end): (u32, u32)| start < end.min(shape.seqlen_q);
+        let end = if any(first) || any(last) { last.1.div_ceil(block_m).min(m_blocks) } else { 0 };
         MBlocks {
-            start: (M::live_start(shape, first_key) / block_m).min(end - 1),
-            full_start: full_start.min(end),
+            start: (first.0 / block_m).min(end),
+            full_start: if whole { last.0.div_ceil(block_m) } else { end },
+            full_end: if first.1 < shape.seqlen_q { first.1 / block_m } else { end },
             end,
         }
     }
@@ -70,35 +93,50 @@ pub struct QueryBlock {
     /// The query head.
     pub head: u32,
     pub m_block: u32,
+    /// The pair that scores come from.
+    pub pair: u32,
+}
+
+impl QueryBlock {
+    /// The batch item whose dQ of this pair has this place in the workspace: those of the second pair follow those of the
+    /// first.
+    #[inline(always)]
+    pub fn dq_batch(&self, shape: &Shape) -> u32 {
+        self.batch + self.pair * shape.batch
+    }
 }
 
 /// The block of keys of a work tile: the first one comes first, which under a causal mask has the most queries.
 #[inline(always)]
 pub fn key_block(shape: &Shape, block_n: u32, tile: &WorkTile) -> KvBlock {
     let last = shape.seqlen_k.div_ceil(block_n) - 1;
-    KvBlock { batch: tile.batch, head: tile.head, n_block: last - tile.m_block }
+    KvBlock { batch: tile.batch, head: tile.head, n_block: last - tile.m_block, pair: 0 }
 }
 
-/// The query blocks that a block of keys meets, head by head, from the last to the first: under a causal mask all blocks
-/// of keys have the last one in common, and can follow each other from there.
+/// The query blocks that a block of keys meets through a pair, head by head, from the last to the first: under a causal
+/// mask all blocks of keys have the last one in common, and can follow each other from there.
 #[derive(Clone, Copy, Debug)]
-pub struct QueryBlocks<M> {
+pub struct QueryBlocks<M, P> {
     blocks: MBlocks,
     batch: u32,
     first_head: u32,
     heads: u32,
+    pair: u32,
+    pairs: P,
     mask: PhantomData<M>,
 }
 
-impl<M: Mask> QueryBlocks<M> {
+impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
+    /// For `keys` and the pair that they name.
     #[inline(always)]
-    pub fn new(shape: &Shape, block_m: u32, block_n: u32, keys: &KvBlock) -> Self {
-        let blocks = MBlocks::new::<M>(shape, keys.n_block * block_n, block_n, block_m);
-        let heads = shape.group();
-        QueryBlocks { blocks, batch: keys.batch, first_head: keys.head * heads, heads, mask: PhantomData }
+    pub fn new(shape: &Shape, pairs: P, block_m: u32, block_n: u32, keys: &KvBlock) -> Self {
+        let first_key = keys.n_block * block_n;
+        let blocks = MBlocks::new::<M, P>(shape, pairs, keys.pair, first_key, block_n, block_m);
+        let (heads, pair) = (shape.group(), keys.pair);
+        QueryBlocks { blocks, batch: keys.batch, first_head: keys.head * heads, heads, pair, pairs, mask: PhantomData }
     }
 
-    /// How many there are; at least one.
+    /// How many there are; with one pair at least one.
     #[inline(always)]
     pub fn count(&self) -> u32 {
         self.heads * (self.blocks.end - self.blocks.start)
@@ -106,7 +144,12 @@ impl<M: Mask> QueryBlocks<M> {
 
     #[inline(always)]
     pub fn first(&self) -> QueryBlock {
-        QueryBlock { batch: self.batch, head: self.first_head, m_block: self.blocks.end - 1 }
+        QueryBlock {
+            batch: self.batch,
+            head: self.first_head,
+            m_block: self.blocks.end.wrapping_sub(1),
+            pair: self.pair,
+        }
     }
 
     /// The one after `block`.
@@ -123,7 +166,19 @@ impl<M: Mask> QueryBlocks<M> {
     /// Whether every query of the block sees every key.
     #[inline(always)]
     pub fn is_full(&self, block: &QueryBlock) -> bool {
-        block.m_block >= self.blocks.full_start
+        block.m_block >= self.blocks.full_start && (P::COUNT == 1 || block.m_block < self.blocks.full_end)
+    }
+
+    /// How many blocks of keys come before block `n_block` in an exact pass, of those that meet a query block of the same
+    /// turn: `turn_blocks` query blocks share one.
+    #[inline(always)]
+    pub fn turn(&self, shape: &Shape, block: &QueryBlock, n_block: u32, turn_blocks: u32, tile: (u32, u32)) -> u32 {
+        if P::COUNT == 1 || self.pair == 1 {
+            return n_block;
+        }
+        let (block_m, block_n) = tile;
+        let first_row = block.m_block / turn_blocks * turn_blocks * block_m;
+        n_block - self.pairs.second_end(shape, first_row) / block_n
     }
 }
 
@@ -131,29 +186,41 @@ impl<M: Mask> QueryBlocks<M> {
 mod tests {
     use super::*;
     use crate::attention::mask::{Causal, Full};
+    use crate::attention::pairs::{ByDistance, OnePair};
     use std::vec::Vec;
 
-    fn agrees<M: Mask>(shape: Shape, block_m: u32, block_n: u32) {
-        for n_block in 0..shape.seqlen_k.div_ceil(block_n) {
-            let blocks = MBlocks::new::<M>(&shape, n_block * block_n, block_n, block_m);
+    fn agrees<M: Mask, P: Pairs>(shape: Shape, pairs: P, block_m: u32, block_n: u32) {
+        // How many blocks of keys have met each turn of each pair's dQ.
+        let mut turns = std::vec![[0; 2]; shape.seqlen_q.div_ceil(2 * block_m) as usize];
+        for (n_block, pair) in (0..shape.seqlen_k.div_ceil(block_n)).flat_map(|n| (0..P::COUNT).map(move |p| (n, p))) {
+            let key_block = KvBlock { batch: 0, head: 0, n_block, pair };
+            let all_blocks = QueryBlocks::<M, P>::new(&shape, pairs, block_m, block_n, &key_block);
+            let blocks = all_blocks.blocks;
             let keys = n_block * block_n..(n_block + 1) * block_n;
+            let live = |i: u32, j: u32| {
+                let (start, end) = pairs.keys::<M>(&shape, pair, i);
+                (start..end).contains(&j)
+            };
             for m_block in 0..shape.seqlen_q.div_ceil(block_m) {
                 let rows = m_block * block_m..((m_block + 1) * block_m).min(shape.seqlen_q);
-                let live = |i: u32, j: u32| j < M::live_end(&shape, i);
                 let any = rows.clone().any(|i| keys.clone().any(|j| live(i, j)));
                 let all = rows.clone().all(|i| keys.clone().all(|j| live(i, j)));
                 let visited = (blocks.start..blocks.end).contains(&m_block);
                 assert!(visited || !any, "{shape:?} keys {n_block}: block {m_block} skipped but live");
-                assert!(m_block < blocks.full_start || all, "{shape:?} keys {n_block}: block {m_block} not full");
+                let full = all_blocks.is_full(&QueryBlock { m_block, ..all_blocks.first() });
+                assert!(!visited || full == all, "{shape:?} keys {n_block}: block {m_block} full or not");
                 assert!(
-                    !visited || any || m_block + 1 == blocks.end,
+                    !visited || any || P::COUNT == 1 && m_block + 1 == blocks.end,
                     "{shape:?} keys {n_block}: {m_block} for nothing"
                 );
             }
-            for j in keys.clone().filter(|&j| j < shape.seqlen_k) {
-                for i in 0..shape.seqlen_q {
-                    assert_eq!(i >= M::live_start(&shape, j), j < M::live_end(&shape, i), "{shape:?} row {i}, key {j}");
-                }
+            let mut met: Vec<u32> = (blocks.start..blocks.end).map(|m_block| m_block / 2 * 2).collect();
+            met.dedup();
+            for m_block in met.into_iter().filter(|m| m * block_m < shape.seqlen_q) {
+                let counter = &mut turns[(m_block / 2) as usize][pair as usize];
+                let block = QueryBlock { m_block, ..all_blocks.first() };
+                assert_eq!(all_blocks.turn(&shape, &block, n_block, 2, (block_m, block_n)), *counter, "{shape:?}");
+                *counter += 1;
             }
         }
     }
@@ -163,8 +230,12 @@ mod tests {
         for seqlen_q in [0, 1, 2, 7, 8, 9, 31, 33] {
             for seqlen_k in [1, 3, 5, 6, 7, 29, 40] {
                 let shape = Shape { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q, seqlen_k, head_dim: 8 };
-                agrees::<Full>(shape, 8, 6);
-                agrees::<Causal>(shape, 8, 6);
+                agrees::<Full, _>(shape, OnePair, 8, 6);
+                agrees::<Causal, _>(shape, OnePair, 8, 6);
+                for threshold in -42..=42 {
+                    agrees::<Full, _>(shape, ByDistance::new(threshold, &shape), 8, 6);
+                    agrees::<Causal, _>(shape, ByDistance::new(threshold, &shape), 8, 6);
+                }
             }
         }
     }
@@ -186,8 +257,8 @@ mod tests {
     #[test]
     fn blocks_come_head_by_head() {
         let shape = Shape { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 20, seqlen_k: 20, head_dim: 8 };
-        let keys = KvBlock { batch: 0, head: 1, n_block: 1 };
-        let blocks = QueryBlocks::<Causal>::new(&shape, 8, 8, &keys);
+        let keys = KvBlock { batch: 0, head: 1, n_block: 1, pair: 0 };
+        let blocks = QueryBlocks::<Causal, _>::new(&shape, OnePair, 8, 8, &keys);
         let mut all = std::vec![blocks.first()];
         for _ in 1..blocks.count() {
             all.push(blocks.after(&all[all.len() - 1]));

@@ -9,9 +9,10 @@ use core::f32::consts::LOG2_E;
 
 use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::mask::{Mask, mask_transposed};
-use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
+use crate::attention::pairs::Pairs;
+use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block, turn_blocks};
 use crate::attention::scheduler::WorkTile;
-use crate::params::BackwardParams;
+use crate::params::{BackwardParams, BackwardSecond, Second};
 use crate::pipeline::order::KvBlock;
 
 /// The gradients of a block of keys, and the scores of the query block that comes next.
@@ -23,22 +24,23 @@ struct Mainloop<W: BackwardWarpgroup, const C8: usize, const M8: usize> {
 }
 
 /// What a step needs to know of where it is.
-struct Step<'a, T, M> {
-    p: &'a BackwardParams<T>,
+struct Step<'a, T, S: Second<T>, M> {
+    p: &'a BackwardParams<T, S>,
     keys: KvBlock,
     first_key: u32,
     block_m: u32,
-    blocks: &'a QueryBlocks<M>,
+    block_n: u32,
+    blocks: &'a QueryBlocks<M, S::Pairs>,
 }
 
 impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8> {
-    /// The scores of the first query block.
+    /// The scores of the first query block that meets a pair's keys.
     #[inline(always)]
-    fn new<const D8: usize>(wg: &mut W) -> Self {
+    fn new<const D8: usize>(wg: &mut W, dv: W::Acc<C8>) -> Self {
         let q = wg.wait_q();
         let s = wg.kq::<D8, M8>(q);
         let s = wg.wait::<0, M8>(s);
-        Mainloop { dk: wg.zeros::<C8>(), dv: wg.zeros::<C8>(), s, q }
+        Mainloop { dk: wg.zeros::<C8>(), dv, s, q }
     }
 
     /// Issues the scores of the next query block.
@@ -55,18 +57,19 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
 
     /// One query block. But for the last, the scores of the next are issued beside its last products.
     #[inline(always)]
-    fn step<const LAST: bool, const D8: usize, const Q8: usize, M: Mask>(
+    fn step<const LAST: bool, const D8: usize, const Q8: usize, M: Mask, S: Second<W::Tensor>>(
         &mut self,
         wg: &mut W,
-        step: &Step<W::Tensor, M>,
+        step: &Step<W::Tensor, S, M>,
         at: &QueryBlock,
     ) {
-        let Step { p, keys, first_key, block_m, blocks } = step;
+        let Step { p, keys, first_key, block_m, block_n, blocks } = step;
         let (mut s, q, c) = (self.s, self.q, p.scale * LOG2_E);
         let d_o = wg.wait_do();
         let dp = wg.v_do::<D8, M8>(d_o); //                             dPᵀ = V·dOᵀ
         if !blocks.is_full(at) {
-            mask_transposed::<W, M, M8>(wg, &p.shape, &mut s, *first_key, at.m_block * block_m);
+            let (pairs, first_row) = (p.second.pairs(&p.shape), at.m_block * block_m);
+            mask_transposed::<W, M, S::Pairs, M8>(wg, &p.shape, pairs, at.pair, &mut s, *first_key, first_row);
         }
         wg.map_lse(&mut s, q, |s, lse| W::exp2(W::fma(s, c, -lse))); // Sᵀ → Pᵀ
         let mut dp = wg.wait::<0, M8>(dp);
@@ -90,7 +93,9 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         if ahead && !LAST {
             next = Some(self.scores::<D8>(wg)); //                      Sᵀ = K·Qᵀ, of the next query block
         }
-        wg.await_turn(&p.workspace, &p.shape, at, keys.n_block);
+        let turn_blocks = const { turn_blocks(8 * D8 as u32) };
+        let turn = blocks.turn(&p.shape, at, keys.n_block, turn_blocks, (*block_m, *block_n));
+        wg.await_turn(&p.workspace, &p.shape, at, turn);
         let dq = if ahead && !LAST { wg.wait_dq::<2, Q8>(dq) } else { wg.wait_dq::<1, Q8>(dq) };
         wg.add_dq(&dq, &p.workspace, &p.shape, at);
         if !ahead && !LAST {
@@ -107,30 +112,59 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
 /// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys. dQ has 8·Q8 columns a warpgroup, dK and
 /// dV 8·C8.
 #[inline(always)]
-pub fn consume<W: BackwardWarpgroup, M: Mask, const D8: usize, const C8: usize, const M8: usize, const Q8: usize>(
+pub fn consume<
+    W: BackwardWarpgroup,
+    M: Mask,
+    S: BackwardSecond<W::Tensor>,
+    const D8: usize,
+    const C8: usize,
+    const M8: usize,
+    const Q8: usize,
+>(
     wg: &mut W,
-    p: &BackwardParams<W::Tensor>,
+    p: &BackwardParams<W::Tensor, S>,
     block_n: u32,
     tiles: impl Iterator<Item = WorkTile>,
 ) {
     let block_m = 8 * M8 as u32;
-    for tile in tiles {
-        let keys = key_block(&p.shape, block_n, &tile);
-        let blocks = QueryBlocks::<M>::new(&p.shape, block_m, block_n, &keys);
-        let first_key = keys.n_block * block_n + wg.first_key();
-        let step = Step { p, keys, first_key, block_m, blocks: &blocks };
-        wg.wait_kv();
-        let mut mainloop = Mainloop::<W, C8, M8>::new::<D8>(wg);
-        let mut at = blocks.first();
-        for _ in 1..blocks.count() {
-            mainloop.step::<false, D8, Q8, M>(wg, &step, &at);
-            at = blocks.after(&at);
+    let pairs = p.second.pairs(&p.shape);
+    let dk_of = |pair| match p.second.dk() {
+        Some(second) if pair == 1 => second,
+        _ => p.dk,
+    };
+    let mut tiles = tiles;
+    let Some(mut tile) = tiles.next() else { return };
+    // dK of one pair after the other, the last one first, and with all of them the same dV.
+    let mut pair = p.second.last();
+    let mut dv = wg.zeros::<C8>();
+    loop {
+        let keys = KvBlock { pair, ..key_block(&p.shape, block_n, &tile) };
+        let blocks = QueryBlocks::<M, S::Pairs>::new(&p.shape, pairs, block_m, block_n, &keys);
+        if S::Pairs::COUNT > 1 && blocks.count() == 0 {
+            wg.store_kv(&wg.zeros::<C8>(), &dk_of(pair), &keys, &p.shape);
+        } else {
+            let first_key = keys.n_block * block_n + wg.first_key();
+            let step = Step { p, keys, first_key, block_m, block_n, blocks: &blocks };
+            wg.wait_kv();
+            let mut mainloop = Mainloop::<W, C8, M8>::new::<D8>(wg, dv);
+            let mut at = blocks.first();
+            for _ in 1..blocks.count() {
+                mainloop.step::<false, D8, Q8, M, S>(wg, &step, &at);
+                at = blocks.after(&at);
+            }
+            mainloop.step::<true, D8, Q8, M, S>(wg, &step, &at);
+            wg.release_kv();
+            let scale = wg.rows(p.scale);
+            wg.map_rows(&mut mainloop.dk, scale, |dk, scale| dk * scale);
+            wg.store_kv(&mainloop.dk, &dk_of(pair), &keys, &p.shape);
+            dv = mainloop.dv;
         }
-        mainloop.step::<true, D8, Q8, M>(wg, &step, &at);
-        wg.release_kv();
-        let scale = wg.rows(p.scale);
-        wg.map_rows(&mut mainloop.dk, scale, |dk, scale| dk * scale);
-        wg.store_kv(&mainloop.dk, &p.dk, &keys, &p.shape);
-        wg.store_kv(&mainloop.dv, &p.dv, &keys, &p.shape);
+        if pair > 0 {
+            pair -= 1;
+            continue;
+        }
+        wg.store_kv(&dv, &p.dv, &keys, &p.shape);
+        let Some(next) = tiles.next() else { return };
+        (tile, pair, dv) = (next, p.second.last(), wg.zeros::<C8>());
     }
 }

@@ -5,12 +5,13 @@
 //! Where a work tile ends, the next block is the first of the next work tile, and the pipeline never runs empty.
 
 use crate::arch::{ForwardWarpgroup, Pending};
-use crate::attention::block_info::NBlocks;
+use crate::attention::block_info::{Visit, Visits};
 use crate::attention::epilogue;
 use crate::attention::mask::{Mask, mask_scores};
+use crate::attention::pairs::Pairs;
 use crate::attention::scheduler::WorkTile;
 use crate::attention::softmax::Softmax;
-use crate::params::ForwardParams;
+use crate::params::{ForwardParams, Second};
 
 /// What the mainloop carries from block to block: O, the last block's P, and m and l.
 struct Mainloop<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
@@ -30,9 +31,9 @@ struct InFlight<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
 impl<W: ForwardWarpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> {
     /// The first block of all: there is no output to add to yet.
     #[inline(always)]
-    fn first(wg: &mut W, scale: f32, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) -> Self {
+    fn first(wg: &mut W, scale: f32, pair: u32, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) -> Self {
         let k = wg.wait_kv();
-        let s = wg.qk::<D8, N8>(k);
+        let s = wg.qk::<D8, N8>(k, pair);
         let mut s = wg.wait::<0, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
@@ -43,10 +44,10 @@ impl<W: ForwardWarpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> 
 
     /// Issues the scores of one more block, and the output of the one before.
     #[inline(always)]
-    fn issue(&self, wg: &mut W) -> InFlight<W, D8, N8> {
+    fn issue(&self, wg: &mut W, pair: u32) -> InFlight<W, D8, N8> {
         let k = wg.wait_kv();
         wg.take_turn();
-        let s = wg.qk::<D8, N8>(k); //                     S = Q·Kᵀ
+        let s = wg.qk::<D8, N8>(k, pair); //               S = Q·Kᵀ
         let v = wg.wait_kv();
         let o = wg.pv::<N8, D8>(self.o, self.p, v); //     O = O + P·V, one block behind
         wg.pass_turn();
@@ -55,8 +56,8 @@ impl<W: ForwardWarpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> 
 
     /// One more block of the same work tile. `scored` masks its scores.
     #[inline(always)]
-    fn step(&mut self, wg: &mut W, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) {
-        let InFlight { s, o, k, v } = self.issue(wg);
+    fn step(&mut self, wg: &mut W, pair: u32, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) {
+        let InFlight { s, o, k, v } = self.issue(wg, pair);
         let mut s = wg.wait::<1, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
@@ -73,9 +74,10 @@ impl<W: ForwardWarpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> 
         self,
         wg: &mut W,
         scale: f32,
+        pair: u32,
         scored: impl FnOnce(&mut W, &mut W::Acc<N8>),
     ) -> (Self, W::Acc<D8>, Softmax<W>) {
-        let InFlight { s, o, k, v } = self.issue(wg);
+        let InFlight { s, o, k, v } = self.issue(wg, pair);
         let mut s = wg.wait::<1, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
@@ -116,56 +118,67 @@ impl<I: Iterator<Item = WorkTile>> Upcoming<I> {
 
 /// What one consumer warpgroup of a CTA does with its work tiles.
 #[inline(always)]
-pub fn consume<W: ForwardWarpgroup, M: Mask, const D8: usize, const N8: usize>(
+pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, const D8: usize, const N8: usize>(
     wg: &mut W,
-    p: &ForwardParams<W::Tensor>,
+    p: &ForwardParams<W::Tensor, S>,
     block_m: u32,
     tiles: impl Iterator<Item = WorkTile>,
 ) {
     let block_n = 8 * N8 as u32;
-    let n_blocks = |tile: &WorkTile| NBlocks::new::<M>(&p.shape, tile.m_block * block_m, block_m, block_n);
-    let mask = |wg: &W, s: &mut W::Acc<N8>, tile: &WorkTile, n_block: u32| {
-        mask_scores::<W, M, N8>(wg, &p.shape, s, wg.first_row(tile), n_block * block_n);
+    let pairs = p.second.pairs(&p.shape);
+    let visits_of =
+        |tile: &WorkTile| Visits::new::<M, S::Pairs>(&p.shape, pairs, tile.m_block * block_m, block_m, block_n);
+    let mask = |wg: &W, s: &mut W::Acc<N8>, tile: &WorkTile, Visit { pair, n_block }: Visit| {
+        mask_scores::<W, M, S::Pairs, N8>(wg, &p.shape, pairs, pair, s, wg.first_row(tile), n_block * block_n);
     };
-    // The first and the last block of a work tile may be full ones too.
-    let mask_if_needed = |wg: &W, s: &mut W::Acc<N8>, tile: &WorkTile, blocks: &NBlocks, n_block: u32| {
-        if n_block >= blocks.full_end {
-            mask(wg, s, tile, n_block);
+    // The first and the last visit of a work tile may be to full blocks too.
+    let mask_if_needed = |wg: &W, s: &mut W::Acc<N8>, tile: &WorkTile, visits: &Visits, u: u32| {
+        if !visits.is_full(u) {
+            mask(wg, s, tile, visits.at(u));
         }
     };
     let mut upcoming = Upcoming { tiles, next: None };
     upcoming.load(wg);
     let Some(mut tile) = upcoming.next else { return };
-    let mut blocks = n_blocks(&tile);
+    let mut visits = visits_of(&tile);
     wg.wait_q();
-    // After the scores of a work tile's block 0, its last, Q is free for the next work tile.
-    let mut mainloop = Mainloop::<W, D8, N8>::first(wg, p.scale, |wg, s| {
-        if blocks.end == 1 {
+    // After the scores of a work tile's last visit, 0, Q is free for the next work tile.
+    let first = visits.count - 1;
+    let mut mainloop = Mainloop::<W, D8, N8>::first(wg, p.scale, visits.at(first).pair, |wg, s| {
+        if first == 0 {
             upcoming.load(wg);
         }
-        mask_if_needed(wg, s, &tile, &blocks, blocks.end - 1);
+        mask_if_needed(wg, s, &tile, &visits, first);
     });
     loop {
-        for n_block in (blocks.full_end.max(1)..blocks.end - 1).rev() {
-            mainloop.step(wg, |wg, s| mask(wg, s, &tile, n_block));
+        let mut above = visits.count - 1;
+        for run in 0..S::Pairs::COUNT {
+            let (full_start, full_end) = visits.run(run);
+            for u in (full_end.max(1)..above).rev() {
+                let visit = visits.at(u);
+                mainloop.step(wg, visit.pair, |wg, s| mask(wg, s, &tile, visit));
+            }
+            above = above.min(full_end);
+            for u in (full_start.max(1)..above).rev() {
+                mainloop.step(wg, visits.at(u).pair, |_, _| {});
+            }
+            above = above.min(full_start);
         }
-        for _ in 1..blocks.full_end.min(blocks.end - 1) {
-            mainloop.step(wg, |_, _| {});
-        }
-        if blocks.end > 1 {
-            mainloop.step(wg, |wg, s| {
+        if visits.count > 1 {
+            mainloop.step(wg, visits.at(0).pair, |wg, s| {
                 upcoming.load(wg);
-                mask_if_needed(wg, s, &tile, &blocks, 0);
+                mask_if_needed(wg, s, &tile, &visits, 0);
             });
         }
         let Some(next) = upcoming.next else { break };
-        blocks = n_blocks(&next);
+        visits = visits_of(&next);
         wg.wait_q();
-        let (following, o, softmax) = mainloop.turn_over(wg, p.scale, |wg, s| {
-            if blocks.end == 1 {
+        let first = visits.count - 1;
+        let (following, o, softmax) = mainloop.turn_over(wg, p.scale, visits.at(first).pair, |wg, s| {
+            if first == 0 {
                 upcoming.load(wg);
             }
-            mask_if_needed(wg, s, &next, &blocks, blocks.end - 1);
+            mask_if_needed(wg, s, &next, &visits, first);
         });
         epilogue::store(wg, p, &tile, o, softmax);
         (mainloop, tile) = (following, next);

@@ -4,13 +4,14 @@
 //! one block ahead, because the mainloop issues the scores of the next block before it waits for the output of this
 //! one. Work tiles make no difference to it, so the scores of the next one begin beside the last output of this one.
 
-/// One block of keys of one head.
+/// One block of keys of one head, and the pair of Q and K that its scores come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvBlock {
     pub batch: u32,
     /// The key/value head.
     pub head: u32,
     pub n_block: u32,
+    pub pair: u32,
 }
 
 /// One tile that passes through the ring.
@@ -45,7 +46,7 @@ enum Next {
 impl<I: Iterator<Item = KvBlock>> KvOrder<I> {
     #[inline(always)]
     pub fn new(blocks: I) -> Self {
-        let none = KvBlock { batch: 0, head: 0, n_block: 0 };
+        let none = KvBlock { batch: 0, head: 0, n_block: 0, pair: 0 };
         KvOrder { blocks, ahead: none, due: none, next: Next::First }
     }
 }
@@ -81,7 +82,7 @@ mod tests {
     use std::vec::Vec;
 
     fn block(n_block: u32) -> KvBlock {
-        KvBlock { batch: 0, head: 0, n_block }
+        KvBlock { batch: 0, head: 0, n_block, pair: 0 }
     }
 
     #[test]

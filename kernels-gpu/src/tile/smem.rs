@@ -36,7 +36,7 @@ pub const fn rows_step(step: u32) -> u32 {
     step * 16 * PANEL_ROW_BYTES
 }
 
-/// Offsets of a forward CTA's shared memory: a query tile for each consumer, the ring's slots, an output tile for each
+/// Offsets of a forward CTA's shared memory: a query tile of each pair for each consumer, the ring's slots, an output tile for each
 /// consumer where there is room, the barriers.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardSmem {
@@ -44,10 +44,12 @@ pub struct ForwardSmem {
     pub block_n: u32,
     pub consumers: u32,
     pub stages: u32,
+    /// Pairs of Q and K.
+    pub pairs: u32,
 }
 
 impl ForwardSmem {
-    /// Bytes of one consumer's query rows.
+    /// Bytes of one consumer's query rows, of one pair.
     pub const fn q_bytes(&self) -> u32 {
         tile_bytes(64, self.head_dim)
     }
@@ -55,11 +57,11 @@ impl ForwardSmem {
     pub const fn slot_bytes(&self) -> u32 {
         tile_bytes(self.block_n, self.head_dim)
     }
-    pub const fn q(&self, consumer: u32) -> u32 {
-        consumer * self.q_bytes()
+    pub const fn q(&self, consumer: u32, pair: u32) -> u32 {
+        (consumer * self.pairs + pair) * self.q_bytes()
     }
     pub const fn slot(&self, slot: u32) -> u32 {
-        self.q(self.consumers) + slot * self.slot_bytes()
+        self.q(self.consumers, 0) + slot * self.slot_bytes()
     }
     /// One consumer's rows of O, on their way to the copy engine; only where [`ForwardSmem::stages_o`].
     pub const fn o(&self, consumer: u32) -> u32 {
@@ -220,7 +222,7 @@ mod tests {
         for variant in crate::variants::VARIANTS {
             let smem = variant.smem();
             assert!(smem.bytes() <= SMEM_LIMIT, "{}", variant.symbol);
-            for panel in [smem.q(1), smem.slot(0), smem.slot(1), smem.slot_bytes() / panels(smem.head_dim)] {
+            for panel in [smem.q(1, 0), smem.slot(0), smem.slot(1), smem.slot_bytes() / panels(smem.head_dim)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
         }

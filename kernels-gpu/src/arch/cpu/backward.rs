@@ -12,10 +12,11 @@ use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{BackwardWarpgroup, Pending, Split};
 use crate::attention::mask::Mask;
+use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlock, QueryBlocks};
 use crate::attention::row_statistics::{delta, exponent_offset};
 use crate::element::Element;
-use crate::params::{BackwardParams, FinishParams, PrepareParams, Shape, Strided, Workspace};
+use crate::params::{BackwardParams, FinishParams, PrepareParams, Second, Shape, Strided, Workspace};
 use crate::pipeline::order::KvBlock;
 use crate::tile::smem::BackwardSmem;
 
@@ -30,15 +31,15 @@ struct QueryTile {
 }
 
 /// One of the two rings, filled when it is waited for.
-struct QueryRing<M> {
-    blocks: QueryBlocks<M>,
+struct QueryRing<M, P> {
+    blocks: QueryBlocks<M, P>,
     upcoming: QueryBlock,
     held: VecDeque<QueryTile>,
     next_slot: u32,
 }
 
-impl<M: Mask> QueryRing<M> {
-    fn new(blocks: QueryBlocks<M>) -> Self {
+impl<M: Mask, P: Pairs> QueryRing<M, P> {
+    fn new(blocks: QueryBlocks<M, P>) -> Self {
         QueryRing { blocks, upcoming: blocks.first(), held: VecDeque::new(), next_slot: 0 }
     }
     /// The next query block, and the slot that it is to fill.
@@ -73,21 +74,24 @@ impl<M: Mask> QueryRing<M> {
 }
 
 /// The consumer's end of the backward pipeline, and its own replay of the producer, for one block of keys.
-pub struct BackwardPipe<'a, M> {
-    p: &'a BackwardParams<Strided>,
+pub struct BackwardPipe<'a, M, S: Second<Strided>> {
+    p: &'a BackwardParams<Strided, S>,
     smem: BackwardSmem,
     split: Split,
     index: u32,
+    /// The block of keys, and of its pairs those that are still to come: pairs below `keys.pair`.
+    keys: KvBlock,
     /// This warpgroup's rows of K and V.
     k: Vec<f32>,
     v: Vec<f32>,
-    q: QueryRing<M>,
-    d_o: QueryRing<M>,
+    /// Empty until K and V are there.
+    q: Option<QueryRing<M, S::Pairs>>,
+    d_o: Option<QueryRing<M, S::Pairs>>,
     /// The dSᵀ last shared, keys × queries.
     ds: Vec<f32>,
 }
 
-impl<M> BackwardPipe<'_, M> {
+impl<M: Mask, S: Second<Strided>> BackwardPipe<'_, M, S> {
     /// This warpgroup's columns of dK, dV and its part of dQ.
     fn columns(&self) -> core::ops::Range<usize> {
         let head_dim = self.smem.head_dim as usize;
@@ -99,47 +103,73 @@ impl<M> BackwardPipe<'_, M> {
             }
         }
     }
+
+    /// The query blocks of the next pair that has any.
+    fn next_pair(&mut self) -> Option<QueryBlocks<M, S::Pairs>> {
+        let (shape, smem) = (&self.p.shape, &self.smem);
+        while self.keys.pair > 0 {
+            self.keys.pair -= 1;
+            let blocks = QueryBlocks::new(shape, self.p.second.pairs(shape), smem.block_m, smem.block_n, &self.keys);
+            if blocks.count() > 0 {
+                return Some(blocks);
+            }
+        }
+        None
+    }
+
+    fn q(&mut self) -> &mut QueryRing<M, S::Pairs> {
+        self.q.as_mut().unwrap_or_else(|| Fault::QueryWithoutLoad.raise())
+    }
+    fn d_o(&mut self) -> &mut QueryRing<M, S::Pairs> {
+        self.d_o.as_mut().unwrap_or_else(|| Fault::QueryWithoutLoad.raise())
+    }
+    fn held_q(&self, slot: u32) -> &QueryTile {
+        self.q.as_ref().unwrap_or_else(|| Fault::QueryWithoutLoad.raise()).get(slot)
+    }
+    fn held_do(&self, slot: u32) -> &QueryTile {
+        self.d_o.as_ref().unwrap_or_else(|| Fault::QueryWithoutLoad.raise()).get(slot)
+    }
 }
 
-impl<'a, E: Element, M: Mask> CpuWarpgroup<E, BackwardPipe<'a, M>> {
+impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'a, M, S>> {
     /// Consumer `index` of a CTA that has `keys`.
     ///
     /// # Safety
     /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV, the workspace)
     /// while this lives; nobody else accesses these keys' rows of dK and dV, or the workspace of these heads.
     pub unsafe fn backward(
-        p: &'a BackwardParams<Strided>,
+        p: &'a BackwardParams<Strided, S>,
         smem: BackwardSmem,
         split: Split,
         index: u32,
         keys: &KvBlock,
     ) -> Self {
-        let blocks = QueryBlocks::<M>::new(&p.shape, smem.block_m, smem.block_n, keys);
-        let (q, d_o) = (QueryRing::new(blocks), QueryRing::new(blocks));
-        let pipe = BackwardPipe { p, smem, split, index, k: Vec::new(), v: Vec::new(), q, d_o, ds: Vec::new() };
-        let mut warpgroup = Self::with_pipe(ROWS, pipe);
-        let first = keys.n_block * smem.block_n + warpgroup.first_key();
-        let load = |tensor: &Strided| {
-            let mut tile = std::vec![0.0; ROWS * smem.head_dim as usize];
-            let copy = |i: usize, row: &[E]| {
-                for (to, x) in tile[i * smem.head_dim as usize..].iter_mut().zip(row) {
-                    *to = x.to_f32();
-                }
-            };
-            let rows = first..first + ROWS as u32;
-            // SAFETY: the caller's promise.
-            unsafe { for_rows(tensor, (keys.batch, keys.head), &p.shape, rows, p.shape.seqlen_k, copy) };
-            tile
+        let keys = KvBlock { pair: S::Pairs::COUNT, ..*keys };
+        let (k, v, ds) = (Vec::new(), Vec::new(), Vec::new());
+        Self::with_pipe(ROWS, BackwardPipe { p, smem, split, index, keys, k, v, q: None, d_o: None, ds })
+    }
+
+    /// This warpgroup's rows of a tensor of keys.
+    fn load_keys(&self, tensor: &Strided) -> Vec<f32> {
+        let BackwardPipe { p, smem, keys, .. } = &self.pipe;
+        let mut tile = std::vec![0.0; ROWS * smem.head_dim as usize];
+        let copy = |i: usize, row: &[E]| {
+            for (to, x) in tile[i * smem.head_dim as usize..].iter_mut().zip(row) {
+                *to = x.to_f32();
+            }
         };
-        warpgroup.pipe.k = load(&p.k);
-        warpgroup.pipe.v = load(&p.v);
-        warpgroup
+        let first = keys.n_block * smem.block_n + self.first_key();
+        let rows = first..first + ROWS as u32;
+        // SAFETY: `backward`'s caller promised it.
+        unsafe { for_rows(tensor, (keys.batch, keys.head), &p.shape, rows, p.shape.seqlen_k, copy) };
+        tile
     }
 
     /// Checks that the pipeline was left as it was found.
     pub fn finish(mut self) {
-        self.pipe.q.finish();
-        self.pipe.d_o.finish();
+        if self.pipe.q.is_some() || self.pipe.d_o.is_some() || self.pipe.next_pair().is_some() {
+            Fault::Unfinished.raise();
+        }
     }
 
     /// Rows of `tensor` that `block` names, and their statistics from the array at `statistics`.
@@ -177,7 +207,7 @@ fn map_columns<const M8: usize>(x: &mut Tile<M8>, statistics: &[f32], f: impl Fn
     }
 }
 
-impl<E: Element, M: Mask> BackwardWarpgroup for CpuWarpgroup<E, BackwardPipe<'_, M>> {
+impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup<E, BackwardPipe<'_, M, S>> {
     type Slot = u32;
     /// Query rows × this warpgroup's columns.
     type DQ<const Q8: usize> = Vec<f32>;
@@ -188,50 +218,75 @@ impl<E: Element, M: Mask> BackwardWarpgroup for CpuWarpgroup<E, BackwardPipe<'_,
             Split::Columns => 0,
         }
     }
-    fn wait_kv(&mut self) {}
-    fn release_kv(&mut self) {}
+    fn wait_kv(&mut self) {
+        let Some(blocks) = self.pipe.next_pair() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
+        let p = self.pipe.p;
+        let k = match p.second.tensors() {
+            Some((_, k)) if self.pipe.keys.pair == 1 => k,
+            _ => &p.k,
+        };
+        (self.pipe.k, self.pipe.v) = (self.load_keys(k), self.load_keys(&p.v));
+        if self.pipe.q.replace(QueryRing::new(blocks)).is_some() {
+            Fault::WaitWithoutRelease { slot: 0 }.raise();
+        }
+        self.pipe.d_o = Some(QueryRing::new(blocks));
+    }
+    fn release_kv(&mut self) {
+        for ring in [&mut self.pipe.q, &mut self.pipe.d_o] {
+            match ring {
+                Some(ring) => ring.finish(),
+                None => Fault::ReleaseWithoutWait { slot: 0 }.raise(),
+            }
+            *ring = None;
+        }
+    }
     fn wait_q(&mut self) -> u32 {
-        let (block, slot) = self.pipe.q.next();
-        let tile = self.load(&self.pipe.p.q, self.pipe.p.workspace.lse, &block, slot);
-        self.pipe.q.held.push_back(tile);
+        let (block, slot) = self.pipe.q().next();
+        let p = self.pipe.p;
+        let q = match p.second.tensors() {
+            Some((q, _)) if block.pair == 1 => q,
+            _ => &p.q,
+        };
+        let tile = self.load(q, p.workspace.lse, &block, slot);
+        self.pipe.q().held.push_back(tile);
         slot
     }
     fn release_q(&mut self, q: u32) {
-        self.pipe.q.release(q);
+        self.pipe.q().release(q);
     }
     fn wait_do(&mut self) -> u32 {
-        let (block, slot) = self.pipe.d_o.next();
+        let (block, slot) = self.pipe.d_o().next();
         let tile = self.load(&self.pipe.p.d_o, self.pipe.p.workspace.delta, &block, slot);
-        self.pipe.d_o.held.push_back(tile);
+        self.pipe.d_o().held.push_back(tile);
         slot
     }
     fn release_do(&mut self, d_o: u32) {
-        self.pipe.d_o.release(d_o);
+        self.pipe.d_o().release(d_o);
     }
 
     fn map_lse<const M8: usize>(&self, x: &mut Tile<M8>, q: u32, f: impl Fn(f32, f32) -> f32) {
-        map_columns(x, &self.pipe.q.get(q).statistics, f);
+        map_columns(x, &self.pipe.held_q(q).statistics, f);
     }
     fn map_delta<const M8: usize>(&self, x: &mut Tile<M8>, d_o: u32, f: impl Fn(f32, f32) -> f32) {
-        map_columns(x, &self.pipe.d_o.get(d_o).statistics, f);
+        map_columns(x, &self.pipe.held_do(d_o).statistics, f);
     }
 
     fn kq<const D8: usize, const M8: usize>(&mut self, q: u32) -> Pending<Tile<M8>> {
         let mut s = Tile::ZEROS;
-        multiply_add(ROWS, &self.pipe.k, 8 * D8, &self.pipe.q.get(q).transposed, &mut s);
+        multiply_add(ROWS, &self.pipe.k, 8 * D8, &self.pipe.held_q(q).transposed, &mut s);
         Pending(s)
     }
     fn v_do<const D8: usize, const M8: usize>(&mut self, d_o: u32) -> Pending<Tile<M8>> {
         let mut dp = Tile::ZEROS;
-        multiply_add(ROWS, &self.pipe.v, 8 * D8, &self.pipe.d_o.get(d_o).transposed, &mut dp);
+        multiply_add(ROWS, &self.pipe.v, 8 * D8, &self.pipe.held_do(d_o).transposed, &mut dp);
         Pending(dp)
     }
     fn p_do<const M8: usize, const C8: usize>(&mut self, mut dv: Tile<C8>, p: Tile<M8>, d_o: u32) -> Pending<Tile<C8>> {
-        multiply_add(ROWS, p.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.d_o.get(d_o).rows, &mut dv);
+        multiply_add(ROWS, p.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.held_do(d_o).rows, &mut dv);
         Pending(dv)
     }
     fn ds_q<const M8: usize, const C8: usize>(&mut self, mut dk: Tile<C8>, ds: Tile<M8>, q: u32) -> Pending<Tile<C8>> {
-        multiply_add(ROWS, ds.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.q.get(q).rows, &mut dk);
+        multiply_add(ROWS, ds.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.held_q(q).rows, &mut dk);
         Pending(dk)
     }
     fn share<const M8: usize>(&mut self, ds: &Tile<M8>) {
@@ -255,7 +310,7 @@ impl<E: Element, M: Mask> BackwardWarpgroup for CpuWarpgroup<E, BackwardPipe<'_,
     fn await_turn(&mut self, _: &Workspace, _: &Shape, _: &QueryBlock, _: u32) {}
     fn add_dq<const Q8: usize>(&mut self, dq: &Vec<f32>, to: &Workspace, shape: &Shape, at: &QueryBlock) {
         let (own, head_dim) = (self.pipe.columns(), self.pipe.smem.head_dim as usize);
-        let first = to.row(shape, at.batch, at.head, at.m_block * self.pipe.smem.block_m) as usize;
+        let first = to.row(shape, at.dq_batch(shape), at.head, at.m_block * self.pipe.smem.block_m) as usize;
         for (i, dq) in dq.chunks_exact(own.len()).enumerate() {
             for (d, x) in own.clone().zip(dq) {
                 // SAFETY: `backward`'s caller promised this head's workspace.
@@ -302,8 +357,12 @@ pub unsafe fn prepare<E: Element>(p: &PrepareParams, batch: u32, head: u32) {
             };
             memory::write_f32(p.workspace.lse, first + row as usize, lse);
             memory::write_f32(p.workspace.delta, first + row as usize, delta);
-            for column in 0..p.head_dim as usize {
-                memory::write_f32(p.workspace.dq, (first + row as usize) * p.head_dim as usize + column, 0.0);
+            for pair in 0..p.pairs {
+                let first =
+                    p.workspace.row(shape, batch + pair * shape.batch, head, row) as usize * p.head_dim as usize;
+                for index in first..first + p.head_dim as usize {
+                    memory::write_f32(p.workspace.dq, index, 0.0);
+                }
             }
         }
     }
@@ -314,7 +373,7 @@ pub unsafe fn prepare<E: Element>(p: &PrepareParams, batch: u32, head: u32) {
 /// # Safety
 /// As [`prepare`], with a tensor that is valid for writing.
 pub unsafe fn finish<E: Element>(p: &FinishParams, head_dim: u32, batch: u32, head: u32) {
-    let first = p.workspace.row(&p.shape, batch, head, 0) as usize;
+    let first = p.workspace.row(&p.shape, batch + p.pair * p.shape.batch, head, 0) as usize;
     for row in 0..p.shape.seqlen_q {
         // SAFETY: the caller's promise.
         let line = unsafe { memory::row_mut::<E>(&p.dq, batch, head, row, p.shape.head_dim as usize) };

@@ -20,15 +20,16 @@ pub use warpgroup::CpuWarpgroup;
 use crate::arch::Split;
 use crate::attention::block_info::KvBlocks;
 use crate::attention::mask::{Causal, Full, Mask};
+use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{DqPart, key_block};
 use crate::attention::scheduler::{CtaTiles, TileOrder, WorkTile};
 use crate::element::Element;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::forward::consume;
-use crate::params::{BackwardParams, ForwardParams, Shape, Strided};
+use crate::params::{BackwardParams, BackwardSecond, ForwardParams, Second, Shape, Strided};
 use crate::pipeline::order::KvOrder;
 use crate::tile::smem::ForwardSmem;
-use crate::variants::{BackwardVariant, Variant};
+use crate::variants::{BackwardVariant, Op, Variant};
 use backward::BackwardPipe;
 
 macro_rules! mask {
@@ -47,20 +48,28 @@ pub fn grid(variant: &Variant, shape: &Shape) -> u32 {
 /// Runs CTA `cta` of the `ctas` of the forward kernel, with all its work tiles.
 ///
 /// # Panics
-/// Where the kernel breaks the pipeline's protocol, with the [`Fault`]; where `E` is not the variant's dtype.
+/// Where the kernel breaks the pipeline's protocol, with the [`Fault`]; where `E` is not the variant's dtype, or `S` not
+/// what its operator takes.
 ///
 /// # Safety
 /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, V) and writing (O, LSE) in all of `p.shape`,
 /// which the variant holds; nobody else accesses this CTA's rows of O and LSE; `cta` is below `ctas`, which is at most
 /// [`grid`].
-pub unsafe fn forward<E: Element>(variant: &Variant, p: &ForwardParams<Strided>, cta: u32, ctas: u32) {
+pub unsafe fn forward<E: Element, S: Second<Strided>>(
+    variant: &Variant,
+    p: &ForwardParams<Strided, S>,
+    cta: u32,
+    ctas: u32,
+) {
     assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
+    assert!(S::Pairs::COUNT == variant.op.pairs(), "{} has other parameters", variant.symbol);
     macro_rules! dispatch {
-        ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal, $stages:literal;)*) => {
+        ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
+           $stages:literal;)*) => {
             match variant.symbol {
-                $(stringify!($symbol) => {
+                $(stringify!($symbol) if const { S::Pairs::COUNT == Op::$op.pairs() } => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
-                    unsafe { run::<mask!($mask), E, { $head_dim / 8 }, { $block_n / 8 }>(variant.smem(), p, CtaTiles::new(&p.order, cta, ctas)) }
+                    unsafe { run::<mask!($mask), E, S, { $head_dim / 8 }, { $block_n / 8 }>(variant.smem(), p, CtaTiles::new(&p.order, cta, ctas)) }
                 })*
                 other => unreachable!("{other} is not in the table of variants"),
             }
@@ -73,17 +82,18 @@ pub unsafe fn forward<E: Element>(variant: &Variant, p: &ForwardParams<Strided>,
 ///
 /// # Safety
 /// As [`forward`].
-unsafe fn run<M: Mask, E: Element, const D8: usize, const N8: usize>(
+unsafe fn run<M: Mask, E: Element, S: Second<Strided>, const D8: usize, const N8: usize>(
     smem: ForwardSmem,
-    p: &ForwardParams<Strided>,
+    p: &ForwardParams<Strided, S>,
     tiles: CtaTiles,
 ) {
     let block_m = smem.consumers * crate::variants::WARPGROUP_ROWS;
     for consumer in 0..smem.consumers {
-        let loads = KvOrder::new(KvBlocks::<M, _>::new(&p.shape, block_m, smem.block_n, tiles));
+        let loads =
+            KvOrder::new(KvBlocks::<M, _, _>::new(&p.shape, p.second.pairs(&p.shape), block_m, smem.block_n, tiles));
         // SAFETY: the caller's promise; consumers own different rows of each work tile.
         let mut warpgroup = unsafe { CpuWarpgroup::<E, _>::forward(p, smem, consumer, loads) };
-        consume::<_, M, D8, N8>(&mut warpgroup, p, block_m, tiles);
+        consume::<_, M, S, D8, N8>(&mut warpgroup, p, block_m, tiles);
         warpgroup.finish();
     }
 }
@@ -97,17 +107,29 @@ unsafe fn run<M: Mask, E: Element, const D8: usize, const N8: usize>(
 /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV) in all of `p.shape`,
 /// which the variant holds, and a workspace that [`prepare`] has filled for every query head of the group; nobody else
 /// accesses this head's rows of dK and dV, or the workspace of its query heads. There is at least one key.
-pub unsafe fn backward<E: Element>(variant: &BackwardVariant, p: &BackwardParams<Strided>, batch: u32, head: u32) {
+pub unsafe fn backward<E: Element, S: BackwardSecond<Strided>>(
+    variant: &BackwardVariant,
+    p: &BackwardParams<Strided, S>,
+    batch: u32,
+    head: u32,
+) {
     assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
+    assert!(S::Pairs::COUNT == variant.op.pairs(), "{} has other parameters", variant.symbol);
     macro_rules! dispatch {
-        ($($symbol:ident, $prepare:ident, $finish:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal,
-           $block_n:literal, $split:ident;)*) => {
+        ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
+           $block_m:literal, $block_n:literal, $split:ident;)*) => {
             match variant.symbol {
-                $(stringify!($symbol) => {
+                $(stringify!($symbol) if const { S::Pairs::COUNT == Op::$op.pairs() } => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
                     unsafe {
                         run_backward::<
-                            mask!($mask), E, { $head_dim / 8 }, { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 }, { DqPart::columns($block_m, $head_dim) as usize / 8 },
+                            mask!($mask),
+                            E,
+                            S,
+                            { $head_dim / 8 },
+                            { Split::$split.columns($head_dim) as usize / 8 },
+                            { $block_m / 8 },
+                            { DqPart::columns($block_m, $head_dim) as usize / 8 },
                         >(variant, p, batch, head)
                     }
                 })*
@@ -123,9 +145,17 @@ pub unsafe fn backward<E: Element>(variant: &BackwardVariant, p: &BackwardParams
 /// # Safety
 /// As [`backward`].
 #[inline(never)]
-unsafe fn run_backward<M: Mask, E: Element, const D8: usize, const C8: usize, const M8: usize, const Q8: usize>(
+unsafe fn run_backward<
+    M: Mask,
+    E: Element,
+    S: BackwardSecond<Strided>,
+    const D8: usize,
+    const C8: usize,
+    const M8: usize,
+    const Q8: usize,
+>(
     variant: &BackwardVariant,
-    p: &BackwardParams<Strided>,
+    p: &BackwardParams<Strided, S>,
     batch: u32,
     head: u32,
 ) {
@@ -134,9 +164,10 @@ unsafe fn run_backward<M: Mask, E: Element, const D8: usize, const C8: usize, co
         let tile = WorkTile { batch, head, m_block };
         let keys = key_block(&p.shape, variant.block_n, &tile);
         // SAFETY: the caller's promise; consumers own different parts of dK and dV.
-        let mut warpgroup =
-            unsafe { CpuWarpgroup::<E, BackwardPipe<M>>::backward(p, variant.smem(), variant.split, consumer, &keys) };
-        consume_backward::<_, M, D8, C8, M8, Q8>(&mut warpgroup, p, variant.block_n, core::iter::once(tile));
+        let mut warpgroup = unsafe {
+            CpuWarpgroup::<E, BackwardPipe<M, S>>::backward(p, variant.smem(), variant.split, consumer, &keys)
+        };
+        consume_backward::<_, M, S, D8, C8, M8, Q8>(&mut warpgroup, p, variant.block_n, core::iter::once(tile));
         warpgroup.finish();
     }
 }

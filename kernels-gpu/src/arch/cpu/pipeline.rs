@@ -82,10 +82,10 @@ impl<I: Iterator<Item = KvTile>> Ring<I> {
         }
     }
 
-    /// A held tile of K, transposed: k-major rows of block_n columns.
-    pub fn k(&self, slot: u32) -> &[f32] {
+    /// A held tile of a pair's K, transposed: k-major rows of block_n columns.
+    pub fn k(&self, slot: u32, pair: u32) -> &[f32] {
         match &self.slots[slot as usize] {
-            (State::Held(KvTile::K(_)), data) => data,
+            (State::Held(KvTile::K(block)), data) if block.pair == pair => data,
             (state, _) => Fault::WrongTile { slot, holds: state.tile() }.raise(),
         }
     }
@@ -125,7 +125,7 @@ mod tests {
     }
 
     fn ring_of(blocks: u32) -> Ring<impl Iterator<Item = KvTile>> {
-        let blocks = (0..blocks).map(|n_block| KvBlock { batch: 0, head: 0, n_block });
+        let blocks = (0..blocks).map(|n_block| KvBlock { batch: 0, head: 0, n_block, pair: 0 });
         Ring::new(2, 1, KvOrder::new(blocks))
     }
 
@@ -133,7 +133,7 @@ mod tests {
     fn a_whole_run_passes() {
         let mut ring = ring();
         let k = ring.wait(|_, _| {});
-        ring.k(k);
+        ring.k(k, 0);
         ring.release(k);
         let v = ring.wait(|_, _| {});
         ring.v(v);
@@ -170,11 +170,19 @@ mod tests {
 
     #[test]
     #[should_panic = "WrongTile"]
+    fn reading_the_other_pair() {
+        let mut ring = ring();
+        let k = ring.wait(|_, _| {});
+        ring.k(k, 1);
+    }
+
+    #[test]
+    #[should_panic = "WrongTile"]
     fn reading_after_release() {
         let mut ring = ring();
         let k = ring.wait(|_, _| {});
         ring.release(k);
-        ring.k(k);
+        ring.k(k, 0);
     }
 
     #[test]

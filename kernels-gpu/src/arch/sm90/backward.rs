@@ -113,7 +113,6 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     #[inline(always)]
     fn wait_kv(&mut self) {
         // SAFETY: initialised before the roles parted; so are all barriers below.
-        // SAFETY: initialised before the roles parted; so are all barriers below.
         unsafe { Mbarrier(self.base() + self.pipe.smem.kv_full()).wait(self.pipe.kv_parity) };
         self.pipe.kv_parity ^= 1;
     }
@@ -218,7 +217,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         if to.turns == 0 {
             return;
         }
-        let blocks = to.row(shape, at.batch, at.head, 0) / self.pipe.smem.block_m as u64;
+        let blocks = to.row(shape, at.dq_batch(shape), at.head, 0) / self.pipe.smem.block_m as u64;
         let index = (blocks + (at.m_block / turn_blocks(self.pipe.smem.head_dim)) as u64) * 2 + self.index() as u64;
         let counter = to.turns + index * 4;
         if counter != self.pipe.counter {
@@ -233,7 +232,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     fn add_dq<const Q8: usize>(&mut self, dq: &Fragment<Q8>, to: &Workspace, shape: &Shape, at: &QueryBlock) {
         let smem = self.pipe.smem;
         let block_bytes = (smem.block_m * smem.head_dim * 4) as u64;
-        let first = to.row(shape, at.batch, at.head, at.m_block * smem.block_m);
+        let first = to.row(shape, at.dq_batch(shape), at.head, at.m_block * smem.block_m);
         let address = to.dq + first * (smem.head_dim * 4) as u64 + self.index() as u64 * (block_bytes / 2);
         let address = address + 16 * thread_of_warpgroup() as u64;
         for (group, x) in dq.0.iter().enumerate() {

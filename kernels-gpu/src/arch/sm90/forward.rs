@@ -1,5 +1,6 @@
 //! A consumer of the forward kernel: [`ForwardWarpgroup`] on Hopper.
 
+use core::marker::PhantomData;
 use core::mem::offset_of;
 
 use super::barrier::{Mbarrier, named_arrive, named_sync};
@@ -14,19 +15,20 @@ use super::tma::{BoxOrigin, MapAddress, load_box};
 use super::wgmma::{self, Descriptor};
 use crate::arch::{ForwardWarpgroup, Pending};
 use crate::attention::scheduler::WorkTile;
-use crate::params::{ForwardParams, Output, Shape, TensorMap};
+use crate::params::{ForwardParams, Output, SecondPair, Shape, TensorMap};
 use crate::pipeline::ring::Position;
 use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, columns_step, panels, rows_step};
 use crate::variants::{WARP_ROWS, WARPGROUP_ROWS, WARPGROUP_THREADS};
 
 /// The consumer's end of the forward pipeline.
-pub struct ForwardPipe<'a> {
+pub struct ForwardPipe<'a, S> {
     smem: &'a ForwardSmem,
+    second: PhantomData<S>,
     q_parity: u32,
     position: Position,
 }
 
-impl<'a, E: Packed> Consumer<E, ForwardPipe<'a>> {
+impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
     /// Each consumer calls it once, after the barriers were made; `parameters` is the address of the kernel's
     /// [`ForwardParams`].
     #[inline(always)]
@@ -34,7 +36,11 @@ impl<'a, E: Packed> Consumer<E, ForwardPipe<'a>> {
         if index == smem.consumers - 1 {
             named_arrive(cta::TURN, 2 * WARPGROUP_THREADS);
         }
-        Self::with_pipe(index, parameters, ForwardPipe { smem, q_parity: 0, position: Position::CONSUMER })
+        Self::with_pipe(
+            index,
+            parameters,
+            ForwardPipe { smem, second: PhantomData, q_parity: 0, position: Position::CONSUMER },
+        )
     }
 
     /// Waits until the copy engine has read every output; the last thing that a consumer does.
@@ -57,7 +63,7 @@ impl<'a, E: Packed> Consumer<E, ForwardPipe<'a>> {
         // SAFETY: this warp's own part of the staging tile, which the copy engine has read.
         unsafe { write_tile(x, staging, WARPGROUP_ROWS, 0) };
         fence_async_proxy();
-        let map = MapAddress(self.parameters + offset_of!(ForwardParams<TensorMap>, o.tiles) as u64);
+        let map = MapAddress(self.parameters + offset_of!(ForwardParams<TensorMap, S>, o.tiles) as u64);
         let leader = Leader::of_warp();
         for panel in 0..panels(self.pipe.smem.head_dim) {
             let origin = BoxOrigin {
@@ -74,7 +80,7 @@ impl<'a, E: Packed> Consumer<E, ForwardPipe<'a>> {
     }
 }
 
-impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
+impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
     type Slot = u32;
 
     #[inline(always)]
@@ -86,19 +92,24 @@ impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
         // Every warp of this warpgroup is past its last product with Q.
         named_sync(cta::WARPGROUP + self.index(), WARPGROUP_THREADS);
         let leader = Leader::of_warpgroup();
-        let to = self.base() + self.pipe.smem.q(self.index());
-        let map = MapAddress(self.parameters + offset_of!(ForwardParams<TensorMap>, q) as u64);
-        // SAFETY: nobody reads the query tile any more, each panel lies within it, and the barrier is ready.
+        let (smem, pairs) = (self.pipe.smem, self.pipe.smem.pairs);
+        // SAFETY: nobody reads the query tiles any more, each panel lies within its own, and the barrier is ready.
         unsafe {
-            self.q_full().arrive_expect(leader, self.pipe.smem.q_bytes());
-            for panel in 0..panels(self.pipe.smem.head_dim) {
+            self.q_full().arrive_expect(leader, pairs * smem.q_bytes());
+            for (pair, panel) in (0..pairs).flat_map(|pair| (0..panels(smem.head_dim)).map(move |panel| (pair, panel)))
+            {
+                let map = match pair {
+                    0 => offset_of!(ForwardParams<TensorMap, S>, q),
+                    _ => offset_of!(ForwardParams<TensorMap, S>, second) + offset_of!(SecondPair<TensorMap>, q),
+                };
                 let origin = BoxOrigin {
                     column: panel * PANEL_COLUMNS,
                     row: self.first_row(tile),
                     head: tile.head,
                     batch: tile.batch,
                 };
-                load_box(leader, map, origin, to + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES, self.q_full());
+                let to = self.base() + smem.q(self.index(), pair) + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES;
+                load_box(leader, MapAddress(self.parameters + map as u64), origin, to, self.q_full());
             }
         }
     }
@@ -123,8 +134,8 @@ impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
     }
 
     #[inline(always)]
-    fn qk<const D8: usize, const N8: usize>(&mut self, k: u32) -> Pending<Fragment<N8>> {
-        let q = Descriptor::k_major(self.base + self.pipe.smem.q(self.index()));
+    fn qk<const D8: usize, const N8: usize>(&mut self, k: u32, pair: u32) -> Pending<Fragment<N8>> {
+        let q = Descriptor::k_major(self.base + self.pipe.smem.q(self.index(), pair));
         let k = Descriptor::k_major(self.base + self.pipe.smem.slot(k));
         // SAFETY: both tiles are full, and stay so until this product is waited for.
         unsafe {

@@ -7,8 +7,9 @@ use super::cta::{Leader, smem_base};
 use super::tma::{BoxOrigin, MapAddress, load_box, prefetch_map};
 use crate::attention::block_info::KvBlocks;
 use crate::attention::mask::Mask;
+use crate::attention::pairs::Pairs;
 use crate::attention::scheduler::WorkTile;
-use crate::params::{ForwardParams, TensorMap};
+use crate::params::{ForwardParams, Second, SecondPair, TensorMap};
 use crate::pipeline::order::{KvBlock, KvOrder, KvTile};
 use crate::pipeline::ring::Position;
 use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
@@ -17,8 +18,8 @@ use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
 ///
 /// `parameters` is the address of `p` in the kernel's parameter space.
 #[inline(always)]
-pub fn produce<M: Mask>(
-    p: &ForwardParams<TensorMap>,
+pub fn produce<M: Mask, S: Second<TensorMap>>(
+    p: &ForwardParams<TensorMap, S>,
     parameters: u64,
     smem: &ForwardSmem,
     tiles: impl Iterator<Item = WorkTile>,
@@ -28,14 +29,19 @@ pub fn produce<M: Mask>(
     }
     let base = smem_base();
     let map = |offset: usize| MapAddress(parameters + offset as u64);
-    let (k, v) = (offset_of!(ForwardParams<TensorMap>, k), offset_of!(ForwardParams<TensorMap>, v));
+    let (k, v) = (offset_of!(ForwardParams<TensorMap, S>, k), offset_of!(ForwardParams<TensorMap, S>, v));
+    let second_k = offset_of!(ForwardParams<TensorMap, S>, second) + offset_of!(SecondPair<TensorMap>, k);
     prefetch_map(map(k));
     prefetch_map(map(v));
+    if S::Pairs::COUNT > 1 {
+        prefetch_map(map(second_k));
+    }
     let block_m = smem.consumers * crate::variants::WARPGROUP_ROWS;
     let mut position = Position::PRODUCER;
-    for tile in KvOrder::new(KvBlocks::<M, _>::new(&p.shape, block_m, smem.block_n, tiles)) {
-        let (tensor, KvBlock { batch, head, n_block }) = match tile {
-            KvTile::K(block) => (k, block),
+    let pairs = p.second.pairs(&p.shape);
+    for tile in KvOrder::new(KvBlocks::<M, _, _>::new(&p.shape, pairs, block_m, smem.block_n, tiles)) {
+        let (tensor, KvBlock { batch, head, n_block, .. }) = match tile {
+            KvTile::K(block) => (if block.pair == 0 { k } else { second_k }, block),
             KvTile::V(block) => (v, block),
         };
         let full = Mbarrier(base + smem.full(position.slot));

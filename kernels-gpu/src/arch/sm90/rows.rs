@@ -66,10 +66,13 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
     unsafe {
         store_f32(lane == 0, p.workspace.lse + 4 * index, lse);
         store_f32(lane == 0, p.workspace.delta + 4 * index, statistic);
-        let line = p.workspace.dq + index * p.head_dim as u64 * 4;
-        for chunk in 0..LARGEST_HEAD_DIM / (LANES * 4) {
-            let column = (chunk * LANES + lane) * 4;
-            store_16_bytes(column < p.head_dim, line + 4 * column as u64, [0; 4]);
+        for pair in 0..p.pairs {
+            let index = p.workspace.row(&p.shape, batch + pair * p.shape.batch, head, row);
+            let line = p.workspace.dq + index * p.head_dim as u64 * 4;
+            for chunk in 0..LARGEST_HEAD_DIM / (LANES * 4) {
+                let column = (chunk * LANES + lane) * 4;
+                store_16_bytes(column < p.head_dim, line + 4 * column as u64, [0; 4]);
+            }
         }
     }
 }
@@ -86,7 +89,7 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, head_dim: u32, block
     let first_row = (cta - head_index * m_blocks) * block_m;
     let batch = quotient(head_index, p.shape.heads_q);
     let head = head_index - batch * p.shape.heads_q;
-    let first = p.workspace.row(&p.shape, batch, head, first_row) * head_dim as u64;
+    let first = p.workspace.row(&p.shape, batch + p.pair * p.shape.batch, head, first_row) * head_dim as u64;
     let address = p.workspace.dq + 4 * (first + part as u64 * (block_m * head_dim / 2) as u64) + 16 * thread as u64;
     let mut dq = Fragment([[0.0; 4]; Q8]);
     for (group, x) in dq.0.iter_mut().enumerate() {
