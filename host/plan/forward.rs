@@ -24,9 +24,6 @@ pub struct Plan {
     /// How CTAs take the work tiles; of no meaning where there are none.
     pub(crate) order: TileOrder,
     pub(crate) grid: u32,
-    pub(crate) block: u32,
-    pub(crate) smem_bytes: u32,
-    pub(crate) workspace_bytes: usize,
 }
 
 /// One way to run a problem.
@@ -64,18 +61,7 @@ impl Plan {
         let Some(Choice { variant, work_tiles, grid, order, .. }) = best else {
             return Err(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask });
         };
-        Ok(Plan {
-            problem: *problem,
-            mask,
-            scale,
-            variant,
-            work_tiles,
-            order,
-            grid,
-            block: variant.threads(),
-            smem_bytes: variant.smem_bytes(),
-            workspace_bytes: 0,
-        })
+        Ok(Plan { problem: *problem, mask, scale, variant, work_tiles, order, grid })
     }
 
     /// The problem, validated.
@@ -110,17 +96,17 @@ impl Plan {
 
     /// Threads of a CTA.
     pub fn block(&self) -> u32 {
-        self.block
+        self.variant.threads()
     }
 
     /// Dynamic shared memory of a CTA, in bytes.
     pub fn smem_bytes(&self) -> u32 {
-        self.smem_bytes
+        self.variant.smem_bytes()
     }
 
-    /// Device memory needed beside the tensors, in bytes.
+    /// Memory that the kernel needs beside the tensors, in bytes: none.
     pub fn workspace_bytes(&self) -> usize {
-        self.workspace_bytes
+        0
     }
 }
 
@@ -139,7 +125,11 @@ impl fmt::Display for Plan {
         write!(
             f,
             "launch: {} work tiles on {} CTAs of {} threads, {} bytes of shared memory, {} bytes of workspace",
-            self.work_tiles, self.grid, self.block, self.smem_bytes, self.workspace_bytes,
+            self.work_tiles,
+            self.grid,
+            self.block(),
+            self.smem_bytes(),
+            self.workspace_bytes(),
         )
     }
 }
