@@ -59,6 +59,16 @@ pub struct DeviceArgs {
 }
 
 #[derive(Args)]
+pub struct PassArgs {
+    /// Passes to run.
+    #[arg(long, value_delimiter = ',', default_value = "forward,backward")]
+    pub op: Vec<OpName>,
+    /// Whether gradients are the same bits on every run (exact, slower); the results of the forward pass always are.
+    #[arg(long, value_parser = determinism, default_value = "fast", value_name = "fast|exact")]
+    pub determinism: Determinism,
+}
+
+#[derive(Args)]
 pub struct InfoArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
@@ -79,12 +89,8 @@ Exit code 0 when every case is within the accuracy bar, 1 when one is not or can
 pub struct CheckArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// What to check.
-    #[arg(long, value_delimiter = ',', default_value = "forward,backward")]
-    pub op: Vec<OpName>,
-    /// Whether gradients are the same bits on every run (exact, slower); the results of the forward pass always are.
-    #[arg(long, value_parser = determinism, default_value = "fast", value_name = "fast|exact")]
-    pub determinism: Determinism,
+    #[command(flatten)]
+    pub pass: PassArgs,
     /// Random cases to run [default: 50].
     #[arg(long, conflicts_with = "case", value_parser = clap::value_parser!(u64).range(1..))]
     pub cases: Option<u64>,
@@ -158,12 +164,8 @@ of many runs.")]
 pub struct BenchArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// What to measure.
-    #[arg(long, value_delimiter = ',', default_value = "forward,backward")]
-    pub op: Vec<OpName>,
-    /// Whether gradients are the same bits on every run (exact, slower); the results of the forward pass always are.
-    #[arg(long, value_parser = determinism, default_value = "fast", value_name = "fast|exact")]
-    pub determinism: Determinism,
+    #[command(flatten)]
+    pub pass: PassArgs,
     /// [default: 64,128,256; on the CPU 64,128]
     #[arg(long, value_delimiter = ',')]
     pub head_dims: Vec<usize>,

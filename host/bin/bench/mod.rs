@@ -78,7 +78,7 @@ fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
     let tokens = args.tokens.unwrap_or(if machine.is_cpu() { 1024 } else { 32768 });
     let hidden = args.hidden.unwrap_or(if machine.is_cpu() { 512 } else { 2048 });
     let mut steps = Vec::new();
-    for &op in &args.op {
+    for &op in &args.pass.op {
         for &dtype in &args.dtype {
             for &head_dim in &head_dims {
                 for &seqlen in &seqlens {
@@ -93,7 +93,7 @@ fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
                             head_dim,
                             dtype,
                         };
-                        steps.push(Step { op, problem, mask, determinism: args.determinism });
+                        steps.push(Step { op, problem, mask, determinism: args.pass.determinism });
                     }
                 }
             }

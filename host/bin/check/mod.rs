@@ -42,8 +42,8 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
             (0..count).map(|i| Case::random(args.seed.wrapping_mul(1 << 32).wrapping_add(i), limit)).collect()
         }
     };
-    let step = |op: OpName, case| Step { op, case, determinism: args.determinism };
-    let steps: Vec<Step> = args.op.iter().flat_map(|&op| cases.iter().map(move |&case| step(op, case))).collect();
+    let step = |op: OpName, case| Step { op, case, determinism: args.pass.determinism };
+    let steps: Vec<Step> = args.pass.op.iter().flat_map(|&op| cases.iter().map(move |&case| step(op, case))).collect();
     // What can't run is reported before anything runs.
     for step in &steps {
         let Step { op, case, .. } = step;
@@ -152,7 +152,7 @@ mod tests {
             };
             let case = args.case.map(|case| case.case(args.seed));
             let scale = Some(step.case.effective_scale());
-            assert_eq!((args.op, args.determinism), (vec![op], determinism), "{line}");
+            assert_eq!((args.pass.op, args.pass.determinism), (vec![op], determinism), "{line}");
             assert_eq!(case, Some(Case { scale, ..step.case }), "{line}");
         }
     }
