@@ -2,11 +2,9 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
-
-use ferroflash::cases::{Case, plain_loop};
+use ferroflash::cases::Case;
 use ferroflash::reference::Rows;
-use ferroflash::{Attention, Cpu, Determinism, Dtype, Mask, Problem, bf16};
+use ferroflash::{Cpu, Determinism, Dtype, Mask, Problem, bf16};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
@@ -118,35 +116,4 @@ fn small_stacks_are_enough() {
         case.output(&Cpu, &data.inputs).unwrap();
         case.gradients(&Cpu, &data, Determinism::Fast).unwrap();
     });
-}
-
-#[test]
-fn faster_than_a_plain_loop() {
-    let problem =
-        Problem { batch: 1, heads_q: 8, heads_kv: 8, seqlen_q: 1024, seqlen_k: 1024, head_dim: 64, dtype: Dtype::Bf16 };
-    let case = Case::new(problem, Mask::None);
-    let inputs = case.inputs::<bf16>().unwrap();
-    let [q, k, v] = case.tensors(&inputs);
-    let attention = Attention::new(problem);
-    let floats = inputs.each_ref().map(|x| x.iter().map(|x| x.to_f32()).collect::<Vec<f32>>());
-    let head = 1024 * 64;
-    let mut o = vec![0.0; 8 * head];
-    let best = |mut run: Box<dyn FnMut() + '_>| -> Duration {
-        let times = (0..3).map(|_| {
-            let start = Instant::now();
-            run();
-            start.elapsed()
-        });
-        times.min().unwrap()
-    };
-    let ours = best(Box::new(|| {
-        attention.forward(&Cpu, q, k, v).unwrap();
-    }));
-    let plain = best(Box::new(|| {
-        for h in 0..8 {
-            plain_loop(floats.each_ref().map(|x| &x[h * head..][..head]), &mut o[h * head..][..head], 64, 0.125);
-        }
-    }));
-    println!("executor {ours:?}, plain loop {plain:?}");
-    assert!(ours < plain, "executor {ours:?}, plain loop {plain:?}");
 }
