@@ -1,5 +1,7 @@
 //! The command line as a script sees it: exit codes, messages and the JSON file.
 
+#[cfg(target_os = "linux")]
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Output};
 
 fn ferroflash(arguments: &[&str]) -> Output {
@@ -206,28 +208,33 @@ fn help_has_examples() {
     }
 }
 
-/// Starts the command, sends it what Ctrl-C sends a while later, and waits for its end.
+/// Starts the command, sends it what Ctrl-C sends once it has said what it will do, and gives all that it printed.
 #[cfg(target_os = "linux")]
-fn interrupted(arguments: &[&str]) -> Output {
-    let child = Command::new(env!("CARGO_BIN_EXE_ferroflash"))
+fn interrupted(arguments: &[&str]) -> String {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ferroflash"))
         .args(arguments)
         .stdout(std::process::Stdio::piped())
         .spawn()
         .expect("the binary runs");
-    std::thread::sleep(std::time::Duration::from_millis(800));
+    let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+    let mut printed = String::new();
+    // Ctrl-C is caught before the first line, however long the machine takes to get there.
+    stdout.read_line(&mut printed).expect("a line");
+    std::thread::sleep(std::time::Duration::from_millis(500));
     let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
     assert!(killed.success());
-    let output = child.wait_with_output().expect("it ends");
-    assert_eq!(output.status.code(), Some(130), "{output:?}");
-    output
+    stdout.read_to_string(&mut printed).expect("text");
+    let status = child.wait().expect("it ends");
+    assert_eq!(status.code(), Some(130), "{status:?}: {printed}");
+    printed
 }
 
 /// A first Ctrl-C ends the sweep after the case in hand, with what was judged so far.
 #[test]
 #[cfg(target_os = "linux")]
 fn ctrl_c_keeps_what_was_judged() {
-    let output = interrupted(&["check", "--device", "cpu", "--cases", "100000"]);
-    assert!(text(&output.stdout).contains("passed"), "{}", text(&output.stdout));
+    let printed = interrupted(&["check", "--device", "cpu", "--cases", "100000"]);
+    assert!(printed.contains("passed"), "{printed}");
 }
 
 /// A measurement that Ctrl-C cut short is no record: neither NaN in the table nor null in the file.
@@ -237,8 +244,8 @@ fn ctrl_c_leaves_no_half_measurement() {
     let path = std::env::temp_dir().join(format!("ferroflash-interrupted-{}.json", std::process::id()));
     let name = path.to_str().expect("a path in UTF-8");
     let flags = ["--head-dims", "64", "--seqlens", "64", "--tokens", "64", "--hidden", "64", "--budget-ms", "60000"];
-    let output = interrupted(&[&["bench", "--device", "cpu", "--json", name][..], &flags].concat());
-    assert!(!text(&output.stdout).contains("NaN"), "{}", text(&output.stdout));
+    let printed = interrupted(&[&["bench", "--device", "cpu", "--json", name][..], &flags].concat());
+    assert!(!printed.contains("NaN"), "{printed}");
     let json: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(&path).expect("the file")).expect("JSON");
     std::fs::remove_file(&path).expect("the file");
