@@ -4,6 +4,8 @@
 //! `cargo test --features cuda --no-run`, the binary also runs on a machine without Rust.
 
 mod common;
+#[path = "gpu/graph.rs"]
+mod graph;
 
 use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
@@ -81,7 +83,13 @@ fn main() {
     trials.push(test("many work tiles a CTA", Box::new(many_tiles)));
     trials.push(test("a million tokens", Box::new(a_million_tokens)));
     trials.push(test("raw addresses", Box::new(raw_addresses)));
-    libtest_mimic::run(&arguments, trials).exit();
+    trials.push(test("captured into a graph", Box::new(graph::forward)));
+    trials.push(test("captured into a graph, backward", Box::new(graph::backward)));
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if let Some(cuda) = &cuda {
+        cuda.synchronize().expect("no launch has failed unseen");
+    }
+    conclusion.exit();
 }
 
 /// Random backward cases of one run, half of them exact; the reference is what takes the time.
@@ -187,7 +195,8 @@ fn raw_addresses(cuda: &Cuda) {
         unsafe { cuda.forward_raw(&plan, &args, std::ptr::null_mut()) }.unwrap();
     }
     println!("raw launch: {:?} of host time", start.elapsed() / 100);
-    cuda.synchronize().unwrap();
+    // No wait for the whole context, which must not be while another test captures a stream.
+    assert!(cuda.download(&o).unwrap() == expected.o);
 }
 
 /// The same for the gradients, with a workspace of the caller's whose content does not matter.

@@ -1,0 +1,217 @@
+//! CUDA graphs: the raw form, captured on a stream of the caller's, as frameworks do it.
+//!
+//! Other tests run on the default stream meanwhile. A non-blocking stream and a capture of this thread alone leave them
+//! be; but nobody may wait for the whole context while a stream of it is captured.
+
+use std::ptr;
+
+use cust::sys;
+use ferroflash::cases::{BackwardData, Case};
+use ferroflash::cuda::{Cuda, DeviceBuffer, RawStream};
+use ferroflash::{
+    Attention, Backend, Determinism, Element, Layout, Mask, Operand, RawBackward, RawForward, RawTensor, bf16,
+};
+
+use crate::BIG;
+
+/// A forward pass: one launch.
+pub fn forward(cuda: &Cuda) {
+    let first = Case::new(BIG, Mask::Causal);
+    let contents = [first, Case { seed: 1, ..first }].map(|case| case.inputs::<bf16>().unwrap());
+    // Ordinary launches, which are the kernel's first use as well.
+    let expected = contents.each_ref().map(|inputs| crate::common::bits(&first.output(cuda, inputs).unwrap()));
+    assert!(expected[0] != expected[1]);
+
+    let plan = Attention::new(BIG).mask(Mask::Causal).plan(cuda.sm_count()).unwrap();
+    cuda.load(&plan).unwrap();
+    let mut inputs = contents[0].each_ref().map(|x| cuda.upload(Operand::Q, x).unwrap());
+    let mut o = cuda.upload(Operand::O, &vec![bf16::NAN; expected[0].0.len()]).unwrap();
+    let mut lse = cuda.upload(Operand::Lse, &vec![f32::NAN; expected[0].1.len()]).unwrap();
+    let [q, k, v] = inputs.each_ref().map(DeviceBuffer::address);
+    let args = RawForward { q: of_q(q), k: of_kv(k), v: of_kv(v), o: of_q(o.address()), lse: Some(lse.address()) };
+    let stream = Stream::new();
+    // SAFETY: the buffers outlive the graph, and nobody uses them while it runs; the stream is of the device's context.
+    let graph = stream.capture(|stream| unsafe { cuda.forward_raw(&plan, &args, stream) }.unwrap());
+    wait_for_default_stream();
+    assert!(cuda.download(&o).unwrap().iter().all(|x| x.is_nan()), "a capture launches nothing");
+    for (contents, expected) in contents.iter().zip(&expected) {
+        refill(&mut inputs, contents);
+        poison(&mut o, bf16::NAN);
+        poison(&mut lse, f32::NAN);
+        stream.run(&graph);
+        assert!((bits16(cuda, &o), bits32(cuda, &lse)) == *expected);
+    }
+}
+
+/// A backward pass: three launches, and the turns of an exact pass set to zero before them. On one CTA: CTAs that wait
+/// for each other must all be running, which nobody promises beside the other tests' kernels.
+pub fn backward(cuda: &Cuda) {
+    // Odd seeds have a gradient of the LSE.
+    let first = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
+    let contents: [BackwardData<bf16>; 2] =
+        [first, Case { seed: 3, ..first }].map(|case| case.backward_data(cuda).unwrap());
+    let attention = Attention::new(BIG).mask(Mask::Causal).determinism(Determinism::Exact);
+    let plan = attention.plan_backward(1).unwrap();
+    cuda.load_backward(&plan).unwrap();
+
+    let mut inputs = tensors(&contents[0]).map(|x| cuda.upload(Operand::Q, x).unwrap());
+    let mut rows = statistics(&contents[0]).map(|x| cuda.upload(Operand::Lse, x).unwrap());
+    let [q, k, v] = contents[0].inputs.each_ref().map(Vec::len);
+    let mut outputs = [q, k, v].map(|len| cuda.upload(Operand::Dq, &vec![bf16::NAN; len]).unwrap());
+    let workspace = cuda.upload(Operand::Workspace, &vec![0xffu8; plan.workspace_bytes()]).unwrap();
+    let [q, k, v, o, d_o] = inputs.each_ref().map(DeviceBuffer::address);
+    let [lse, d_lse] = rows.each_ref().map(DeviceBuffer::address);
+    let [dq, dk, dv] = outputs.each_ref().map(DeviceBuffer::address);
+    let args = RawBackward {
+        q: of_q(q),
+        k: of_kv(k),
+        v: of_kv(v),
+        o: of_q(o),
+        d_o: of_q(d_o),
+        lse,
+        d_lse: Some(d_lse),
+        dq: of_q(dq),
+        dk: of_kv(dk),
+        dv: of_kv(dv),
+        workspace: workspace.address(),
+        workspace_bytes: workspace.len(),
+    };
+    // Ordinary launches, which are the kernels' first use as well.
+    let expected = contents.each_ref().map(|data| {
+        refill(&mut inputs, tensors(data));
+        refill(&mut rows, statistics(data));
+        outputs.iter_mut().for_each(|x| poison(x, bf16::NAN));
+        // SAFETY: the buffers outlive the launches, and the default stream is this device's.
+        unsafe { cuda.backward_raw(&plan, &args, ptr::null_mut()) }.unwrap();
+        outputs.each_ref().map(|x| bits16(cuda, x))
+    });
+    assert!((0..3).all(|i| expected[0][i] != expected[1][i]));
+
+    outputs.iter_mut().for_each(|x| poison(x, bf16::NAN));
+    let stream = Stream::new();
+    // SAFETY: the buffers outlive the graph, and nobody uses them while it runs; the stream is of the device's context.
+    let graph = stream.capture(|stream| unsafe { cuda.backward_raw(&plan, &args, stream) }.unwrap());
+    wait_for_default_stream();
+    for x in &outputs {
+        assert!(cuda.download(x).unwrap().iter().all(|x| x.is_nan()), "a capture launches nothing");
+    }
+    for (data, expected) in contents.iter().zip(&expected) {
+        refill(&mut inputs, tensors(data));
+        refill(&mut rows, statistics(data));
+        outputs.iter_mut().for_each(|x| poison(x, bf16::NAN));
+        stream.run(&graph);
+        assert!(outputs.each_ref().map(|x| bits16(cuda, x)) == *expected);
+    }
+}
+
+/// Q, K, V, O and dO.
+fn tensors(data: &BackwardData<bf16>) -> [&Vec<bf16>; 5] {
+    let [q, k, v] = &data.inputs;
+    [q, k, v, &data.o, &data.d_o]
+}
+
+/// The LSE and its gradient.
+fn statistics(data: &BackwardData<bf16>) -> [&Vec<f32>; 2] {
+    [&data.lse, data.d_lse.as_ref().expect("odd seeds have one")]
+}
+
+fn of_q(address: u64) -> RawTensor {
+    RawTensor { address, layout: Layout::bhsd(BIG.q_shape()) }
+}
+
+fn of_kv(address: u64) -> RawTensor {
+    RawTensor { address, layout: Layout::bhsd(BIG.kv_shape()) }
+}
+
+/// Other contents in the same memory.
+fn refill<'a, T: Copy + Send + Sync + 'static>(
+    buffers: &mut [DeviceBuffer<T>],
+    contents: impl IntoIterator<Item = &'a Vec<T>>,
+) {
+    for (buffer, contents) in buffers.iter_mut().zip(contents) {
+        assert_eq!(buffer.len(), contents.len());
+        buffer.copy_from_host(contents).unwrap();
+    }
+}
+
+/// Content that every run must overwrite.
+fn poison<T: Copy + Send + Sync + 'static>(buffer: &mut DeviceBuffer<T>, with: T) {
+    let poison = vec![with; buffer.len()];
+    buffer.copy_from_host(&poison).unwrap();
+}
+
+/// As NaN can be compared too.
+fn bits16(cuda: &Cuda, buffer: &DeviceBuffer<bf16>) -> Vec<u16> {
+    cuda.download(buffer).unwrap().into_iter().map(Element::to_bits).collect()
+}
+
+fn bits32(cuda: &Cuda, buffer: &DeviceBuffer<f32>) -> Vec<u32> {
+    cuda.download(buffer).unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+fn check(call: &str, code: sys::CUresult) {
+    assert_eq!(code, sys::CUresult::CUDA_SUCCESS, "{call}");
+}
+
+/// Until what the default stream was given is done, copies to the device included: a non-blocking stream does not wait
+/// for it.
+fn wait_for_default_stream() {
+    // SAFETY: null is the default stream of the current context.
+    check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(ptr::null_mut()) });
+}
+
+/// A non-blocking stream of the current context; `cust::stream::Stream` takes that flag away.
+struct Stream(sys::CUstream);
+
+impl Stream {
+    fn new() -> Self {
+        let mut stream = ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: writes one handle.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) });
+        Stream(stream)
+    }
+
+    /// What `work` launches on this stream, as a graph.
+    fn capture(&self, work: impl FnOnce(RawStream)) -> Graph {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: the stream is live and idle, its capture begins and ends on this thread, and each call writes one
+        // handle; the executable graph needs the captured one no more.
+        unsafe {
+            check("cuStreamBeginCapture", sys::cuStreamBeginCapture_v2(self.0, mode));
+            work(self.0.cast());
+            check("cuStreamEndCapture", sys::cuStreamEndCapture(self.0, &mut graph));
+            check("cuGraphInstantiateWithFlags", sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0));
+            check("cuGraphDestroy", sys::cuGraphDestroy(graph));
+        }
+        Graph(executable)
+    }
+
+    /// Runs a graph after what the default stream was given, and waits for it.
+    fn run(&self, graph: &Graph) {
+        wait_for_default_stream();
+        // SAFETY: both handles are live.
+        unsafe {
+            check("cuGraphLaunch", sys::cuGraphLaunch(graph.0, self.0));
+            check("cuStreamSynchronize", sys::cuStreamSynchronize(self.0));
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, used no more.
+        let _ = unsafe { sys::cuStreamDestroy_v2(self.0) };
+    }
+}
+
+/// A graph that can be launched.
+struct Graph(sys::CUgraphExec);
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made by `Stream::capture`, used no more.
+        let _ = unsafe { sys::cuGraphExecDestroy(self.0) };
+    }
+}
