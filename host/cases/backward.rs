@@ -9,23 +9,24 @@ use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
 use super::guarded::Guarded;
-use super::{Case, for_rows};
+use super::{Case, CaseOutput, for_rows};
 use crate::Attention;
 use crate::backend::Backend;
 use crate::error::{Operand, Result};
 use crate::operands::{BackwardInputs, Gradients};
 use crate::plan::Determinism;
-use crate::reference::{Backward, GradientAccuracy, backward_f64, backward_plain};
-use crate::tensor::{Layout, Tensor};
+use crate::problem::Problem;
+use crate::reference::{Backward, GradientAccuracy, Scores, backward_f64, backward_plain};
+use crate::tensor::Tensor;
 
 /// Makes the gradients of a case other numbers than its inputs.
 const GRADIENT_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// What a case's backward pass starts from, each tensor in the case's layout.
 #[derive(Clone, Debug)]
-pub struct BackwardData<E> {
-    /// Q, K and V.
-    pub inputs: [Vec<E>; 3],
+pub struct BackwardData<E, const INPUTS: usize = 3> {
+    /// Q, K and V; or Q1, K1, Q2, K2 and V.
+    pub inputs: [Vec<E>; INPUTS],
     /// What the backend's own forward pass gave.
     pub o: Vec<E>,
     /// What the backend's own forward pass gave.
@@ -37,17 +38,17 @@ pub struct BackwardData<E> {
 }
 
 /// What a case's backward pass wrote.
-#[derive(Clone, PartialEq)]
-pub struct CaseGradients<E> {
-    /// dQ, dK and dV in the case's layout, padding included.
-    pub gradients: [Vec<E>; 3],
+#[derive(Clone, Debug, PartialEq)]
+pub struct CaseGradients<E, const INPUTS: usize = 3> {
+    /// Those of the inputs, in their order and in the case's layout, padding included.
+    pub gradients: [Vec<E>; INPUTS],
     /// Whether canaries and padding are as they were.
     pub untouched: bool,
 }
 
-impl<E: Element> CaseGradients<E> {
-    /// dQ, dK and dV as bits, as NaN can be compared too.
-    pub fn bits(&self) -> [Vec<u16>; 3] {
+impl<E: Element, const INPUTS: usize> CaseGradients<E, INPUTS> {
+    /// The gradients as bits, as NaN can be compared too.
+    pub fn bits(&self) -> [Vec<u16>; INPUTS] {
         self.gradients.each_ref().map(|x| x.iter().map(|x| x.to_bits()).collect())
     }
 }
@@ -69,8 +70,7 @@ impl BackwardOutcome {
 
 impl fmt::Display for BackwardOutcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let GradientAccuracy { dq, dk, dv } = &self.gradients;
-        for (name, found) in [("dq", dq), ("dk", dk), ("dv", dv)] {
+        for (name, found) in self.gradients.named() {
             let mark = if found.passed() { "" } else { " FAILED" };
             writeln!(f, "{name}: error {:.3e}, bar {:.3e}, plain {:.3e}{mark}", found.error, found.bar, found.plain)?;
         }
@@ -101,41 +101,59 @@ impl Case {
         data: &BackwardData<E>,
         determinism: Determinism,
     ) -> Result<BackwardOutcome> {
-        let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
         let found = self.gradients::<B, E>(backend, data, determinism)?;
         let [q, k, v] = self.tensors(&data.inputs);
-        let tensors = [q, k, v, Tensor { data: &data.d_o[..], layout: self.layout(problem.q_shape()) }];
-        let exact = backward_f64(problem, mask, scale, tensors, data.d_lse.as_deref())?;
-        let o = Tensor { data: &data.o[..], layout: self.layout(problem.q_shape()) };
-        let plain = backward_plain(problem, mask, scale, tensors, Some(o), data.d_lse.as_deref())?;
-        let of = |gradient: &[E], shape| gather(gradient, &self.layout(shape));
         let [dq, dk, dv] = &found.gradients;
-        let (of_q, of_kv) = (problem.q_shape(), problem.kv_shape());
-        let gathered = Backward { dq: of(dq, of_q), dk: of(dk, of_kv), dv: of(dv, of_kv) };
-        let gradients = GradientAccuracy::of(&gathered, &plain, &exact, self.cancelled(data));
+        let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
+        let gradients = Backward {
+            dq: self.gather(dq, of_q),
+            dk: self.gather(dk, of_kv),
+            dv: self.gather(dv, of_kv),
+            second: None,
+        };
+        let gradients = self.judge_gradients(&gradients, data, Scores::plain(q, k), v)?;
         Ok(BackwardOutcome { gradients, untouched: found.untouched })
     }
 
+    /// Judges the gradients of a run with the given scores and values.
+    pub(super) fn judge_gradients<E: Element, const INPUTS: usize>(
+        &self,
+        found: &Backward,
+        data: &BackwardData<E, INPUTS>,
+        scores: Scores<Tensor<&[E]>>,
+        v: Tensor<&[E]>,
+    ) -> Result<GradientAccuracy> {
+        let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
+        let [o, d_o] = [&data.o, &data.d_o].map(|x| Tensor { data: &x[..], layout: self.layout(problem.q_shape()) });
+        let d_lse = data.d_lse.as_deref();
+        let exact = backward_f64(problem, mask, scale, scores, [v, d_o], d_lse)?;
+        let plain = backward_plain(problem, mask, scale, scores, [v, d_o], Some(o), d_lse)?;
+        Ok(GradientAccuracy::of(found, &plain, &exact, self.cancelled(&scores, [&data.o, &data.d_o])))
+    }
+
     /// Where no query sees more than one key, the size of what dQ and dK subtract from each other; otherwise 1.
-    fn cancelled<E: Element>(&self, data: &BackwardData<E>) -> f64 {
-        if self.problem.seqlen_k > 1 {
+    fn cancelled<E: Element>(&self, scores: &Scores<Tensor<&[E]>>, outputs: [&[E]; 2]) -> f64 {
+        let Problem { seqlen_k, head_dim, .. } = self.problem;
+        if seqlen_k > 1 {
             return 1.0;
         }
-        let rows = |x: &[E], shape| {
-            let mut rows: Vec<Vec<f64>> = Vec::new();
-            for_rows(&self.layout(shape), |start| {
-                rows.push(x[start..start + shape[3]].iter().map(|x| f64::from(x.to_f32()).abs()).collect());
-            });
-            rows
-        };
-        let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
-        let terms = rows(&data.o, of_q)
-            .iter()
-            .zip(rows(&data.d_o, of_q))
-            .fold(0.0, |largest: f64, (o, d_o)| largest.max(o.iter().zip(&d_o).map(|(o, d_o)| o * d_o).sum()));
-        let [q, k, _] = &data.inputs;
-        let factor = rows(q, of_q).into_iter().chain(rows(k, of_kv)).flatten().fold(0.0, f64::max);
+        let [o, d_o] = outputs.map(|x| self.gather(x, self.problem.q_shape()));
+        let terms = o
+            .chunks_exact(head_dim)
+            .zip(d_o.chunks_exact(head_dim))
+            .fold(0.0, |largest: f64, (o, d_o)| largest.max(o.iter().zip(d_o).map(|(o, d_o)| (o * d_o).abs()).sum()));
+        let factors = scores.pairs().flat_map(|pair| [pair.q, pair.k]);
+        let factor = factors.flat_map(|x| self.gather(x.data, x.layout.shape)).fold(0.0, |a: f64, x| a.max(x.abs()));
         terms * factor * f64::from(self.effective_scale())
+    }
+
+    /// The rows of a tensor in the case's layout, one after the other.
+    pub(super) fn gather<E: Element>(&self, data: &[E], shape: [usize; 4]) -> Vec<f64> {
+        let mut rows = Vec::new();
+        for_rows(&self.layout(shape), |start| {
+            rows.extend(data[start..start + shape[3]].iter().map(|x| f64::from(x.to_f32())));
+        });
+        rows
     }
 
     /// Random inputs, what the backend's forward pass makes of them, and random gradients of that.
@@ -145,6 +163,15 @@ impl Case {
     pub fn backward_data<B: Backend, E: Element>(&self, backend: &B) -> Result<BackwardData<E>> {
         let inputs = self.inputs::<E>()?;
         let output = self.output::<B, E>(backend, &inputs)?;
+        self.with_gradients(inputs, output)
+    }
+
+    /// Inputs and what the forward pass made of them, with random gradients of that.
+    pub(super) fn with_gradients<E: Element, const INPUTS: usize>(
+        &self,
+        inputs: [Vec<E>; INPUTS],
+        output: CaseOutput<E>,
+    ) -> Result<BackwardData<E, INPUTS>> {
         let mut rng = StdRng::seed_from_u64(self.seed ^ GRADIENT_SEED);
         let d_o = self.normal(&mut rng, self.problem.q_shape(), 1.0)?;
         let has_d_lse = self.seed % 2 == 1;
@@ -172,11 +199,11 @@ impl Case {
         let d_o = backend.upload(Operand::DO, &data.d_o)?;
         let lse = backend.upload(Operand::Lse, &data.lse)?;
         let d_lse = data.d_lse.as_ref().map(|d_lse| backend.upload(Operand::DLse, d_lse)).transpose()?;
-        let mut outputs = Gradients {
-            dq: Guarded::<B, E>::new(backend, Operand::Dq, of_q)?,
-            dk: Guarded::<B, E>::new(backend, Operand::Dk, of_kv)?,
-            dv: Guarded::<B, E>::new(backend, Operand::Dv, of_kv)?,
-        };
+        let outputs = [
+            Guarded::new(backend, Operand::Dq, of_q)?,
+            Guarded::new(backend, Operand::Dk, of_kv)?,
+            Guarded::new(backend, Operand::Dv, of_kv)?,
+        ];
         let inputs = BackwardInputs {
             q: Tensor { data: B::slice(&q), layout: of_q },
             k: Tensor { data: B::slice(&k), layout: of_kv },
@@ -187,21 +214,25 @@ impl Case {
             d_lse: d_lse.as_ref().map(B::slice),
         };
         let attention = Attention::new(self.problem).mask(self.mask).scale(self.effective_scale());
-        attention.determinism(determinism).backward_into(
-            backend,
-            inputs,
-            Gradients { dq: outputs.dq.tensor(), dk: outputs.dk.tensor(), dv: outputs.dv.tensor() },
-        )?;
-        let (dq, dq_kept) = outputs.dq.content(backend)?;
-        let (dk, dk_kept) = outputs.dk.content(backend)?;
-        let (dv, dv_kept) = outputs.dv.content(backend)?;
-        Ok(CaseGradients { gradients: [dq, dk, dv], untouched: dq_kept && dk_kept && dv_kept })
+        let attention = attention.determinism(determinism);
+        gradients_of(backend, outputs, |[dq, dk, dv]| {
+            attention.backward_into(backend, inputs, Gradients { dq, dk, dv })
+        })
     }
 }
 
-/// The rows of a tensor, one after the other.
-fn gather<E: Element>(data: &[E], layout: &Layout) -> Vec<f64> {
-    let mut rows = Vec::new();
-    for_rows(layout, |start| rows.extend(data[start..start + layout.shape[3]].iter().map(|x| f64::from(x.to_f32()))));
-    rows
+/// What `backward` writes into the gradients that it is given.
+pub(super) fn gradients_of<B: Backend, E: Element, const INPUTS: usize>(
+    backend: &B,
+    mut outputs: [Guarded<B, E>; INPUTS],
+    backward: impl FnOnce([Tensor<B::SliceMut<'_, E>>; INPUTS]) -> Result<()>,
+) -> Result<CaseGradients<E, INPUTS>> {
+    backward(outputs.each_mut().map(Guarded::tensor))?;
+    let mut found = CaseGradients { gradients: [const { Vec::new() }; INPUTS], untouched: true };
+    for (gradient, output) in found.gradients.iter_mut().zip(&outputs) {
+        let (content, kept) = output.content(backend)?;
+        *gradient = content;
+        found.untouched &= kept;
+    }
+    Ok(found)
 }

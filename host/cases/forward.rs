@@ -7,7 +7,7 @@ use super::Case;
 use super::guarded::Guarded;
 use crate::backend::Backend;
 use crate::error::{Operand, Result};
-use crate::reference::{Accuracy, Forward, Rows, forward_f64, forward_plain};
+use crate::reference::{Accuracy, Forward, Rows, Scores, forward_f64, forward_plain};
 use crate::tensor::Tensor;
 
 /// Elements of the canaries before and after the LSE, which is left with the least alignment allowed: that of f32.
@@ -58,11 +58,22 @@ impl Case {
     /// # Errors
     /// As [`Case::run`].
     pub fn judge<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 3], rows: &Rows) -> Result<Outcome> {
-        let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
         let output = self.output::<B, E>(backend, inputs)?;
-        let tensors = self.tensors(inputs);
-        let exact = forward_f64(problem, mask, scale, tensors, rows)?;
-        let plain = forward_plain(problem, mask, scale, tensors, rows)?;
+        let [q, k, v] = self.tensors(inputs);
+        self.judge_output(&output, Scores::plain(q, k), v, rows)
+    }
+
+    /// Judges the rows that `rows` names of what a run with the given scores and values wrote.
+    pub(super) fn judge_output<E: Element>(
+        &self,
+        output: &CaseOutput<E>,
+        scores: Scores<Tensor<&[E]>>,
+        v: Tensor<&[E]>,
+        rows: &Rows,
+    ) -> Result<Outcome> {
+        let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
+        let exact = forward_f64(problem, mask, scale, scores, v, rows)?;
+        let plain = forward_plain(problem, mask, scale, scores, v, rows)?;
         let o = Tensor { data: &output.o[..], layout: self.layout(problem.q_shape()) };
         let found = Forward::gather(problem, o, Some(&output.lse), rows)?;
         Ok(Outcome {
@@ -78,22 +89,33 @@ impl Case {
     /// As [`Case::run`].
     pub fn output<B: Backend, E: Element>(&self, backend: &B, [q, k, v]: &[Vec<E>; 3]) -> Result<CaseOutput<E>> {
         let problem = &self.problem;
-        let layout = self.layout(problem.q_shape());
-        let lse_len = problem.lse_len();
         let q = backend.upload(Operand::Q, q)?;
         let k = backend.upload(Operand::K, k)?;
         let v = backend.upload(Operand::V, v)?;
-        let mut o = Guarded::<B, E>::new(backend, Operand::O, layout)?;
-        let mut lse = backend.upload(Operand::Lse, &vec![f32::from_bits(POISON_LSE); lse_len + 2 * CANARY_LSE])?;
         let tensor = |data, shape| Tensor { data, layout: self.layout(shape) };
-        crate::Attention::new(*problem).mask(self.mask).scale(self.effective_scale()).forward_into(
-            backend,
-            tensor(B::slice(&q), problem.q_shape()),
-            tensor(B::slice(&k), problem.kv_shape()),
-            tensor(B::slice(&v), problem.kv_shape()),
-            o.tensor(),
-            Some(B::slice_mut(&mut lse, CANARY_LSE..CANARY_LSE + lse_len)),
-        )?;
+        let attention = crate::Attention::new(*problem).mask(self.mask).scale(self.effective_scale());
+        self.output_of(backend, |o, lse| {
+            attention.forward_into(
+                backend,
+                tensor(B::slice(&q), problem.q_shape()),
+                tensor(B::slice(&k), problem.kv_shape()),
+                tensor(B::slice(&v), problem.kv_shape()),
+                o,
+                Some(lse),
+            )
+        })
+    }
+
+    /// What `forward` writes into the O and the LSE that it is given.
+    pub(super) fn output_of<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        forward: impl FnOnce(Tensor<B::SliceMut<'_, E>>, B::SliceMut<'_, f32>) -> Result<()>,
+    ) -> Result<CaseOutput<E>> {
+        let lse_len = self.problem.lse_len();
+        let mut o = Guarded::<B, E>::new(backend, Operand::O, self.layout(self.problem.q_shape()))?;
+        let mut lse = backend.upload(Operand::Lse, &vec![f32::from_bits(POISON_LSE); lse_len + 2 * CANARY_LSE])?;
+        forward(o.tensor(), B::slice_mut(&mut lse, CANARY_LSE..CANARY_LSE + lse_len))?;
         let (o, kept) = o.content(backend)?;
         let lse = backend.download(&lse)?;
         let edges = lse[..CANARY_LSE].iter().chain(&lse[CANARY_LSE + lse_len..]);

@@ -20,10 +20,12 @@ use crate::tensor::{Layout, Tensor};
 mod backward;
 mod forward;
 mod guarded;
+mod piecewise;
 
 pub use backward::{BackwardData, BackwardOutcome, CaseGradients};
 pub use forward::{CaseOutput, Outcome};
 use guarded::POISON;
+pub use piecewise::PiecewiseCase;
 
 /// Order of the dimensions in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

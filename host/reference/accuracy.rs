@@ -2,6 +2,7 @@
 
 use super::backward::Backward;
 use super::forward::Forward;
+use super::scores::Pair;
 
 /// What is added to twice the plain error, so that the bar is above 0 where the plain result happens to be exact.
 const SLACK: f64 = 1e-5;
@@ -47,7 +48,7 @@ impl Accuracy {
     }
 }
 
-/// The accuracy of the three gradients.
+/// The accuracy of the gradients. Where there are two pairs of Q and K, `dq` and `dk` are the first's.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GradientAccuracy {
     /// That of dQ.
@@ -56,6 +57,8 @@ pub struct GradientAccuracy {
     pub dk: Accuracy,
     /// That of dV.
     pub dv: Accuracy,
+    /// That of dQ and dK of the second pair, where there is one.
+    pub second: Option<Pair<Accuracy>>,
 }
 
 impl GradientAccuracy {
@@ -65,17 +68,30 @@ impl GradientAccuracy {
     /// in the same order and gets 0; a machine that forms them in different ones gets f32's rounding of them. There the
     /// 10⁻⁵ count in units of `cancelled`, the size of the terms whose difference is 0; elsewhere it is 1.
     pub fn of(found: &Backward, plain: &Backward, exact: &Backward, cancelled: f64) -> Self {
+        let compare = |of: fn(&Backward) -> &[f64], slack| Accuracy::compare(of(found), of(plain), of(exact), slack);
         let slack = SLACK * cancelled.max(1.0);
         GradientAccuracy {
-            dq: Accuracy::compare(&found.dq, &plain.dq, &exact.dq, slack),
-            dk: Accuracy::compare(&found.dk, &plain.dk, &exact.dk, slack),
-            dv: Accuracy::compare(&found.dv, &plain.dv, &exact.dv, SLACK),
+            dq: compare(|x| &x.dq, slack),
+            dk: compare(|x| &x.dk, slack),
+            dv: compare(|x| &x.dv, SLACK),
+            second: exact.second.is_some().then(|| Pair {
+                q: compare(|x| x.second.as_ref().map_or(&[], |pair| &pair.q), slack),
+                k: compare(|x| x.second.as_ref().map_or(&[], |pair| &pair.k), slack),
+            }),
+        }
+    }
+
+    /// Each with its name, those of Q and K numbered where there are two pairs.
+    pub fn named(&self) -> Vec<(&'static str, Accuracy)> {
+        match self.second {
+            None => vec![("dQ", self.dq), ("dK", self.dk), ("dV", self.dv)],
+            Some(Pair { q, k }) => vec![("dQ1", self.dq), ("dK1", self.dk), ("dQ2", q), ("dK2", k), ("dV", self.dv)],
         }
     }
 
     /// Whether every error is within its bar.
     pub fn passed(&self) -> bool {
-        self.dq.passed() && self.dk.passed() && self.dv.passed()
+        self.named().iter().all(|(_, accuracy)| accuracy.passed())
     }
 }
 
@@ -116,16 +132,28 @@ mod tests {
 
     #[test]
     fn every_gradient_has_its_bar() {
-        let backward = |[dq, dk, dv]: [f64; 3]| Backward { dq: vec![dq], dk: vec![dk], dv: vec![dv] };
-        let judge = |found| GradientAccuracy::of(&backward(found), &backward([1.25; 3]), &backward([1.0; 3]), 1.0);
-        assert!(judge([1.5, 0.5, 1.0]).passed());
-        for wrong in [1.51, 0.49, f64::NAN, INF] {
-            for i in 0..3 {
-                let mut found = [1.0; 3];
-                found[i] = wrong;
-                assert!(!judge(found).passed(), "{found:?}");
+        let piecewise = |x: [f64; 5]| {
+            let [dq, dk, dv, q, k] = x.map(|x| vec![x]);
+            Backward { dq, dk, dv, second: Some(Pair { q, k }) }
+        };
+        let plain = |x| Backward { second: None, ..piecewise(x) };
+        let judge = |of: &dyn Fn([f64; 5]) -> Backward, found| {
+            GradientAccuracy::of(&of(found), &of([1.25; 5]), &of([1.0; 5]), 1.0)
+        };
+        for (of, gradients) in [(&plain as &dyn Fn([f64; 5]) -> Backward, 3), (&piecewise, 5)] {
+            assert!(judge(of, [1.5, 0.5, 1.0, 1.5, 0.5]).passed());
+            for wrong in [1.51, 0.49, f64::NAN, INF] {
+                for i in 0..5 {
+                    let mut found = [1.0; 5];
+                    found[i] = wrong;
+                    let judged = judge(of, found);
+                    assert_eq!(judged.passed(), i >= gradients, "{found:?}");
+                    assert_eq!(judged.named().len(), gradients);
+                }
             }
         }
+        let missing = GradientAccuracy::of(&plain([1.0; 5]), &piecewise([1.0; 5]), &piecewise([1.0; 5]), 1.0);
+        assert!(!missing.passed());
     }
 
     #[test]

@@ -1,12 +1,16 @@
 //! The gradients of attention by their definition: one row of P and of dS at a time, in a precision that is a parameter.
 //!
-//! With P = softmax(scale·Q·Kᵀ + mask): dV = Pᵀ·dO, dP = dO·Vᵀ, δᵢ = Σⱼ Pᵢⱼ·dPᵢⱼ − dLSEᵢ, dS = P∘(dP − δ), dQ = scale·dS·K
+//! With S = scale·Q·Kᵀ and P = softmax(S + mask): dV = Pᵀ·dO, dP = dO·Vᵀ, δᵢ = Σⱼ Pᵢⱼ·dPᵢⱼ − dLSEᵢ, dS = P∘(dP − δ), dQ = scale·dS·K
 //! and dK = scale·dSᵀ·Q (FlashAttention-2, arXiv 2307.08691, section 2.2; ∂LSEᵢ/∂Sᵢⱼ = Pᵢⱼ, which is where dLSE comes in).
+//! Where scores come from two pairs of Q and K, each dSᵢⱼ goes to the pair that Sᵢⱼ came from.
+
+use std::ops::Range;
 
 use kernels_gpu::element::Element;
 use rayon::prelude::*;
 
 use super::forward::{Real, dot, head_rows, live_keys};
+use super::scores::{Pair, Scores, score};
 use crate::backend::Backend;
 use crate::error::{Error, Operand, Result};
 use crate::operands::{AddressSpace, RawTensor, check_tensor};
@@ -14,7 +18,7 @@ use crate::plan::Plan;
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
 
-/// The gradients of the inputs, contiguous.
+/// The gradients of the inputs, contiguous. Where there are two pairs of Q and K, `dq` and `dk` are the first's.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Backward {
     /// (batch, heads_q, seqlen_q, head_dim); 0 for a row without a live key.
@@ -23,6 +27,8 @@ pub struct Backward {
     pub dk: Vec<f64>,
     /// (batch, heads_kv, seqlen_k, head_dim), summed over the query heads of a group.
     pub dv: Vec<f64>,
+    /// dQ and dK of the second pair, where there is one.
+    pub second: Option<Pair<Vec<f64>>>,
 }
 
 /// The gradients in f64, given that of O, `d_o`, and that of the natural-log LSE, `d_lse`: (batch, heads_q, seqlen_q),
@@ -35,10 +41,12 @@ pub fn backward_f64<E: Element>(
     problem: &Problem,
     mask: Mask,
     scale: f32,
-    [q, k, v, d_o]: [Tensor<&[E]>; 4],
+    scores: Scores<Tensor<&[E]>>,
+    [v, d_o]: [Tensor<&[E]>; 2],
     d_lse: Option<&[f32]>,
 ) -> Result<Backward> {
-    evaluate(problem, mask, scale, [q, k, v, d_o], None, d_lse, |x: f64| x)
+    let plan = Plan::forward(problem, mask, Some(scale), 1)?;
+    evaluate(&plan, scores, [v, d_o], None, d_lse, |x: f64| x)
 }
 
 /// The same in the precision of a kernel, without its tiles: products of 16-bit operands in f32, softmax, δ and dS in
@@ -53,25 +61,26 @@ pub fn backward_plain<E: Element>(
     problem: &Problem,
     mask: Mask,
     scale: f32,
-    [q, k, v, d_o]: [Tensor<&[E]>; 4],
+    scores: Scores<Tensor<&[E]>>,
+    [v, d_o]: [Tensor<&[E]>; 2],
     o: Option<Tensor<&[E]>>,
     d_lse: Option<&[f32]>,
 ) -> Result<Backward> {
-    evaluate(problem, mask, scale, [q, k, v, d_o], o, d_lse, |x: f32| E::from_f32(x).to_f32())
+    let plan = Plan::forward(problem, mask, Some(scale), 1)?;
+    evaluate(&plan, scores, [v, d_o], o, d_lse, |x: f32| E::from_f32(x).to_f32())
 }
 
 /// Runs [`row`] over every row, key heads in parallel; `round` is what becomes of P, dS and the gradients.
 fn evaluate<E: Element, R: Real>(
-    problem: &Problem,
-    mask: Mask,
-    scale: f32,
-    [q, k, v, d_o]: [Tensor<&[E]>; 4],
+    plan: &Plan,
+    scores: Scores<Tensor<&[E]>>,
+    [v, d_o]: [Tensor<&[E]>; 2],
     o: Option<Tensor<&[E]>>,
     d_lse: Option<&[f32]>,
     round: impl Fn(R) -> R + Sync,
 ) -> Result<Backward> {
-    let plan = Plan::forward(problem, mask, Some(scale), 1)?;
-    crate::Cpu.check_inputs(&plan, &q, &k, &v)?;
+    let problem = plan.problem();
+    scores.pairs().try_for_each(|pair| crate::Cpu.check_inputs(plan, &pair.q, &pair.k, &v))?;
     for (operand, tensor) in o.map(|o| (Operand::O, o)).into_iter().chain([(Operand::DO, d_o)]) {
         let raw = RawTensor { address: tensor.data.as_ptr().addr() as u64, layout: tensor.layout };
         check_tensor(problem, operand, &raw, AddressSpace::Host, Some(tensor.data.len()))?;
@@ -81,56 +90,78 @@ fn evaluate<E: Element, R: Real>(
     {
         return Err(Error::LseLength { operand: Operand::DLse, len, expected: problem.lse_len() });
     }
-    if q.layout.is_empty() && k.layout.is_empty() {
-        return Ok(Backward::default());
+    let mut all = Backward { second: scores.pairs().nth(1).map(|_| Pair::default()), ..Backward::default() };
+    if d_o.layout.is_empty() && v.layout.is_empty() {
+        return Ok(all);
     }
-    let (d, group, scale) = (problem.head_dim, problem.heads_q / problem.heads_kv, R::from_f32(scale));
-    let heads: Vec<[Vec<R>; 3]> = (0..problem.batch * problem.heads_kv)
+    let (d, group, scale) = (problem.head_dim, problem.heads_q / problem.heads_kv, R::from_f32(plan.scale()));
+    let heads: Vec<(Vec<Pair<Vec<R>>>, Vec<R>)> = (0..problem.batch * problem.heads_kv)
         .into_par_iter()
         .map(|item| {
             let (batch, head_kv) = (item / problem.heads_kv, item % problem.heads_kv);
-            let (k, v): (Vec<R>, Vec<R>) = (head_rows(&k, batch, head_kv), head_rows(&v, batch, head_kv));
-            let mut dq = vec![R::default(); group * problem.seqlen_q * d];
-            let (mut dk, mut dv) = (vec![R::default(); k.len()], vec![R::default(); v.len()]);
-            let mut dq_rows = dq.chunks_exact_mut(d);
+            let v: Vec<R> = head_rows(&v, batch, head_kv);
+            let k: Vec<Vec<R>> = scores.pairs().map(|pair| head_rows(&pair.k, batch, head_kv)).collect();
+            let zeros = |rows: usize| vec![R::default(); rows * d];
+            let of_pair = |_| Pair { q: zeros(group * problem.seqlen_q), k: zeros(problem.seqlen_k) };
+            let mut grads: Vec<Pair<Vec<R>>> = scores.pairs().map(of_pair).collect();
+            let mut dv = zeros(problem.seqlen_k);
             for head in head_kv * group..(head_kv + 1) * group {
-                let (q, d_o) = (head_rows(&q, batch, head), head_rows(&d_o, batch, head));
+                let q: Vec<Vec<R>> = scores.pairs().map(|pair| head_rows(&pair.q, batch, head)).collect();
+                let d_o: Vec<R> = head_rows(&d_o, batch, head);
                 let o: Option<Vec<R>> = o.as_ref().map(|o| head_rows(o, batch, head));
-                let lines = q.chunks_exact(d).zip(d_o.chunks_exact(d)).zip(&mut dq_rows);
-                for (i, ((q, d_o), dq)) in lines.enumerate() {
-                    let live = live_keys(problem, mask, i) * d;
+                for i in 0..problem.seqlen_q {
+                    let live = live_keys(problem, plan.mask(), i);
                     let at = (batch * problem.heads_q + head) * problem.seqlen_q + i;
                     let d_lse = d_lse.map_or(R::default(), |d_lse| R::from_f32(d_lse[at]));
-                    let grads = [dq, &mut dk[..live], &mut dv[..live]];
+                    let dq_row = head % group * problem.seqlen_q + i;
+                    let pairs = q.iter().zip(&k).zip(&mut grads).zip(scores.keys(problem, i, live));
+                    let parts = pairs.map(|(((q, k), grads), keys)| {
+                        let rows = keys.start * d..keys.end * d;
+                        let (dq, dk) = (&mut grads.q[dq_row * d..][..d], &mut grads.k[rows.clone()]);
+                        Part { keys, q: &q[i * d..][..d], k: &k[rows], dq, dk }
+                    });
                     let o = o.as_ref().map(|o| &o[i * d..][..d]);
-                    row([q, &k[..live], &v[..live], d_o], o, [d_lse, scale], grads, &round);
+                    let values = [&v[..live * d], &d_o[i * d..][..d]];
+                    row(parts.collect(), values, o, [d_lse, scale], &mut dv[..live * d], &round);
                 }
             }
             // dQ and dK lack the scale so far.
-            dq.iter_mut().chain(&mut dk).for_each(|x| *x = round(scale * *x));
+            grads.iter_mut().flat_map(|Pair { q, k }| q.iter_mut().chain(k)).for_each(|x| *x = round(scale * *x));
             dv.iter_mut().for_each(|x| *x = round(*x));
-            [dq, dk, dv]
+            (grads, dv)
         })
         .collect();
-    let mut all = Backward::default();
-    for [dq, dk, dv] in heads {
-        all.dq.extend(dq.into_iter().map(Into::into));
-        all.dk.extend(dk.into_iter().map(Into::into));
+    for (grads, dv) in heads {
+        let second = all.second.as_mut().map(|Pair { q, k }| [q, k]);
+        for (to, Pair { q, k }) in [[&mut all.dq, &mut all.dk]].into_iter().chain(second).zip(grads) {
+            to.into_iter().zip([q, k]).for_each(|(to, x)| to.extend(x.into_iter().map(Into::into)));
+        }
         all.dv.extend(dv.into_iter().map(Into::into));
     }
     Ok(all)
 }
 
-/// Adds what one query row contributes; K, V, dK and dV hold its live keys only, and dQ and dK lack the scale.
+/// What a query row has of one pair: its query, the keys whose scores come from the pair, and the gradients of both.
+struct Part<'a, R> {
+    keys: Range<usize>,
+    q: &'a [R],
+    k: &'a [R],
+    dq: &'a mut [R],
+    dk: &'a mut [R],
+}
+
+/// Adds what one query row contributes; V and dV hold its live keys only, and dQ and dK lack the scale.
 fn row<R: Real>(
-    [q, k, v, d_o]: [&[R]; 4],
+    parts: Vec<Part<'_, R>>,
+    [v, d_o]: [&[R]; 2],
     o: Option<&[R]>,
     [d_lse, scale]: [R; 2],
-    grads: [&mut [R]; 3],
+    dv: &mut [R],
     round: impl Fn(R) -> R,
 ) {
-    let ([dq, dk, dv], d) = (grads, q.len());
-    let mut p: Vec<R> = k.chunks_exact(d).map(|k| scale * dot(q, k)).collect();
+    let d = d_o.len();
+    let mut p = vec![R::default(); v.len() / d];
+    parts.iter().for_each(|part| score(&mut p[part.keys.clone()], scale, part.q, part.k));
     let m = p.iter().fold(R::NEG_INFINITY, |m, &s| if s > m { s } else { m });
     let mut l = R::default();
     for p in &mut p {
@@ -147,12 +178,15 @@ fn row<R: Real>(
     let delta = delta - d_lse;
     // to += factor·x.
     let add = |to: &mut [R], factor, x: &[R]| to.iter_mut().zip(x).for_each(|(to, &x)| *to += factor * x);
-    let keys = k.chunks_exact(d).zip(dk.chunks_exact_mut(d)).zip(dv.chunks_exact_mut(d));
-    for ((p, dp), ((k, dk), dv)) in p.into_iter().zip(dp).zip(keys) {
-        let ds = round(p * (dp - delta));
-        add(dv, round(p), d_o);
-        add(dk, ds, q);
-        add(dq, ds, k);
+    for Part { keys, q, k, dq, dk } in parts {
+        let of_values = p[keys.clone()].iter().zip(&dp[keys.clone()]).zip(dv[keys.start * d..].chunks_exact_mut(d));
+        let of_keys = k.chunks_exact(d).zip(dk.chunks_exact_mut(d));
+        for (((&p, &dp), dv), (k, dk)) in of_values.zip(of_keys) {
+            let ds = round(p * (dp - delta));
+            add(dv, round(p), d_o);
+            add(dk, ds, q);
+            add(dq, ds, k);
+        }
     }
 }
 
@@ -185,14 +219,24 @@ mod tests {
         [Tensor::bhsd(q, of_q), Tensor::bhsd(k, of_kv), Tensor::bhsd(v, of_kv), Tensor::bhsd(d_o, of_q)]
     }
 
+    fn exact<E: Element>(
+        problem: &Problem,
+        mask: Mask,
+        scale: f32,
+        [q, k, v, d_o]: [Tensor<&[E]>; 4],
+        d_lse: Option<&[f32]>,
+    ) -> Result<Backward> {
+        backward_f64(problem, mask, scale, Scores::plain(q, k), [v, d_o], d_lse)
+    }
+
     fn plain<E: Element>(
         problem: &Problem,
         mask: Mask,
         scale: f32,
-        tensors: [Tensor<&[E]>; 4],
+        [q, k, v, d_o]: [Tensor<&[E]>; 4],
         d_lse: Option<&[f32]>,
     ) -> Result<Backward> {
-        backward_plain(problem, mask, scale, tensors, None, d_lse)
+        backward_plain(problem, mask, scale, Scores::plain(q, k), [v, d_o], None, d_lse)
     }
 
     /// Central differences of Σ O∘dO + Σ LSE∘dLSE, with a step that f16 holds exactly beside any of the values.
@@ -202,10 +246,10 @@ mod tests {
         for (m, n, mask) in SHAPES {
             let problem = problem(m, n, 4, 2);
             let (mut inputs, d_lse) = inputs::<f16>(&problem);
-            let found = backward_f64(&problem, mask, 0.7, tensors(&problem, &inputs), Some(&d_lse)).unwrap();
+            let found = exact(&problem, mask, 0.7, tensors(&problem, &inputs), Some(&d_lse)).unwrap();
             let loss = |inputs: &[Vec<f16>; 4]| -> f64 {
                 let [q, k, v, _] = tensors(&problem, inputs);
-                let forward = forward_f64(&problem, mask, 0.7, [q, k, v], &Rows::All).unwrap();
+                let forward = forward_f64(&problem, mask, 0.7, Scores::plain(q, k), v, &Rows::All).unwrap();
                 let of_o: f64 = forward.o.iter().zip(&inputs[3]).map(|(o, g)| o * f64::from(g.to_f32())).sum();
                 let lse = forward.lse.iter().zip(&d_lse).filter(|(lse, _)| lse.is_finite());
                 of_o + lse.map(|(lse, &g)| lse * f64::from(g)).sum::<f64>()
@@ -244,7 +288,7 @@ mod tests {
         for (operand, head) in [(1, 0), (1, 1), (2, 0), (2, 1)] {
             inputs_hidden[operand][(head * 5 + 4) * 8..][..8].fill(f16::NAN);
         }
-        for run in [backward_f64::<f16>, plain::<f16>] {
+        for run in [exact::<f16>, plain::<f16>] {
             let found = run(&dead, Mask::Causal, 0.7, tensors(&dead, &inputs_dead), Some(&d_lse_dead)).unwrap();
             assert!((0..20).all(|row| (found.dq[row * 8..][..8] == [0.0; 8]) == (row % 5 < 3)));
             assert!(found.dk.iter().chain(&found.dv).all(|x| x.is_finite()));
@@ -253,7 +297,7 @@ mod tests {
             // Aligned bottom right, the last query sees every key: only without a query is a key unseen.
             let unseen = problem(0, 3, 2, 1);
             let found = run(&unseen, Mask::Causal, 0.7, tensors(&unseen, &inputs(&unseen).0), Some(&[])).unwrap();
-            assert_eq!(found, Backward { dq: vec![], dk: vec![0.0; 48], dv: vec![0.0; 48] });
+            assert_eq!(found, Backward { dk: vec![0.0; 48], dv: vec![0.0; 48], ..Backward::default() });
         }
     }
 
@@ -264,8 +308,8 @@ mod tests {
         let [q, k, v, d_o] = tensors(&grouped, &inputs);
         // A stride of 0 repeats the one key head.
         let [k4, v4] = [k, v].map(|x| Tensor::strided(x.data, separate.kv_shape(), [24, 0, 8]));
-        let found = backward_f64(&grouped, Mask::Causal, 0.7, [q, k, v, d_o], Some(&d_lse)).unwrap();
-        let heads = backward_f64(&separate, Mask::Causal, 0.7, [q, k4, v4, d_o], Some(&d_lse)).unwrap();
+        let found = exact(&grouped, Mask::Causal, 0.7, [q, k, v, d_o], Some(&d_lse)).unwrap();
+        let heads = exact(&separate, Mask::Causal, 0.7, [q, k4, v4, d_o], Some(&d_lse)).unwrap();
         assert_eq!(found.dq, heads.dq);
         for (found, heads) in [(&found.dk, &heads.dk), (&found.dv, &heads.dv)] {
             for (at, x) in found.iter().enumerate() {
@@ -280,8 +324,8 @@ mod tests {
         for (m, n, mask) in SHAPES.into_iter().chain([(70, 90, Mask::Causal)]) {
             let problem = Problem { dtype: Dtype::Bf16, ..problem(m, n, 4, 2) };
             let (inputs, d_lse) = inputs::<bf16>(&problem);
-            let [exact, plain] = [backward_f64, plain]
-                .map(|run| run(&problem, mask, 0.7, tensors(&problem, &inputs), Some(&d_lse)).unwrap());
+            let [exact, plain] =
+                [exact, plain].map(|run| run(&problem, mask, 0.7, tensors(&problem, &inputs), Some(&d_lse)).unwrap());
             let accuracy = GradientAccuracy::of(&plain, &plain, &exact, 1.0);
             assert!(accuracy.passed() && !GradientAccuracy::of(&Backward::default(), &plain, &exact, 1.0).passed());
             for (accuracy, exact) in [(accuracy.dq, &exact.dq), (accuracy.dk, &exact.dk), (accuracy.dv, &exact.dv)] {
@@ -297,7 +341,7 @@ mod tests {
         let problem = Problem { dtype: Dtype::Bf16, ..problem(1, 9, 1, 1) };
         let (inputs, _) = inputs::<bf16>(&problem);
         let [exact, plain] =
-            [backward_f64, plain].map(|run| run(&problem, Mask::None, 1.0, tensors(&problem, &inputs), None).unwrap());
+            [exact, plain].map(|run| run(&problem, Mask::None, 1.0, tensors(&problem, &inputs), None).unwrap());
         for (exact, plain, x) in [(exact.dk, plain.dk, &inputs[0]), (exact.dv, plain.dv, &inputs[3])] {
             for (at, (exact, plain)) in exact.into_iter().zip(plain).enumerate() {
                 let x = x[at / 72 * 8 + at % 8].to_f64();
@@ -313,10 +357,10 @@ mod tests {
         let problem = problem(6, 5, 4, 2);
         let (inputs, d_lse) = inputs::<f16>(&problem);
         let [q, k, v, d_o] = tensors(&problem, &inputs);
-        let forward = forward_f64(&problem, Mask::Causal, 0.7, [q, k, v], &Rows::All).unwrap();
+        let forward = forward_f64(&problem, Mask::Causal, 0.7, Scores::plain(q, k), v, &Rows::All).unwrap();
         let run = |o: Option<&[f16]>| {
             let o = o.map(|o| Tensor::bhsd(o, problem.q_shape()));
-            backward_plain(&problem, Mask::Causal, 0.7, [q, k, v, d_o], o, Some(&d_lse)).unwrap()
+            backward_plain(&problem, Mask::Causal, 0.7, Scores::plain(q, k), [v, d_o], o, Some(&d_lse)).unwrap()
         };
         let o: Vec<f16> = forward.o.iter().map(|&x| f16::from_f64(x)).collect();
         let (without, with, zero) = (run(None), run(Some(&o)), run(Some(&vec![f16::ZERO; o.len()])));
@@ -325,7 +369,8 @@ mod tests {
         assert!(differ(&zero.dq, &without.dq) && differ(&zero.dk, &without.dk));
         assert!(with.dv == without.dv && zero.dv == without.dv);
         let short = Some(Tensor::bhsd(&o[1..], problem.q_shape()));
-        let error = backward_plain(&problem, Mask::Causal, 0.7, [q, k, v, d_o], short, None).unwrap_err();
+        let error =
+            backward_plain(&problem, Mask::Causal, 0.7, Scores::plain(q, k), [v, d_o], short, None).unwrap_err();
         assert!(error.to_string().starts_with("o has "), "{error}");
     }
 
@@ -336,7 +381,7 @@ mod tests {
         let all = tensors(&problem, &inputs);
         let mut short = all;
         short[3].data = &short[3].data[1..];
-        for run in [backward_f64::<f16>, plain::<f16>] {
+        for run in [exact::<f16>, plain::<f16>] {
             assert!(run(&problem, Mask::None, 1.0, short, None).is_err());
             assert!(run(&problem, Mask::None, 0.0, all, None).is_err());
             let length = Error::LseLength { operand: Operand::DLse, len: 11, expected: 12 };

@@ -3,6 +3,7 @@
 use kernels_gpu::element::Element;
 use rayon::prelude::*;
 
+use super::scores::{Scores, score};
 use crate::backend::Backend;
 use crate::error::{Error, Operand, Result};
 use crate::operands::{AddressSpace, RawTensor, check_tensor};
@@ -65,7 +66,7 @@ pub(super) fn live_keys(problem: &Problem, mask: Mask, i: usize) -> usize {
     }
 }
 
-/// softmax(scale·Q·Kᵀ + mask)·V in f64. Keys that the mask hides take no part, whatever they hold: a kernel gives them
+/// softmax(S + mask)·V in f64, where `scores` says which products S consists of. Keys that the mask hides take no part, whatever they hold: a kernel gives them
 /// the weight 0 in the blocks that it visits, so where V holds a NaN or an infinity under the mask the two differ.
 ///
 /// # Errors
@@ -74,15 +75,15 @@ pub fn forward_f64<E: Element>(
     problem: &Problem,
     mask: Mask,
     scale: f32,
-    [q, k, v]: [Tensor<&[E]>; 3],
+    scores: Scores<Tensor<&[E]>>,
+    v: Tensor<&[E]>,
     rows: &Rows,
 ) -> Result<Forward> {
-    evaluate(problem, mask, scale, [q, k, v], rows, |q, k, v, scale, o| {
-        let mut p: Vec<f64> = k.chunks_exact(q.len()).map(|k| scale * dot(q, k)).collect();
+    evaluate(&Plan::forward(problem, mask, Some(scale), 1)?, scores, v, rows, |p: &mut [f64], v, o| {
         let m = p.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         p.iter_mut().for_each(|p| *p = (*p - m).exp());
         let l: f64 = p.iter().sum();
-        for (p, v) in p.iter().zip(v.chunks_exact(q.len())) {
+        for (p, v) in p.iter().zip(v.chunks_exact(o.len())) {
             for (o, v) in o.iter_mut().zip(v) {
                 *o += p / l * v;
             }
@@ -100,15 +101,15 @@ pub fn forward_plain<E: Element>(
     problem: &Problem,
     mask: Mask,
     scale: f32,
-    [q, k, v]: [Tensor<&[E]>; 3],
+    scores: Scores<Tensor<&[E]>>,
+    v: Tensor<&[E]>,
     rows: &Rows,
 ) -> Result<Forward> {
-    evaluate(problem, mask, scale, [q, k, v], rows, |q: &[f32], k, v, scale: f32, o| {
-        let mut p: Vec<f32> = k.chunks_exact(q.len()).map(|k| scale * dot(q, k)).collect();
+    evaluate(&Plan::forward(problem, mask, Some(scale), 1)?, scores, v, rows, |p: &mut [f32], v, o| {
         let m = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         p.iter_mut().for_each(|p| *p = (*p - m).exp());
         let l: f32 = p.iter().sum();
-        for (p, v) in p.iter().zip(v.chunks_exact(q.len())) {
+        for (p, v) in p.iter().zip(v.chunks_exact(o.len())) {
             let p = E::from_f32(p / l).to_f32();
             for (o, v) in o.iter_mut().zip(v) {
                 *o += p * v;
@@ -173,26 +174,32 @@ pub(super) fn dot<R: Real>(q: &[R], k: &[R]) -> R {
 pub(super) fn head_rows<E: Element, R: Real>(tensor: &Tensor<&[E]>, batch: usize, head: usize) -> Vec<R> {
     let [_, _, seqlen, d] = tensor.layout.shape;
     let mut rows = Vec::with_capacity(seqlen * d);
-    for i in 0..seqlen {
-        let start = tensor.layout.offset(batch, head, i);
-        rows.extend(tensor.data[start..start + d].iter().map(|x| R::from_f32(x.to_f32())));
-    }
+    (0..seqlen).for_each(|i| rows.extend(head_row::<E, R>(tensor, batch, head, i)));
     rows
 }
 
-/// Runs `row(q, k, v, scale, o) -> lse` over every row that has a live key, heads and rows in parallel; k and v hold the
-/// live keys only.
+/// One row of one head.
+fn head_row<E: Element, R: Real>(
+    tensor: &Tensor<&[E]>,
+    batch: usize,
+    head: usize,
+    i: usize,
+) -> impl Iterator<Item = R> {
+    let start = tensor.layout.offset(batch, head, i);
+    tensor.data[start..start + tensor.layout.shape[3]].iter().map(|x| R::from_f32(x.to_f32()))
+}
+
+/// Runs `row(s, v, o) -> lse` over every row that has a live key, heads and rows in parallel; s and v hold the scaled
+/// scores and the values of the live keys only.
 fn evaluate<E: Element, R: Real>(
-    problem: &Problem,
-    mask: Mask,
-    scale: f32,
-    tensors: [Tensor<&[E]>; 3],
+    plan: &Plan,
+    scores: Scores<Tensor<&[E]>>,
+    v: Tensor<&[E]>,
     rows: &Rows,
-    row: impl Fn(&[R], &[R], &[R], R, &mut [R]) -> R + Sync,
+    row: impl Fn(&mut [R], &[R], &mut [R]) -> R + Sync,
 ) -> Result<Forward> {
-    let plan = Plan::forward(problem, mask, Some(scale), 1)?;
-    let [q, k, v] = tensors;
-    crate::Cpu.check_inputs(&plan, &q, &k, &v)?;
+    scores.pairs().try_for_each(|pair| crate::Cpu.check_inputs(plan, &pair.q, &pair.k, &v))?;
+    let (problem, scale) = (plan.problem(), R::from_f32(plan.scale()));
     let rows = rows.of(problem.seqlen_q)?;
     let (d, group) = (problem.head_dim, problem.heads_q / problem.heads_kv);
     let heads: Vec<(usize, usize)> =
@@ -200,7 +207,8 @@ fn evaluate<E: Element, R: Real>(
     let heads: Vec<(Vec<R>, Vec<R>)> = heads
         .into_par_iter()
         .flat_map_iter(|(batch, head_kv)| {
-            let (k, v): (Vec<R>, Vec<R>) = (head_rows(&k, batch, head_kv), head_rows(&v, batch, head_kv));
+            let v: Vec<R> = head_rows(&v, batch, head_kv);
+            let keys: Vec<Vec<R>> = scores.pairs().map(|pair| head_rows(&pair.k, batch, head_kv)).collect();
             let results: Vec<(Vec<R>, Vec<R>)> = (0..group)
                 .map(|g| {
                     let head = head_kv * group + g;
@@ -209,14 +217,16 @@ fn evaluate<E: Element, R: Real>(
                         .par_chunks_exact_mut(d)
                         .zip(&rows)
                         .map(|(o, &i)| {
-                            let live = live_keys(problem, mask, i) * d;
+                            let live = live_keys(problem, plan.mask(), i);
                             if live == 0 {
                                 return R::NEG_INFINITY;
                             }
-                            let start = q.layout.offset(batch, head, i);
-                            let line: Vec<R> =
-                                q.data[start..start + d].iter().map(|x| R::from_f32(x.to_f32())).collect();
-                            row(&line, &k[..live], &v[..live], R::from_f32(scale), o)
+                            let mut s = vec![R::default(); live];
+                            for ((pair, k), part) in scores.pairs().zip(&keys).zip(scores.keys(problem, i, live)) {
+                                let q: Vec<R> = head_row(&pair.q, batch, head, i).collect();
+                                score(&mut s[part.clone()], scale, &q, &k[part.start * d..part.end * d]);
+                            }
+                            row(&mut s, &v[..live * d], o)
                         })
                         .collect();
                     (o, lse)
@@ -287,28 +297,25 @@ mod tests {
         for (m, n, mask) in [(3, 5, Mask::None), (5, 3, Mask::Causal), (4, 4, Mask::Causal), (2, 0, Mask::None)] {
             let problem = problem(m, n, 4, 2);
             let [q, k, v] = [(4 * m, 5), (2 * n, 7), (2 * n, 11)].map(|(rows, step)| values(2 * rows * 8, step));
-            let tensors = [
-                Tensor::bhsd(&q[..], problem.q_shape()),
-                Tensor::bhsd(&k[..], problem.kv_shape()),
-                Tensor::bhsd(&v[..], problem.kv_shape()),
-            ];
-            let result = forward_f64(&problem, mask, 0.5, tensors, &Rows::All).unwrap();
+            let [k, v] = [&k[..], &v[..]].map(|x| Tensor::bhsd(x, problem.kv_shape()));
+            let scores = Scores::plain(Tensor::bhsd(&q[..], problem.q_shape()), k);
+            let result = forward_f64(&problem, mask, 0.5, scores, v, &Rows::All).unwrap();
             for (row, lse) in result.lse.iter().enumerate() {
                 let (head, i) = (row / m, row % m);
                 let kv = head / 4 * 2 + head % 4 / 2;
                 let at = |x: &[bf16], row: usize, d: usize| f64::from(x[row * 8 + d].to_f32());
                 let live = |j: usize| mask == Mask::None || j + m <= i + n;
                 let s: Vec<f64> =
-                    (0..n).map(|j| (0..8).map(|d| 0.5 * at(&q, row, d) * at(&k, kv * n + j, d)).sum()).collect();
+                    (0..n).map(|j| (0..8).map(|d| 0.5 * at(&q, row, d) * at(k.data, kv * n + j, d)).sum()).collect();
                 let l: f64 = (0..n).filter(|&j| live(j)).map(|j| s[j].exp()).sum();
                 assert!((l.ln() - lse).abs() < 1e-12 || l == 0.0 && *lse == f64::NEG_INFINITY);
                 for d in 0..8 {
-                    let sum: f64 = (0..n).filter(|&j| live(j)).map(|j| s[j].exp() * at(&v, kv * n + j, d)).sum();
+                    let sum: f64 = (0..n).filter(|&j| live(j)).map(|j| s[j].exp() * at(v.data, kv * n + j, d)).sum();
                     let expected = if l == 0.0 { 0.0 } else { sum / l };
                     assert!((result.o[row * 8 + d] - expected).abs() < 1e-12);
                 }
             }
-            let plain = forward_plain(&problem, mask, 0.5, tensors, &Rows::All).unwrap();
+            let plain = forward_plain(&problem, mask, 0.5, scores, v, &Rows::All).unwrap();
             assert!(plain.o.iter().zip(&result.o).all(|(a, b)| (a - b).abs() < 0.02));
         }
     }
@@ -319,10 +326,10 @@ mod tests {
         let data = values(2 * 2 * 9 * 8, 5);
         let q = Tensor::bhsd(&data[..], problem.q_shape());
         let kv = Tensor::bhsd(&data[..2 * 2 * 6 * 8], problem.kv_shape());
-        let all = forward_f64(&problem, Mask::Causal, 1.0, [q, kv, kv], &Rows::All).unwrap();
+        let all = forward_f64(&problem, Mask::Causal, 1.0, Scores::plain(q, kv), kv, &Rows::All).unwrap();
         let rows = Rows::sample(9, 3);
         assert_eq!(rows, Rows::Some(vec![0, 4, 8]));
-        let some = forward_f64(&problem, Mask::Causal, 1.0, [q, kv, kv], &rows).unwrap();
+        let some = forward_f64(&problem, Mask::Causal, 1.0, Scores::plain(q, kv), kv, &rows).unwrap();
         let expected: Vec<f64> = (0..4).flat_map(|head| [0, 4, 8].map(|i| all.lse[head * 9 + i])).collect();
         assert_eq!(some.lse, expected);
     }
@@ -335,9 +342,9 @@ mod tests {
         let short = Tensor { data: &data[1..], ..x };
         let beyond = Rows::Some(vec![0, 3]);
         let none = Error::TooLarge { field: "rows", value: 3, limit: 2 };
-        assert_eq!(forward_f64(&problem, Mask::None, 1.0, [x; 3], &beyond), Err(none.clone()));
+        assert_eq!(forward_f64(&problem, Mask::None, 1.0, Scores::plain(x, x), x, &beyond), Err(none.clone()));
         assert_eq!(Forward::gather(&problem, x, None, &beyond), Err(none));
-        assert!(forward_plain(&problem, Mask::None, 1.0, [x, short, x], &Rows::All).is_err());
+        assert!(forward_plain(&problem, Mask::None, 1.0, Scores::plain(x, short), x, &Rows::All).is_err());
         assert!(Forward::gather(&problem, short, None, &Rows::All).is_err());
         assert!(Forward::gather(&problem, x, Some(&[0.0; 11]), &Rows::All).is_err());
         assert_eq!(Forward::gather(&problem, x, Some(&[0.0; 12]), &Rows::All).unwrap().lse.len(), 12);

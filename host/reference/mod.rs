@@ -2,12 +2,15 @@
 //!
 //! [`forward_f64`] follows the definition in f64. [`forward_plain`] is what the accuracy bar compares with: the same
 //! computation with 16-bit inputs, f32 accumulation, softmax in f32 and P rounded, row by row and without tiles.
-//! [`backward_f64`] and [`backward_plain`] are the same two for the gradients. [`Accuracy`] is the bar itself.
+//! [`backward_f64`] and [`backward_plain`] are the same two for the gradients. [`Scores`] says which queries and keys a
+//! score comes from, in plain and in piecewise attention. [`Accuracy`] is the bar itself.
 
 mod accuracy;
 mod backward;
 mod forward;
+mod scores;
 
 pub use accuracy::{Accuracy, GradientAccuracy};
 pub use backward::{Backward, backward_f64, backward_plain};
 pub use forward::{Forward, Rows, forward_f64, forward_plain};
+pub use scores::{Pair, Scores};

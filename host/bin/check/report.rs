@@ -1,7 +1,7 @@
 //! What `check` says of the cases that ran.
 
 use ferroflash::cases::{BackwardOutcome, Outcome};
-use ferroflash::reference::{Accuracy, GradientAccuracy, Rows};
+use ferroflash::reference::{Accuracy, Rows};
 
 use super::Step;
 use crate::{say, table};
@@ -42,11 +42,10 @@ impl Verdict {
 
     /// Of a backward pass: the gradient closest to its bar, or furthest beyond it.
     pub fn backward(outcome: &BackwardOutcome) -> Self {
-        let GradientAccuracy { dq, dk, dv } = outcome.gradients;
         let worse = |a: (&'static str, Accuracy), b: (&'static str, Accuracy)| {
             if closeness(&b.1) > closeness(&a.1) { b } else { a }
         };
-        let (tensor, accuracy) = [("dK", dk), ("dV", dv)].into_iter().fold(("dQ", dq), worse);
+        let (tensor, accuracy) = outcome.gradients.named().into_iter().reduce(worse).unwrap_or_default();
         Verdict { tensor, accuracy, lse: None, passed: outcome.passed(), untouched: outcome.untouched, sampled: false }
     }
 
@@ -122,6 +121,8 @@ fn row(Judged { step, verdict }: &Judged) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use ferroflash::reference::{GradientAccuracy, Pair};
+
     use super::*;
 
     #[test]
@@ -134,9 +135,15 @@ mod tests {
             ([0.2, f64::INFINITY, 1.5], "dK"),
         ] {
             let [dq, dk, dv] = errors.map(accuracy);
-            let outcome = BackwardOutcome { gradients: GradientAccuracy { dq, dk, dv }, untouched: true };
+            let gradients = GradientAccuracy { dq, dk, dv, second: None };
+            let outcome = BackwardOutcome { gradients, untouched: true };
             let verdict = Verdict::backward(&outcome);
             assert_eq!((verdict.tensor, verdict.passed), (name, outcome.passed()), "{errors:?}");
+            let second = Some(Pair { q: accuracy(0.1), k: accuracy(2.0) });
+            let outcome = BackwardOutcome { gradients: GradientAccuracy { second, ..gradients }, ..outcome };
+            let verdict = Verdict::backward(&outcome);
+            let name = if errors.contains(&f64::INFINITY) { "dK1" } else { "dK2" };
+            assert_eq!((verdict.tensor, verdict.passed), (name, false), "{errors:?}");
         }
     }
 }

@@ -1,0 +1,253 @@
+//! Piecewise cases: a case with a second pair of queries and keys, and the distance from which that pair counts.
+
+use std::fmt;
+
+use kernels_gpu::element::Element;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+use super::{BackwardData, BackwardOutcome, Case, CaseGradients, CaseOutput, Outcome};
+use crate::error::Result;
+use crate::reference::{Backward, Pair, Rows, Scores};
+use crate::tensor::Tensor;
+
+/// Makes the second pair other numbers than the first.
+const SECOND_SEED: u64 = 0xd1b5_4a32_d192_ed03;
+/// Makes the threshold another number than the case's first.
+const THRESHOLD_SEED: u64 = 0x8cb9_2ba7_2f3d_8dd7;
+
+/// One piecewise attention with random inputs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PiecewiseCase {
+    /// Everything but the threshold. Q1, K1 and V are its inputs.
+    pub case: Case,
+    /// The signed distance i + seqlen_k − seqlen_q − j from which on the second pair counts.
+    pub dist_threshold: i32,
+}
+
+impl PiecewiseCase {
+    /// [`Case::random`] with a random threshold.
+    pub fn random(seed: u64, limit: f64) -> Self {
+        PiecewiseCase::with_random_threshold(Case::random(seed, limit), seed)
+    }
+
+    /// A case with a threshold that is 0, negative, beyond every distance, beside an edge of tiles or half the keys, or
+    /// anywhere among the distances.
+    pub fn with_random_threshold(case: Case, seed: u64) -> Self {
+        const TILES: [i64; 9] = [16, 64, 80, 96, 112, 128, 160, 176, 192];
+        let mut rng = StdRng::seed_from_u64(seed ^ THRESHOLD_SEED);
+        let rng = &mut rng;
+        let [m, n] = [case.problem.seqlen_q, case.problem.seqlen_k].map(|x| x as i64);
+        // Those of the last key to the first query, and of the first key to the last query.
+        let (least, largest) = ((1 - m).min(n), n - 1);
+        let threshold = match rng.random_range(0..8) {
+            0 => 0,
+            1 => rng.random_range(least.min(-1)..=-1),
+            2 => {
+                let beyond = [largest + 1, largest + 2, i32::MAX.into(), least, least - 1, i32::MIN.into()];
+                *beyond.choose(rng).unwrap_or(&0)
+            }
+            3 | 4 => {
+                let tile = *TILES.choose(rng).unwrap_or(&64);
+                // Tiles are counted from the first query and key, distances from the last.
+                let origin = if rng.random() { n - m } else { 0 };
+                let blocks = rng.random_range(least.min(0) / tile..=largest.max(0) / tile);
+                origin + blocks * tile + rng.random_range(-1..=1)
+            }
+            5 => n / 2 + rng.random_range(-1..=1),
+            _ => rng.random_range(least..=largest.max(least)),
+        };
+        let dist_threshold = threshold.clamp(i32::MIN.into(), i32::MAX.into()) as i32;
+        PiecewiseCase { case, dist_threshold }
+    }
+
+    /// Q1, K1, Q2, K2 and V: normal values, with NaN in the padding.
+    pub fn inputs<E: Element>(&self) -> Result<[Vec<E>; 5]> {
+        let [q1, k1, v] = self.case.inputs()?;
+        let second = Case { seed: self.case.seed ^ SECOND_SEED, ..self.case };
+        let [q2, k2, _] = second.inputs()?;
+        Ok([q1, k1, q2, k2, v])
+    }
+
+    /// The inputs as tensors.
+    pub fn tensors<'a, E>(&self, [q1, k1, q2, k2, v]: &'a [Vec<E>; 5]) -> [Tensor<&'a [E]>; 5] {
+        let [of_q, of_kv] = [self.case.problem.q_shape(), self.case.problem.kv_shape()].map(|x| self.case.layout(x));
+        [(q1, of_q), (k1, of_kv), (q2, of_q), (k2, of_kv), (v, of_kv)]
+            .map(|(data, layout)| Tensor { data: &data[..], layout })
+    }
+
+    /// Judges the rows that `rows` names of what a forward pass with the given inputs wrote.
+    ///
+    /// # Errors
+    /// Those of the reference.
+    pub fn judge<E: Element>(&self, inputs: &[Vec<E>; 5], output: &CaseOutput<E>, rows: &Rows) -> Result<Outcome> {
+        let (scores, v) = self.scores(inputs);
+        self.case.judge_output(output, scores, v, rows)
+    }
+
+    /// What a backward pass starts from: inputs, what a forward pass made of them, and random gradients of that.
+    ///
+    /// # Errors
+    /// Those of the layouts.
+    pub fn backward_data<E: Element>(&self, inputs: [Vec<E>; 5], output: CaseOutput<E>) -> Result<BackwardData<E, 5>> {
+        self.case.with_gradients(inputs, output)
+    }
+
+    /// Judges what a backward pass from the given data wrote: dQ1, dK1, dQ2, dK2 and dV.
+    ///
+    /// # Errors
+    /// Those of the reference.
+    pub fn judge_backward<E: Element>(
+        &self,
+        data: &BackwardData<E, 5>,
+        found: &CaseGradients<E, 5>,
+    ) -> Result<BackwardOutcome> {
+        let (scores, v) = self.scores(&data.inputs);
+        let [dq1, dk1, dq2, dk2, dv] = &found.gradients;
+        let (of_q, of_kv) = (self.case.problem.q_shape(), self.case.problem.kv_shape());
+        let gradients = Backward {
+            dq: self.case.gather(dq1, of_q),
+            dk: self.case.gather(dk1, of_kv),
+            dv: self.case.gather(dv, of_kv),
+            second: Some(Pair { q: self.case.gather(dq2, of_q), k: self.case.gather(dk2, of_kv) }),
+        };
+        let gradients = self.case.judge_gradients(&gradients, data, scores, v)?;
+        Ok(BackwardOutcome { gradients, untouched: found.untouched })
+    }
+
+    fn scores<'a, E>(&self, inputs: &'a [Vec<E>; 5]) -> (Scores<Tensor<&'a [E]>>, Tensor<&'a [E]>) {
+        let [q1, k1, q2, k2, v] = self.tensors(inputs);
+        (Scores::piecewise(Pair { q: q1, k: k1 }, Pair { q: q2, k: k2 }, self.dist_threshold), v)
+    }
+}
+
+/// The flags of `ferroflash check` that run both passes of the case again.
+impl fmt::Display for PiecewiseCase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "--op piecewise,piecewise-backward --dist-threshold {} {}", self.dist_threshold, self.case)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use kernels_gpu::variants::Dtype;
+
+    use super::*;
+    use crate::problem::{Mask, Problem};
+    use crate::reference::{backward_plain, forward_plain};
+
+    /// What a plain implementation of `piecewise` writes, as a case's output.
+    fn output(piecewise: &PiecewiseCase, inputs: &[Vec<bf16>; 5]) -> CaseOutput<bf16> {
+        let case = &piecewise.case;
+        let (scores, v) = piecewise.scores(inputs);
+        let found = forward_plain(&case.problem, case.mask, case.effective_scale(), scores, v, &Rows::All).unwrap();
+        let lse = found.lse.iter().map(|&x| x as f32).collect();
+        CaseOutput { o: elements(&found.o), lse, untouched: true }
+    }
+
+    /// The same for the gradients.
+    fn gradients(piecewise: &PiecewiseCase, data: &BackwardData<bf16, 5>) -> CaseGradients<bf16, 5> {
+        let case = &piecewise.case;
+        let (scores, v) = piecewise.scores(&data.inputs);
+        let [o, d_o] =
+            [&data.o, &data.d_o].map(|x| Tensor { data: &x[..], layout: case.layout(case.problem.q_shape()) });
+        let (scale, d_lse) = (case.effective_scale(), data.d_lse.as_deref());
+        let found = backward_plain(&case.problem, case.mask, scale, scores, [v, d_o], Some(o), d_lse).unwrap();
+        let Pair { q, k } = found.second.unwrap();
+        let gradients = [found.dq, found.dk, q, k, found.dv].map(|x| elements(&x));
+        CaseGradients { gradients, untouched: true }
+    }
+
+    fn elements(x: &[f64]) -> Vec<bf16> {
+        x.iter().map(|&x| bf16::from_f64(x)).collect()
+    }
+
+    fn case(dist_threshold: i32) -> PiecewiseCase {
+        let problem =
+            Problem { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 30, seqlen_k: 40, head_dim: 16, dtype: Dtype::Bf16 };
+        PiecewiseCase { case: Case { seed: 7, ..Case::new(problem, Mask::Causal) }, dist_threshold }
+    }
+
+    /// Nothing but the right threshold passes, next to it either.
+    #[test]
+    fn the_threshold_is_judged() {
+        let right = case(12);
+        let inputs = right.inputs().unwrap();
+        let data = right.backward_data(inputs.clone(), output(&right, &inputs)).unwrap();
+        assert!(data.d_lse.is_some());
+        for dist_threshold in [0, 11, 12, 13, 40] {
+            let run = case(dist_threshold);
+            let forward = right.judge(&inputs, &output(&run, &inputs), &Rows::All).unwrap();
+            assert_eq!(forward.passed(), run == right, "{dist_threshold}: {forward:?}");
+            let backward = right.judge_backward(&data, &gradients(&run, &data)).unwrap();
+            assert_eq!(backward.passed(), run == right, "{dist_threshold}\n{backward}");
+        }
+    }
+
+    #[test]
+    fn every_output_is_judged() {
+        let case = case(12);
+        let inputs = case.inputs().unwrap();
+        let found = output(&case, &inputs);
+        for wrong in [
+            CaseOutput { o: vec![bf16::ZERO; found.o.len()], ..found.clone() },
+            CaseOutput { lse: vec![0.0; found.lse.len()], ..found.clone() },
+            CaseOutput { untouched: false, ..found.clone() },
+        ] {
+            assert!(!case.judge(&inputs, &wrong, &Rows::All).unwrap().passed());
+        }
+        let data = case.backward_data(inputs, found).unwrap();
+        let found = gradients(&case, &data);
+        assert!(case.judge_backward(&data, &found).unwrap().passed());
+        for gradient in 0..5 {
+            let mut wrong = found.clone();
+            wrong.gradients[gradient].fill(bf16::ZERO);
+            let outcome = case.judge_backward(&data, &wrong).unwrap();
+            let failed: Vec<_> = outcome.gradients.named().iter().map(|(_, accuracy)| !accuracy.passed()).collect();
+            assert!(failed.iter().enumerate().all(|(at, &failed)| failed == (at == gradient)), "{outcome}");
+        }
+        assert!(!case.judge_backward(&data, &CaseGradients { untouched: false, ..found }).unwrap().passed());
+    }
+
+    #[test]
+    fn pairs_are_different_and_the_first_is_that_of_the_case() {
+        let case = PiecewiseCase { case: Case { padding: 8, ..case(0).case }, ..case(0) };
+        let bits = |x: &Vec<bf16>| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let [q1, k1, q2, k2, v] = case.inputs::<bf16>().unwrap().each_ref().map(bits);
+        assert_eq!([&q1, &k1, &v].map(Clone::clone), case.case.inputs::<bf16>().unwrap().each_ref().map(bits));
+        assert!(q1.len() == q2.len() && k1.len() == k2.len());
+        assert!(q1 != q2 && k1 != k2 && v != k2);
+    }
+
+    #[test]
+    fn random_thresholds_are_of_every_kind() {
+        let cases: Vec<PiecewiseCase> = (0..4000).map(|seed| PiecewiseCase::random(seed, 1e7)).collect();
+        let count = |kind: fn(i64, i64, i64) -> bool| {
+            let kinds = cases.iter().filter(|x| {
+                let Problem { seqlen_q, seqlen_k, .. } = x.case.problem;
+                seqlen_q > 100 && seqlen_k > 100 && kind(x.dist_threshold.into(), seqlen_q as i64, seqlen_k as i64)
+            });
+            kinds.count()
+        };
+        let kinds: [fn(i64, i64, i64) -> bool; 7] = [
+            |t, _, _| t == 0,
+            |t, m, _| t < 0 && t > -m,
+            |t, _, n| t >= n,
+            |t, m, _| t <= 1 - m,
+            |t, _, n| (t - n / 2).abs() <= 1,
+            |t, m, n| t > 0 && t < n && (t % 64).min((t - n + m).rem_euclid(64)) == 0,
+            |t, m, n| t > 1 - m && t < n && t % 16 > 1 && t % 16 < 15,
+        ];
+        assert!(kinds.iter().all(|&kind| count(kind) > 20), "{:?}", kinds.map(count));
+        assert_eq!(PiecewiseCase::random(5, 1e7), cases[5]);
+    }
+
+    #[test]
+    fn a_case_prints_its_flags() {
+        let line = case(-3).to_string();
+        let start = "--op piecewise,piecewise-backward --dist-threshold -3 --batch 1 --heads-q 4 --heads-kv 2 ";
+        assert!(line.starts_with(start) && line.ends_with(&case(-3).case.to_string()), "{line}");
+    }
+}
