@@ -95,7 +95,7 @@ fn evaluate<E: Element, R: Real>(
         return Ok(all);
     }
     let (d, group, scale) = (problem.head_dim, problem.heads_q / problem.heads_kv, R::from_f32(plan.scale()));
-    let heads: Vec<(Vec<Pair<Vec<R>>>, Vec<R>)> = (0..problem.batch * problem.heads_kv)
+    let heads: Vec<_> = (0..problem.batch * problem.heads_kv)
         .into_par_iter()
         .map(|item| {
             let (batch, head_kv) = (item / problem.heads_kv, item % problem.heads_kv);
