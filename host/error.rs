@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use kernels_gpu::variants::Dtype;
+use kernels_gpu::variants::{Dtype, Op};
 
 use crate::problem::Mask;
 
@@ -67,6 +67,15 @@ pub enum Error {
         head_dim: usize,
         /// Mask of the problem.
         mask: Mask,
+    },
+    /// A plan of piecewise attention was given one pair of Q and K, or another plan two.
+    #[error("second is {}; a plan of {} needs {}", if *.given { "given" } else { "missing" }, op.name(),
+        if *.given { "none" } else { "a second pair of queries and keys" })]
+    SecondPair {
+        /// What the plan computes.
+        op: Op,
+        /// Whether there was a second pair.
+        given: bool,
     },
     /// The tensors' element type is not the problem's.
     #[error("the tensors' elements are {}; the problem's dtype is {}", found.name(), expected.name())]
@@ -273,6 +282,14 @@ pub enum Operand {
     Dk,
     /// The gradient of the values.
     Dv,
+    /// Queries of the second pair of piecewise attention.
+    Q2,
+    /// Keys of the second pair.
+    K2,
+    /// The gradient of the second pair's queries.
+    Dq2,
+    /// The gradient of the second pair's keys.
+    Dk2,
     /// What the kernels of a backward pass hand to each other.
     Workspace,
 }
@@ -290,6 +307,10 @@ impl fmt::Display for Operand {
             Operand::Dq => "dq",
             Operand::Dk => "dk",
             Operand::Dv => "dv",
+            Operand::Q2 => "q2",
+            Operand::K2 => "k2",
+            Operand::Dq2 => "dq2",
+            Operand::Dk2 => "dk2",
             Operand::Workspace => "workspace",
         })
     }

@@ -72,7 +72,7 @@ mod problem;
 pub mod reference;
 mod tensor;
 
-pub use attention::{Attention, Lse, Output};
+pub use attention::{Attention, Lse, Output, Piecewise, PiecewiseGradients};
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{self, Cuda};
 pub use backend::{Backend, cpu::Cpu};
@@ -82,7 +82,9 @@ pub use kernels_gpu::{
     element::Element,
     variants::{BACKWARD_VARIANTS, BackwardVariant, Dtype, MaskKind, Op, VARIANTS, Variant},
 };
-pub use operands::{BackwardInputs, Gradients, RawBackward, RawForward, RawTensor};
+pub use operands::{BackwardInputs, Gradients, Pair, RawBackward, RawForward, RawSecond, RawTensor};
+#[doc(hidden)]
+pub use operands::{ForwardInputs, SecondTensors};
 pub use plan::{BackwardPlan, Determinism, Plan};
 pub use problem::{Mask, Problem};
 pub use tensor::{Layout, Tensor};

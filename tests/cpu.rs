@@ -1,6 +1,8 @@
 //! The kernels on the CPU executor, against the reference.
 
 mod common;
+#[path = "cpu/piecewise.rs"]
+mod piecewise;
 
 use ferroflash::cases::Case;
 use ferroflash::reference::Rows;
@@ -25,7 +27,7 @@ fn named_cases_backward() {
 }
 
 /// So many random cases; those that once failed are kept beside this file and run first.
-fn random(cases: u32) -> ProptestConfig {
+pub fn random(cases: u32) -> ProptestConfig {
     let failure_persistence = Some(Box::new(FileFailurePersistence::WithSource("regressions")) as _);
     ProptestConfig { cases, failure_persistence, ..ProptestConfig::default() }
 }

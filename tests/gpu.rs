@@ -6,6 +6,8 @@
 mod common;
 #[path = "gpu/graph.rs"]
 mod graph;
+#[path = "gpu/piecewise.rs"]
+mod piecewise;
 
 use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
@@ -20,6 +22,9 @@ use proptest::test_runner::{Config, TestRunner};
 /// Random cases of one run; FERROFLASH_GPU_CASES sets another number.
 const RANDOM_CASES: u64 = 2000;
 
+/// A test's body.
+type Run = Box<dyn FnOnce(&Cuda) + Send>;
+
 fn main() {
     let arguments = Arguments::from_args();
     let cuda = Cuda::new(0);
@@ -28,7 +33,7 @@ fn main() {
     }
     let cuda = cuda.ok();
     let absent = cuda.is_none();
-    let test = |name: &str, run: Box<dyn FnOnce(&Cuda) + Send>| {
+    let test = |name: &str, run: Run| {
         let cuda = cuda.clone();
         Trial::test(name, move || {
             run(&cuda.ok_or("no CUDA device")?);
@@ -72,6 +77,7 @@ fn main() {
             Box::new(move |cuda| common::repeats_backward(cuda, &case, 250)),
         ));
     }
+    trials.extend(piecewise::tests().into_iter().map(|(name, run)| test(&name, run)));
     trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));
     trials.push(test("random cases backward", Box::new(random_cases_backward)));
     trials.push(test("raw addresses backward", Box::new(raw_addresses_backward)));
@@ -176,6 +182,7 @@ fn raw_addresses(cuda: &Cuda) {
     let args = RawForward {
         q: tensor(q, BIG.q_shape()),
         k: tensor(k, BIG.kv_shape()),
+        second: None,
         v: tensor(v, BIG.kv_shape()),
         o: tensor(o.address(), BIG.q_shape()),
         lse: None,
@@ -219,6 +226,7 @@ fn raw_addresses_backward(cuda: &Cuda) {
     let args = RawBackward {
         q: of_q(q.address()),
         k: of_kv(k.address()),
+        second: None,
         v: of_kv(v.address()),
         o: of_q(o.address()),
         d_o: of_q(d_o.address()),

@@ -60,23 +60,33 @@ impl Attention {
         inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
     ) -> Result<Gradients<B::Buffer<E>>> {
         let plan = self.plan_backward(backend.sm_count())?;
-        backend.check_backward_inputs(&plan, &inputs)?;
-        let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
-        let allocate =
-            |operand, shape| backend.allocate(operand, Layout::bhsd(shape).required_len()?, E::from_f32(0.0));
-        let mut gradients = Gradients {
-            dq: allocate(Operand::Dq, of_q)?,
-            dk: allocate(Operand::Dk, of_kv)?,
-            dv: allocate(Operand::Dv, of_kv)?,
-        };
-        let (q_len, kv_len) = (Layout::bhsd(of_q).required_len()?, Layout::bhsd(of_kv).required_len()?);
-        let outputs = Gradients {
-            dq: Tensor::bhsd(B::slice_mut(&mut gradients.dq, 0..q_len), of_q),
-            dk: Tensor::bhsd(B::slice_mut(&mut gradients.dk, 0..kv_len), of_kv),
-            dv: Tensor::bhsd(B::slice_mut(&mut gradients.dv, 0..kv_len), of_kv),
-        };
-        backend.backward_into(&plan, inputs, outputs)?;
+        backend.check_backward_inputs(&plan, &inputs, None)?;
+        let mut gradients = self.allocate_gradients(backend)?;
+        backend.backward_into(&plan, inputs, self.gradient_views::<B, E>(&mut gradients)?, None)?;
         Ok(gradients)
+    }
+
+    /// Memory for dQ, dK and dV.
+    pub(super) fn allocate_gradients<B: Backend, E: Element>(&self, backend: &B) -> Result<Gradients<B::Buffer<E>>> {
+        let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
+        Ok(Gradients {
+            dq: allocate(backend, Operand::Dq, of_q)?,
+            dk: allocate(backend, Operand::Dk, of_kv)?,
+            dv: allocate(backend, Operand::Dv, of_kv)?,
+        })
+    }
+
+    /// That memory as tensors.
+    pub(super) fn gradient_views<'a, B: Backend, E: Element>(
+        &self,
+        gradients: &'a mut Gradients<B::Buffer<E>>,
+    ) -> Result<Gradients<Tensor<B::SliceMut<'a, E>>>> {
+        let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
+        Ok(Gradients {
+            dq: view::<B, E>(&mut gradients.dq, of_q)?,
+            dk: view::<B, E>(&mut gradients.dk, of_kv)?,
+            dv: view::<B, E>(&mut gradients.dv, of_kv)?,
+        })
     }
 
     /// Computes dQ, dK and dV into the caller's memory; the workspace is allocated.
@@ -94,6 +104,23 @@ impl Attention {
         inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         outputs: Gradients<Tensor<B::SliceMut<'_, E>>>,
     ) -> Result<()> {
-        backend.backward_into(&self.plan_backward(backend.sm_count())?, inputs, outputs)
+        backend.backward_into(&self.plan_backward(backend.sm_count())?, inputs, outputs, None)
     }
+}
+
+/// Memory for a gradient, contiguous.
+pub(super) fn allocate<B: Backend, E: Element>(
+    backend: &B,
+    operand: Operand,
+    shape: [usize; 4],
+) -> Result<B::Buffer<E>> {
+    backend.allocate(operand, Layout::bhsd(shape).required_len()?, E::from_f32(0.0))
+}
+
+/// That memory as a tensor.
+pub(super) fn view<B: Backend, E: Element>(
+    buffer: &mut B::Buffer<E>,
+    shape: [usize; 4],
+) -> Result<Tensor<B::SliceMut<'_, E>>> {
+    Ok(Tensor::bhsd(B::slice_mut(buffer, 0..Layout::bhsd(shape).required_len()?), shape))
 }

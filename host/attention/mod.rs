@@ -5,12 +5,16 @@ use kernels_gpu::element::Element;
 use crate::{
     backend::Backend,
     error::{Operand, Result},
+    operands::ForwardInputs,
     plan::{Determinism, Plan},
     problem::{Mask, Problem},
     tensor::{Layout, Tensor},
 };
 
 mod backward;
+mod piecewise;
+
+pub use piecewise::{Piecewise, PiecewiseGradients};
 
 /// Whether a forward pass that allocates its results returns the LSE.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -100,15 +104,24 @@ impl Attention {
     /// # Errors
     /// Those of [`Plan::forward`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
     /// `q`, `k` or `v`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
-    pub fn forward<B: Backend, E: Element>(
+    pub fn forward<'a, B: Backend, E: Element>(
         &self,
         backend: &B,
-        q: Tensor<B::Slice<'_, E>>,
-        k: Tensor<B::Slice<'_, E>>,
-        v: Tensor<B::Slice<'_, E>>,
+        q: Tensor<B::Slice<'a, E>>,
+        k: Tensor<B::Slice<'a, E>>,
+        v: Tensor<B::Slice<'a, E>>,
     ) -> Result<Output<B::Buffer<E>, B::Buffer<f32>>> {
-        let plan = self.plan(backend.sm_count())?;
-        backend.check_inputs(&plan, &q, &k, &v)?;
+        self.run(backend, &self.plan(backend.sm_count())?, ForwardInputs::plain(q, k, v))
+    }
+
+    /// Runs a forward plan into memory that the backend allocates.
+    fn run<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        plan: &Plan,
+        inputs: ForwardInputs<B::Slice<'_, E>>,
+    ) -> Result<Output<B::Buffer<E>, B::Buffer<f32>>> {
+        backend.check_inputs(plan, &inputs)?;
         let shape = self.problem.q_shape();
         let o_len = Layout::bhsd(shape).required_len()?;
         let mut o = backend.allocate(Operand::O, o_len, E::from_f32(0.0))?;
@@ -118,7 +131,7 @@ impl Attention {
         };
         let o_view = Tensor::bhsd(B::slice_mut(&mut o, 0..o_len), shape);
         let lse_view = lse.as_mut().map(|lse| B::slice_mut(lse, 0..self.problem.lse_len()));
-        backend.forward_into(&plan, q, k, v, o_view, lse_view)?;
+        backend.forward_into(plan, inputs, o_view, lse_view)?;
         Ok(Output { o, lse })
     }
 
@@ -131,16 +144,16 @@ impl Attention {
     /// # Errors
     /// Those of [`Attention::forward`], and every error that names `o` or `lse`. Unless the error comes from running,
     /// nothing was written.
-    pub fn forward_into<B: Backend, E: Element>(
+    pub fn forward_into<'a, B: Backend, E: Element>(
         &self,
         backend: &B,
-        q: Tensor<B::Slice<'_, E>>,
-        k: Tensor<B::Slice<'_, E>>,
-        v: Tensor<B::Slice<'_, E>>,
+        q: Tensor<B::Slice<'a, E>>,
+        k: Tensor<B::Slice<'a, E>>,
+        v: Tensor<B::Slice<'a, E>>,
         o: Tensor<B::SliceMut<'_, E>>,
         lse: Option<B::SliceMut<'_, f32>>,
     ) -> Result<()> {
-        backend.forward_into(&self.plan(backend.sm_count())?, q, k, v, o, lse)
+        backend.forward_into(&self.plan(backend.sm_count())?, ForwardInputs::plain(q, k, v), o, lse)
     }
 }
 

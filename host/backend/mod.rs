@@ -9,7 +9,7 @@ use kernels_gpu::element::Element;
 
 use crate::{
     error::{Operand, Result},
-    operands::{BackwardInputs, Gradients},
+    operands::{BackwardInputs, ForwardInputs, Gradients, Pair, SecondTensors},
     plan::{BackwardPlan, Plan},
     tensor::Tensor,
 };
@@ -66,13 +66,7 @@ pub trait Backend: sealed::Sealed {
     ///
     /// # Errors
     /// Every error that names `q`, `k` or `v`.
-    fn check_inputs<E: Element>(
-        &self,
-        plan: &Plan,
-        q: &Tensor<Self::Slice<'_, E>>,
-        k: &Tensor<Self::Slice<'_, E>>,
-        v: &Tensor<Self::Slice<'_, E>>,
-    ) -> Result<()>;
+    fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &ForwardInputs<Self::Slice<'_, E>>) -> Result<()>;
 
     /// Runs a forward plan; see [`Attention::forward_into`](crate::Attention::forward_into).
     ///
@@ -81,9 +75,7 @@ pub trait Backend: sealed::Sealed {
     fn forward_into<E: Element>(
         &self,
         plan: &Plan,
-        q: Tensor<Self::Slice<'_, E>>,
-        k: Tensor<Self::Slice<'_, E>>,
-        v: Tensor<Self::Slice<'_, E>>,
+        inputs: ForwardInputs<Self::Slice<'_, E>>,
         o: Tensor<Self::SliceMut<'_, E>>,
         lse: Option<Self::SliceMut<'_, f32>>,
     ) -> Result<()>;
@@ -96,6 +88,7 @@ pub trait Backend: sealed::Sealed {
         &self,
         plan: &BackwardPlan,
         inputs: &BackwardInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
+        second: Option<&Pair<Tensor<Self::Slice<'_, E>>>>,
     ) -> Result<()>;
 
     /// Runs a backward plan; see [`Attention::backward_into`](crate::Attention::backward_into).
@@ -107,6 +100,7 @@ pub trait Backend: sealed::Sealed {
         plan: &BackwardPlan,
         inputs: BackwardInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
         outputs: Gradients<Tensor<Self::SliceMut<'_, E>>>,
+        second: Option<SecondTensors<Self::Slice<'_, E>, Self::SliceMut<'_, E>>>,
     ) -> Result<()>;
 }
 

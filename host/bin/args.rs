@@ -80,6 +80,7 @@ Examples:
   ferroflash check --cases 200 --seed 7
   ferroflash check --seqlen-q 1023 --seqlen-k 1024 --heads-q 6 --heads-kv 2 --dtype f16 --mask causal
   ferroflash check --op backward --determinism exact --mask causal --head-dim 128
+  ferroflash check --op piecewise,piecewise-backward --mask causal --dist-threshold 100
   ferroflash check --op forward --device cuda --seqlen-q 1048576 --seqlen-k 1048576 --heads-q 1 --heads-kv 1
 
 With --cases, or with no flag that describes a case, shapes are drawn at random from the seed. Otherwise one case runs.
@@ -127,6 +128,9 @@ pub struct CaseArgs {
     /// Factor of the scores [default: 1/√head_dim].
     #[arg(long, allow_negative_numbers = true)]
     pub scale: Option<f32>,
+    /// The distance from which on scores come from the second pair, for piecewise attention [default: seqlen_k / 2].
+    #[arg(long, allow_negative_numbers = true)]
+    pub dist_threshold: Option<i32>,
     /// Order of the dimensions in memory.
     #[arg(long, value_parser = order, default_value = "bhsd", value_name = "bhsd|bshd")]
     pub layout: Order,
@@ -157,6 +161,7 @@ Examples:
   ferroflash bench --device cpu --tokens 2048 --hidden 256
   ferroflash bench --heads-kv 8 --hidden 4096 --head-dims 128
   ferroflash bench --op backward --determinism exact
+  ferroflash bench --op piecewise,piecewise-backward --mask causal
 
 The batch is tokens / seqlen and the heads are hidden / head_dim, so every measurement has about the same size.
 Inputs are random. TFLOP/s count 4·B·H·M·N·D, 2.5 times that for backward, half of it when causal; the time is the median
@@ -176,6 +181,9 @@ pub struct BenchArgs {
     pub mask: Vec<Mask>,
     #[arg(long, value_delimiter = ',', value_parser = dtype, default_value = "bf16", value_name = "f16|bf16")]
     pub dtype: Vec<Dtype>,
+    /// The distance from which on scores come from the second pair, for piecewise attention [default: seqlen / 2].
+    #[arg(long, allow_negative_numbers = true)]
+    pub dist_threshold: Option<i32>,
     /// Tokens of a batch [default: 32768; on the CPU 1024].
     #[arg(long)]
     pub tokens: Option<usize>,

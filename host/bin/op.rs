@@ -1,13 +1,16 @@
 //! The passes that a command can run, and what each costs.
 
 use clap::ValueEnum;
-use ferroflash::{Attention, Determinism, Mask, Operand, Problem, Result};
+use ferroflash::{Attention, Determinism, Mask, Operand, Piecewise, Problem, Result};
 
 /// What to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OpName {
     Forward,
     Backward,
+    /// Two pairs of Q and K, by distance.
+    Piecewise,
+    PiecewiseBackward,
 }
 
 impl OpName {
@@ -15,15 +18,24 @@ impl OpName {
         match self {
             OpName::Forward => "forward",
             OpName::Backward => "backward",
+            OpName::Piecewise => "piecewise",
+            OpName::PiecewiseBackward => "piecewise-backward",
         }
+    }
+
+    /// Whether it computes gradients.
+    pub fn is_backward(self) -> bool {
+        matches!(self, OpName::Backward | OpName::PiecewiseBackward)
+    }
+
+    /// Whether it has two pairs of Q and K.
+    pub fn is_piecewise(self) -> bool {
+        matches!(self, OpName::Piecewise | OpName::PiecewiseBackward)
     }
 
     /// How it was asked to run, where it can run in more than one way.
     pub fn determinism(self, asked: Determinism) -> Option<Determinism> {
-        match self {
-            OpName::Forward => None,
-            OpName::Backward => Some(asked),
-        }
+        self.is_backward().then_some(asked)
     }
 
     /// Its name in a table, for people.
@@ -39,9 +51,13 @@ impl OpName {
     /// # Errors
     /// Those of the plan: shapes that can't be.
     pub fn workspace_bytes(self, attention: &Attention) -> Result<usize> {
+        // Any threshold has the same.
+        let piecewise = Piecewise::new(attention.clone(), 0);
         Ok(match self {
             OpName::Forward => attention.plan(1)?.workspace_bytes(),
             OpName::Backward => attention.plan_backward(1)?.workspace_bytes(),
+            OpName::Piecewise => piecewise.plan(1)?.workspace_bytes(),
+            OpName::PiecewiseBackward => piecewise.plan_backward(1)?.workspace_bytes(),
         })
     }
 
@@ -50,7 +66,13 @@ impl OpName {
         let bytes = |shape: [usize; 4]| shape.iter().fold(2u128, |bytes, &extent| bytes.saturating_mul(extent as u128));
         let (q, kv) = (bytes(problem.q_shape()), bytes(problem.kv_shape()));
         let mut tensors = vec![(Operand::Q, q), (Operand::K, kv), (Operand::V, kv), (Operand::O, q)];
-        if self == OpName::Backward {
+        if self.is_piecewise() {
+            tensors.extend([(Operand::Q2, q), (Operand::K2, kv)]);
+        }
+        if self == OpName::PiecewiseBackward {
+            tensors.extend([(Operand::Dq2, q), (Operand::Dk2, kv)]);
+        }
+        if self.is_backward() {
             tensors.extend([(Operand::DO, q), (Operand::Dq, q), (Operand::Dk, kv), (Operand::Dv, kv)]);
         }
         tensors
@@ -67,13 +89,10 @@ impl OpName {
     }
 
     /// Floating-point operations by the field's convention: the backward pass has five products where the forward pass
-    /// has two.
+    /// has two. Piecewise attention counts as plain attention does, each score once.
     pub fn flops(self, problem: &Problem, mask: Mask) -> f64 {
         let forward = problem.flops_forward(mask);
-        match self {
-            OpName::Forward => forward,
-            OpName::Backward => 2.5 * forward,
-        }
+        if self.is_backward() { 2.5 * forward } else { forward }
     }
 }
 
@@ -97,6 +116,8 @@ mod tests {
         let (q, kv, lse) = (2 * 6 * 100 * 64 * 2, 2 * 2 * 300 * 64 * 2, 2 * 6 * 100 * 4);
         assert_eq!(OpName::Forward.bytes(&problem), problem.bytes_forward());
         assert_eq!(OpName::Backward.bytes(&problem), (4 * q + 4 * kv + lse) as f64);
+        assert_eq!(OpName::Piecewise.bytes(&problem), problem.bytes_forward() + (q + kv) as f64);
+        assert_eq!(OpName::PiecewiseBackward.bytes(&problem), (6 * q + 6 * kv + lse) as f64);
         for mask in [Mask::None, Mask::Causal] {
             assert_eq!(OpName::Forward.flops(&problem, mask), problem.flops_forward(mask));
             assert_eq!(OpName::Backward.flops(&problem, mask), 2.5 * problem.flops_forward(mask));

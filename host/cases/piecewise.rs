@@ -2,14 +2,21 @@
 
 use std::fmt;
 
-use kernels_gpu::element::Element;
+use half::{bf16, f16};
+use kernels_gpu::{element::Element, variants::Dtype};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
+use super::backward::gradients_of;
+use super::guarded::Guarded;
 use super::{BackwardData, BackwardOutcome, Case, CaseGradients, CaseOutput, Outcome};
-use crate::error::Result;
-use crate::reference::{Backward, Pair, Rows, Scores};
+use crate::attention::{Attention, Piecewise, PiecewiseGradients};
+use crate::backend::Backend;
+use crate::error::{Operand, Result};
+use crate::operands::{BackwardInputs, Gradients, Pair};
+use crate::plan::Determinism;
+use crate::reference::{Backward, Rows, Scores};
 use crate::tensor::Tensor;
 
 /// Makes the second pair other numbers than the first.
@@ -75,6 +82,122 @@ impl PiecewiseCase {
         let [of_q, of_kv] = [self.case.problem.q_shape(), self.case.problem.kv_shape()].map(|x| self.case.layout(x));
         [(q1, of_q), (k1, of_kv), (q2, of_q), (k2, of_kv), (v, of_kv)]
             .map(|(data, layout)| Tensor { data: &data[..], layout })
+    }
+
+    /// The operator.
+    fn piecewise(&self) -> Piecewise {
+        let attention = Attention::new(self.case.problem).mask(self.case.mask).scale(self.case.effective_scale());
+        Piecewise::new(attention, self.dist_threshold)
+    }
+
+    /// Runs the forward pass and judges it; of long problems, the rows that `rows` names.
+    ///
+    /// # Errors
+    /// Those of the operator and of the reference.
+    pub fn run<B: Backend>(&self, backend: &B, rows: &Rows) -> Result<Outcome> {
+        match self.case.problem.dtype {
+            Dtype::F16 => self.run_with::<B, f16>(backend, rows),
+            Dtype::Bf16 => self.run_with::<B, bf16>(backend, rows),
+        }
+    }
+
+    fn run_with<B: Backend, E: Element>(&self, backend: &B, rows: &Rows) -> Result<Outcome> {
+        let inputs = self.inputs::<E>()?;
+        self.judge(&inputs, &self.output(backend, &inputs)?, rows)
+    }
+
+    /// Runs both passes and judges the gradients.
+    ///
+    /// # Errors
+    /// Those of the operator and of the reference.
+    pub fn run_backward<B: Backend>(&self, backend: &B, determinism: Determinism) -> Result<BackwardOutcome> {
+        match self.case.problem.dtype {
+            Dtype::F16 => self.run_backward_with::<B, f16>(backend, determinism),
+            Dtype::Bf16 => self.run_backward_with::<B, bf16>(backend, determinism),
+        }
+    }
+
+    fn run_backward_with<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        determinism: Determinism,
+    ) -> Result<BackwardOutcome> {
+        let inputs = self.inputs::<E>()?;
+        let output = self.output(backend, &inputs)?;
+        let data = self.backward_data(inputs, output)?;
+        self.judge_backward(&data, &self.gradients(backend, &data, determinism)?)
+    }
+
+    /// What a forward pass makes of the given inputs.
+    ///
+    /// # Errors
+    /// Those of the operator.
+    pub fn output<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 5]) -> Result<CaseOutput<E>> {
+        let inputs = self.upload(backend, inputs)?;
+        let [q1, k1, q2, k2, v] = self.device_tensors::<B, E>(&inputs);
+        let (first, second) = (Pair { q: q1, k: k1 }, Pair { q: q2, k: k2 });
+        self.case.output_of(backend, |o, lse| self.piecewise().forward_into(backend, first, second, v, o, Some(lse)))
+    }
+
+    /// What a backward pass makes of the given data.
+    ///
+    /// # Errors
+    /// Those of the operator.
+    pub fn gradients<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        data: &BackwardData<E, 5>,
+        determinism: Determinism,
+    ) -> Result<CaseGradients<E, 5>> {
+        let uploaded = self.upload(backend, &data.inputs)?;
+        let [q, k, q2, k2, v] = self.device_tensors::<B, E>(&uploaded);
+        let (of_q, of_kv) =
+            (self.case.layout(self.case.problem.q_shape()), self.case.layout(self.case.problem.kv_shape()));
+        let o = backend.upload(Operand::O, &data.o)?;
+        let d_o = backend.upload(Operand::DO, &data.d_o)?;
+        let lse = backend.upload(Operand::Lse, &data.lse)?;
+        let d_lse = data.d_lse.as_ref().map(|d_lse| backend.upload(Operand::DLse, d_lse)).transpose()?;
+        let inputs = BackwardInputs {
+            q,
+            k,
+            v,
+            o: Tensor { data: B::slice(&o), layout: of_q },
+            d_o: Tensor { data: B::slice(&d_o), layout: of_q },
+            lse: B::slice(&lse),
+            d_lse: d_lse.as_ref().map(B::slice),
+        };
+        let outputs = [
+            Guarded::new(backend, Operand::Dq, of_q)?,
+            Guarded::new(backend, Operand::Dk, of_kv)?,
+            Guarded::new(backend, Operand::Dq2, of_q)?,
+            Guarded::new(backend, Operand::Dk2, of_kv)?,
+            Guarded::new(backend, Operand::Dv, of_kv)?,
+        ];
+        let piecewise = self.piecewise().determinism(determinism);
+        gradients_of(backend, outputs, |[dq, dk, dq2, dk2, dv]| {
+            let outputs = PiecewiseGradients { first: Gradients { dq, dk, dv }, second: Pair { q: dq2, k: dk2 } };
+            piecewise.backward_into(backend, inputs, Pair { q: q2, k: k2 }, outputs)
+        })
+    }
+
+    fn upload<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 5]) -> Result<[B::Buffer<E>; 5]> {
+        let [q, k, q2, k2, v] = inputs;
+        Ok([
+            backend.upload(Operand::Q, q)?,
+            backend.upload(Operand::K, k)?,
+            backend.upload(Operand::Q2, q2)?,
+            backend.upload(Operand::K2, k2)?,
+            backend.upload(Operand::V, v)?,
+        ])
+    }
+
+    fn device_tensors<'a, B: Backend, E: Element>(
+        &self,
+        inputs: &'a [B::Buffer<E>; 5],
+    ) -> [Tensor<B::Slice<'a, E>>; 5] {
+        let [of_q, of_kv] = [self.case.problem.q_shape(), self.case.problem.kv_shape()].map(|x| self.case.layout(x));
+        let [q, k, q2, k2, v] = inputs.each_ref().map(B::slice);
+        [(q, of_q), (k, of_kv), (q2, of_q), (k2, of_kv), (v, of_kv)].map(|(data, layout)| Tensor { data, layout })
     }
 
     /// Judges the rows that `rows` names of what a forward pass with the given inputs wrote.

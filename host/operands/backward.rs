@@ -1,13 +1,13 @@
 //! The tensors of a backward pass.
 
 use kernels_gpu::{
-    params::{BackwardParams, FinishParams, PrepareParams},
+    params::{BackwardParams, BackwardSecondPair, FinishParams, PrepareParams},
     variants::Dtype,
 };
 
 use super::{
-    AddressSpace, BackwardInputs, Gradients, Memory, RawTensor, check_address, check_disjoint, check_dtype, check_lse,
-    check_rows_apart, check_span, check_tensor, lse_region,
+    AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawTensor, SecondTensors, check_address, check_disjoint,
+    check_dtype, check_lse, check_rows_apart, check_second, check_span, check_tensor, lse_region, second_pair,
 };
 use crate::{
     error::{Error, Operand, Result},
@@ -16,6 +16,15 @@ use crate::{
     tensor::Tensor,
 };
 
+/// The second pair of piecewise attention in a backward pass: its tensors, and their gradients to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawSecond {
+    /// Queries, (batch, heads_q, seqlen_q, head_dim), and keys, (batch, heads_kv, seqlen_k, head_dim).
+    pub inputs: Pair<RawTensor>,
+    /// Their gradients, of the same shapes.
+    pub gradients: Pair<RawTensor>,
+}
+
 /// The tensors of a backward pass, named by their addresses: what a framework has at hand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawBackward {
@@ -23,6 +32,8 @@ pub struct RawBackward {
     pub q: RawTensor,
     /// Keys, (batch, heads_kv, seqlen_k, head_dim).
     pub k: RawTensor,
+    /// The second pair, for a plan of piecewise attention; `None` for others.
+    pub second: Option<RawSecond>,
     /// Values, (batch, heads_kv, seqlen_k, head_dim).
     pub v: RawTensor,
     /// What the forward pass gave, (batch, heads_q, seqlen_q, head_dim).
@@ -66,8 +77,12 @@ impl RawBackward {
             d_lse: self.d_lse.map(unsized_memory),
         };
         let outputs = Gradients { dq: tensor(&self.dq), dk: tensor(&self.dk), dv: tensor(&self.dv) };
-        check_inputs(plan, &inputs, AddressSpace::Device)?;
-        check_outputs(plan, &outputs, AddressSpace::Device)?;
+        let second = self.second.as_ref();
+        check_second(plan.variant().op, second.is_some())?;
+        let second_inputs = second.map(|second| second.inputs.as_ref().map(tensor));
+        let second_outputs = second.map(|second| second.gradients.as_ref().map(tensor));
+        check_inputs(plan, &inputs, second_inputs.as_ref(), AddressSpace::Device)?;
+        check_outputs(plan, &outputs, second_outputs.as_ref(), AddressSpace::Device)?;
         self.check_workspace(plan, AddressSpace::Device)?;
         self.check_overlaps(plan)
     }
@@ -84,13 +99,19 @@ impl RawBackward {
         space: AddressSpace,
         inputs: &BackwardInputs<Memory, Memory>,
         outputs: &Gradients<Tensor<Memory>>,
+        second: Option<&SecondTensors<Memory, Memory>>,
     ) -> Result<Self> {
+        check_second(plan.variant().op, second.is_some())?;
         check_dtype(plan.problem(), dtype)?;
-        check_inputs(plan, inputs, space)?;
-        check_outputs(plan, outputs, space)?;
+        check_inputs(plan, inputs, second.map(|second| &second.inputs), space)?;
+        check_outputs(plan, outputs, second.map(|second| &second.gradients), space)?;
         let args = RawBackward {
             q: raw(&inputs.q),
             k: raw(&inputs.k),
+            second: second.map(|SecondTensors { inputs, gradients }| RawSecond {
+                inputs: inputs.as_ref().map(raw),
+                gradients: gradients.as_ref().map(raw),
+            }),
             v: raw(&inputs.v),
             o: raw(&inputs.o),
             d_o: raw(&inputs.d_o),
@@ -116,12 +137,21 @@ impl RawBackward {
             workspace: plan.workspace.at(self.workspace),
             shape: plan.problem().kernel_shape(),
             head_dim: plan.variant().head_dim,
+            pairs: plan.variant().op.pairs(),
         }
     }
 
-    /// Parameters of the main kernel of a plan that has work tiles; `q`, `k`, `v` and `d_o` as the machine names them.
-    pub(crate) fn params<T>(&self, plan: &BackwardPlan, [q, k, v, d_o]: [T; 4]) -> BackwardParams<T> {
+    /// The second pair where there is one, as kernels take it, its tensors as the machine names them.
+    pub(crate) fn second<T>(&self, plan: &BackwardPlan, named: Option<Pair<T>>) -> Option<BackwardSecondPair<T>> {
+        let pair = second_pair(plan.dist_threshold(), named)?;
+        Some(BackwardSecondPair { pair, dk: self.second?.gradients.k.strided() })
+    }
+
+    /// Parameters of the main kernel of a plan that has work tiles; `q`, `k`, `v` and `d_o` as the machine names them, and
+    /// what [`RawBackward::second`] made of the second pair.
+    pub(crate) fn params<T, S>(&self, plan: &BackwardPlan, [q, k, v, d_o]: [T; 4], second: S) -> BackwardParams<T, S> {
         BackwardParams {
+            second,
             q,
             k,
             v,
@@ -135,14 +165,17 @@ impl RawBackward {
         }
     }
 
-    /// Parameters of the kernel that turns the workspace's dQ into the tensor.
-    pub(crate) fn finish(&self, plan: &BackwardPlan) -> FinishParams {
-        FinishParams {
-            dq: self.dq.strided(),
+    /// Parameters of the kernel that turns the workspace's dQ into the tensor, for each pair.
+    pub(crate) fn finish(&self, plan: &BackwardPlan) -> impl Iterator<Item = FinishParams> {
+        let finish = |pair, dq: &RawTensor| FinishParams {
+            dq: dq.strided(),
             workspace: plan.workspace.at(self.workspace),
             scale: plan.scale(),
             shape: plan.problem().kernel_shape(),
-        }
+            pair,
+        };
+        let second = self.second.as_ref().map(|second| finish(1, &second.gradients.q));
+        [finish(0, &self.dq)].into_iter().chain(second)
     }
 
     fn check_workspace(&self, plan: &BackwardPlan, space: AddressSpace) -> Result<()> {
@@ -173,12 +206,13 @@ impl RawBackward {
             (Operand::Lse, lse(self.lse)),
             (Operand::DLse, self.d_lse.and_then(lse)),
         ];
-        for output in [
-            (Operand::Dq, self.dq.region()),
-            (Operand::Dk, self.dk.region()),
-            (Operand::Dv, self.dv.region()),
-            (Operand::Workspace, workspace),
-        ] {
+        let mut outputs =
+            vec![(Operand::Dq, self.dq.region()), (Operand::Dk, self.dk.region()), (Operand::Dv, self.dv.region())];
+        if let Some(RawSecond { inputs, gradients }) = &self.second {
+            others.extend([(Operand::Q2, inputs.q.region()), (Operand::K2, inputs.k.region())]);
+            outputs.extend([(Operand::Dq2, gradients.q.region()), (Operand::Dk2, gradients.k.region())]);
+        }
+        for output in outputs.into_iter().chain([(Operand::Workspace, workspace)]) {
             for &other in &others {
                 check_disjoint(output, other)?;
             }
@@ -192,10 +226,15 @@ impl RawBackward {
 pub(crate) fn check_inputs(
     plan: &BackwardPlan,
     inputs: &BackwardInputs<Memory, Memory>,
+    second: Option<&Pair<Tensor<Memory>>>,
     space: AddressSpace,
 ) -> Result<()> {
     let BackwardInputs { q, k, v, o, d_o, lse, d_lse } = inputs;
-    for (operand, tensor) in [(Operand::Q, q), (Operand::K, k), (Operand::V, v), (Operand::O, o), (Operand::DO, d_o)] {
+    let mut tensors = vec![(Operand::Q, q), (Operand::K, k), (Operand::V, v), (Operand::O, o), (Operand::DO, d_o)];
+    if let Some(Pair { q, k }) = second {
+        tensors.extend([(Operand::Q2, q), (Operand::K2, k)]);
+    }
+    for (operand, tensor) in tensors {
         check_tensor(plan.problem(), operand, &raw(tensor), space, tensor.data.len)?;
     }
     check_lse(plan.problem(), Operand::Lse, *lse, space)?;
@@ -203,9 +242,18 @@ pub(crate) fn check_inputs(
 }
 
 /// Checks each output by itself.
-fn check_outputs(plan: &BackwardPlan, outputs: &Gradients<Tensor<Memory>>, space: AddressSpace) -> Result<()> {
+fn check_outputs(
+    plan: &BackwardPlan,
+    outputs: &Gradients<Tensor<Memory>>,
+    second: Option<&Pair<Tensor<Memory>>>,
+    space: AddressSpace,
+) -> Result<()> {
     let Gradients { dq, dk, dv } = outputs;
-    for (operand, tensor) in [(Operand::Dq, dq), (Operand::Dk, dk), (Operand::Dv, dv)] {
+    let mut tensors = vec![(Operand::Dq, dq), (Operand::Dk, dk), (Operand::Dv, dv)];
+    if let Some(Pair { q, k }) = second {
+        tensors.extend([(Operand::Dq2, q), (Operand::Dk2, k)]);
+    }
+    for (operand, tensor) in tensors {
         check_tensor(plan.problem(), operand, &raw(tensor), space, tensor.data.len)?;
         check_rows_apart(operand, &tensor.layout)?;
     }
@@ -246,6 +294,7 @@ mod tests {
         RawBackward {
             q: tensor(0x10000, q),
             k: tensor(0x20000, kv),
+            second: None,
             v: tensor(0x30000, kv),
             o: tensor(0x40000, q),
             d_o: tensor(0x50000, q),
@@ -379,6 +428,7 @@ mod tests {
             let args = RawBackward {
                 q,
                 k,
+                second: None,
                 v: k,
                 o: q,
                 d_o: q,

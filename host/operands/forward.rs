@@ -6,7 +6,8 @@ use kernels_gpu::{
 };
 
 use super::{
-    AddressSpace, Memory, RawTensor, check_disjoint, check_dtype, check_lse, check_rows_apart, check_tensor, lse_region,
+    AddressSpace, Memory, Pair, RawTensor, check_disjoint, check_dtype, check_lse, check_rows_apart, check_second,
+    check_tensor, lse_region,
 };
 #[cfg(doc)]
 use crate::error::Error;
@@ -23,6 +24,8 @@ pub struct RawForward {
     pub q: RawTensor,
     /// Keys, (batch, heads_kv, seqlen_k, head_dim).
     pub k: RawTensor,
+    /// The second pair of queries and keys, of the same shapes, for a plan of piecewise attention; `None` for others.
+    pub second: Option<Pair<RawTensor>>,
     /// Values, (batch, heads_kv, seqlen_k, head_dim).
     pub v: RawTensor,
     /// The result, (batch, heads_q, seqlen_q, head_dim).
@@ -40,6 +43,7 @@ impl RawForward {
     /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::OutputAliasesItself`], [`Error::Overlap`].
     pub fn validate(&self, plan: &Plan) -> Result<()> {
         let problem = plan.problem();
+        check_second(plan.variant().op, self.second.is_some())?;
         self.validate_tensors(problem, AddressSpace::Device, None)?;
         self.validate_outputs(problem)
     }
@@ -51,17 +55,20 @@ impl RawForward {
     /// [`Error::BufferTooSmall`], [`Error::LseLength`].
     pub(crate) fn validate_buffers(&self, plan: &Plan, space: AddressSpace, buffers: &Buffers) -> Result<()> {
         let problem = plan.problem();
+        check_second(plan.variant().op, self.second.is_some())?;
         check_dtype(problem, buffers.dtype)?;
         self.validate_tensors(problem, space, Some(buffers))?;
         self.validate_outputs(problem)
     }
 
-    /// The launch parameters of a plan that has work tiles; `q`, `k`, `v` and `o` as the machine names them.
-    pub(crate) fn params<T>(&self, plan: &Plan, [q, k, v, o]: [T; 4]) -> ForwardParams<T> {
+    /// The launch parameters of a plan that has work tiles; `q`, `k`, `v` and `o` as the machine names them, and
+    /// [`second_pair`](super::second_pair) of the second pair.
+    pub(crate) fn params<T, S>(&self, plan: &Plan, [q, k, v, o]: [T; 4], second: S) -> ForwardParams<T, S> {
         ForwardParams {
             q,
             k,
             v,
+            second,
             o: Output { tiles: o, rows: self.o.strided() },
             lse: self.lse.unwrap_or(0),
             scale: plan.scale(),
@@ -79,6 +86,11 @@ impl RawForward {
         ] {
             check_tensor(problem, operand, tensor, space, len)?;
         }
+        if let Some(Pair { q, k }) = &self.second {
+            let len = buffers.and_then(|buffers| buffers.second);
+            check_tensor(problem, Operand::Q2, q, space, len.map(|len| len.q))?;
+            check_tensor(problem, Operand::K2, k, space, len.map(|len| len.k))?;
+        }
         let len = buffers.and_then(|buffers| buffers.lse);
         self.lse.map_or(Ok(()), |address| check_lse(problem, Operand::Lse, Memory { address, len }, space))
     }
@@ -86,9 +98,13 @@ impl RawForward {
     fn validate_outputs(&self, problem: &Problem) -> Result<()> {
         check_rows_apart(Operand::O, &self.o.layout)?;
         let lse = self.lse.and_then(|address| lse_region(problem, address));
-        let inputs = [(Operand::Q, self.q.region()), (Operand::K, self.k.region()), (Operand::V, self.v.region())];
+        let mut inputs =
+            vec![(Operand::Q, self.q.region()), (Operand::K, self.k.region()), (Operand::V, self.v.region())];
+        if let Some(Pair { q, k }) = &self.second {
+            inputs.extend([(Operand::Q2, q.region()), (Operand::K2, k.region())]);
+        }
         let o = (Operand::O, self.o.region());
-        for other in inputs {
+        for &other in &inputs {
             check_disjoint(o, other)?;
         }
         for other in inputs.into_iter().chain([o]) {
@@ -104,6 +120,7 @@ pub(crate) struct Buffers {
     pub(crate) dtype: Dtype,
     pub(crate) q: usize,
     pub(crate) k: usize,
+    pub(crate) second: Option<Pair<usize>>,
     pub(crate) v: usize,
     pub(crate) o: usize,
     pub(crate) lse: Option<usize>,
@@ -129,6 +146,7 @@ mod tests {
         RawForward {
             q: tensor(0x10000, PROBLEM.q_shape()),
             k: tensor(0x20000, PROBLEM.kv_shape()),
+            second: None,
             v: tensor(0x30000, PROBLEM.kv_shape()),
             o: tensor(0x40000, PROBLEM.q_shape()),
             lse: Some(0x50000),
@@ -217,7 +235,7 @@ mod tests {
             let plan = Plan::forward(&problem, Mask::None, None, 1).unwrap();
             let tensor = |shape| RawTensor { address: 1, layout: Layout::strided(shape, [usize::MAX; 3]) };
             let (q, k) = (tensor(problem.q_shape()), tensor(problem.kv_shape()));
-            assert_eq!(RawForward { q, k, v: k, o: q, lse: Some(0) }.validate(&plan), Ok(()));
+            assert_eq!(RawForward { q, k, second: None, v: k, o: q, lse: Some(0) }.validate(&plan), Ok(()));
         }
     }
 }

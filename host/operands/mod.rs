@@ -4,7 +4,10 @@
 //! the same for slices, device buffers and raw device pointers. Where there is nothing to read or write, the address
 //! does not matter.
 
-use kernels_gpu::{params::Strided, variants::Dtype};
+use kernels_gpu::{
+    params::{SecondPair, Strided},
+    variants::{Dtype, Op},
+};
 
 use crate::{
     error::{Dim, Error, Operand, Result},
@@ -16,12 +19,14 @@ use crate::{
 mod backward;
 mod forward;
 mod gradients;
+mod pair;
 
-pub use backward::RawBackward;
 pub(crate) use backward::check_inputs as check_backward_inputs;
+pub use backward::{RawBackward, RawSecond};
 pub(crate) use forward::Buffers;
 pub use forward::RawForward;
 pub use gradients::{BackwardInputs, Gradients};
+pub use pair::{ForwardInputs, Pair, SecondTensors};
 
 /// What the copy engine wants of addresses and strides, in bytes.
 const GRAIN_BYTES: usize = 16;
@@ -56,6 +61,12 @@ impl RawTensor {
     }
 }
 
+/// The second pair of a plan that has a threshold, as kernels take it; its tensors as the machine names them.
+pub(crate) fn second_pair<T>(dist_threshold: Option<i32>, named: Option<Pair<T>>) -> Option<SecondPair<T>> {
+    let (dist_threshold, Pair { q, k }) = (dist_threshold?, named?);
+    Some(SecondPair { q, k, dist_threshold, number: 1, padding: [0; 14] })
+}
+
 /// Whose rules addresses follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AddressSpace {
@@ -80,6 +91,14 @@ pub(crate) fn check_dtype(problem: &Problem, found: Dtype) -> Result<()> {
     Ok(())
 }
 
+/// Checks that there is a second pair of Q and K just where the operator takes one.
+pub(crate) fn check_second(op: Op, given: bool) -> Result<()> {
+    if given != (op.pairs() == 2) {
+        return Err(Error::SecondPair { op, given });
+    }
+    Ok(())
+}
+
 /// Checks one tensor by itself; `len` is the length of its buffer in elements, where that is known.
 pub(crate) fn check_tensor(
     problem: &Problem,
@@ -90,7 +109,7 @@ pub(crate) fn check_tensor(
 ) -> Result<()> {
     let RawTensor { address, layout } = tensor;
     let expected = match operand {
-        Operand::K | Operand::V | Operand::Dk | Operand::Dv => problem.kv_shape(),
+        Operand::K | Operand::V | Operand::Dk | Operand::Dv | Operand::K2 | Operand::Dk2 => problem.kv_shape(),
         _ => problem.q_shape(),
     };
     if layout.shape != expected {

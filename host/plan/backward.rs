@@ -4,10 +4,10 @@ use std::fmt;
 
 use kernels_gpu::{
     attention::scheduler::TileOrder,
-    variants::{self, BackwardVariant, PREPARE_ROWS},
+    variants::{self, BackwardVariant, Op, PREPARE_ROWS},
 };
 
-use super::{MAX_WORK_TILES, WorkspaceLayout, checked_scale, write_problem};
+use super::{MAX_WORK_TILES, WorkspaceLayout, checked_scale, op, write_problem, write_threshold};
 use crate::{
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
@@ -42,6 +42,7 @@ pub struct BackwardPlan {
     problem: Problem,
     mask: Mask,
     scale: f32,
+    dist_threshold: Option<i32>,
     determinism: Determinism,
     variant: &'static BackwardVariant,
     work_tiles: u32,
@@ -67,8 +68,34 @@ impl BackwardPlan {
         determinism: Determinism,
         sm_count: u32,
     ) -> Result<BackwardPlan> {
+        Self::plan(problem, mask, scale, None, determinism, sm_count)
+    }
+
+    /// As [`BackwardPlan::new`], for piecewise attention; see [`Plan::piecewise`](super::Plan::piecewise).
+    ///
+    /// # Errors
+    /// Those of [`BackwardPlan::new`].
+    pub fn piecewise(
+        problem: &Problem,
+        mask: Mask,
+        scale: Option<f32>,
+        dist_threshold: i32,
+        determinism: Determinism,
+        sm_count: u32,
+    ) -> Result<BackwardPlan> {
+        Self::plan(problem, mask, scale, Some(dist_threshold), determinism, sm_count)
+    }
+
+    fn plan(
+        problem: &Problem,
+        mask: Mask,
+        scale: Option<f32>,
+        dist_threshold: Option<i32>,
+        determinism: Determinism,
+        sm_count: u32,
+    ) -> Result<BackwardPlan> {
         let scale = checked_scale(problem, scale)?;
-        let variant = variants::backward(problem.dtype, problem.head_dim as u32, mask.kind())
+        let variant = variants::backward(op(dist_threshold), problem.dtype, problem.head_dim as u32, mask.kind())
             .ok_or(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask })?;
         let shape = problem.kernel_shape();
         let n_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;
@@ -81,10 +108,21 @@ impl BackwardPlan {
         let grid = work_tiles.min(sm_count.max(1));
         let order = match determinism {
             _ if work_tiles == 0 => TileOrder::default(),
-            Determinism::Fast => variant.order(&shape, grid),
+            Determinism::Fast => variant.order(&shape, dist_threshold, grid),
             Determinism::Exact => variant.exact_order(&shape, grid),
         };
-        Ok(BackwardPlan { problem: *problem, mask, scale, determinism, variant, work_tiles, grid, order, workspace })
+        Ok(BackwardPlan {
+            problem: *problem,
+            mask,
+            scale,
+            dist_threshold,
+            determinism,
+            variant,
+            work_tiles,
+            grid,
+            order,
+            workspace,
+        })
     }
 
     /// The problem, validated.
@@ -100,6 +138,11 @@ impl BackwardPlan {
     /// The factor of the scores, finite and above 0.
     pub fn scale(&self) -> f32 {
         self.scale
+    }
+
+    /// The distance from which on scores come from the second pair of Q and K; `None` where there is one pair.
+    pub fn dist_threshold(&self) -> Option<i32> {
+        self.dist_threshold
     }
 
     /// Whether dQ is the same bits every time.
@@ -158,8 +201,13 @@ impl BackwardPlan {
 
 impl fmt::Display for BackwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pass = match self.variant.op {
+            Op::Forward => "backward",
+            Op::Piecewise => "piecewise backward",
+        };
         let BackwardVariant { symbol, prepare, finish, head_dim, block_m, block_n, .. } = self.variant;
-        write_problem(f, "backward", &self.problem, self.mask, self.scale)?;
+        write_problem(f, pass, &self.problem, self.mask, self.scale)?;
+        write_threshold(f, self.dist_threshold)?;
         writeln!(f, ", {}", self.determinism)?;
         writeln!(f, "kernels {prepare}, {symbol}, {finish}: tiles {block_m} × {block_n}, head_dim {head_dim}")?;
         write!(

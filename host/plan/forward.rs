@@ -7,7 +7,7 @@ use kernels_gpu::{
     variants::{self, Variant},
 };
 
-use super::{MAX_WORK_TILES, checked_scale, write_problem};
+use super::{MAX_WORK_TILES, checked_scale, op, write_problem, write_threshold};
 use crate::{
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
@@ -19,6 +19,7 @@ pub struct Plan {
     pub(crate) problem: Problem,
     pub(crate) mask: Mask,
     pub(crate) scale: f32,
+    pub(crate) dist_threshold: Option<i32>,
     pub(crate) variant: &'static Variant,
     pub(crate) work_tiles: u32,
     /// How CTAs take the work tiles; of no meaning where there are none.
@@ -44,16 +45,42 @@ impl Plan {
     /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
     /// [`Error::TooLarge`] for 2³¹ work tiles or more.
     pub fn forward(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<Plan> {
+        Self::new(problem, mask, scale, None, sm_count)
+    }
+
+    /// As [`Plan::forward`], for piecewise attention: scores come from the second pair of Q and K where
+    /// i + seqlen_k − seqlen_q − j is at least `dist_threshold`, for query i and key j.
+    ///
+    /// # Errors
+    /// Those of [`Plan::forward`].
+    pub fn piecewise(
+        problem: &Problem,
+        mask: Mask,
+        scale: Option<f32>,
+        dist_threshold: i32,
+        sm_count: u32,
+    ) -> Result<Plan> {
+        Self::new(problem, mask, scale, Some(dist_threshold), sm_count)
+    }
+
+    fn new(
+        problem: &Problem,
+        mask: Mask,
+        scale: Option<f32>,
+        dist_threshold: Option<i32>,
+        sm_count: u32,
+    ) -> Result<Plan> {
         let scale = checked_scale(problem, scale)?;
         let shape = problem.kernel_shape();
         let mut best: Option<Choice> = None;
-        for variant in variants::forward(problem.dtype, problem.head_dim as u32, mask.kind()) {
+        for variant in variants::forward(op(dist_threshold), problem.dtype, problem.head_dim as u32, mask.kind()) {
             let m_blocks = problem.seqlen_q.div_ceil(variant.block_m() as usize) as u128;
             let work_tiles = m_blocks * problem.heads_q as u128 * problem.batch as u128;
             at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
             let work_tiles = work_tiles as u32;
             let grid = work_tiles.min(sm_count.max(1));
-            let (order, time) = if work_tiles == 0 { Default::default() } else { variant.order(&shape, grid) };
+            let (order, time) =
+                if work_tiles == 0 { Default::default() } else { variant.order(&shape, dist_threshold, grid) };
             if best.is_none_or(|best| time < best.time) {
                 best = Some(Choice { variant, work_tiles, grid, order, time });
             }
@@ -61,7 +88,7 @@ impl Plan {
         let Some(Choice { variant, work_tiles, grid, order, .. }) = best else {
             return Err(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask });
         };
-        Ok(Plan { problem: *problem, mask, scale, variant, work_tiles, order, grid })
+        Ok(Plan { problem: *problem, mask, scale, dist_threshold, variant, work_tiles, order, grid })
     }
 
     /// The problem, validated.
@@ -77,6 +104,11 @@ impl Plan {
     /// The factor of the scores, finite and above 0.
     pub fn scale(&self) -> f32 {
         self.scale
+    }
+
+    /// The distance from which on scores come from the second pair of Q and K; `None` where there is one pair.
+    pub fn dist_threshold(&self) -> Option<i32> {
+        self.dist_threshold
     }
 
     /// The kernel.
@@ -113,6 +145,7 @@ impl Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write_problem(f, self.variant.op.name(), &self.problem, self.mask, self.scale)?;
+        write_threshold(f, self.dist_threshold)?;
         writeln!(
             f,
             "\nkernel {}: tiles {} × {}, head_dim {}, {} stages",

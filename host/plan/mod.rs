@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use kernels_gpu::variants::Op;
+
 use crate::{
     error::{Error, Result},
     problem::{Mask, Problem},
@@ -29,6 +31,15 @@ fn checked_scale(problem: &Problem, scale: Option<f32>) -> Result<f32> {
         return Err(Error::Scale { value: scale });
     }
     Ok(scale)
+}
+
+/// What a plan with such a threshold computes.
+fn op(dist_threshold: Option<i32>) -> Op {
+    if dist_threshold.is_some() { Op::Piecewise } else { Op::Forward }
+}
+
+fn write_threshold(f: &mut fmt::Formatter<'_>, dist_threshold: Option<i32>) -> fmt::Result {
+    dist_threshold.map_or(Ok(()), |threshold| write!(f, ", dist_threshold {threshold}"))
 }
 
 /// A plan's first line: the pass and the problem.

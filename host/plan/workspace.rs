@@ -20,9 +20,9 @@ pub(crate) struct WorkspaceLayout {
     pub(crate) lse: usize,
     /// f32 (batch, heads_q, rows).
     pub(crate) delta: usize,
-    /// f32 (batch, heads_q, rows, compiled head dim).
+    /// f32 (pairs, batch, heads_q, rows, compiled head dim).
     pub(crate) dq: usize,
-    /// u32 (batch, heads_q, query blocks, 2); `None` where order is free.
+    /// u32 (pairs, batch, heads_q, query blocks, 2); `None` where order is free.
     pub(crate) turns: Option<usize>,
     /// All of it.
     pub(crate) bytes: usize,
@@ -42,7 +42,8 @@ impl WorkspaceLayout {
         let rows = variant.rows(shape);
         let heads = shape.batch as u128 * shape.heads_q as u128;
         at_most("workspace_rows", heads * rows as u128, MAX_ROWS)?;
-        let turns_len = if exact { 2 * heads * variant.m_blocks(shape) as u128 } else { 0 };
+        let pairs = variant.op.pairs() as u128;
+        let turns_len = if exact { 2 * pairs * heads * variant.m_blocks(shape) as u128 } else { 0 };
         let row_bytes = heads * rows as u128 * size_of::<f32>() as u128;
         let mut end = 0;
         let mut region = |bytes: u128| {
@@ -52,7 +53,7 @@ impl WorkspaceLayout {
         };
         let lse = region(row_bytes);
         let delta = region(row_bytes);
-        let dq = region(row_bytes * variant.head_dim as u128);
+        let dq = region(pairs * row_bytes * variant.head_dim as u128);
         let turns = region(turns_len * size_of::<u32>() as u128);
         at_most("workspace_bytes", end, isize::MAX as u128)?;
         Ok(WorkspaceLayout {
@@ -80,7 +81,7 @@ impl WorkspaceLayout {
 
 #[cfg(test)]
 mod tests {
-    use kernels_gpu::variants::{self, Dtype, MaskKind};
+    use kernels_gpu::variants::{self, Dtype, MaskKind, Op};
     use proptest::prelude::*;
 
     use super::*;
@@ -89,7 +90,7 @@ mod tests {
     const SHAPE: Shape = Shape { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 72 };
 
     fn layout(shape: &Shape, exact: bool) -> Result<WorkspaceLayout> {
-        let variant = variants::backward(Dtype::F16, shape.head_dim, MaskKind::None).unwrap();
+        let variant = variants::backward(Op::Forward, Dtype::F16, shape.head_dim, MaskKind::None).unwrap();
         WorkspaceLayout::new(variant, shape, exact)
     }
 
@@ -128,7 +129,7 @@ mod tests {
             batch in 1..5u32, heads in 1..80u32, seqlen_q in 0..5000u32, head_dim in 1..=32u32, exact: bool,
         ) {
             let shape = Shape { batch, heads_q: heads, heads_kv: 1, seqlen_q, head_dim: 8 * head_dim, ..SHAPE };
-            let variant = variants::backward(Dtype::Bf16, shape.head_dim, MaskKind::Causal).unwrap();
+            let variant = variants::backward(Op::Forward, Dtype::Bf16, shape.head_dim, MaskKind::Causal).unwrap();
             let found = WorkspaceLayout::new(variant, &shape, exact).unwrap();
             let rows = (batch * heads * found.rows) as usize;
             let turns = found.turns.unwrap_or(found.bytes);

@@ -2,7 +2,7 @@
 
 use super::backward::Backward;
 use super::forward::Forward;
-use super::scores::Pair;
+use crate::operands::Pair;
 
 /// What is added to twice the plain error, so that the bar is above 0 where the plain result happens to be exact.
 const SLACK: f64 = 1e-5;

@@ -10,10 +10,11 @@ use kernels_gpu::element::Element;
 use rayon::prelude::*;
 
 use super::forward::{Real, dot, head_rows, live_keys};
-use super::scores::{Pair, Scores, score};
+use super::scores::{Scores, score};
 use crate::backend::Backend;
 use crate::error::{Error, Operand, Result};
 use crate::operands::{AddressSpace, RawTensor, check_tensor};
+use crate::operands::{ForwardInputs, Pair};
 use crate::plan::Plan;
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
@@ -80,7 +81,7 @@ fn evaluate<E: Element, R: Real>(
     round: impl Fn(R) -> R + Sync,
 ) -> Result<Backward> {
     let problem = plan.problem();
-    scores.pairs().try_for_each(|pair| crate::Cpu.check_inputs(plan, &pair.q, &pair.k, &v))?;
+    scores.pairs().try_for_each(|pair| crate::Cpu.check_inputs(plan, &ForwardInputs::plain(pair.q, pair.k, v)))?;
     for (operand, tensor) in o.map(|o| (Operand::O, o)).into_iter().chain([(Operand::DO, d_o)]) {
         let raw = RawTensor { address: tensor.data.as_ptr().addr() as u64, layout: tensor.layout };
         check_tensor(problem, operand, &raw, AddressSpace::Host, Some(tensor.data.len()))?;

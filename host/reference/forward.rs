@@ -198,7 +198,9 @@ fn evaluate<E: Element, R: Real>(
     rows: &Rows,
     row: impl Fn(&mut [R], &[R], &mut [R]) -> R + Sync,
 ) -> Result<Forward> {
-    scores.pairs().try_for_each(|pair| crate::Cpu.check_inputs(plan, &pair.q, &pair.k, &v))?;
+    scores.pairs().try_for_each(|pair| {
+        crate::Cpu.check_inputs(plan, &crate::operands::ForwardInputs::plain(pair.q, pair.k, v))
+    })?;
     let (problem, scale) = (plan.problem(), R::from_f32(plan.scale()));
     let rows = rows.of(problem.seqlen_q)?;
     let (d, group) = (problem.head_dim, problem.heads_q / problem.heads_kv);

@@ -10,7 +10,8 @@ mod backward;
 mod forward;
 mod scores;
 
+pub use crate::operands::Pair;
 pub use accuracy::{Accuracy, GradientAccuracy};
 pub use backward::{Backward, backward_f64, backward_plain};
 pub use forward::{Forward, Rows, forward_f64, forward_plain};
-pub use scores::{Pair, Scores};
+pub use scores::Scores;

@@ -7,16 +7,7 @@
 use std::ops::Range;
 
 use super::forward::{Real, dot};
-use crate::problem::Problem;
-
-/// A thing of queries and the same of keys: the tensors whose products are scores, or their gradients.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Pair<T> {
-    /// That of the queries.
-    pub q: T,
-    /// That of the keys.
-    pub k: T,
-}
+use crate::{operands::Pair, problem::Problem};
 
 /// The pairs that scores come from, and which of them each comes from.
 #[derive(Clone, Copy, Debug, PartialEq)]

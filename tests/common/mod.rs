@@ -1,5 +1,7 @@
 //! What both machines must pass: named cases, and properties that compare runs with each other.
 
+pub mod piecewise;
+
 use ferroflash::cases::{BackwardData, Case, CaseOutput, Order, for_rows};
 use ferroflash::reference::Rows;
 use ferroflash::{Backend, Determinism, Dtype, Element, Mask, Problem, bf16, f16};

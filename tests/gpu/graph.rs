@@ -28,7 +28,14 @@ pub fn forward(cuda: &Cuda) {
     let mut o = cuda.upload(Operand::O, &vec![bf16::NAN; expected[0].0.len()]).unwrap();
     let mut lse = cuda.upload(Operand::Lse, &vec![f32::NAN; expected[0].1.len()]).unwrap();
     let [q, k, v] = inputs.each_ref().map(DeviceBuffer::address);
-    let args = RawForward { q: of_q(q), k: of_kv(k), v: of_kv(v), o: of_q(o.address()), lse: Some(lse.address()) };
+    let args = RawForward {
+        q: of_q(q),
+        k: of_kv(k),
+        second: None,
+        v: of_kv(v),
+        o: of_q(o.address()),
+        lse: Some(lse.address()),
+    };
     let stream = Stream::new();
     // SAFETY: the buffers outlive the graph, and nobody uses them while it runs; the stream is of the device's context.
     let graph = stream.capture(|stream| unsafe { cuda.forward_raw(&plan, &args, stream) }.unwrap());
@@ -65,6 +72,7 @@ pub fn backward(cuda: &Cuda) {
     let args = RawBackward {
         q: of_q(q),
         k: of_kv(k),
+        second: None,
         v: of_kv(v),
         o: of_q(o),
         d_o: of_q(d_o),

@@ -6,6 +6,7 @@
 use kernels_gpu::{
     cpu::{backward, finish, prepare},
     element::Element,
+    params::{BackwardParams, BackwardSecond, Strided},
 };
 use rayon::prelude::*;
 
@@ -14,16 +15,23 @@ use crate::{
     backend::Backend,
     error::{Operand, Result},
     operands::{
-        AddressSpace, BackwardInputs, Gradients, Memory, RawBackward, RawTensor, check_backward_inputs, check_dtype,
+        AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawBackward, RawTensor, SecondTensors,
+        check_backward_inputs, check_dtype, check_second,
     },
     plan::BackwardPlan,
     tensor::Tensor,
 };
 
 /// Checks the inputs by themselves.
-pub(super) fn check_inputs<E: Element>(plan: &BackwardPlan, inputs: &BackwardInputs<&[E], &[f32]>) -> Result<()> {
+pub(super) fn check_inputs<E: Element>(
+    plan: &BackwardPlan,
+    inputs: &BackwardInputs<&[E], &[f32]>,
+    second: Option<&Pair<Tensor<&[E]>>>,
+) -> Result<()> {
+    check_second(plan.variant().op, second.is_some())?;
     check_dtype(plan.problem(), E::DTYPE)?;
-    check_backward_inputs(plan, &inputs.map(|x| memory(x), |x| memory(x)), AddressSpace::Host)
+    let second = second.map(|pair| pair.as_ref().map(read));
+    check_backward_inputs(plan, &inputs.map(|x| memory(x), |x| memory(x)), second.as_ref(), AddressSpace::Host)
 }
 
 /// Checks everything, takes memory for the workspace and runs the plan.
@@ -31,19 +39,32 @@ pub(super) fn run_into<E: Element>(
     plan: &BackwardPlan,
     inputs: BackwardInputs<&[E], &[f32]>,
     outputs: Gradients<Tensor<&mut [E]>>,
+    second: Option<SecondTensors<&[E], &mut [E]>>,
 ) -> Result<()> {
-    let outputs = outputs.map(|x| Tensor {
-        data: Memory { address: x.data.as_mut_ptr().expose_provenance() as u64, len: Some(x.data.len()) },
-        layout: x.layout,
+    let outputs = outputs.map(written);
+    let second = second.map(|SecondTensors { inputs, gradients }| SecondTensors {
+        inputs: inputs.as_ref().map(read),
+        gradients: gradients.map(written),
     });
     let inputs = inputs.map(|x| memory(x), |x| memory(x));
-    let mut args = RawBackward::lower(plan, E::DTYPE, AddressSpace::Host, &inputs, &outputs)?;
+    let mut args = RawBackward::lower(plan, E::DTYPE, AddressSpace::Host, &inputs, &outputs, second.as_ref())?;
     let mut workspace = Cpu.allocate(Operand::Workspace, plan.workspace_bytes() / size_of::<f32>(), 0.0f32)?;
     args.workspace = workspace.as_mut_ptr().expose_provenance() as u64;
     args.workspace_bytes = plan.workspace_bytes();
     // SAFETY: the arguments were validated against the plan; they come from slices that are borrowed by the caller until
     // this function returns, those of the outputs mutably, and the workspace is this function's own.
     unsafe { run::<E>(plan, &args) }
+}
+
+/// A tensor that is read.
+fn read<E>(x: &Tensor<&[E]>) -> Tensor<Memory> {
+    Tensor { data: memory(x.data), layout: x.layout }
+}
+
+/// A tensor that is written.
+fn written<E>(x: Tensor<&mut [E]>) -> Tensor<Memory> {
+    let data = Memory { address: x.data.as_mut_ptr().expose_provenance() as u64, len: Some(x.data.len()) };
+    Tensor { data, layout: x.layout }
 }
 
 /// A slice's address and length.
@@ -61,9 +82,26 @@ unsafe fn run<E: Element>(plan: &BackwardPlan, args: &RawBackward) -> Result<()>
     if plan.prepare_grid() == 0 {
         return Ok(());
     }
+    let tensors = [&args.q, &args.k, &args.v, &args.d_o].map(RawTensor::strided);
+    let second = args.second.map(|second| second.inputs.as_ref().map(RawTensor::strided));
+    // SAFETY: this function's contract.
+    unsafe {
+        match args.second(plan, second) {
+            Some(second) => run_with::<E, _>(plan, args, &args.params(plan, tensors, second)),
+            None => run_with::<E, _>(plan, args, &args.params(plan, tensors, ())),
+        }
+    }
+}
+
+/// # Safety
+/// As [`run`]; `params` are the main kernel's.
+unsafe fn run_with<E: Element, S: BackwardSecond<Strided> + Sync>(
+    plan: &BackwardPlan,
+    args: &RawBackward,
+    params: &BackwardParams<Strided, S>,
+) -> Result<()> {
     let (problem, shape) = (plan.problem(), plan.problem().kernel_shape());
-    let (preparation, finishing) = (args.prepare(plan), args.finish(plan));
-    let params = args.params(plan, [&args.q, &args.k, &args.v, &args.d_o].map(RawTensor::strided));
+    let preparation = args.prepare(plan);
     (0..shape.batch * shape.heads_kv).into_par_iter().with_max_len(1).try_for_each(|unit| {
         let (batch, head_kv) = (unit / shape.heads_kv, unit % shape.heads_kv);
         let heads = head_kv * shape.group()..(head_kv + 1) * shape.group();
@@ -75,9 +113,11 @@ unsafe fn run<E: Element>(plan: &BackwardPlan, args: &RawBackward) -> Result<()>
             unsafe {
                 heads.clone().for_each(|head| prepare::<E>(&preparation, batch, head));
                 if problem.seqlen_k > 0 {
-                    backward::<E>(plan.variant(), &params, batch, head_kv);
+                    backward::<E, S>(plan.variant(), params, batch, head_kv);
                 }
-                heads.for_each(|head| finish::<E>(&finishing, plan.variant().head_dim, batch, head));
+                for finishing in args.finish(plan) {
+                    heads.clone().for_each(|head| finish::<E>(&finishing, plan.variant().head_dim, batch, head));
+                }
             }
         })
     })

@@ -11,14 +11,17 @@ use std::{
 
 use kernels_gpu::{
     element::Element,
-    params::{ForwardParams, Strided},
+    params::{ForwardParams, Second, Strided},
 };
 use rayon::prelude::*;
 
 use crate::{
     backend::{Backend, sealed::Sealed},
     error::{Error, Operand, Result},
-    operands::{AddressSpace, BackwardInputs, Buffers, Gradients, RawForward, RawTensor, check_dtype, check_tensor},
+    operands::{
+        AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
+        check_dtype, check_second, check_tensor, second_pair,
+    },
     plan::{BackwardPlan, Plan},
     tensor::{Layout, Tensor},
 };
@@ -65,15 +68,10 @@ impl Backend for Cpu {
         buffer.get_mut(range).unwrap_or_default()
     }
 
-    fn check_inputs<E: Element>(
-        &self,
-        plan: &Plan,
-        q: &Tensor<&[E]>,
-        k: &Tensor<&[E]>,
-        v: &Tensor<&[E]>,
-    ) -> Result<()> {
+    fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &ForwardInputs<&[E]>) -> Result<()> {
+        check_second(plan.variant().op, inputs.second.is_some())?;
         check_dtype(plan.problem(), E::DTYPE)?;
-        for (operand, tensor) in [(Operand::Q, q), (Operand::K, k), (Operand::V, v)] {
+        for (operand, tensor) in inputs.named() {
             let raw = raw(tensor.data.as_ptr(), tensor.layout);
             check_tensor(plan.problem(), operand, &raw, AddressSpace::Host, Some(tensor.data.len()))?;
         }
@@ -83,16 +81,16 @@ impl Backend for Cpu {
     fn forward_into<E: Element>(
         &self,
         plan: &Plan,
-        q: Tensor<&[E]>,
-        k: Tensor<&[E]>,
-        v: Tensor<&[E]>,
+        inputs: ForwardInputs<&[E]>,
         o: Tensor<&mut [E]>,
         mut lse: Option<&mut [f32]>,
     ) -> Result<()> {
+        let ForwardInputs { q, k, second, v } = inputs;
         let buffers = Buffers {
             dtype: E::DTYPE,
             q: q.data.len(),
             k: k.data.len(),
+            second: second.map(|pair| pair.map(|x| x.data.len())),
             v: v.data.len(),
             o: o.data.len(),
             lse: lse.as_ref().map(|lse| lse.len()),
@@ -100,6 +98,7 @@ impl Backend for Cpu {
         let args = RawForward {
             q: raw(q.data.as_ptr(), q.layout),
             k: raw(k.data.as_ptr(), k.layout),
+            second: second.map(|pair| pair.map(|x| raw(x.data.as_ptr(), x.layout))),
             v: raw(v.data.as_ptr(), v.layout),
             o: raw(o.data.as_mut_ptr(), o.layout),
             lse: lse.as_mut().map(|lse| lse.as_mut_ptr().expose_provenance() as u64),
@@ -108,18 +107,24 @@ impl Backend for Cpu {
         if plan.work_tiles() == 0 {
             return Ok(());
         }
-        let params = args.params(plan, [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided));
+        let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
         // SAFETY: the arguments were validated against the plan; they come from slices that are borrowed until this
         // function returns, those of `o` and `lse` mutably.
-        unsafe { run::<E>(plan, &params) }
+        unsafe {
+            match second_pair(plan.dist_threshold(), args.second.map(|pair| pair.as_ref().map(RawTensor::strided))) {
+                Some(second) => run::<E, _>(plan, &args.params(plan, tensors, second)),
+                None => run::<E, _>(plan, &args.params(plan, tensors, ())),
+            }
+        }
     }
 
     fn check_backward_inputs<E: Element>(
         &self,
         plan: &BackwardPlan,
         inputs: &BackwardInputs<&[E], &[f32]>,
+        second: Option<&Pair<Tensor<&[E]>>>,
     ) -> Result<()> {
-        backward::check_inputs(plan, inputs)
+        backward::check_inputs(plan, inputs, second)
     }
 
     fn backward_into<E: Element>(
@@ -127,8 +132,9 @@ impl Backend for Cpu {
         plan: &BackwardPlan,
         inputs: BackwardInputs<&[E], &[f32]>,
         outputs: Gradients<Tensor<&mut [E]>>,
+        second: Option<SecondTensors<&[E], &mut [E]>>,
     ) -> Result<()> {
-        backward::run_into(plan, inputs, outputs)
+        backward::run_into(plan, inputs, outputs, second)
     }
 }
 
@@ -146,7 +152,7 @@ const CTAS_PER_THREAD: u32 = 8;
 /// # Safety
 /// `params` has passed [`RawForward::validate_buffers`] for `plan` with elements `E`, and its memory is valid, for
 /// writing `o` and `lse` and for reading the rest, until this function returns.
-unsafe fn run<E: Element>(plan: &Plan, params: &ForwardParams<Strided>) -> Result<()> {
+unsafe fn run<E: Element, S: Second<Strided> + Sync>(plan: &Plan, params: &ForwardParams<Strided, S>) -> Result<()> {
     let threads = u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX);
     let ctas = plan.work_tiles().min(threads.saturating_mul(CTAS_PER_THREAD));
     (0..ctas).into_par_iter().with_max_len(1).try_for_each(|cta| {
@@ -154,7 +160,7 @@ unsafe fn run<E: Element>(plan: &Plan, params: &ForwardParams<Strided>) -> Resul
             // SAFETY: by this function's contract the memory is valid and its layouts are those of the plan, whose
             // variant and tile count these are; outputs alias nothing, and each row of them belongs to one work tile of
             // one CTA, so CTAs may run at the same time.
-            unsafe { kernels_gpu::cpu::forward::<E>(plan.variant(), params, cta, ctas) }
+            unsafe { kernels_gpu::cpu::forward::<E, S>(plan.variant(), params, cta, ctas) }
         };
         // A CTA that panics leaves behind nothing but its rows of the output, which the error calls unspecified.
         catch(plan.variant().symbol, cta, run)

@@ -10,7 +10,8 @@ use super::kernels::Loaded;
 use super::{Cuda, DeviceBuffer, DeviceSlice, DeviceSliceMut, RawStream, driver};
 use crate::error::{Operand, Result};
 use crate::operands::{
-    AddressSpace, BackwardInputs, Gradients, Memory, RawBackward, RawTensor, check_backward_inputs, check_dtype,
+    AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawBackward, RawSecond, RawTensor, SecondTensors,
+    check_backward_inputs, check_dtype, check_second,
 };
 use crate::plan::BackwardPlan;
 use crate::tensor::Tensor;
@@ -55,9 +56,12 @@ impl Cuda {
         &self,
         plan: &BackwardPlan,
         inputs: &BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
+        second: Option<&Pair<Tensor<DeviceSlice<'_, E>>>>,
     ) -> Result<()> {
+        check_second(plan.variant().op, second.is_some())?;
         check_dtype(plan.problem(), E::DTYPE)?;
-        check_backward_inputs(plan, &inputs.map(memory, memory), AddressSpace::Device)
+        let second = second.map(|pair| pair.as_ref().map(read));
+        check_backward_inputs(plan, &inputs.map(memory, memory), second.as_ref(), AddressSpace::Device)
     }
 
     /// Checks everything, takes memory for the workspace and launches the plan on the default stream. Giving the
@@ -67,11 +71,15 @@ impl Cuda {
         plan: &BackwardPlan,
         inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         outputs: Gradients<Tensor<DeviceSliceMut<'_, E>>>,
+        second: Option<SecondTensors<DeviceSlice<'_, E>, DeviceSliceMut<'_, E>>>,
     ) -> Result<()> {
-        let outputs = outputs
-            .map(|x| Tensor { data: Memory { address: x.data.address, len: Some(x.data.len) }, layout: x.layout });
+        let outputs = outputs.map(written);
+        let second = second.map(|SecondTensors { inputs, gradients }| SecondTensors {
+            inputs: inputs.as_ref().map(read),
+            gradients: gradients.map(written),
+        });
         let inputs = inputs.map(memory, memory);
-        let mut args = RawBackward::lower(plan, E::DTYPE, AddressSpace::Device, &inputs, &outputs)?;
+        let mut args = RawBackward::lower(plan, E::DTYPE, AddressSpace::Device, &inputs, &outputs, second.as_ref())?;
         let workspace = DeviceBuffer::<u8>::new(self, Operand::Workspace, plan.workspace_bytes())?;
         args.workspace = workspace.address();
         args.workspace_bytes = workspace.len();
@@ -112,30 +120,61 @@ impl Cuda {
             }
             let function = kernels.prepare.function;
             function.launch(plan.prepare_grid(), ROW_KERNEL_THREADS, 0, stream, &preparation)?;
-            if let Some(maps) = maps {
-                let (function, params) = (kernels.main.function, args.params(plan, maps));
-                function.launch(plan.grid(), plan.block(), plan.smem_bytes(), stream, &params)?;
+            if let Some((maps, second)) = maps {
+                let (function, grid, block) = (kernels.main.function, plan.grid(), plan.block());
+                let smem = plan.smem_bytes();
+                match args.second(plan, second) {
+                    Some(second) => function.launch(grid, block, smem, stream, &args.params(plan, maps, second))?,
+                    None => function.launch(grid, block, smem, stream, &args.params(plan, maps, ()))?,
+                }
             }
             if plan.finish_grid() > 0 {
-                let function = kernels.finish.function;
-                function.launch(plan.finish_grid(), ROW_KERNEL_THREADS, 0, stream, &args.finish(plan))?;
+                for params in args.finish(plan) {
+                    kernels.finish.function.launch(plan.finish_grid(), ROW_KERNEL_THREADS, 0, stream, &params)?;
+                }
             }
         }
         Ok(())
     }
 
-    /// Tensor maps of Q, K, V and dO, of a plan that has keys.
-    fn backward_maps(&self, plan: &BackwardPlan, args: &RawBackward) -> Result<[TensorMap; 4]> {
+    /// Tensor maps of Q, K, V and dO, of a plan that has keys, and of the second pair.
+    fn backward_maps(
+        &self,
+        plan: &BackwardPlan,
+        args: &RawBackward,
+    ) -> Result<([TensorMap; 4], Option<Pair<TensorMap>>)> {
         let (variant, dtype) = (plan.variant(), plan.problem().dtype);
         let encode = |tensor: &RawTensor, rows| self.device.encoder.encode(tensor, dtype, rows);
-        let (k, v) = (encode(&args.k, variant.block_n)?, encode(&args.v, variant.block_n)?);
-        if plan.problem().seqlen_q == 0 {
-            // The driver encodes no empty tensor; every query of this one, some element of K, has P = 0.
-            let stand_in = encode(&args.k.first_row(), variant.block_m)?;
-            return Ok([stand_in, k, v, stand_in]);
-        }
-        Ok([encode(&args.q, variant.block_m)?, k, v, encode(&args.d_o, variant.block_m)?])
+        // The driver encodes no empty tensor; every query of this one, some element of its K, has P = 0.
+        let idle = plan.problem().seqlen_q == 0;
+        let queries = |tensor: &RawTensor, k: &RawTensor| match idle {
+            true => encode(&k.first_row(), variant.block_m),
+            false => encode(tensor, variant.block_m),
+        };
+        let maps = [
+            queries(&args.q, &args.k)?,
+            encode(&args.k, variant.block_n)?,
+            encode(&args.v, variant.block_n)?,
+            queries(&args.d_o, &args.k)?,
+        ];
+        let second = match &args.second {
+            None => None,
+            Some(RawSecond { inputs: Pair { q, k }, .. }) => {
+                Some(Pair { q: queries(q, k)?, k: encode(k, variant.block_n)? })
+            }
+        };
+        Ok((maps, second))
     }
+}
+
+/// A tensor that is read.
+fn read<T>(x: &Tensor<DeviceSlice<'_, T>>) -> Tensor<Memory> {
+    Tensor { data: memory(&x.data), layout: x.layout }
+}
+
+/// A tensor that is written.
+fn written<T>(x: Tensor<DeviceSliceMut<'_, T>>) -> Tensor<Memory> {
+    Tensor { data: Memory { address: x.data.address, len: Some(x.data.len) }, layout: x.layout }
 }
 
 /// A slice's address and length.

@@ -29,7 +29,8 @@ pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut, Plain};
 use crate::backend::{Backend, sealed::Sealed};
 use crate::error::{Error, Operand, Result};
 use crate::operands::{
-    AddressSpace, BackwardInputs, Buffers, Gradients, RawForward, RawTensor, check_dtype, check_tensor,
+    AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
+    check_dtype, check_second, check_tensor, second_pair,
 };
 use crate::plan::{BackwardPlan, Plan};
 use crate::tensor::Tensor;
@@ -178,10 +179,20 @@ impl Cuda {
             }
             _ => [q, encode(&args.k, variant.block_n)?, encode(&args.v, variant.block_n)?, o],
         };
-        let params = args.params(plan, maps);
+        let second = match (&args.second, plan.problem().seqlen_k) {
+            (None, _) => None,
+            (Some(_), 0) => Some(Pair { q: maps[0], k: maps[1] }),
+            (Some(Pair { q, k }), _) => Some(Pair { q: encode(q, WARPGROUP_ROWS)?, k: encode(k, variant.block_n)? }),
+        };
         let function = self.device.modules.get(variant.symbol, plan.smem_bytes())?.function;
+        let (grid, block, smem, stream) = (plan.grid(), plan.block(), plan.smem_bytes(), stream.cast());
         // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
-        unsafe { function.launch(plan.grid(), plan.block(), plan.smem_bytes(), stream.cast(), &params) }
+        unsafe {
+            match second_pair(plan.dist_threshold(), second) {
+                Some(second) => function.launch(grid, block, smem, stream, &args.params(plan, maps, second)),
+                None => function.launch(grid, block, smem, stream, &args.params(plan, maps, ())),
+            }
+        }
     }
 }
 
@@ -222,15 +233,10 @@ impl Backend for Cuda {
         buffer.as_slice_mut(range)
     }
 
-    fn check_inputs<E: Element>(
-        &self,
-        plan: &Plan,
-        q: &Tensor<DeviceSlice<'_, E>>,
-        k: &Tensor<DeviceSlice<'_, E>>,
-        v: &Tensor<DeviceSlice<'_, E>>,
-    ) -> Result<()> {
+    fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &ForwardInputs<DeviceSlice<'_, E>>) -> Result<()> {
+        check_second(plan.variant().op, inputs.second.is_some())?;
         check_dtype(plan.problem(), E::DTYPE)?;
-        for (operand, tensor) in [(Operand::Q, q), (Operand::K, k), (Operand::V, v)] {
+        for (operand, tensor) in inputs.named() {
             let raw = RawTensor { address: tensor.data.address, layout: tensor.layout };
             check_tensor(plan.problem(), operand, &raw, AddressSpace::Device, Some(tensor.data.len))?;
         }
@@ -240,16 +246,16 @@ impl Backend for Cuda {
     fn forward_into<E: Element>(
         &self,
         plan: &Plan,
-        q: Tensor<DeviceSlice<'_, E>>,
-        k: Tensor<DeviceSlice<'_, E>>,
-        v: Tensor<DeviceSlice<'_, E>>,
+        inputs: ForwardInputs<DeviceSlice<'_, E>>,
         o: Tensor<DeviceSliceMut<'_, E>>,
         lse: Option<DeviceSliceMut<'_, f32>>,
     ) -> Result<()> {
+        let ForwardInputs { q, k, second, v } = inputs;
         let buffers = Buffers {
             dtype: E::DTYPE,
             q: q.data.len,
             k: k.data.len,
+            second: second.map(|pair| pair.map(|x| x.data.len)),
             v: v.data.len,
             o: o.data.len,
             lse: lse.as_ref().map(|lse| lse.len),
@@ -257,6 +263,7 @@ impl Backend for Cuda {
         let args = RawForward {
             q: RawTensor { address: q.data.address, layout: q.layout },
             k: RawTensor { address: k.data.address, layout: k.layout },
+            second: second.map(|pair| pair.map(|x| RawTensor { address: x.data.address, layout: x.layout })),
             v: RawTensor { address: v.data.address, layout: v.layout },
             o: RawTensor { address: o.data.address, layout: o.layout },
             lse: lse.map(|lse| lse.address),
@@ -271,8 +278,9 @@ impl Backend for Cuda {
         &self,
         plan: &BackwardPlan,
         inputs: &BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
+        second: Option<&Pair<Tensor<DeviceSlice<'_, E>>>>,
     ) -> Result<()> {
-        self.check_gradient_inputs(plan, inputs)
+        self.check_gradient_inputs(plan, inputs, second)
     }
 
     fn backward_into<E: Element>(
@@ -280,7 +288,8 @@ impl Backend for Cuda {
         plan: &BackwardPlan,
         inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         outputs: Gradients<Tensor<DeviceSliceMut<'_, E>>>,
+        second: Option<SecondTensors<DeviceSlice<'_, E>, DeviceSliceMut<'_, E>>>,
     ) -> Result<()> {
-        self.run_backward(plan, inputs, outputs)
+        self.run_backward(plan, inputs, outputs, second)
     }
 }

@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use ferroflash::cases::Case;
-use ferroflash::{Attention, Element, Operand, Result, Tensor};
+use ferroflash::{Attention, Element, ForwardInputs, Operand, Pair, Piecewise, Result, Tensor};
 
 use super::Step;
-use crate::backward::BackwardMemory;
+use crate::backward::{BackwardMemory, second_pair};
 use crate::machine::Timed;
 use crate::op::OpName;
 use crate::sweep::interrupted;
@@ -27,8 +27,10 @@ pub struct Measured {
 pub fn measure<B: Timed, E: Element>(backend: &B, step: &Step, budget: Duration) -> Result<Option<Measured>> {
     let (attention, case) = (step.attention(), Case::new(step.problem, step.mask));
     match step.op {
-        OpName::Forward => forward::<B, E>(backend, &attention, &case, budget),
-        OpName::Backward => backward::<B, E>(backend, &attention, &case, budget),
+        OpName::Forward | OpName::Piecewise => forward::<B, E>(backend, &attention, &case, step.dist_threshold, budget),
+        OpName::Backward | OpName::PiecewiseBackward => {
+            backward::<B, E>(backend, &attention, &case, step.dist_threshold, budget)
+        }
     }
 }
 
@@ -36,9 +38,15 @@ fn forward<B: Timed, E: Element>(
     backend: &B,
     attention: &Attention,
     case: &Case,
+    dist_threshold: Option<i32>,
     budget: Duration,
 ) -> Result<Option<Measured>> {
-    let (plan, problem) = (attention.plan(backend.sm_count())?, &case.problem);
+    let problem = &case.problem;
+    let plan = match dist_threshold {
+        Some(threshold) => Piecewise::new(attention.clone(), threshold).plan(backend.sm_count())?,
+        None => attention.plan(backend.sm_count())?,
+    };
+    let second = dist_threshold.map(|_| second_pair::<B, E>(backend, case)).transpose()?;
     let inputs = case.random_inputs::<E>()?;
     let [q, k, v] = [
         backend.upload(Operand::Q, &inputs[0])?,
@@ -51,7 +59,13 @@ fn forward<B: Timed, E: Element>(
         let kv = |buffer| Tensor::bhsd(B::slice(buffer), problem.kv_shape());
         let q = Tensor::bhsd(B::slice(&q), problem.q_shape());
         let o = Tensor::bhsd(B::slice_mut(&mut o, 0..len), problem.q_shape());
-        backend.forward_into(&plan, q, kv(&k), kv(&v), o, None)
+        let second =
+            second.as_ref().map(|Pair { q, k }| Pair { q: Tensor::bhsd(B::slice(q), problem.q_shape()), k: kv(k) });
+        let inputs = match second {
+            Some(second) => ForwardInputs::piecewise(Pair { q, k: kv(&k) }, second, kv(&v)),
+            None => ForwardInputs::plain(q, kv(&k), kv(&v)),
+        };
+        backend.forward_into(&plan, inputs, o, None)
     };
     median(backend, launch, budget, plan.workspace_bytes())
 }
@@ -61,10 +75,14 @@ fn backward<B: Timed, E: Element>(
     backend: &B,
     attention: &Attention,
     case: &Case,
+    dist_threshold: Option<i32>,
     budget: Duration,
 ) -> Result<Option<Measured>> {
-    let plan = attention.plan_backward(backend.sm_count())?;
-    let mut memory = BackwardMemory::<B, E>::new(backend, attention, case)?;
+    let plan = match dist_threshold {
+        Some(threshold) => Piecewise::new(attention.clone(), threshold).plan_backward(backend.sm_count())?,
+        None => attention.plan_backward(backend.sm_count())?,
+    };
+    let mut memory = BackwardMemory::<B, E>::new(backend, attention, case, dist_threshold)?;
     let lse_bytes = case.problem.lse_len() * size_of::<f32>();
     median(backend, backend.backward(&plan, &mut memory)?, budget, lse_bytes + plan.workspace_bytes())
 }

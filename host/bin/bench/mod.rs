@@ -57,6 +57,8 @@ struct Step {
     op: OpName,
     problem: Problem,
     mask: Mask,
+    /// Of piecewise attention.
+    dist_threshold: Option<i32>,
     determinism: Determinism,
 }
 
@@ -93,7 +95,10 @@ fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
                             head_dim,
                             dtype,
                         };
-                        steps.push(Step { op, problem, mask, determinism: args.pass.determinism });
+                        let half = i32::try_from(seqlen / 2).unwrap_or(i32::MAX);
+                        let dist_threshold = op.is_piecewise().then(|| args.dist_threshold.unwrap_or(half));
+                        let determinism = args.pass.determinism;
+                        steps.push(Step { op, problem, mask, dist_threshold, determinism });
                     }
                 }
             }
@@ -111,7 +116,7 @@ impl Job for Bench<'_> {
     type Result = Swept<Option<Record>>;
 
     fn run<B: Timed>(self, backend: &B, machine: &Machine) -> Self::Result {
-        let name = |Step { op, problem, mask, determinism }: &Step| {
+        let name = |Step { op, problem, mask, determinism, .. }: &Step| {
             format!("{} D {} S {} {mask}", op.title(*determinism), problem.head_dim, problem.seqlen_q)
         };
         sweep(self.steps, name, |step| {

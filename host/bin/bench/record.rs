@@ -31,6 +31,9 @@ pub struct Record {
     seqlen_k: usize,
     head_dim: usize,
     mask: String,
+    /// Of piecewise attention.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dist_threshold: Option<i32>,
     dtype: &'static str,
     /// Median.
     ms: f64,
@@ -43,7 +46,7 @@ pub struct Record {
 impl Record {
     /// What a step took.
     pub fn new(step: &Step, machine: &Machine, measured: &Measured) -> Self {
-        let Step { op, problem, mask, determinism, .. } = step;
+        let Step { op, problem, mask, dist_threshold, determinism } = step;
         let seconds = measured.median.as_secs_f64();
         // On a GPU, what the tensors and the workspace take; on the CPU, the process's peak while it measured.
         let own = if machine.is_cpu() { peak_memory() } else { None };
@@ -60,6 +63,7 @@ impl Record {
             seqlen_k: problem.seqlen_k,
             head_dim: problem.head_dim,
             mask: mask.to_string(),
+            dist_threshold: *dist_threshold,
             dtype: problem.dtype.name(),
             ms: seconds * 1e3,
             tflops: op.flops(problem, *mask) / seconds / 1e12,

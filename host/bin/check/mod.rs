@@ -5,7 +5,7 @@ mod report;
 use std::fmt::{self, Display};
 use std::process::ExitCode;
 
-use ferroflash::cases::Case;
+use ferroflash::cases::{Case, PiecewiseCase};
 use ferroflash::reference::Rows;
 use ferroflash::{Attention, Determinism, Result};
 
@@ -42,7 +42,16 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
             (0..count).map(|i| Case::random(args.seed.wrapping_mul(1 << 32).wrapping_add(i), limit)).collect()
         }
     };
-    let step = |op: OpName, case| Step { op, case, determinism: args.pass.determinism };
+    let given = args.case.as_ref().map(|case| case.dist_threshold);
+    let step = |op: OpName, case: Case| Step {
+        op,
+        case,
+        dist_threshold: op.is_piecewise().then(|| match given {
+            Some(threshold) => threshold.unwrap_or(i32::try_from(case.problem.seqlen_k / 2).unwrap_or(i32::MAX)),
+            None => PiecewiseCase::with_random_threshold(case, case.seed).dist_threshold,
+        }),
+        determinism: args.pass.determinism,
+    };
     let steps: Vec<Step> = args.pass.op.iter().flat_map(|&op| cases.iter().map(move |&case| step(op, case))).collect();
     // What can't run is reported before anything runs.
     for step in &steps {
@@ -50,7 +59,7 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
         let workspace = op.workspace_bytes(&step.attention())?;
         check_memory(*op, &case.problem, COPIES, if machine.is_cpu() { workspace } else { 0 })?;
         let scores = scores(case);
-        if *op == OpName::Backward && scores > GRADIENT_SCORES {
+        if op.is_backward() && scores > GRADIENT_SCORES {
             eprintln!(
                 "error: the reference would take too long for the gradients of {scores} scores (batch × heads_q × \
                  seqlen_q × seqlen_k); at most {GRADIENT_SCORES} are allowed, and --op forward has no limit"
@@ -70,10 +79,17 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
 struct Step {
     op: OpName,
     case: Case,
+    /// Of piecewise attention.
+    dist_threshold: Option<i32>,
     determinism: Determinism,
 }
 
 impl Step {
+    /// The case, of a piecewise step.
+    fn piecewise(&self) -> Option<PiecewiseCase> {
+        Some(PiecewiseCase { case: self.case, dist_threshold: self.dist_threshold? })
+    }
+
     fn attention(&self) -> Attention {
         let Case { problem, mask, .. } = self.case;
         Attention::new(problem).mask(mask).scale(self.case.effective_scale()).determinism(self.determinism)
@@ -86,6 +102,9 @@ impl Display for Step {
         write!(f, "--op {}", self.op.name())?;
         if let Some(determinism) = self.op.determinism(self.determinism) {
             write!(f, " --determinism {determinism}")?;
+        }
+        if let Some(threshold) = self.dist_threshold {
+            write!(f, " --dist-threshold {threshold}")?;
         }
         write!(f, " {}", self.case)
     }
@@ -101,13 +120,13 @@ impl Job for Check<'_> {
 
     fn run<B: Timed>(self, backend: &B, _: &Machine) -> Self::Result {
         sweep(self.steps, Step::to_string, |&step| {
-            let Step { op, case, determinism } = step;
-            let verdict = match op {
-                OpName::Forward => {
-                    let rows = rows(&case);
-                    Verdict::forward(&case.run(backend, &rows)?, rows)
-                }
-                OpName::Backward => Verdict::backward(&case.run_backward(backend, determinism)?),
+            let Step { op, case, determinism, .. } = step;
+            let rows = rows(&case);
+            let verdict = match (op.is_backward(), step.piecewise()) {
+                (false, None) => Verdict::forward(&case.run(backend, &rows)?, rows),
+                (false, Some(case)) => Verdict::forward(&case.run(backend, &rows)?, rows),
+                (true, None) => Verdict::backward(&case.run_backward(backend, determinism)?),
+                (true, Some(case)) => Verdict::backward(&case.run_backward(backend, determinism)?),
             };
             Ok(Judged { step, verdict })
         })
@@ -144,12 +163,16 @@ mod tests {
             (OpName::Forward, Determinism::Fast),
             (OpName::Backward, Determinism::Fast),
             (OpName::Backward, Determinism::Exact),
+            (OpName::Piecewise, Determinism::Fast),
+            (OpName::PiecewiseBackward, Determinism::Exact),
         ] {
-            let step = Step { op, case: Case { padding: 0, ..Case::random(5, 1e6) }, determinism };
+            let dist_threshold = op.is_piecewise().then_some(-3);
+            let step = Step { op, case: Case { padding: 0, ..Case::random(5, 1e6) }, dist_threshold, determinism };
             let line = format!("ferroflash check {step}");
             let Ok(Cli { command: Command::Check(args) }) = Cli::try_parse_from(line.split(' ')) else {
                 panic!("{line}");
             };
+            assert_eq!(args.case.as_ref().and_then(|case| case.dist_threshold), dist_threshold, "{line}");
             let case = args.case.map(|case| case.case(args.seed));
             let scale = Some(step.case.effective_scale());
             assert_eq!((args.pass.op, args.pass.determinism), (vec![op], determinism), "{line}");

@@ -106,7 +106,7 @@ pub fn report(results: &[Judged]) -> usize {
 }
 
 fn row(Judged { step, verdict }: &Judged) -> Vec<String> {
-    let Step { op, case, determinism } = step;
+    let Step { op, case, determinism, .. } = step;
     let (p, Verdict { accuracy, lse, .. }) = (&case.problem, verdict);
     let number = |x: f64| format!("{x:.1e}");
     let mut row = vec![op.title(*determinism)];

@@ -1,0 +1,157 @@
+//! Piecewise attention: two pairs of queries and keys, and the distance from which the second one counts.
+
+use kernels_gpu::element::Element;
+
+use super::backward::{allocate, view};
+use super::{Attention, Output};
+use crate::{
+    backend::Backend,
+    error::{Operand, Result},
+    operands::{BackwardInputs, ForwardInputs, Gradients, Pair, SecondTensors},
+    plan::{BackwardPlan, Determinism, Plan},
+    tensor::Tensor,
+};
+
+/// Attention whose scores come from one of two pairs of queries and keys, by distance: for position embeddings that
+/// change with it.
+///
+/// score(i, j) = scale · q2ᵢ·k2ⱼ where i + seqlen_k − seqlen_q − j ≥ dist_threshold, and scale · q1ᵢ·k1ⱼ elsewhere; then
+/// the mask, the softmax and V as in [`Attention`], which says the rest: problem, mask, scale, LSE, determinism. The
+/// distance is signed: a key behind its query has a positive one. A block of scores that the threshold does not cross
+/// costs what it costs in plain attention, one that it crosses twice that.
+///
+/// ```
+/// use ferroflash::{Attention, Cpu, Dtype, Mask, Pair, Piecewise, Problem, Tensor, bf16};
+///
+/// let problem =
+///     Problem { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 50, seqlen_k: 70, head_dim: 64, dtype: Dtype::Bf16 };
+/// let x: Vec<bf16> = (0..4 * 70 * 64).map(|i| bf16::from_f32((i as f32).sin())).collect();
+/// let (q, kv) = (Tensor::bhsd(&x[..], problem.q_shape()), Tensor::bhsd(&x[..], problem.kv_shape()));
+///
+/// // Near keys by one pair, those 32 or more behind the query by the other.
+/// let piecewise = Piecewise::new(Attention::new(problem).mask(Mask::Causal), 32);
+/// let (near, far) = (Pair { q, k: kv }, Pair { q, k: kv });
+/// let out = piecewise.forward(&Cpu, near, far, kv)?;
+/// assert_eq!(out.o.len(), 4 * 50 * 64); // (batch, heads_q, seqlen_q, head_dim)
+/// # Ok::<(), ferroflash::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Piecewise {
+    attention: Attention,
+    dist_threshold: i32,
+}
+
+/// What a piecewise backward pass returns, or is to write.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PiecewiseGradients<T> {
+    /// Those of Q1, K1 and V.
+    pub first: Gradients<T>,
+    /// Those of Q2 and K2, of the same shapes.
+    pub second: Pair<T>,
+}
+
+impl Piecewise {
+    /// `attention` with a second pair, which counts from the distance `dist_threshold` on; any number is allowed.
+    pub fn new(attention: Attention, dist_threshold: i32) -> Self {
+        Piecewise { attention, dist_threshold }
+    }
+
+    /// Whether the gradients are the same bits on every run; see [`Attention::determinism`].
+    pub fn determinism(mut self, determinism: Determinism) -> Self {
+        self.attention = self.attention.determinism(determinism);
+        self
+    }
+
+    /// How a forward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU.
+    ///
+    /// # Errors
+    /// Those of [`Plan::forward`].
+    pub fn plan(&self, sm_count: u32) -> Result<Plan> {
+        let Attention { problem, mask, scale, .. } = &self.attention;
+        Plan::piecewise(problem, *mask, *scale, self.dist_threshold, sm_count)
+    }
+
+    /// How a backward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU.
+    ///
+    /// # Errors
+    /// Those of [`BackwardPlan::new`].
+    pub fn plan_backward(&self, sm_count: u32) -> Result<BackwardPlan> {
+        let Attention { problem, mask, scale, determinism, .. } = &self.attention;
+        BackwardPlan::piecewise(problem, *mask, *scale, self.dist_threshold, *determinism, sm_count)
+    }
+
+    /// Computes O, and the LSE unless it is omitted, into memory that the backend allocates; tensors as in
+    /// [`Attention::forward`].
+    ///
+    /// # Errors
+    /// Those of [`Attention::forward`], and every error that names `q2` or `k2`.
+    pub fn forward<'a, B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        first: Pair<Tensor<B::Slice<'a, E>>>,
+        second: Pair<Tensor<B::Slice<'a, E>>>,
+        v: Tensor<B::Slice<'a, E>>,
+    ) -> Result<Output<B::Buffer<E>, B::Buffer<f32>>> {
+        self.attention.run(backend, &self.plan(backend.sm_count())?, ForwardInputs::piecewise(first, second, v))
+    }
+
+    /// Computes O, and the LSE where a buffer for it is given, into the caller's memory; see
+    /// [`Attention::forward_into`].
+    ///
+    /// # Errors
+    /// Those of [`Piecewise::forward`], and every error that names `o` or `lse`.
+    pub fn forward_into<'a, B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        first: Pair<Tensor<B::Slice<'a, E>>>,
+        second: Pair<Tensor<B::Slice<'a, E>>>,
+        v: Tensor<B::Slice<'a, E>>,
+        o: Tensor<B::SliceMut<'_, E>>,
+        lse: Option<B::SliceMut<'_, f32>>,
+    ) -> Result<()> {
+        backend.forward_into(&self.plan(backend.sm_count())?, ForwardInputs::piecewise(first, second, v), o, lse)
+    }
+
+    /// Computes the gradients of Q1, K1, Q2, K2 and V into memory that the backend allocates: each score's goes to the
+    /// pair that it came from. `inputs` has Q1 and K1; see [`Attention::backward`].
+    ///
+    /// # Errors
+    /// Those of [`Attention::backward`], and every error that names `q2` or `k2`.
+    pub fn backward<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+        second: Pair<Tensor<B::Slice<'_, E>>>,
+    ) -> Result<PiecewiseGradients<B::Buffer<E>>> {
+        let plan = self.plan_backward(backend.sm_count())?;
+        backend.check_backward_inputs(&plan, &inputs, Some(&second))?;
+        let problem = &self.attention.problem;
+        let mut gradients = PiecewiseGradients {
+            first: self.attention.allocate_gradients(backend)?,
+            second: Pair {
+                q: allocate(backend, Operand::Dq2, problem.q_shape())?,
+                k: allocate(backend, Operand::Dk2, problem.kv_shape())?,
+            },
+        };
+        let PiecewiseGradients { first, second: Pair { q, k } } = &mut gradients;
+        let views = Pair { q: view::<B, E>(q, problem.q_shape())?, k: view::<B, E>(k, problem.kv_shape())? };
+        let outputs = self.attention.gradient_views::<B, E>(first)?;
+        backend.backward_into(&plan, inputs, outputs, Some(SecondTensors { inputs: second, gradients: views }))?;
+        Ok(gradients)
+    }
+
+    /// Computes the gradients of Q1, K1, Q2, K2 and V into the caller's memory; see [`Attention::backward_into`].
+    ///
+    /// # Errors
+    /// Those of [`Piecewise::backward`], and every error that names an output.
+    pub fn backward_into<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+        second: Pair<Tensor<B::Slice<'_, E>>>,
+        outputs: PiecewiseGradients<Tensor<B::SliceMut<'_, E>>>,
+    ) -> Result<()> {
+        let tensors = SecondTensors { inputs: second, gradients: outputs.second };
+        backend.backward_into(&self.plan_backward(backend.sm_count())?, inputs, outputs.first, Some(tensors))
+    }
+}
