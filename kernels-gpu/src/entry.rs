@@ -12,16 +12,19 @@ use crate::arch::sm90::forward::ForwardPipe;
 use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
+use crate::arch::sm90::total_producer;
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::query_blocks::DqPart;
 use crate::attention::scheduler::CtaTiles;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::forward::consume;
+use crate::kernels::total_attention::consume as consume_total;
 use crate::params::{
     BackwardParams, BackwardSecond, BackwardSecondPair, FinishParams, ForwardParams, PrepareParams, Second, SecondPair,
-    TensorMap,
+    TensorMap, TotalParams,
 };
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
+use crate::tile::smem_total::TotalSmem;
 use crate::variants::Op;
 
 #[panic_handler]
@@ -186,3 +189,43 @@ prepare_entries! {
     prepare_f16, F16;
     prepare_bf16, Bf16;
 }
+
+/// A CTA of total attention: one producer warpgroup, two consumers.
+#[inline(always)]
+fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
+    p: &TotalParams<TensorMap>,
+    parameters: u64,
+    smem: &TotalSmem,
+) {
+    cta::init_total_barriers(smem);
+    // SAFETY: reads special registers.
+    let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
+    let tiles = CtaTiles::new(&p.order, cta, ctas);
+    let role = cta::role();
+    match role {
+        Role::Producer => {
+            cta::set_registers(role, TotalSmem::CONSUMERS);
+            total_producer::produce::<M>(p, parameters, smem, tiles);
+        }
+        Role::Consumer(index) => {
+            cta::set_registers(role, TotalSmem::CONSUMERS);
+            let mut consumer = Consumer::<E, _>::total(smem, index, parameters);
+            consume_total::<_, M, D8, M8>(&mut consumer, p, TotalSmem::BLOCK_N, tiles);
+        }
+    }
+}
+
+macro_rules! total_entries {
+    ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal, $stages:literal;)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $symbol(p: TotalParams<TensorMap>) {
+            const SMEM: TotalSmem = TotalSmem { head_dim: $head_dim, block_m: $block_m, stages: $stages };
+            total::<element!($dtype), mask!($mask), { $head_dim / 8 }, { $block_m / 8 }>(
+                &p,
+                crate::parameter_address!($symbol),
+                &SMEM,
+            );
+        }
+    )*};
+}
+crate::total_variants!(total_entries);

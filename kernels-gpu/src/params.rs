@@ -262,3 +262,20 @@ pub struct FinishParams {
     /// The pair whose dQ it is.
     pub pair: u32,
 }
+
+/// Parameters of the kernel that computes total attention.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct TotalParams<T> {
+    pub q: T,
+    pub k: T,
+    /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; natural logarithms, −∞ for a row without a key.
+    pub lse: u64,
+    /// Address of the result, f32 (batch, heads_q, seqlen_k), contiguous.
+    pub total: u64,
+    /// The softmax scale, finite and positive.
+    pub scale: f32,
+    pub shape: Shape,
+    /// Of blocks of keys of query heads.
+    pub order: TileOrder,
+}

@@ -12,6 +12,10 @@ use crate::attention::scheduler::TileOrder;
 use crate::params::{ROW_PADDING, Shape};
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
 
+mod total;
+
+pub use total::{TOTAL_VARIANTS, TotalVariant, total};
+
 /// Element type of Q, K, V and O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
@@ -328,7 +332,8 @@ pub fn launches() -> std::vec::Vec<(&'static str, u32)> {
     let mut rows: std::vec::Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
     rows.sort_unstable();
     rows.dedup();
-    forward.chain(backward).chain(rows.into_iter().map(|symbol| (symbol, ROW_KERNEL_THREADS))).collect()
+    let total = TOTAL_VARIANTS.iter().map(|v| (v.symbol, v.threads()));
+    forward.chain(backward).chain(total).chain(rows.into_iter().map(|symbol| (symbol, ROW_KERNEL_THREADS))).collect()
 }
 
 /// Calls `$apply!` with one row a variant:

@@ -12,6 +12,9 @@
 pub mod cpu;
 #[cfg(target_arch = "nvptx64")]
 pub mod sm90;
+mod total_attention;
+
+pub use total_attention::TotalWarpgroup;
 
 use crate::attention::query_blocks::QueryBlock;
 use crate::attention::scheduler::WorkTile;

@@ -8,3 +8,4 @@ pub mod query_blocks;
 pub mod row_statistics;
 pub mod scheduler;
 pub mod softmax;
+pub mod total_steps;

@@ -8,7 +8,7 @@
 use core::marker::PhantomData;
 
 use super::mask::Mask;
-use super::pairs::Pairs;
+use super::pairs::{OnePair, Pairs};
 use super::scheduler::WorkTile;
 use crate::params::Shape;
 use crate::pipeline::order::KvBlock;
@@ -19,12 +19,18 @@ use crate::variants::WARPGROUP_ROWS;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MBlocks {
     pub start: u32,
-    full_start: u32,
-    full_end: u32,
+    pub full_start: u32,
+    pub full_end: u32,
     pub end: u32,
 }
 
 impl MBlocks {
+    /// With one pair; see [`MBlocks::new`].
+    #[inline(always)]
+    pub fn plain<M: Mask>(shape: &Shape, first_key: u32, block_n: u32, block_m: u32) -> Self {
+        Self::new::<M, OnePair>(shape, OnePair, 0, first_key, block_n, block_m)
+    }
+
     /// For the keys `first_key..first_key + block_n`, of which there is at least one before seqlen_k.
     #[inline(always)]
     pub fn new<M: Mask, P: Pairs>(
@@ -186,7 +192,7 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
 mod tests {
     use super::*;
     use crate::attention::mask::{Causal, Full};
-    use crate::attention::pairs::{ByDistance, OnePair};
+    use crate::attention::pairs::ByDistance;
     use std::vec::Vec;
 
     fn agrees<M: Mask, P: Pairs>(shape: Shape, pairs: P, block_m: u32, block_n: u32) {

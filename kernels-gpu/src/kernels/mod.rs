@@ -2,3 +2,4 @@
 
 pub mod backward;
 pub mod forward;
+pub mod total_attention;

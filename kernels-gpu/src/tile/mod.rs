@@ -2,3 +2,4 @@
 
 pub mod lane;
 pub mod smem;
+pub mod smem_total;

@@ -11,7 +11,7 @@ pub const PANEL_ROW_BYTES: u32 = 128;
 /// What a CTA may have on sm_90: 227 KiB.
 pub const SMEM_LIMIT: u32 = 227 * 1024;
 /// Bytes of an mbarrier.
-const BARRIER_BYTES: u32 = 8;
+pub(super) const BARRIER_BYTES: u32 = 8;
 
 /// Panels of a tile of so many columns; the last may be half used.
 pub const fn panels(columns: u32) -> u32 {

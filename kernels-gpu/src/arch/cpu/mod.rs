@@ -11,6 +11,7 @@ mod fragment;
 mod matmul;
 mod memory;
 mod pipeline;
+mod total_attention;
 mod warpgroup;
 
 pub use backward::{finish, prepare};
@@ -26,11 +27,14 @@ use crate::attention::scheduler::{CtaTiles, TileOrder, WorkTile};
 use crate::element::Element;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::forward::consume;
-use crate::params::{BackwardParams, BackwardSecond, ForwardParams, Second, Shape, Strided};
+use crate::kernels::total_attention::consume as consume_total;
+use crate::params::{BackwardParams, BackwardSecond, ForwardParams, Second, Shape, Strided, TotalParams};
 use crate::pipeline::order::KvOrder;
 use crate::tile::smem::ForwardSmem;
-use crate::variants::{BackwardVariant, Op, Variant};
+use crate::tile::smem_total::TotalSmem;
+use crate::variants::{BackwardVariant, Op, TotalVariant, Variant};
 use backward::BackwardPipe;
+use total_attention::TotalPipe;
 
 macro_rules! mask {
     (None) => {
@@ -168,6 +172,49 @@ unsafe fn run_backward<
             CpuWarpgroup::<E, BackwardPipe<M, S>>::backward(p, variant.smem(), variant.split, consumer, &keys)
         };
         consume_backward::<_, M, S, D8, C8, M8, Q8>(&mut warpgroup, p, variant.block_n, core::iter::once(tile));
+        warpgroup.finish();
+    }
+}
+
+/// Runs CTA `cta` of the `ctas` of the kernel of total attention, with all its work tiles.
+///
+/// # Panics
+/// As [`forward`].
+///
+/// # Safety
+/// `p` describes tensors of `E` in memory that is valid for reading (Q, K, the LSE) and writing (the result) in all of
+/// `p.shape`, which the variant holds; nobody else accesses this CTA's elements of the result; `cta` is below `ctas`, which
+/// is at most the number of work tiles. There is at least one query.
+pub unsafe fn total_attention<E: Element>(variant: &TotalVariant, p: &TotalParams<Strided>, cta: u32, ctas: u32) {
+    assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
+    macro_rules! dispatch {
+        ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal, $stages:literal;)*) => {
+            match variant.symbol {
+                $(stringify!($symbol) => {
+                    // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
+                    unsafe { run_total::<mask!($mask), E, { $head_dim / 8 }, { $block_m / 8 }>(variant, p, CtaTiles::new(&p.order, cta, ctas)) }
+                })*
+                other => unreachable!("{other} is not in the table of variants"),
+            }
+        };
+    }
+    crate::total_variants!(dispatch);
+}
+
+/// One CTA, its consumers in turn.
+///
+/// # Safety
+/// As [`total_attention`].
+#[inline(never)]
+unsafe fn run_total<M: Mask, E: Element, const D8: usize, const M8: usize>(
+    variant: &TotalVariant,
+    p: &TotalParams<Strided>,
+    tiles: CtaTiles,
+) {
+    for consumer in 0..TotalSmem::CONSUMERS {
+        // SAFETY: the caller's promise; consumers own different keys of each work tile.
+        let mut warpgroup = unsafe { CpuWarpgroup::<E, TotalPipe<M>>::total(p, variant.smem(), consumer, tiles) };
+        consume_total::<_, M, D8, M8>(&mut warpgroup, p, variant.block_n(), tiles);
         warpgroup.finish();
     }
 }

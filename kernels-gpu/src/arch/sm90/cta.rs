@@ -5,6 +5,7 @@ use core::arch::nvptx::_thread_idx_x;
 
 use super::barrier::{Mbarrier, fence_mbarrier_init, named_sync};
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
+use crate::tile::smem_total::TotalSmem;
 use crate::variants::WARPGROUP_THREADS;
 
 core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
@@ -130,6 +131,28 @@ pub fn init_backward_barriers(smem: &BackwardSmem) {
                 // Every thread has read statistics there by itself.
                 Mbarrier(base + smem.q_empty(slot)).init(2 * WARPGROUP_THREADS);
                 Mbarrier(base + smem.do_empty(slot)).init(2 * WARPGROUP_THREADS);
+            }
+            fence_mbarrier_init();
+        }
+    }
+    named_sync(CTA, 3 * WARPGROUP_THREADS);
+}
+
+/// As [`init_barriers`], for the kernel of total attention and its two consumers.
+#[inline(always)]
+pub fn init_total_barriers(smem: &TotalSmem) {
+    const CONSUMER_WARPS: u32 = 8;
+    let base = smem_base();
+    // SAFETY: as in `init_barriers`.
+    unsafe {
+        if _thread_idx_x() == 0 {
+            for slot in 0..TotalSmem::K_STAGES {
+                Mbarrier(base + smem.k_full(slot)).init(1);
+                Mbarrier(base + smem.k_empty(slot)).init(CONSUMER_WARPS);
+            }
+            for slot in 0..smem.stages {
+                Mbarrier(base + smem.q_full(slot)).init(1);
+                Mbarrier(base + smem.q_empty(slot)).init(CONSUMER_WARPS);
             }
             fence_mbarrier_init();
         }

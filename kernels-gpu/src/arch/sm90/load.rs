@@ -47,6 +47,21 @@ pub unsafe fn load_f32(address: u64) -> f32 {
     x
 }
 
+/// An f32 of global memory where `live`, otherwise `or`.
+///
+/// # Safety
+/// Where `live`, the address is 4-byte aligned and readable.
+#[inline(always)]
+pub unsafe fn load_f32_or(live: bool, address: u64, or: f32) -> f32 {
+    let mut x = or;
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("{{ .reg .pred p; setp.ne.u32 p, {1}, 0; @p ld.global.f32 {0}, [{2}]; }}",
+             inout(reg32) x, in(reg32) live as u32, in(reg64) address, options(nostack));
+    }
+    x
+}
+
 /// Adds four f32 to global memory, each atomically (PTX ISA, red).
 ///
 /// # Safety

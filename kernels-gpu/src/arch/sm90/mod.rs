@@ -16,4 +16,6 @@ pub mod producer;
 pub mod rows;
 pub mod store;
 pub mod tma;
+pub mod total_attention;
+pub mod total_producer;
 pub mod wgmma;

@@ -42,6 +42,19 @@ pub unsafe fn store_f32(live: bool, address: u64, x: f32) {
     }
 }
 
+/// Stores an f32 to shared memory at `address` where `live`.
+///
+/// # Safety
+/// Where `live`, the address is 4-byte aligned and nobody else accesses it.
+#[inline(always)]
+pub unsafe fn store_shared_f32(live: bool, address: u32, x: f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("{{ .reg .pred p; setp.ne.u32 p, {0}, 0; @p st.shared.f32 [{1}], {2}; }}",
+             in(reg32) live as u32, in(reg32) address, in(reg32) x, options(nostack));
+    }
+}
+
 /// Writes four 8 × 8 matrices to shared memory, as the fragments of a warp hold them: lane 8·i + r gives the address of
 /// row r of matrix i, 16 bytes (PTX ISA, stmatrix).
 ///

@@ -1,0 +1,63 @@
+//! The producer of total attention: one thread that loads each work tile's K, and keeps the ring of Q full.
+
+use core::mem::offset_of;
+
+use super::barrier::Mbarrier;
+use super::cta::{Leader, smem_base};
+use super::tma::{BoxOrigin, MapAddress, load_box, prefetch_map};
+use crate::attention::mask::Mask;
+use crate::attention::scheduler::WorkTile;
+use crate::attention::total_steps::TotalSteps;
+use crate::params::{TensorMap, TotalParams, quotient};
+use crate::pipeline::order::KvBlock;
+use crate::pipeline::ring::Position;
+use crate::tile::smem::{PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
+use crate::tile::smem_total::TotalSmem;
+
+/// Loads what the work tiles need, in order. `parameters` is the address of `p` in the kernel's parameter space.
+#[inline(always)]
+pub fn produce<M: Mask>(
+    p: &TotalParams<TensorMap>,
+    parameters: u64,
+    smem: &TotalSmem,
+    tiles: impl Iterator<Item = WorkTile>,
+) {
+    if Leader::of_warpgroup().0 == 0 {
+        return;
+    }
+    let base = smem_base();
+    let map = |tensor: usize| MapAddress(parameters + tensor as u64);
+    let (q, k) = (offset_of!(TotalParams<TensorMap>, q), offset_of!(TotalParams<TensorMap>, k));
+    prefetch_map(map(q));
+    prefetch_map(map(k));
+    // Waits for the slot, then fills it.
+    let load_tile = |tensor: usize, rows: u32, at: BoxOrigin, to: u32, [empty, full]: [Mbarrier; 2], parity: u32| {
+        // SAFETY: the barriers were initialised before the roles parted; the slot is empty once the wait returns, and
+        // each panel lies within it.
+        unsafe {
+            empty.wait(parity);
+            full.arrive_expect(Leader::SOLE, panels(smem.head_dim) * rows * PANEL_ROW_BYTES);
+            for panel in 0..panels(smem.head_dim) {
+                let origin = BoxOrigin { column: panel * PANEL_COLUMNS, ..at };
+                load_box(Leader::SOLE, map(tensor), origin, to + panel * rows * PANEL_ROW_BYTES, full);
+            }
+        }
+    };
+    let (mut k_position, mut q_position) = (Position::PRODUCER, Position::PRODUCER);
+    for step in TotalSteps::<M, _>::new(&p.shape, smem.block_m, TotalSmem::BLOCK_N, tiles) {
+        let KvBlock { batch, head, n_block, .. } = step.keys;
+        if step.is_first() {
+            let Position { slot, parity } = k_position;
+            let head = quotient(head, p.shape.group());
+            let at = BoxOrigin { column: 0, row: n_block * TotalSmem::BLOCK_N, head, batch };
+            let barriers = [smem.k_empty(slot), smem.k_full(slot)].map(|barrier| Mbarrier(base + barrier));
+            load_tile(k, TotalSmem::BLOCK_N, at, base + smem.k(slot), barriers, parity);
+            k_position.advance(TotalSmem::K_STAGES);
+        }
+        let Position { slot, parity } = q_position;
+        let at = BoxOrigin { column: 0, row: step.m_block * smem.block_m, head, batch };
+        let barriers = [smem.q_empty(slot), smem.q_full(slot)].map(|barrier| Mbarrier(base + barrier));
+        load_tile(q, smem.block_m, at, base + smem.q(slot), barriers, parity);
+        q_position.advance(smem.stages);
+    }
+}

@@ -1,0 +1,79 @@
+//! Shared memory of a CTA that computes total attention: tiles of K, one for the work tile in hand and one for the next,
+//! the ring of query tiles, each consumer's own copies of the LSE of two query blocks, the barriers.
+
+use super::smem::{BARRIER_BYTES, tile_bytes};
+
+/// Offsets of such a CTA's shared memory.
+#[derive(Clone, Copy, Debug)]
+pub struct TotalSmem {
+    pub head_dim: u32,
+    /// Queries of a slot of the ring.
+    pub block_m: u32,
+    pub stages: u32,
+}
+
+impl TotalSmem {
+    /// Keys of a work tile: 64 for each consumer.
+    pub const BLOCK_N: u32 = 128;
+    pub const CONSUMERS: u32 = 2;
+    /// Tiles of K.
+    pub const K_STAGES: u32 = 2;
+
+    /// Bytes of a tile of K.
+    pub const fn k_bytes(&self) -> u32 {
+        tile_bytes(Self::BLOCK_N, self.head_dim)
+    }
+    /// Bytes of a slot of Q.
+    pub const fn q_bytes(&self) -> u32 {
+        tile_bytes(self.block_m, self.head_dim)
+    }
+    pub const fn k(&self, slot: u32) -> u32 {
+        slot * self.k_bytes()
+    }
+    pub const fn q(&self, slot: u32) -> u32 {
+        self.k(Self::K_STAGES) + slot * self.q_bytes()
+    }
+    /// One consumer's LSE of even and odd steps: one f32 a query.
+    pub const fn lse(&self, consumer: u32, parity: u32) -> u32 {
+        self.q(self.stages) + (2 * consumer + parity) * self.block_m * 4
+    }
+    const fn barrier(&self, index: u32) -> u32 {
+        self.lse(Self::CONSUMERS, 0) + index * BARRIER_BYTES
+    }
+    /// The barriers that say that a tile of K is there, and that it is no longer needed.
+    pub const fn k_full(&self, slot: u32) -> u32 {
+        self.barrier(slot)
+    }
+    pub const fn k_empty(&self, slot: u32) -> u32 {
+        self.barrier(Self::K_STAGES + slot)
+    }
+    pub const fn q_full(&self, slot: u32) -> u32 {
+        self.barrier(2 * Self::K_STAGES + slot)
+    }
+    pub const fn q_empty(&self, slot: u32) -> u32 {
+        self.q_full(self.stages + slot)
+    }
+    /// All of it.
+    pub const fn bytes(&self) -> u32 {
+        self.q_full(2 * self.stages)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::tile::smem::{SMEM_LIMIT, panels};
+    use crate::variants::TOTAL_VARIANTS;
+
+    #[test]
+    fn every_variant_fits() {
+        for variant in TOTAL_VARIANTS {
+            let smem = variant.smem();
+            assert!(smem.bytes() <= SMEM_LIMIT, "{}", variant.symbol);
+            for panel in [smem.k(1), smem.q(0), smem.q(1), smem.q_bytes() / panels(smem.head_dim)] {
+                assert_eq!(panel % 1024, 0, "{}", variant.symbol);
+            }
+            assert_eq!(smem.lse(0, 0) % 8, 0, "{}", variant.symbol);
+            assert_eq!(smem.k_full(0) % 8, 0, "{}", variant.symbol);
+        }
+    }
+}

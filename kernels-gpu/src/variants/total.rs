@@ -1,0 +1,102 @@
+//! The compiled variants of total attention.
+
+use super::{Dtype, MaskKind, WARPGROUP_THREADS};
+use crate::attention::mask::{Causal, Full};
+use crate::attention::query_blocks::MBlocks;
+use crate::attention::scheduler::TileOrder;
+use crate::params::Shape;
+use crate::tile::smem_total::TotalSmem;
+
+/// One compiled kernel of total attention. Two consumer warpgroups, one producer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TotalVariant {
+    /// Name of the kernel's entry point.
+    pub symbol: &'static str,
+    pub dtype: Dtype,
+    /// The compiled head dim; smaller ones run in it, padded with zeros by the copy engine.
+    pub head_dim: u32,
+    pub mask: MaskKind,
+    /// Queries of one step of the mainloop.
+    pub block_m: u32,
+    /// Slots of the ring that query tiles pass through.
+    pub stages: u32,
+}
+
+impl TotalVariant {
+    /// Keys of a work tile.
+    pub const fn block_n(&self) -> u32 {
+        TotalSmem::BLOCK_N
+    }
+    /// Threads of a CTA: the producer's warpgroup and the consumers'.
+    pub const fn threads(&self) -> u32 {
+        (TotalSmem::CONSUMERS + 1) * WARPGROUP_THREADS
+    }
+    /// Where everything lies in a CTA's shared memory.
+    pub const fn smem(&self) -> TotalSmem {
+        TotalSmem { head_dim: self.head_dim, block_m: self.block_m, stages: self.stages }
+    }
+    /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one query head,
+    /// which in [`TileOrder`] are its query tiles.
+    pub fn order(&self, shape: &Shape, ctas: u32) -> TileOrder {
+        let block_n = self.block_n();
+        let n_blocks = shape.seqlen_k.div_ceil(block_n);
+        // The keys in the place of the queries.
+        let keys = Shape { seqlen_q: shape.seqlen_k, ..*shape };
+        TileOrder::balanced(&keys, block_n, ctas, |index| {
+            let first_key = (n_blocks - 1 - index) * block_n;
+            let blocks = match self.mask {
+                MaskKind::None => MBlocks::plain::<Full>(shape, first_key, block_n, self.block_m),
+                MaskKind::Causal => MBlocks::plain::<Causal>(shape, first_key, block_n, self.block_m),
+            };
+            blocks.end - blocks.start
+        })
+        .0
+    }
+}
+
+/// The smallest compiled variant of total attention that holds `head_dim`.
+pub fn total(dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static TotalVariant> {
+    TOTAL_VARIANTS
+        .iter()
+        .filter(|v| v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim)
+        .min_by_key(|v| v.head_dim)
+}
+
+/// Calls `$apply!` with one row a variant:
+/// `symbol, dtype, head_dim, mask, block_m, stages;`
+#[macro_export]
+macro_rules! total_variants {
+    ($apply:ident) => {
+        $apply! {
+            total_f16_d64, F16, 64, None, 128, 6;
+            total_f16_d64_causal, F16, 64, Causal, 128, 6;
+            total_f16_d128, F16, 128, None, 128, 4;
+            total_f16_d128_causal, F16, 128, Causal, 128, 4;
+            total_f16_d256, F16, 256, None, 96, 2;
+            total_f16_d256_causal, F16, 256, Causal, 96, 2;
+            total_bf16_d64, Bf16, 64, None, 128, 6;
+            total_bf16_d64_causal, Bf16, 64, Causal, 128, 6;
+            total_bf16_d128, Bf16, 128, None, 128, 4;
+            total_bf16_d128_causal, Bf16, 128, Causal, 128, 4;
+            total_bf16_d256, Bf16, 256, None, 96, 2;
+            total_bf16_d256_causal, Bf16, 256, Causal, 96, 2;
+        }
+    };
+}
+
+macro_rules! total_table {
+    ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal, $stages:literal;)*) => {
+        /// Every compiled variant of total attention.
+        pub static TOTAL_VARIANTS: &[TotalVariant] = &[$(
+            TotalVariant {
+                symbol: stringify!($symbol),
+                dtype: Dtype::$dtype,
+                head_dim: $head_dim,
+                mask: MaskKind::$mask,
+                block_m: $block_m,
+                stages: $stages,
+            },
+        )*];
+    };
+}
+total_variants!(total_table);
