@@ -151,6 +151,14 @@ pub enum Error {
         /// Elements that the problem has.
         expected: usize,
     },
+    /// The buffer of the total attention is not exactly (batch, heads_q, seqlen_k).
+    #[error("total has {len} elements; exactly {expected} are needed (batch × heads_q × seqlen_k)")]
+    TotalLength {
+        /// Elements of the buffer.
+        len: usize,
+        /// Elements that the problem has.
+        expected: usize,
+    },
     /// The workspace is smaller than the plan asks for.
     #[error("workspace has {bytes} bytes; the plan needs {required}")]
     WorkspaceTooSmall {
@@ -292,6 +300,8 @@ pub enum Operand {
     Dk2,
     /// What the kernels of a backward pass hand to each other.
     Workspace,
+    /// The total attention of each key.
+    Total,
 }
 
 impl fmt::Display for Operand {
@@ -312,6 +322,7 @@ impl fmt::Display for Operand {
             Operand::Dq2 => "dq2",
             Operand::Dk2 => "dk2",
             Operand::Workspace => "workspace",
+            Operand::Total => "total",
         })
     }
 }

@@ -43,17 +43,19 @@
 //! - **Gradients** ([`Attention::backward`]) are of the inputs' dtype, accumulated in f32. [`Determinism`] says whether dQ
 //!   is the same bits on every run.
 //! - **LSE** is the natural logarithm of the sum of the exponentials of the scaled scores.
+//! - **Total attention** ([`Attention::total_attention`]) is the weight that each key got from all queries, f32 (batch,
+//!   heads_q, seqlen_k).
 //! - **Errors**: whatever a caller can get wrong is an [`Error`] that names the field, its value and what is allowed,
 //!   before anything is launched. The library does not panic.
 //!
 //! # Backends
 //! [`Cpu`] runs everywhere, over [rayon](https://docs.rs/rayon)'s threads. With the feature `cuda`, `Cuda` runs the
 //! same kernels on a GPU of compute capability 9.0, on slices of device memory or, for frameworks, from raw device
-//! pointers on the caller's stream with neither allocation nor synchronisation ([`RawForward`], [`RawBackward`]).
+//! pointers on the caller's stream with neither allocation nor synchronisation ([`RawForward`], [`RawBackward`], [`RawTotalAttention`]).
 //!
 //! # Where things are
-//! [`Problem`] and [`Mask`] say what to compute, [`Plan`] and [`BackwardPlan`] how it will run (kernel, tiles, grid: pure
-//! and printable),
+//! [`Problem`] and [`Mask`] say what to compute, [`Plan`], [`BackwardPlan`] and [`TotalPlan`] how it will run (kernel,
+//! tiles, grid: pure and printable),
 //! [`Attention`] is the way in, and [`mod@reference`] is the f64 oracle that both backends are tested against.
 
 #![deny(missing_docs)]
@@ -80,12 +82,14 @@ pub use error::{Dim, Error, Operand, Result};
 pub use half::{bf16, f16};
 pub use kernels_gpu::{
     element::Element,
-    variants::{BACKWARD_VARIANTS, BackwardVariant, Dtype, MaskKind, Op, VARIANTS, Variant},
+    variants::{
+        BACKWARD_VARIANTS, BackwardVariant, Dtype, MaskKind, Op, TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
+    },
 };
-pub use operands::{BackwardInputs, Gradients, Pair, RawBackward, RawForward, RawSecond, RawTensor};
+pub use operands::{BackwardInputs, Gradients, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention};
 #[doc(hidden)]
 pub use operands::{ForwardInputs, SecondTensors};
-pub use plan::{BackwardPlan, Determinism, Plan};
+pub use plan::{BackwardPlan, Determinism, Plan, TotalPlan};
 pub use problem::{Mask, Problem};
 pub use tensor::{Layout, Tensor};
 

@@ -92,6 +92,11 @@ impl Problem {
         self.batch.saturating_mul(self.heads_q).saturating_mul(self.seqlen_q)
     }
 
+    /// Elements of the total attention, (batch, heads_q, seqlen_k); `usize::MAX` where a `usize` can't hold them.
+    pub fn total_len(&self) -> usize {
+        self.batch.saturating_mul(self.heads_q).saturating_mul(self.seqlen_k)
+    }
+
     /// Floating-point operations of a forward pass by the field's convention: 4 · batch · heads_q · seqlen_q ·
     /// seqlen_k · head_dim, and half of that when causal, whatever the lengths.
     pub fn flops_forward(&self, mask: Mask) -> f64 {
@@ -248,7 +253,7 @@ mod tests {
         assert_eq!(PROBLEM.flops_forward(Mask::Causal), PROBLEM.flops_forward(Mask::None) / 2.0);
         let (q, k, lse) = (2 * 6 * 100 * 64 * 2, 2 * 2 * 300 * 64 * 2, 2 * 6 * 100 * 4);
         assert_eq!(PROBLEM.bytes_forward(), (2 * q + 2 * k + lse) as f64);
-        assert_eq!(PROBLEM.lse_len(), 2 * 6 * 100);
+        assert_eq!((PROBLEM.lse_len(), PROBLEM.total_len()), (2 * 6 * 100, 2 * 6 * 300));
     }
 
     #[test]

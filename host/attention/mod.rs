@@ -13,6 +13,7 @@ use crate::{
 
 mod backward;
 mod piecewise;
+mod total_attention;
 
 pub use piecewise::{Piecewise, PiecewiseGradients};
 

@@ -1,4 +1,4 @@
-//! The machines that run a [`Plan`] or a [`BackwardPlan`]: what they have in common.
+//! The machines that run a [`Plan`], a [`BackwardPlan`] or a [`TotalPlan`]: what they have in common.
 //!
 //! A backend checks the tensors against the plan (in `operands`, the same rules for all), then runs the plan's kernels
 //! over its work tiles. Call it through [`Attention`](crate::Attention).
@@ -10,7 +10,7 @@ use kernels_gpu::element::Element;
 use crate::{
     error::{Operand, Result},
     operands::{BackwardInputs, ForwardInputs, Gradients, Pair, SecondTensors},
-    plan::{BackwardPlan, Plan},
+    plan::{BackwardPlan, Plan, TotalPlan},
     tensor::Tensor,
 };
 
@@ -101,6 +101,31 @@ pub trait Backend: sealed::Sealed {
         inputs: BackwardInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
         outputs: Gradients<Tensor<Self::SliceMut<'_, E>>>,
         second: Option<SecondTensors<Self::Slice<'_, E>, Self::SliceMut<'_, E>>>,
+    ) -> Result<()>;
+
+    /// Checks the inputs of total attention by themselves, before memory for its result is allocated.
+    ///
+    /// # Errors
+    /// Every error that names `q`, `k` or `lse`.
+    fn check_total_inputs<E: Element>(
+        &self,
+        plan: &TotalPlan,
+        q: &Tensor<Self::Slice<'_, E>>,
+        k: &Tensor<Self::Slice<'_, E>>,
+        lse: &Self::Slice<'_, f32>,
+    ) -> Result<()>;
+
+    /// Runs a plan of total attention; see [`Attention::total_attention_into`](crate::Attention::total_attention_into).
+    ///
+    /// # Errors
+    /// As there.
+    fn total_attention_into<E: Element>(
+        &self,
+        plan: &TotalPlan,
+        q: Tensor<Self::Slice<'_, E>>,
+        k: Tensor<Self::Slice<'_, E>>,
+        lse: Self::Slice<'_, f32>,
+        total: Self::SliceMut<'_, f32>,
     ) -> Result<()>;
 }
 

@@ -20,6 +20,7 @@ mod backward;
 mod forward;
 mod gradients;
 mod pair;
+mod total_attention;
 
 pub(crate) use backward::check_inputs as check_backward_inputs;
 pub use backward::{RawBackward, RawSecond};
@@ -27,6 +28,8 @@ pub(crate) use forward::Buffers;
 pub use forward::RawForward;
 pub use gradients::{BackwardInputs, Gradients};
 pub use pair::{ForwardInputs, Pair, SecondTensors};
+pub use total_attention::RawTotalAttention;
+pub(crate) use total_attention::check_inputs as check_total_inputs;
 
 /// What the copy engine wants of addresses and strides, in bytes.
 const GRAIN_BYTES: usize = 16;
@@ -137,11 +140,16 @@ fn check_lse(problem: &Problem, operand: Operand, memory: Memory, space: Address
     {
         return Err(Error::LseLength { operand, len, expected });
     }
-    if expected == 0 {
+    check_floats(operand, memory.address, expected, space)
+}
+
+/// Checks where a contiguous f32 array of `len` elements lies.
+fn check_floats(operand: Operand, address: u64, len: usize, space: AddressSpace) -> Result<()> {
+    if len == 0 {
         return Ok(());
     }
-    check_span(operand, memory.address, expected as u128 * size_of::<f32>() as u128)?;
-    check_address(operand, memory.address, size_of::<f32>(), space)
+    check_span(operand, address, len as u128 * size_of::<f32>() as u128)?;
+    check_address(operand, address, size_of::<f32>(), space)
 }
 
 /// The bytes of such an array.

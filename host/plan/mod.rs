@@ -1,6 +1,6 @@
 //! How a problem will be run: kernel, tiles, grid. Pure functions of the problem and the machine's size.
 //!
-//! A [`Plan`] or [`BackwardPlan`] can only be made by a function that has validated the problem, so whoever holds one
+//! A [`Plan`], [`BackwardPlan`] or [`TotalPlan`] can only be made by a function that has validated the problem, so whoever holds one
 //! need not do so again. The CPU executor and the GPU run the same plan.
 
 use std::fmt;
@@ -14,10 +14,12 @@ use crate::{
 
 mod backward;
 mod forward;
+mod total_attention;
 mod workspace;
 
 pub use backward::{BackwardPlan, Determinism};
 pub use forward::Plan;
+pub use total_attention::TotalPlan;
 pub(crate) use workspace::{WORKSPACE_ALIGNMENT, WorkspaceLayout};
 
 /// Work tiles are counted in 32-bit signed numbers.

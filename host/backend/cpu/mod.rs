@@ -22,11 +22,12 @@ use crate::{
         AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
         check_dtype, check_second, check_tensor, second_pair,
     },
-    plan::{BackwardPlan, Plan},
+    plan::{BackwardPlan, Plan, TotalPlan},
     tensor::{Layout, Tensor},
 };
 
 mod backward;
+mod total_attention;
 
 /// The CPU. Tensors are slices, of any alignment; work tiles run on the current rayon thread pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -135,6 +136,27 @@ impl Backend for Cpu {
         second: Option<SecondTensors<&[E], &mut [E]>>,
     ) -> Result<()> {
         backward::run_into(plan, inputs, outputs, second)
+    }
+
+    fn check_total_inputs<E: Element>(
+        &self,
+        plan: &TotalPlan,
+        q: &Tensor<&[E]>,
+        k: &Tensor<&[E]>,
+        lse: &&[f32],
+    ) -> Result<()> {
+        total_attention::check_inputs(plan, q, k, lse)
+    }
+
+    fn total_attention_into<E: Element>(
+        &self,
+        plan: &TotalPlan,
+        q: Tensor<&[E]>,
+        k: Tensor<&[E]>,
+        lse: &[f32],
+        total: &mut [f32],
+    ) -> Result<()> {
+        total_attention::run_into(plan, q, k, lse, total)
     }
 }
 

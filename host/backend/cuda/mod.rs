@@ -2,8 +2,8 @@
 //!
 //! [`Cuda`] holds the device's primary context, the one that CUDA's runtime and the frameworks on it use, so memory
 //! and streams of theirs can be passed in. The safe calls run on the default stream and return before the GPU is done;
-//! reading a [`DeviceBuffer`] waits. [`Cuda::forward_raw`] and [`Cuda::backward_raw`] are for frameworks: raw addresses, the caller's stream, no
-//! allocation and no waiting.
+//! reading a [`DeviceBuffer`] waits. [`Cuda::forward_raw`], [`Cuda::backward_raw`] and
+//! [`Cuda::total_attention_raw`] are for frameworks: raw addresses, the caller's stream, no allocation and no waiting.
 
 mod backward;
 mod driver;
@@ -11,6 +11,7 @@ mod kernels;
 mod memory;
 mod tensor_map;
 mod timing;
+mod total_attention;
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -32,7 +33,7 @@ use crate::operands::{
     AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
     check_dtype, check_second, check_tensor, second_pair,
 };
-use crate::plan::{BackwardPlan, Plan};
+use crate::plan::{BackwardPlan, Plan, TotalPlan};
 use crate::tensor::Tensor;
 use driver::failed;
 
@@ -291,5 +292,26 @@ impl Backend for Cuda {
         second: Option<SecondTensors<DeviceSlice<'_, E>, DeviceSliceMut<'_, E>>>,
     ) -> Result<()> {
         self.run_backward(plan, inputs, outputs, second)
+    }
+
+    fn check_total_inputs<E: Element>(
+        &self,
+        plan: &TotalPlan,
+        q: &Tensor<DeviceSlice<'_, E>>,
+        k: &Tensor<DeviceSlice<'_, E>>,
+        lse: &DeviceSlice<'_, f32>,
+    ) -> Result<()> {
+        self.check_inputs_of_total(plan, q, k, lse)
+    }
+
+    fn total_attention_into<E: Element>(
+        &self,
+        plan: &TotalPlan,
+        q: Tensor<DeviceSlice<'_, E>>,
+        k: Tensor<DeviceSlice<'_, E>>,
+        lse: DeviceSlice<'_, f32>,
+        total: DeviceSliceMut<'_, f32>,
+    ) -> Result<()> {
+        self.run_total(plan, &q, &k, &lse, &total)
     }
 }

@@ -1,0 +1,82 @@
+//! The way into total attention.
+
+use kernels_gpu::element::Element;
+
+use super::Attention;
+use crate::{
+    backend::Backend,
+    error::{Operand, Result},
+    plan::TotalPlan,
+    tensor::Tensor,
+};
+
+impl Attention {
+    /// How total attention is computed on a machine with `sm_count` multiprocessors, or threads on the CPU; needs no such
+    /// machine.
+    ///
+    /// # Errors
+    /// Those of [`TotalPlan::new`].
+    pub fn plan_total_attention(&self, sm_count: u32) -> Result<TotalPlan> {
+        TotalPlan::new(&self.problem, self.mask, self.scale, sm_count)
+    }
+
+    /// Computes how much attention each key got: total_j = Σᵢ exp(scale·qᵢ·kⱼ − LSEᵢ) over the queries i that see key j,
+    /// f32 (batch, heads_q, seqlen_k), contiguous, into memory that the backend allocates.
+    ///
+    /// It is a second pass over Q, K and the LSE that the forward pass gave, with the same mask and scale, and stores no
+    /// score. Heads stay apart: there is a line for every query head, also of those that share a key head. A query that
+    /// sees no key (LSE = −∞) counts nothing, so a line adds up to the number of queries that see one; without queries
+    /// all is 0. The bits are the same on every run.
+    ///
+    /// ```
+    /// use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, Tensor, bf16};
+    ///
+    /// let problem =
+    ///     Problem { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 50, seqlen_k: 70, head_dim: 64, dtype: Dtype::Bf16 };
+    /// let x: Vec<bf16> = (0..4 * 70 * 64).map(|i| bf16::from_f32((i as f32).sin())).collect();
+    /// let (q, kv) = (Tensor::bhsd(&x[..], problem.q_shape()), Tensor::bhsd(&x[..], problem.kv_shape()));
+    ///
+    /// let attention = Attention::new(problem).mask(Mask::Causal);
+    /// let lse = attention.forward(&Cpu, q, kv, kv)?.lse.expect("returned unless omitted");
+    /// let total = attention.total_attention(&Cpu, q, kv, &lse[..])?;
+    ///
+    /// assert_eq!(total.len(), 4 * 70); // (batch, heads_q, seqlen_k)
+    /// assert!((total[..70].iter().sum::<f32>() - 50.0).abs() < 1e-3); // every query gives away 1
+    /// # Ok::<(), ferroflash::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`TotalPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names `q`,
+    /// `k` or `lse`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    pub fn total_attention<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        q: Tensor<B::Slice<'_, E>>,
+        k: Tensor<B::Slice<'_, E>>,
+        lse: B::Slice<'_, f32>,
+    ) -> Result<B::Buffer<f32>> {
+        let plan = self.plan_total_attention(backend.sm_count())?;
+        backend.check_total_inputs(&plan, &q, &k, &lse)?;
+        let len = self.problem.total_len();
+        let mut total = backend.allocate(Operand::Total, len, 0.0)?;
+        backend.total_attention_into(&plan, q, k, lse, B::slice_mut(&mut total, 0..len))?;
+        Ok(total)
+    }
+
+    /// Computes it into the caller's memory: `total` has exactly batch · heads_q · seqlen_k elements. See
+    /// [`Attention::total_attention`].
+    ///
+    /// # Errors
+    /// Those of [`Attention::total_attention`], and every error that names `total`. Unless the error comes from running,
+    /// nothing was written.
+    pub fn total_attention_into<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        q: Tensor<B::Slice<'_, E>>,
+        k: Tensor<B::Slice<'_, E>>,
+        lse: B::Slice<'_, f32>,
+        total: B::SliceMut<'_, f32>,
+    ) -> Result<()> {
+        backend.total_attention_into(&self.plan_total_attention(backend.sm_count())?, q, k, lse, total)
+    }
+}

@@ -1,0 +1,184 @@
+//! How total attention is computed: one kernel, without a workspace.
+
+use std::fmt;
+
+use kernels_gpu::{
+    attention::scheduler::TileOrder,
+    variants::{self, TotalVariant},
+};
+
+use super::{MAX_WORK_TILES, checked_scale, write_problem};
+use crate::{
+    error::{Error, Result},
+    problem::{Mask, Problem, at_most},
+};
+
+/// A validated problem, the kernel for its total attention and its launch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TotalPlan {
+    problem: Problem,
+    mask: Mask,
+    scale: f32,
+    variant: &'static TotalVariant,
+    work_tiles: u32,
+    grid: u32,
+    /// How CTAs take the work tiles; of no meaning where there are none.
+    pub(crate) order: TileOrder,
+}
+
+impl TotalPlan {
+    /// Plans total attention for a machine with `sm_count` multiprocessors, or threads on the CPU; the default scale is
+    /// 1/√head_dim.
+    ///
+    /// # Errors
+    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
+    /// [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more.
+    pub fn new(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<TotalPlan> {
+        let scale = checked_scale(problem, scale)?;
+        let variant = variants::total(problem.dtype, problem.head_dim as u32, mask.kind()).ok_or(Error::NoVariant {
+            dtype: problem.dtype,
+            head_dim: problem.head_dim,
+            mask,
+        })?;
+        let n_blocks = problem.seqlen_k.div_ceil(variant.block_n() as usize) as u128;
+        let tiles = problem.batch as u128 * problem.heads_q as u128 * n_blocks;
+        at_most("work_tiles", tiles, MAX_WORK_TILES)?;
+        let work_tiles = if problem.seqlen_q == 0 { 0 } else { tiles as u32 };
+        let grid = work_tiles.min(sm_count.max(1));
+        let order = if work_tiles == 0 { TileOrder::default() } else { variant.order(&problem.kernel_shape(), grid) };
+        Ok(TotalPlan { problem: *problem, mask, scale, variant, work_tiles, grid, order })
+    }
+
+    /// The problem, validated.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// Which keys a query sees.
+    pub fn mask(&self) -> Mask {
+        self.mask
+    }
+
+    /// The factor of the scores, finite and above 0.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// The kernel.
+    pub fn variant(&self) -> &'static TotalVariant {
+        self.variant
+    }
+
+    /// Work tiles: blocks of keys of each batch item and query head. 0 where there is no key, or no query: there the
+    /// result is zeros, which no kernel has to compute.
+    pub fn work_tiles(&self) -> u32 {
+        self.work_tiles
+    }
+
+    /// CTAs of the persistent grid. 0 where there is no kernel to launch.
+    pub fn grid(&self) -> u32 {
+        self.grid
+    }
+
+    /// Threads of a CTA.
+    pub fn block(&self) -> u32 {
+        self.variant.threads()
+    }
+
+    /// Dynamic shared memory of a CTA, in bytes.
+    pub fn smem_bytes(&self) -> u32 {
+        self.variant.smem().bytes()
+    }
+}
+
+impl fmt::Display for TotalPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let TotalVariant { symbol, head_dim, block_m, stages, .. } = self.variant;
+        let block_n = self.variant.block_n();
+        write_problem(f, "total attention", &self.problem, self.mask, self.scale)?;
+        writeln!(f, "\nkernel {symbol}: tiles {block_m} × {block_n}, head_dim {head_dim}, {stages} stages")?;
+        write!(
+            f,
+            "launch: {} work tiles on {} CTAs of {} threads, {} bytes of shared memory",
+            self.work_tiles,
+            self.grid,
+            self.block(),
+            self.smem_bytes(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels_gpu::variants::Dtype;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PROBLEM: Problem =
+        Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
+
+    fn plan(problem: Problem) -> Result<TotalPlan> {
+        TotalPlan::new(&problem, Mask::None, None, 132)
+    }
+
+    #[test]
+    fn prints_what_will_run() {
+        let plan = TotalPlan::new(&PROBLEM, Mask::Causal, None, 5).unwrap();
+        let smem = plan.smem_bytes();
+        assert_eq!(
+            plan.to_string(),
+            format!(
+                "total attention bf16: batch 2, heads 6/2, seqlen 1000 × 300, head_dim 64, mask causal, scale 0.125\n\
+                 kernel total_bf16_d64_causal: tiles 128 × 128, head_dim 64, 6 stages\n\
+                 launch: 36 work tiles on 5 CTAs of 384 threads, {smem} bytes of shared memory"
+            )
+        );
+    }
+
+    #[test]
+    fn scale_must_be_finite_and_positive() {
+        for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            let error = TotalPlan::new(&PROBLEM, Mask::None, Some(scale), 1).unwrap_err();
+            assert_eq!(error.to_string(), format!("scale is {scale}; a finite number above 0 is needed"));
+        }
+    }
+
+    #[test]
+    fn work_tiles_have_a_limit() {
+        let most = i32::MAX as usize;
+        let many = Problem { batch: most, heads_q: 2, heads_kv: 1, seqlen_q: 1, seqlen_k: 1, ..PROBLEM };
+        let error = Error::TooLarge { field: "work_tiles", value: 2 * most as u128, limit: most as u128 };
+        assert_eq!(plan(many), Err(error.clone()));
+        // The result's size is bounded with them, also where no kernel runs.
+        assert_eq!(plan(Problem { seqlen_q: 0, ..many }), Err(error));
+        assert_eq!(plan(Problem { heads_q: 1, ..many }).unwrap().work_tiles(), most as u32);
+    }
+
+    #[test]
+    fn nothing_to_compute_is_nothing_to_launch() {
+        for problem in
+            [Problem { batch: 0, ..PROBLEM }, Problem { seqlen_q: 0, ..PROBLEM }, Problem { seqlen_k: 0, ..PROBLEM }]
+        {
+            let plan = plan(problem).unwrap();
+            assert_eq!((plan.work_tiles(), plan.grid()), (0, 0));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn tiles_cover_every_key_once(
+            batch in 0..4usize, heads in 1..5usize, seqlen_k in 0..2000usize, d in 1..=32usize, sm_count in 0..200u32,
+        ) {
+            let problem = Problem { batch, heads_q: 2 * heads, heads_kv: heads, seqlen_k, head_dim: 8 * d, ..PROBLEM };
+            let plan = TotalPlan::new(&problem, Mask::Causal, None, sm_count).unwrap();
+            prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
+            let n_blocks = seqlen_k.div_ceil(plan.variant().block_n() as usize);
+            prop_assert_eq!(plan.work_tiles() as usize, batch * 2 * heads * n_blocks);
+            prop_assert_eq!(plan.grid(), plan.work_tiles().min(sm_count.max(1)));
+            if plan.work_tiles() > 0 {
+                prop_assert_eq!(plan.order.tiles(), plan.work_tiles());
+            }
+        }
+    }
+}
