@@ -77,6 +77,20 @@ fn both_passes_are_checked_in_one_run() {
 }
 
 #[test]
+fn total_attention_is_checked_and_measured() {
+    let case = ["--seqlen-q", "130", "--seqlen-k", "70", "--heads-kv", "2", "--head-dim", "40", "--mask", "causal"];
+    let output = ferroflash(&[&["check", "--device", "cpu", "--op", "total-attention"][..], &case].concat());
+    assert!(output.status.success(), "{output:?}");
+    let table = text(&output.stdout);
+    assert!(table.contains("1 passed, 0 failed") && table.contains(" total-attention "), "{table}");
+    let sizes = ["--head-dims", "64", "--seqlens", "128", "--mask", "causal", "--tokens", "128", "--hidden", "64"];
+    let flags = ["bench", "--device", "cpu", "--op", "total-attention", "--budget-ms", "1"];
+    let output = ferroflash(&[&flags[..], &sizes].concat());
+    assert!(output.status.success(), "{output:?}");
+    assert!(text(&output.stdout).contains("total-attention"), "{output:?}");
+}
+
+#[test]
 fn bad_flags_exit_with_2() {
     for arguments in [
         &["check", "--dtype", "f8"][..],
@@ -113,6 +127,7 @@ fn bad_problems_are_named() {
             2,
             "gradients of 68000000 scores",
         ),
+        (&["check", "--op", "total-attention", "--seqlen-q", "65536"], 2, "total attention of 17179869184 scores"),
         // Good flags that this machine can't serve.
         (&["check", "--seqlen-q", "2000000000", "--heads-q", "100"], 1, "no memory for"),
         (&["bench", "--seqlens", "2000000000", "--hidden", "6400"], 1, "no memory for"),
@@ -194,8 +209,9 @@ fn info_lists_the_kernels() {
     assert!(output.status.success(), "{output:?}");
     let forward = ferroflash::VARIANTS.iter().map(|variant| variant.symbol);
     let backward = ferroflash::BACKWARD_VARIANTS.iter().flat_map(|v| [v.symbol, v.prepare, v.finish]);
+    let total = ferroflash::TOTAL_VARIANTS.iter().map(|variant| variant.symbol);
     let table = text(&output.stdout);
-    for symbol in forward.chain(backward) {
+    for symbol in forward.chain(backward).chain(total) {
         let rows = table.lines().filter(|line| line.split_whitespace().next() == Some(symbol)).count();
         assert_eq!(rows, 1, "{symbol}");
     }

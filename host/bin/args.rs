@@ -81,11 +81,12 @@ Examples:
   ferroflash check --seqlen-q 1023 --seqlen-k 1024 --heads-q 6 --heads-kv 2 --dtype f16 --mask causal
   ferroflash check --op backward --determinism exact --mask causal --head-dim 128
   ferroflash check --op piecewise,piecewise-backward --mask causal --dist-threshold 100
+  ferroflash check --op total-attention --seqlen-q 1000 --seqlen-k 300
   ferroflash check --op forward --device cuda --seqlen-q 1048576 --seqlen-k 1048576 --heads-q 1 --heads-kv 1
 
 With --cases, or with no flag that describes a case, shapes are drawn at random from the seed. Otherwise one case runs.
-Where the reference would take minutes, as with a million tokens, a sample of query rows is judged; gradients can't be
-sampled, and such a case has no backward check. dO is random, and so is dLSE where the seed is odd.
+Where the reference would take minutes, as with a million tokens, a sample of query rows is judged; gradients and total
+attention can't be sampled, and such a case has no check of them. dO is random, and so is dLSE where the seed is odd.
 Exit code 0 when every case is within the accuracy bar, 1 when one is not or can't run, 2 for bad flags.")]
 pub struct CheckArgs {
     #[command(flatten)]
@@ -162,9 +163,11 @@ Examples:
   ferroflash bench --heads-kv 8 --hidden 4096 --head-dims 128
   ferroflash bench --op backward --determinism exact
   ferroflash bench --op piecewise,piecewise-backward --mask causal
+  ferroflash bench --op forward,total-attention --head-dims 64
 
 The batch is tokens / seqlen and the heads are hidden / head_dim, so every measurement has about the same size.
-Inputs are random. TFLOP/s count 4·B·H·M·N·D, 2.5 times that for backward, half of it when causal; the time is the median
+Inputs are random. TFLOP/s count 4·B·H·M·N·D, 2.5 times that for backward, half of that for total
+attention, half when causal; the time is the median
 of many runs.")]
 pub struct BenchArgs {
     #[command(flatten)]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::process::ExitCode;
 
-use ferroflash::{BACKWARD_VARIANTS, Result, VARIANTS};
+use ferroflash::{BACKWARD_VARIANTS, Result, TOTAL_VARIANTS, VARIANTS};
 use kernels_gpu::variants::ROW_KERNEL_THREADS;
 
 use crate::args::InfoArgs;
@@ -42,7 +42,8 @@ fn gpu() -> Option<Machine> {
     Machine::open(&cuda).inspect_err(|error| say(format_args!("gpu: {error}"))).ok()
 }
 
-/// Every kernel: the forward ones, the main kernels of the backward pass, and those that prepare and finish one.
+/// Every kernel: the forward ones, the main kernels of the backward pass, those of total attention, and those that prepare
+/// and finish a backward pass.
 fn variants() -> comfy_table::Table {
     let mut table =
         table(["kernel", "tile M × N", "head dim", "threads", "stages", "shared memory", "registers", "code"]);
@@ -60,6 +61,10 @@ fn variants() -> comfy_table::Table {
     for v in BACKWARD_VARIANTS {
         let (tile, smem) = (tile(v.block_m, v.block_n), kib(v.smem().bytes()));
         row(v.symbol, tile, v.head_dim.to_string(), v.threads(), none(), smem);
+    }
+    for v in TOTAL_VARIANTS {
+        let (tile, smem) = (tile(v.block_m, v.block_n()), kib(v.smem().bytes()));
+        row(v.symbol, tile, v.head_dim.to_string(), v.threads(), v.stages.to_string(), smem);
     }
     // Variants share them.
     let row_kernels: BTreeSet<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
@@ -117,6 +122,10 @@ fn load_times(machine: &Machine) -> Result<()> {
         let variant = plan.variant();
         let symbols = [variant.prepare, variant.symbol, variant.finish].join(", ");
         report(&symbols, cuda.load_backward(&plan)?);
+    }
+    for head_dim in [64, 128, 256] {
+        let plan = attention(head_dim).plan_total_attention(cuda.sm_count())?;
+        report(plan.variant().symbol, cuda.load_total_attention(&plan)?);
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ pub enum OpName {
     /// Two pairs of Q and K, by distance.
     Piecewise,
     PiecewiseBackward,
+    TotalAttention,
 }
 
 impl OpName {
@@ -20,6 +21,7 @@ impl OpName {
             OpName::Backward => "backward",
             OpName::Piecewise => "piecewise",
             OpName::PiecewiseBackward => "piecewise-backward",
+            OpName::TotalAttention => "total-attention",
         }
     }
 
@@ -58,14 +60,21 @@ impl OpName {
             OpName::Backward => attention.plan_backward(1)?.workspace_bytes(),
             OpName::Piecewise => piecewise.plan(1)?.workspace_bytes(),
             OpName::PiecewiseBackward => piecewise.plan_backward(1)?.workspace_bytes(),
+            OpName::TotalAttention => attention.plan_total_attention(1).map(|_| 0)?,
         })
     }
 
-    /// The 16-bit tensors that it reads and writes, with their sizes in bytes.
+    /// The tensors that it reads and writes, but for the LSE, with their sizes in bytes.
     pub fn tensors(self, problem: &Problem) -> Vec<(Operand, u128)> {
         let bytes = |shape: [usize; 4]| shape.iter().fold(2u128, |bytes, &extent| bytes.saturating_mul(extent as u128));
         let (q, kv) = (bytes(problem.q_shape()), bytes(problem.kv_shape()));
-        let mut tensors = vec![(Operand::Q, q), (Operand::K, kv), (Operand::V, kv), (Operand::O, q)];
+        let mut tensors = vec![(Operand::Q, q), (Operand::K, kv)];
+        if self == OpName::TotalAttention {
+            let total = (problem.total_len() as u128).saturating_mul(size_of::<f32>() as u128);
+            tensors.push((Operand::Total, total));
+            return tensors;
+        }
+        tensors.extend([(Operand::V, kv), (Operand::O, q)]);
         if self.is_piecewise() {
             tensors.extend([(Operand::Q2, q), (Operand::K2, kv)]);
         }
@@ -89,10 +98,14 @@ impl OpName {
     }
 
     /// Floating-point operations by the field's convention: the backward pass has five products where the forward pass
-    /// has two. Piecewise attention counts as plain attention does, each score once.
+    /// has two, total attention has one. Piecewise attention counts as plain attention does, each score once.
     pub fn flops(self, problem: &Problem, mask: Mask) -> f64 {
         let forward = problem.flops_forward(mask);
-        if self.is_backward() { 2.5 * forward } else { forward }
+        match self {
+            OpName::Forward | OpName::Piecewise => forward,
+            OpName::Backward | OpName::PiecewiseBackward => 2.5 * forward,
+            OpName::TotalAttention => 0.5 * forward,
+        }
     }
 }
 
@@ -118,7 +131,10 @@ mod tests {
         assert_eq!(OpName::Backward.bytes(&problem), (4 * q + 4 * kv + lse) as f64);
         assert_eq!(OpName::Piecewise.bytes(&problem), problem.bytes_forward() + (q + kv) as f64);
         assert_eq!(OpName::PiecewiseBackward.bytes(&problem), (6 * q + 6 * kv + lse) as f64);
+        let total = 2 * 6 * 300 * 4;
+        assert_eq!(OpName::TotalAttention.bytes(&problem), (q + kv + lse + total) as f64);
         for mask in [Mask::None, Mask::Causal] {
+            assert_eq!(OpName::TotalAttention.flops(&problem, mask), 0.5 * problem.flops_forward(mask));
             assert_eq!(OpName::Forward.flops(&problem, mask), problem.flops_forward(mask));
             assert_eq!(OpName::Backward.flops(&problem, mask), 2.5 * problem.flops_forward(mask));
         }

@@ -4,16 +4,11 @@ use kernels_gpu::element::Element;
 use kernels_gpu::variants::Dtype;
 
 use super::Case;
-use super::guarded::Guarded;
+use super::guarded::{Guarded, GuardedLine};
 use crate::backend::Backend;
 use crate::error::{Operand, Result};
 use crate::reference::{Accuracy, Forward, Rows, Scores, forward_f64, forward_plain};
 use crate::tensor::Tensor;
-
-/// Elements of the canaries before and after the LSE, which is left with the least alignment allowed: that of f32.
-const CANARY_LSE: usize = 65;
-/// A NaN whose bits no kernel writes.
-const POISON_LSE: u32 = 0xffff_ffff;
 
 /// How a case ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -112,14 +107,11 @@ impl Case {
         backend: &B,
         forward: impl FnOnce(Tensor<B::SliceMut<'_, E>>, B::SliceMut<'_, f32>) -> Result<()>,
     ) -> Result<CaseOutput<E>> {
-        let lse_len = self.problem.lse_len();
         let mut o = Guarded::<B, E>::new(backend, Operand::O, self.layout(self.problem.q_shape()))?;
-        let mut lse = backend.upload(Operand::Lse, &vec![f32::from_bits(POISON_LSE); lse_len + 2 * CANARY_LSE])?;
-        forward(o.tensor(), B::slice_mut(&mut lse, CANARY_LSE..CANARY_LSE + lse_len))?;
+        let mut lse = GuardedLine::<B>::new(backend, Operand::Lse, self.problem.lse_len())?;
+        forward(o.tensor(), lse.line())?;
         let (o, kept) = o.content(backend)?;
-        let lse = backend.download(&lse)?;
-        let edges = lse[..CANARY_LSE].iter().chain(&lse[CANARY_LSE + lse_len..]);
-        let lse_kept = edges.into_iter().all(|x| x.to_bits() == POISON_LSE);
-        Ok(CaseOutput { o, lse: lse[CANARY_LSE..CANARY_LSE + lse_len].to_vec(), untouched: kept && lse_kept })
+        let (lse, lse_kept) = lse.content(backend)?;
+        Ok(CaseOutput { o, lse, untouched: kept && lse_kept })
     }
 }

@@ -12,6 +12,37 @@ const CANARY: usize = 72;
 /// A NaN whose bits no kernel writes.
 pub(super) const POISON: u16 = 0xffff;
 
+/// Elements of the canaries before and after a line, which is left with the least alignment allowed: that of f32.
+const CANARY_LINE: usize = 65;
+/// A NaN whose bits no kernel writes.
+const POISON_LINE: u32 = 0xffff_ffff;
+
+/// Memory of an f32 array that a backend is to write, poisoned.
+pub(super) struct GuardedLine<B: Backend> {
+    buffer: B::Buffer<f32>,
+    len: usize,
+}
+
+impl<B: Backend> GuardedLine<B> {
+    pub(super) fn new(backend: &B, operand: Operand, len: usize) -> Result<Self> {
+        let buffer = backend.upload(operand, &vec![f32::from_bits(POISON_LINE); len + 2 * CANARY_LINE])?;
+        Ok(GuardedLine { buffer, len })
+    }
+
+    /// The array, to be written.
+    pub(super) fn line(&mut self) -> B::SliceMut<'_, f32> {
+        B::slice_mut(&mut self.buffer, CANARY_LINE..CANARY_LINE + self.len)
+    }
+
+    /// What was written, and whether the canaries are as they were.
+    pub(super) fn content(&self, backend: &B) -> Result<(Vec<f32>, bool)> {
+        let found = backend.download(&self.buffer)?;
+        let end = CANARY_LINE + self.len;
+        let kept = found[..CANARY_LINE].iter().chain(&found[end..]).all(|x| x.to_bits() == POISON_LINE);
+        Ok((found[CANARY_LINE..end].to_vec(), kept))
+    }
+}
+
 /// Memory of a tensor that a backend is to write, poisoned.
 pub(super) struct Guarded<B: Backend, E: Element> {
     buffer: B::Buffer<E>,

@@ -2,7 +2,7 @@
 //!
 //! The CLI's `check` and the test suites draw from here. Inputs lie between rows of NaN padding, outputs are poisoned
 //! beforehand and stand between canaries, so a case also fails on memory that a kernel should have left alone.
-//! A backward case takes O and the LSE from the same backend's forward pass.
+//! A backward case takes O and the LSE from the same backend's forward pass, one of total attention the LSE.
 
 use std::fmt;
 
@@ -21,11 +21,13 @@ mod backward;
 mod forward;
 mod guarded;
 mod piecewise;
+mod total_attention;
 
 pub use backward::{BackwardData, BackwardOutcome, CaseGradients};
 pub use forward::{CaseOutput, Outcome};
 use guarded::POISON;
 pub use piecewise::PiecewiseCase;
+pub use total_attention::{CaseTotal, TotalData, TotalOutcome};
 
 /// Order of the dimensions in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

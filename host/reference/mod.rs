@@ -2,16 +2,19 @@
 //!
 //! [`forward_f64`] follows the definition in f64. [`forward_plain`] is what the accuracy bar compares with: the same
 //! computation with 16-bit inputs, f32 accumulation, softmax in f32 and P rounded, row by row and without tiles.
-//! [`backward_f64`] and [`backward_plain`] are the same two for the gradients. [`Scores`] says which queries and keys a
-//! score comes from, in plain and in piecewise attention. [`Accuracy`] is the bar itself.
+//! [`backward_f64`] and [`backward_plain`] are the same two for the gradients, [`total_f64`] and [`total_plain`] for total
+//! attention. [`Scores`] says which queries and keys a score comes from, in plain and in piecewise attention. [`Accuracy`]
+//! is the bar itself.
 
 mod accuracy;
 mod backward;
 mod forward;
 mod scores;
+mod total_attention;
 
 pub use crate::operands::Pair;
 pub use accuracy::{Accuracy, GradientAccuracy};
 pub use backward::{Backward, backward_f64, backward_plain};
 pub use forward::{Forward, Rows, forward_f64, forward_plain};
 pub use scores::Scores;
+pub use total_attention::{total_f64, total_plain};

@@ -31,6 +31,7 @@ pub fn measure<B: Timed, E: Element>(backend: &B, step: &Step, budget: Duration)
         OpName::Backward | OpName::PiecewiseBackward => {
             backward::<B, E>(backend, &attention, &case, step.dist_threshold, budget)
         }
+        OpName::TotalAttention => total_attention::<B, E>(backend, &attention, &case, budget),
     }
 }
 
@@ -85,6 +86,31 @@ fn backward<B: Timed, E: Element>(
     let mut memory = BackwardMemory::<B, E>::new(backend, attention, case, dist_threshold)?;
     let lse_bytes = case.problem.lse_len() * size_of::<f32>();
     median(backend, backend.backward(&plan, &mut memory)?, budget, lse_bytes + plan.workspace_bytes())
+}
+
+/// Total attention alone; one forward pass before gives the LSE.
+fn total_attention<B: Timed, E: Element>(
+    backend: &B,
+    attention: &Attention,
+    case: &Case,
+    budget: Duration,
+) -> Result<Option<Measured>> {
+    let (plan, problem) = (attention.plan_total_attention(backend.sm_count())?, &case.problem);
+    let [q, k, v] = case.random_inputs::<E>()?;
+    let [q, k, v] = [backend.upload(Operand::Q, &q)?, backend.upload(Operand::K, &k)?, backend.upload(Operand::V, &v)?];
+    let of_q = Tensor::bhsd(B::slice(&q), problem.q_shape());
+    let of_kv = |buffer| Tensor::bhsd(B::slice(buffer), problem.kv_shape());
+    let lse = attention.forward(backend, of_q, of_kv(&k), of_kv(&v))?.lse;
+    let lse = lse.map_or_else(|| backend.allocate(Operand::Lse, 0, 0.0), Ok)?;
+    drop(v);
+    let len = problem.total_len();
+    let mut total = backend.allocate(Operand::Total, len, 0.0)?;
+    let launch = || {
+        let q = Tensor::bhsd(B::slice(&q), problem.q_shape());
+        let k = Tensor::bhsd(B::slice(&k), problem.kv_shape());
+        backend.total_attention_into(&plan, q, k, B::slice(&lse), B::slice_mut(&mut total, 0..len))
+    };
+    median(backend, launch, budget, problem.lse_len() * size_of::<f32>())
 }
 
 fn median<B: Timed>(

@@ -26,8 +26,8 @@ const FLOPS_GPU: f64 = 4e8;
 const REFERENCE_SCORES: usize = 1 << 29;
 /// Rows of such a sample, of each head.
 const SAMPLED_ROWS: usize = 64;
-/// Score elements of the largest case whose gradients are judged, of which no sample can be taken: every row contributes
-/// to every key. The reference needs a minute or two for them.
+/// Score elements of the largest case whose gradients or total attention are judged, of which no sample can be taken:
+/// every row contributes to every key. The reference needs a minute or two for them.
 const GRADIENT_SCORES: usize = 1 << 26;
 /// Copies of its tensors that a case needs at least: the test's own, and the backend's.
 const COPIES: u128 = 2;
@@ -59,9 +59,16 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
         let workspace = op.workspace_bytes(&step.attention())?;
         check_memory(*op, &case.problem, COPIES, if machine.is_cpu() { workspace } else { 0 })?;
         let scores = scores(case);
-        if op.is_backward() && scores > GRADIENT_SCORES {
+        let result = match op {
+            OpName::Forward | OpName::Piecewise => None,
+            OpName::Backward | OpName::PiecewiseBackward => Some("gradients"),
+            OpName::TotalAttention => Some("total attention"),
+        };
+        if let Some(result) = result
+            && scores > GRADIENT_SCORES
+        {
             eprintln!(
-                "error: the reference would take too long for the gradients of {scores} scores (batch × heads_q × \
+                "error: the reference would take too long for the {result} of {scores} scores (batch × heads_q × \
                  seqlen_q × seqlen_k); at most {GRADIENT_SCORES} are allowed, and --op forward has no limit"
             );
             return Ok(ExitCode::from(EXIT_BAD_FLAGS));
@@ -122,11 +129,12 @@ impl Job for Check<'_> {
         sweep(self.steps, Step::to_string, |&step| {
             let Step { op, case, determinism, .. } = step;
             let rows = rows(&case);
-            let verdict = match (op.is_backward(), step.piecewise()) {
-                (false, None) => Verdict::forward(&case.run(backend, &rows)?, rows),
-                (false, Some(case)) => Verdict::forward(&case.run(backend, &rows)?, rows),
-                (true, None) => Verdict::backward(&case.run_backward(backend, determinism)?),
-                (true, Some(case)) => Verdict::backward(&case.run_backward(backend, determinism)?),
+            let verdict = match (op, step.piecewise()) {
+                (OpName::TotalAttention, _) => Verdict::total_attention(&case.run_total(backend)?),
+                (OpName::Forward | OpName::Piecewise, None) => Verdict::forward(&case.run(backend, &rows)?, rows),
+                (OpName::Forward | OpName::Piecewise, Some(case)) => Verdict::forward(&case.run(backend, &rows)?, rows),
+                (_, None) => Verdict::backward(&case.run_backward(backend, determinism)?),
+                (_, Some(case)) => Verdict::backward(&case.run_backward(backend, determinism)?),
             };
             Ok(Judged { step, verdict })
         })
@@ -165,6 +173,7 @@ mod tests {
             (OpName::Backward, Determinism::Exact),
             (OpName::Piecewise, Determinism::Fast),
             (OpName::PiecewiseBackward, Determinism::Exact),
+            (OpName::TotalAttention, Determinism::Fast),
         ] {
             let dist_threshold = op.is_piecewise().then_some(-3);
             let step = Step { op, case: Case { padding: 0, ..Case::random(5, 1e6) }, dist_threshold, determinism };

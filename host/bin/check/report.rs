@@ -1,6 +1,6 @@
 //! What `check` says of the cases that ran.
 
-use ferroflash::cases::{BackwardOutcome, Outcome};
+use ferroflash::cases::{BackwardOutcome, Outcome, TotalOutcome};
 use ferroflash::reference::{Accuracy, Rows};
 
 use super::Step;
@@ -47,6 +47,18 @@ impl Verdict {
         };
         let (tensor, accuracy) = outcome.gradients.named().into_iter().reduce(worse).unwrap_or_default();
         Verdict { tensor, accuracy, lse: None, passed: outcome.passed(), untouched: outcome.untouched, sampled: false }
+    }
+
+    /// Of total attention.
+    pub fn total_attention(outcome: &TotalOutcome) -> Self {
+        Verdict {
+            tensor: "total",
+            accuracy: outcome.total,
+            lse: None,
+            passed: outcome.passed(),
+            untouched: outcome.untouched,
+            sampled: false,
+        }
     }
 
     fn words(&self) -> &'static str {

@@ -1,0 +1,122 @@
+//! A case's total attention.
+
+use std::fmt;
+
+use kernels_gpu::element::Element;
+use kernels_gpu::variants::Dtype;
+
+use super::Case;
+use super::guarded::GuardedLine;
+use crate::Attention;
+use crate::backend::Backend;
+use crate::error::{Operand, Result};
+use crate::reference::{Accuracy, total_f64, total_plain};
+use crate::tensor::Tensor;
+
+/// What a case's total attention starts from.
+#[derive(Clone, Debug)]
+pub struct TotalData<E> {
+    /// Q, K and V in the case's layout; V gives the LSE alone.
+    pub inputs: [Vec<E>; 3],
+    /// What the backend's own forward pass gave.
+    pub lse: Vec<f32>,
+}
+
+/// What a case's run wrote.
+#[derive(Clone, Debug)]
+pub struct CaseTotal {
+    /// (batch, heads_q, seqlen_k), contiguous.
+    pub total: Vec<f32>,
+    /// Whether the canaries are as they were.
+    pub untouched: bool,
+}
+
+impl CaseTotal {
+    /// The result as bits, as NaN can be compared too.
+    pub fn bits(&self) -> Vec<u32> {
+        self.total.iter().map(|x| x.to_bits()).collect()
+    }
+}
+
+/// How a case's total attention ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TotalOutcome {
+    pub total: Accuracy,
+    /// Whether everything outside of the result is as it was.
+    pub untouched: bool,
+}
+
+impl TotalOutcome {
+    /// Within the bar, and nothing else written.
+    pub fn passed(&self) -> bool {
+        self.total.passed() && self.untouched
+    }
+}
+
+impl fmt::Display for TotalOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Accuracy { error, bar, plain } = self.total;
+        let mark = if self.total.passed() { "" } else { " FAILED" };
+        writeln!(f, "total: error {error:.3e}, bar {bar:.3e}, plain {plain:.3e}{mark}")?;
+        write!(f, "memory outside {}", if self.untouched { "untouched" } else { "WRITTEN" })
+    }
+}
+
+impl Case {
+    /// Runs the case's forward pass, then its total attention from the LSE, and judges that.
+    ///
+    /// # Errors
+    /// Those of [`Attention::forward_into`] and of [`Attention::total_attention_into`].
+    pub fn run_total<B: Backend>(&self, backend: &B) -> Result<TotalOutcome> {
+        match self.problem.dtype {
+            Dtype::F16 => self.judge_total::<B, half::f16>(backend, &self.total_data(backend)?),
+            Dtype::Bf16 => self.judge_total::<B, half::bf16>(backend, &self.total_data(backend)?),
+        }
+    }
+
+    /// Computes the case's total attention from the given data and judges it.
+    ///
+    /// # Errors
+    /// Those of [`Attention::total_attention_into`].
+    pub fn judge_total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<TotalOutcome> {
+        let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
+        let found = self.total::<B, E>(backend, data)?;
+        let [q, k, _] = self.tensors(&data.inputs);
+        let exact = total_f64(problem, mask, scale, [q, k])?;
+        let plain = total_plain(problem, mask, scale, [q, k], &data.lse)?;
+        let total: Vec<f64> = found.total.iter().map(|&x| x.into()).collect();
+        Ok(TotalOutcome { total: Accuracy::of_total(&total, &plain, &exact), untouched: found.untouched })
+    }
+
+    /// Random inputs, and the LSE that the backend's forward pass makes of them.
+    ///
+    /// # Errors
+    /// Those of [`Attention::forward_into`].
+    pub fn total_data<B: Backend, E: Element>(&self, backend: &B) -> Result<TotalData<E>> {
+        let inputs = self.inputs::<E>()?;
+        let lse = self.output::<B, E>(backend, &inputs)?.lse;
+        Ok(TotalData { inputs, lse })
+    }
+
+    /// Computes the case's total attention from the given data.
+    ///
+    /// # Errors
+    /// Those of [`Attention::total_attention_into`].
+    pub fn total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<CaseTotal> {
+        let [q, k, _] = &data.inputs;
+        let q = backend.upload(Operand::Q, q)?;
+        let k = backend.upload(Operand::K, k)?;
+        let lse = backend.upload(Operand::Lse, &data.lse)?;
+        let mut total = GuardedLine::<B>::new(backend, Operand::Total, self.problem.total_len())?;
+        let tensor = |data, shape| Tensor { data, layout: self.layout(shape) };
+        Attention::new(self.problem).mask(self.mask).scale(self.effective_scale()).total_attention_into(
+            backend,
+            tensor(B::slice(&q), self.problem.q_shape()),
+            tensor(B::slice(&k), self.problem.kv_shape()),
+            B::slice(&lse),
+            total.line(),
+        )?;
+        let (total, untouched) = total.content(backend)?;
+        Ok(CaseTotal { total, untouched })
+    }
+}

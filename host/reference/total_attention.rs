@@ -1,0 +1,150 @@
+//! Total attention by its definition: total_j = Σᵢ P_ij, one row of P at a time.
+
+use kernels_gpu::element::Element;
+use rayon::prelude::*;
+
+use super::forward::{Real, dot, head_rows, live_keys};
+use crate::error::{Error, Operand, Result};
+use crate::operands::{AddressSpace, RawTensor, check_tensor};
+use crate::plan::TotalPlan;
+use crate::problem::{Mask, Problem};
+use crate::tensor::Tensor;
+
+/// Σᵢ softmax(scale·Q·Kᵀ + mask)ᵢⱼ in f64, (batch, heads_q, seqlen_k), contiguous. Rows without a live key count nothing,
+/// and keys that the mask hides take no part, whatever they hold.
+///
+/// # Errors
+/// Those of [`TotalPlan::new`] and of the tensors' shapes.
+pub fn total_f64<E: Element>(
+    problem: &Problem,
+    mask: Mask,
+    scale: f32,
+    tensors: [Tensor<&[E]>; 2],
+) -> Result<Vec<f64>> {
+    evaluate(problem, mask, scale, tensors, |s: &mut [f64], _| {
+        let m = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        s.iter_mut().for_each(|s| *s = (*s - m).exp());
+        let l: f64 = s.iter().sum();
+        s.iter_mut().for_each(|p| *p /= l);
+    })
+}
+
+/// The same in the precision of a kernel, without its tiles: products of 16-bit inputs in f32, P = exp(s − LSE) and its
+/// sums in f32, from the LSE that a kernel is given: (batch, heads_q, seqlen_q), contiguous.
+///
+/// # Errors
+/// As [`total_f64`]; [`Error::LseLength`].
+pub fn total_plain<E: Element>(
+    problem: &Problem,
+    mask: Mask,
+    scale: f32,
+    tensors: [Tensor<&[E]>; 2],
+    lse: &[f32],
+) -> Result<Vec<f64>> {
+    let (len, expected) = (lse.len(), problem.lse_len());
+    if len != expected {
+        return Err(Error::LseLength { operand: Operand::Lse, len, expected });
+    }
+    evaluate(problem, mask, scale, tensors, |s: &mut [f32], row| {
+        let lse = lse[row];
+        s.iter_mut().for_each(|s| *s = if lse == f32::NEG_INFINITY { 0.0 } else { (*s - lse).exp() });
+    })
+}
+
+/// Adds up what `weights(scores, row)` makes of the scaled scores of each row that has a live key, its live keys' alone;
+/// `row` is its place in the LSE. Heads in parallel.
+fn evaluate<E: Element, R: Real>(
+    problem: &Problem,
+    mask: Mask,
+    scale: f32,
+    [q, k]: [Tensor<&[E]>; 2],
+    weights: impl Fn(&mut [R], usize) + Sync,
+) -> Result<Vec<f64>> {
+    TotalPlan::new(problem, mask, Some(scale), 1)?;
+    for (operand, tensor) in [(Operand::Q, q), (Operand::K, k)] {
+        let raw = RawTensor { address: tensor.data.as_ptr().addr() as u64, layout: tensor.layout };
+        check_tensor(problem, operand, &raw, AddressSpace::Host, Some(tensor.data.len()))?;
+    }
+    if k.layout.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (d, group, scale) = (problem.head_dim, problem.heads_q / problem.heads_kv, R::from_f32(scale));
+    let heads: Vec<Vec<R>> = (0..problem.batch * problem.heads_q)
+        .into_par_iter()
+        .map(|item| {
+            let (batch, head) = (item / problem.heads_q, item % problem.heads_q);
+            let (q, k): (Vec<R>, Vec<R>) = (head_rows(&q, batch, head), head_rows(&k, batch, head / group));
+            let mut total = vec![R::default(); problem.seqlen_k];
+            for (i, q) in q.chunks_exact(d).enumerate() {
+                let live = live_keys(problem, mask, i);
+                if live == 0 {
+                    continue;
+                }
+                let mut p: Vec<R> = k[..live * d].chunks_exact(d).map(|k| scale * dot(q, k)).collect();
+                weights(&mut p, item * problem.seqlen_q + i);
+                total.iter_mut().zip(p).for_each(|(total, p)| *total += p);
+            }
+            total
+        })
+        .collect();
+    Ok(heads.into_iter().flatten().map(Into::into).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use kernels_gpu::variants::Dtype;
+
+    use super::*;
+    use crate::reference::Scores;
+    use crate::reference::{Rows, forward_f64};
+
+    fn values(len: usize, step: usize) -> Vec<bf16> {
+        (0..len).map(|i| bf16::from_f32(((i * step + 3) % 17) as f32 / 8.0 - 1.0)).collect()
+    }
+
+    /// The forward pass gives P·V: with V one key's unit vector, the sum of its rows is that key's total.
+    #[test]
+    fn agrees_with_the_forward_pass() {
+        for (m, n, mask) in [(3, 5, Mask::None), (5, 3, Mask::Causal), (4, 4, Mask::Causal), (2, 7, Mask::Causal)] {
+            let problem = Problem {
+                batch: 2,
+                heads_q: 4,
+                heads_kv: 2,
+                seqlen_q: m,
+                seqlen_k: n,
+                head_dim: 8,
+                dtype: Dtype::Bf16,
+            };
+            let (q, k) = (values(2 * 4 * m * 8, 5), values(2 * 2 * n * 8, 7));
+            let mut v = vec![bf16::ZERO; k.len()];
+            for (row, v) in v.chunks_exact_mut(8).enumerate() {
+                v[row % n] = bf16::ONE;
+            }
+            let q = Tensor::bhsd(&q[..], problem.q_shape());
+            let [k, v] = [&k, &v].map(|x| Tensor::bhsd(&x[..], problem.kv_shape()));
+            let forward = forward_f64(&problem, mask, 0.5, Scores::plain(q, k), v, &Rows::All).unwrap();
+            let total = total_f64(&problem, mask, 0.5, [q, k]).unwrap();
+            let lse: Vec<f32> = forward.lse.iter().map(|&x| x as f32).collect();
+            let plain = total_plain(&problem, mask, 0.5, [q, k], &lse).unwrap();
+            for (index, (total, plain)) in total.iter().zip(&plain).enumerate() {
+                let (head, j) = (index / n, index % n);
+                let expected: f64 = (0..m).map(|i| forward.o[(head * m + i) * 8 + j]).sum();
+                assert!((total - expected).abs() < 1e-12, "{m} by {n}: head {head}, key {j}");
+                assert!((plain - expected).abs() < 1e-5, "{m} by {n}: head {head}, key {j}");
+            }
+            assert_eq!(total.len(), problem.total_len());
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_an_error() {
+        let problem =
+            Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 3, seqlen_k: 3, head_dim: 8, dtype: Dtype::Bf16 };
+        let data = values(2 * 3 * 8, 5);
+        let x = Tensor::bhsd(&data[..], problem.q_shape());
+        assert!(total_f64(&problem, Mask::None, 1.0, [x, Tensor { data: &data[1..], ..x }]).is_err());
+        assert!(total_plain(&problem, Mask::None, 1.0, [x, x], &[0.0; 5]).is_err());
+        assert_eq!(total_plain(&problem, Mask::None, 1.0, [x, x], &[f32::NEG_INFINITY; 6]).unwrap(), [0.0; 6]);
+    }
+}
