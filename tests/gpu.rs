@@ -8,12 +8,15 @@ mod common;
 mod graph;
 #[path = "gpu/piecewise.rs"]
 mod piecewise;
+#[path = "common/total.rs"]
+mod total;
 
 use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
 use ferroflash::reference::Rows;
 use ferroflash::{
-    Attention, Backend, Determinism, Dtype, Layout, Mask, Operand, Problem, RawBackward, RawForward, RawTensor, bf16,
+    Attention, Backend, Determinism, Dtype, Layout, Mask, Operand, Problem, RawBackward, RawForward, RawTensor,
+    RawTotalAttention, bf16,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use proptest::prelude::*;
@@ -81,6 +84,23 @@ fn main() {
     trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));
     trials.push(test("random cases backward", Box::new(random_cases_backward)));
     trials.push(test("raw addresses backward", Box::new(raw_addresses_backward)));
+    for (name, case) in total::named() {
+        trials.push(test(&format!("total: {name}"), Box::new(move |cuda| total::pass(cuda, &case))));
+    }
+    for (head_dim, mask) in [64, 128, 256].into_iter().flat_map(|d| [(d, Mask::None), (d, Mask::Causal)]) {
+        let case = Case::new(Problem { head_dim, ..BIG }, mask);
+        trials.push(test(
+            &format!("100 repeats of total attention, head dim {head_dim}, {mask}"),
+            Box::new(move |cuda| total::repeats(cuda, &case, 100)),
+        ));
+    }
+    trials.push(test("total: weights add up", Box::new(total::weights_add_up)));
+    trials.push(test("total: nan stays in its head", Box::new(total::nan_stays_in_its_head)));
+    trials.push(test("total: an infinite key without weight", Box::new(total::infinite_key)));
+    trials.push(test("total: padding is never read", Box::new(total::padding_is_never_read)));
+    trials.push(test("total: many work tiles a CTA", Box::new(many_tiles_total)));
+    trials.push(test("total: random cases", Box::new(random_cases_total)));
+    trials.push(test("total: raw addresses", Box::new(raw_addresses_total)));
     trials.push(test("nan stays in its head", Box::new(common::nan_stays_in_its_head)));
     trials.push(test("padding is never read", Box::new(common::padding_is_never_read)));
     trials.push(test("inputs may repeat a head", Box::new(repeated_heads)));
@@ -117,6 +137,16 @@ fn random_cases_backward(cuda: &Cuda) {
     for seed in 0..cases.unwrap_or(RANDOM_BACKWARD_CASES) {
         let determinism = if seed % 2 == 0 { Determinism::Fast } else { Determinism::Exact };
         common::pass_backward(cuda, &Case::random(seed, 1e8), determinism);
+    }
+}
+
+/// Random cases of total attention of one run.
+const RANDOM_TOTAL_CASES: u64 = 1000;
+
+fn random_cases_total(cuda: &Cuda) {
+    let cases = std::env::var("FERROFLASH_GPU_CASES").ok().and_then(|n| n.parse().ok());
+    for seed in 0..cases.unwrap_or(RANDOM_TOTAL_CASES) {
+        total::pass(cuda, &Case::random(seed, 1e8));
     }
 }
 
@@ -252,4 +282,55 @@ fn raw_addresses_backward(cuda: &Cuda) {
     for (found, expected) in outputs.iter().zip(&expected.gradients) {
         assert!(cuda.download(found).unwrap() == *expected);
     }
+}
+
+/// More work tiles than a CTA takes at once, of one query block and of many: the ring runs on from one into the next.
+fn many_tiles_total(cuda: &Cuda) {
+    for (seqlen_q, seqlen_k, head_dim) in [(100, 4000, 64), (700, 700, 128), (60, 1000, 256), (300, 20, 64)] {
+        for mask in [Mask::None, Mask::Causal] {
+            let problem = Problem { batch: 9, heads_q: 12, heads_kv: 4, seqlen_q, seqlen_k, head_dim, ..BIG };
+            let case = Case::new(problem, mask);
+            total::pass(cuda, &case);
+            total::repeats(cuda, &case, 20);
+        }
+    }
+}
+
+/// Total attention from addresses, the LSE and the result with the least alignment; and zeros where there is no query.
+fn raw_addresses_total(cuda: &Cuda) {
+    let case = Case::new(BIG, Mask::Causal);
+    let data = case.total_data::<_, bf16>(cuda).unwrap();
+    let expected = case.total(cuda, &data).unwrap();
+    let plan = Attention::new(BIG).mask(Mask::Causal).plan_total_attention(cuda.sm_count()).unwrap();
+    cuda.load_total_attention(&plan).unwrap();
+    let [q, k, _] = data.inputs.each_ref().map(|x| cuda.upload(Operand::Q, x).unwrap());
+    let shifted: Vec<f32> = [f32::NAN].into_iter().chain(data.lse.iter().copied()).collect();
+    let lse = cuda.upload(Operand::Lse, &shifted).unwrap();
+    let total = cuda.upload(Operand::Total, &vec![f32::NAN; 1 + expected.total.len()]).unwrap();
+    let tensor = |address, shape| RawTensor { address, layout: Layout::bhsd(shape) };
+    let args = RawTotalAttention {
+        q: tensor(q.address(), BIG.q_shape()),
+        k: tensor(k.address(), BIG.kv_shape()),
+        lse: lse.address() + 4,
+        total: total.address() + 4,
+    };
+    let bad = RawTotalAttention { lse: args.lse + 2, ..args };
+    let overlap = RawTotalAttention { total: args.lse, ..args };
+    let stream = std::ptr::null_mut();
+    // SAFETY: the buffers outlive the launches, and the default stream is this device's.
+    unsafe {
+        assert!(cuda.total_attention_raw(&plan, &bad, stream).is_err());
+        assert!(cuda.total_attention_raw(&plan, &overlap, stream).is_err());
+        cuda.total_attention_raw(&plan, &args, stream).unwrap();
+    }
+    let found = cuda.download(&total).unwrap();
+    assert!(found[0].is_nan() && found[1..] == expected.total);
+    // No queries: all of it is 0, whatever it held.
+    let problem = Problem { seqlen_q: 0, ..BIG };
+    let plan = Attention::new(problem).plan_total_attention(cuda.sm_count()).unwrap();
+    let args = RawTotalAttention { q: tensor(0, problem.q_shape()), lse: 0, ..args };
+    // SAFETY: as above.
+    unsafe { cuda.total_attention_raw(&plan, &args, stream) }.unwrap();
+    let found = cuda.download(&total).unwrap();
+    assert!(found[0].is_nan() && found[1..].iter().all(|&x| x == 0.0));
 }

@@ -16,11 +16,12 @@ const RUN_SH: &str = r#"#!/bin/sh
 #   ./run.sh check|bench|info [FLAGS…]   the command line
 set -eu
 cd "$(dirname "$0")"
+ops=forward,backward,total-attention
 case "${1:-all}" in
 all)
     ./gpu
-    ./ferroflash check --device cuda --cases 200
-    ./ferroflash bench --device cuda
+    ./ferroflash check --device cuda --op "$ops" --cases 200
+    ./ferroflash bench --device cuda --op "$ops"
     ;;
 test)
     shift
@@ -29,10 +30,11 @@ test)
 sanitize)
     for tool in memcheck racecheck synccheck initcheck; do
         echo "== $tool"
-        compute-sanitizer --tool "$tool" --error-exitcode 9 ./ferroflash check --device cuda --cases "${2:-12}"
+        compute-sanitizer --tool "$tool" --error-exitcode 9 ./ferroflash check --device cuda --op "$ops" \
+            --cases "${2:-12}"
         # More work tiles than CTAs: the ring and the query tile are used again and again.
-        compute-sanitizer --tool "$tool" --error-exitcode 9 ./ferroflash check --device cuda --batch 3 --heads-q 40 \
-            --seqlen-q 400 --mask causal --head-dim 128
+        compute-sanitizer --tool "$tool" --error-exitcode 9 ./ferroflash check --device cuda --op "$ops" --batch 3 \
+            --heads-q 40 --seqlen-q 400 --mask causal --head-dim 128
     done
     ;;
 *)
