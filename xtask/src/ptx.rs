@@ -111,7 +111,7 @@ fn assemble(folder: &Path, name: &str) -> Result<Kernel> {
     }
     // C75xx are ptxas's warnings about wgmma and setmaxnreg.
     problems.extend(report.lines().filter(|line| line.contains("(C75")).map(|line| line.trim().to_owned()));
-    if ["forward_", "backward_"].iter().any(|mainloop| name.starts_with(mainloop)) {
+    if ["forward_", "backward_", "total_"].iter().any(|mainloop| name.starts_with(mainloop)) {
         problems.extend(NEEDED.iter().filter(|needed| count(needed) == 0).map(|needed| format!("no {needed}")));
     }
     for mnemonic in FORBIDDEN {

@@ -148,7 +148,7 @@ pub fn init_total_barriers(smem: &TotalSmem) {
         if _thread_idx_x() == 0 {
             for slot in 0..TotalSmem::K_STAGES {
                 Mbarrier(base + smem.k_full(slot)).init(1);
-                Mbarrier(base + smem.k_empty(slot)).init(CONSUMER_WARPS);
+                Mbarrier(base + smem.k_empty(slot)).init(2 * WARPGROUP_THREADS);
             }
             for slot in 0..smem.stages {
                 Mbarrier(base + smem.q_full(slot)).init(1);

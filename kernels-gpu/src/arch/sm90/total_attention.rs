@@ -58,8 +58,9 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
     #[inline(always)]
     fn release_k(&mut self) {
+        // By every thread: this is in a branch, after which ptxas takes a warp that has elected for one that may have diverged.
         // SAFETY: as above.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.k_empty(self.pipe.k.slot)).arrive_elected() };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.k_empty(self.pipe.k.slot)).arrive() };
         self.pipe.k.advance(TotalSmem::K_STAGES);
     }
     #[inline(always)]
