@@ -141,18 +141,19 @@ pub fn init_backward_barriers(smem: &BackwardSmem) {
 /// As [`init_barriers`], for the kernel of total attention and its two consumers.
 #[inline(always)]
 pub fn init_total_barriers(smem: &TotalSmem) {
-    const CONSUMER_WARPS: u32 = 8;
+    // Every thread arrives by itself.
+    const CONSUMER_THREADS: u32 = TotalSmem::CONSUMERS * WARPGROUP_THREADS;
     let base = smem_base();
     // SAFETY: as in `init_barriers`.
     unsafe {
         if _thread_idx_x() == 0 {
             for slot in 0..TotalSmem::K_STAGES {
                 Mbarrier(base + smem.k_full(slot)).init(1);
-                Mbarrier(base + smem.k_empty(slot)).init(2 * WARPGROUP_THREADS);
+                Mbarrier(base + smem.k_empty(slot)).init(CONSUMER_THREADS);
             }
             for slot in 0..smem.stages {
                 Mbarrier(base + smem.q_full(slot)).init(1);
-                Mbarrier(base + smem.q_empty(slot)).init(CONSUMER_WARPS);
+                Mbarrier(base + smem.q_empty(slot)).init(CONSUMER_THREADS);
             }
             fence_mbarrier_init();
         }

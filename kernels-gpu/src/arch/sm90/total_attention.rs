@@ -58,7 +58,7 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
     #[inline(always)]
     fn release_k(&mut self) {
-        // By every thread: this is in a branch, after which ptxas takes a warp that has elected for one that may have diverged.
+        // By every thread, as below: after an election in this loop ptxas takes the warp for one that may have diverged.
         // SAFETY: as above.
         unsafe { Mbarrier(self.base() + self.pipe.smem.k_empty(self.pipe.k.slot)).arrive() };
         self.pipe.k.advance(TotalSmem::K_STAGES);
@@ -74,7 +74,7 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     #[inline(always)]
     fn release_q(&mut self, q: u32) {
         // SAFETY: as above.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.q_empty(q)).arrive_elected() };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.q_empty(q)).arrive() };
     }
 
     #[inline(always)]
