@@ -16,7 +16,7 @@ const RUN_SH: &str = r#"#!/bin/sh
 #   ./run.sh check|bench|info [FLAGS…]   the command line
 set -eu
 cd "$(dirname "$0")"
-ops=forward,backward,total-attention
+ops=forward,backward,piecewise,piecewise-backward,total-attention
 case "${1:-all}" in
 all)
     ./gpu
