@@ -11,10 +11,15 @@ mod ptx;
 mod ptxas;
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::{env, fs};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{env, fs, thread};
 
+use flate2::Compression;
+use flate2::write::ZlibEncoder;
 use kernels_gpu::variants;
 
 fn main() -> ExitCode {
@@ -62,22 +67,51 @@ fn compile_kernels() -> Result<(), String> {
     )
     .unwrap();
     writeln!(table, "/// Every compiled kernel.\npub static KERNELS: &[Kernel] = &[").unwrap();
-    for (symbol, text) in modules {
+    let mut paths = Vec::new();
+    for (symbol, text) in &modules {
         let path = folder.join(format!("{symbol}.ptx"));
         fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
-        let assembled = ptxas.as_deref().and_then(|ptxas| assemble(ptxas, &path));
-        let (cubin, registers) = match &assembled {
+        paths.push(path);
+    }
+    let assembled = assemble_all(ptxas.as_deref(), &paths);
+    for (((symbol, text), path), assembled) in modules.iter().zip(&paths).zip(&assembled) {
+        let packed = path.with_extension("ptx.z");
+        fs::write(&packed, compress(text)?).map_err(|e| format!("{}: {e}", packed.display()))?;
+        let (cubin, registers) = match assembled {
             Some((cubin, registers)) => (format!("Some(include_bytes!({cubin:?}))"), format!("Some({registers})")),
             None => ("None".to_owned(), "None".to_owned()),
         };
         writeln!(
             table,
-            "    Kernel {{ symbol: {symbol:?}, ptx: include_str!({path:?}), cubin: {cubin}, registers: {registers} }},"
+            "    Kernel {{ symbol: {symbol:?}, ptx: include_bytes!({packed:?}), cubin: {cubin}, registers: {registers} }},"
         )
         .unwrap();
     }
     table.push_str("];\n");
     fs::write(out.join("kernels.rs"), table).map_err(|e| format!("kernels.rs: {e}"))
+}
+
+/// The text, some ten times smaller: there is much of it, and few programs ever need it.
+fn compress(text: &str) -> Result<Vec<u8>, String> {
+    let mut encoder = ZlibEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(text.as_bytes()).and_then(|()| encoder.finish()).map_err(|e| e.to_string())
+}
+
+/// A cubin of each module, on all cores.
+fn assemble_all(ptxas: Option<&Path>, modules: &[PathBuf]) -> Vec<Option<(PathBuf, u32)>> {
+    let next = AtomicUsize::new(0);
+    let results: Vec<_> = modules.iter().map(|_| OnceLock::new()).collect();
+    let work = || {
+        while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < modules.len()) {
+            let _ = results[i].set(ptxas.and_then(|ptxas| assemble(ptxas, &modules[i])));
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, |n| n.get()) {
+            scope.spawn(work);
+        }
+    });
+    results.into_iter().map(|result| result.into_inner().flatten()).collect()
 }
 
 /// A cubin of one module; where ptxas can't make it, the driver compiles the PTX on first use instead.

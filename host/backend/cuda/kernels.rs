@@ -1,9 +1,11 @@
 //! The compiled kernels, each a module of its own that is loaded when it is first called.
 
+use std::io::Read;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use cust::module::Module;
+use flate2::read::ZlibDecoder;
 
 use super::driver::{Function, failed};
 use crate::error::{Error, Result};
@@ -13,8 +15,8 @@ use crate::error::{Error, Result};
 pub struct Kernel {
     /// Name of its entry point.
     pub symbol: &'static str,
-    /// Its PTX, which the driver compiles where there is no cubin.
-    pub ptx: &'static str,
+    /// Its PTX, compressed by zlib, which the driver compiles where there is no cubin.
+    ptx: &'static [u8],
     /// Its machine code, where the build had ptxas.
     pub cubin: Option<&'static [u8]>,
     /// Registers of a thread at entry, where the build had ptxas.
@@ -27,6 +29,17 @@ impl Kernel {
     /// The compiled kernel of this name.
     pub fn of(symbol: &str) -> Option<&'static Kernel> {
         KERNELS.iter().find(|kernel| kernel.symbol == symbol)
+    }
+
+    /// Its PTX, unpacked.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] for a build whose PTX is damaged.
+    pub fn ptx(&self) -> Result<String> {
+        let mut text = String::new();
+        let unpacked = ZlibDecoder::new(self.ptx).read_to_string(&mut text);
+        unpacked.map_err(|error| Error::Driver { call: "PTX", message: error.to_string() })?;
+        Ok(text)
     }
 }
 
@@ -67,10 +80,23 @@ fn load(kernel: &Kernel, smem_bytes: u32) -> Result<Loaded> {
     let cubin = kernel.cubin.and_then(|cubin| Module::from_cubin(cubin, &[]).ok());
     let module = match cubin {
         Some(module) => module,
-        None => Module::from_ptx(kernel.ptx, &[]).map_err(failed("cuModuleLoadData"))?,
+        None => Module::from_ptx(kernel.ptx()?, &[]).map_err(failed("cuModuleLoadData"))?,
     };
     let function = module.get_function(kernel.symbol).map_err(failed("cuModuleGetFunction"))?;
     let function = Function(function.to_raw());
     function.set_shared_memory(smem_bytes)?;
     Ok(Loaded { function, load_time: start.elapsed(), _module: module })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_has_its_ptx() {
+        for kernel in KERNELS {
+            let ptx = kernel.ptx().unwrap();
+            assert!(ptx.contains(&format!(".entry {}(", kernel.symbol)), "{}", kernel.symbol);
+        }
+    }
 }
