@@ -52,6 +52,18 @@ pub enum Error {
         /// The scale asked for.
         value: f32,
     },
+    /// The probability of dropout is negative, 1 or above, or not a number.
+    #[error("dropout.p is {value}; at least 0 and below 1 is needed")]
+    Dropout {
+        /// The probability asked for.
+        value: f32,
+    },
+    /// Piecewise attention was to drop weights.
+    #[error("dropout.p is {value}; dropout is not available with piecewise attention, 0 is needed")]
+    PiecewiseDropout {
+        /// The probability asked for.
+        value: f32,
+    },
     /// A text names no mask.
     #[error("mask is {value:?}; allowed are \"none\" and \"causal\"")]
     UnknownMask {
@@ -302,6 +314,8 @@ pub enum Operand {
     Workspace,
     /// The total attention of each key.
     Total,
+    /// Which weights dropout keeps.
+    DropoutMask,
 }
 
 impl fmt::Display for Operand {
@@ -323,6 +337,7 @@ impl fmt::Display for Operand {
             Operand::Dk2 => "dk2",
             Operand::Workspace => "workspace",
             Operand::Total => "total",
+            Operand::DropoutMask => "dropout_mask",
         })
     }
 }

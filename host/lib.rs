@@ -40,6 +40,8 @@
 //! - **Causal** is aligned to the bottom right: query i sees key j when j ≤ i + seqlen_k − seqlen_q, so the last query
 //!   sees every key. PyTorch's `is_causal` is aligned to the top left, which differs where the lengths do.
 //! - **Rows without a key**, by the mask or because seqlen_k is 0, give O = 0 and LSE = −∞, never NaN.
+//! - **Dropout** ([`Attention::dropout`]) drops weights after the softmax, by random numbers that are a function of seed,
+//!   offset, head, query and key: both passes drop the same ones, on every machine. The LSE is that of all of them.
 //! - **Gradients** ([`Attention::backward`]) are of the inputs' dtype, accumulated in f32. [`Determinism`] says whether dQ
 //!   is the same bits on every run.
 //! - **LSE** is the natural logarithm of the sum of the exponentials of the scaled scores.
@@ -66,6 +68,7 @@ pub mod backend;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cases;
+mod dropout;
 mod error;
 mod operands;
 mod overlap;
@@ -78,12 +81,14 @@ pub use attention::{Attention, Lse, Output, Piecewise, PiecewiseGradients};
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{self, Cuda};
 pub use backend::{Backend, cpu::Cpu};
+pub use dropout::{Dropout, dropout_mask};
 pub use error::{Dim, Error, Operand, Result};
 pub use half::{bf16, f16};
 pub use kernels_gpu::{
     element::Element,
     variants::{
-        BACKWARD_VARIANTS, BackwardVariant, Dtype, MaskKind, Op, TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
+        BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, BackwardVariant, DROPOUT_VARIANTS, Dtype, MaskKind, Op,
+        TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
     },
 };
 pub use operands::{BackwardInputs, Gradients, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention};

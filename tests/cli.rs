@@ -68,6 +68,31 @@ fn check_judges_gradients() {
 }
 
 #[test]
+fn dropout_is_checked_and_measured() {
+    let flags = ["--dropout", "0.1", "--seqlen-q", "65", "--seed", "5"];
+    let output = ferroflash(&[&["check", "--device", "cpu"][..], &flags].concat());
+    assert!(output.status.success(), "{output:?}");
+    let table = text(&output.stdout);
+    assert!(table.contains("2 passed, 0 failed") && table.contains("dropout 0.1"), "{table}");
+    for (command, p) in [("check", "1"), ("check", "-0.1"), ("bench", "NaN"), ("bench", "x")] {
+        let output = ferroflash(&[command, "--device", "cpu", "--dropout", p]);
+        assert_eq!(output.status.code(), Some(2), "{command} {p}: {output:?}");
+        assert!(text(&output.stderr).contains("dropout"), "{output:?}");
+    }
+    let output = ferroflash(&["check", "--device", "cpu", "--op", "piecewise", "--dropout", "0.1"]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(text(&output.stderr).contains("not available with piecewise attention"), "{output:?}");
+    let json = std::env::temp_dir().join(format!("ferroflash-dropout-{}.json", std::process::id()));
+    let small = ["--head-dims", "64", "--seqlens", "64", "--mask", "none", "--tokens", "64", "--hidden", "64"];
+    let flags = ["bench", "--device", "cpu", "--dropout", "0.5", "--budget-ms", "1", "--json"];
+    let output = ferroflash(&[&flags[..], &[json.to_str().expect("a path")], &small].concat());
+    assert!(output.status.success(), "{output:?}");
+    let written = std::fs::read_to_string(&json).expect("a file");
+    std::fs::remove_file(&json).expect("removed");
+    assert_eq!(written.matches("\"dropout\": 0.5").count(), 2, "{written}");
+}
+
+#[test]
 fn both_passes_are_checked_in_one_run() {
     let output = ferroflash(&["check", "--device", "cpu", "--op", "forward,backward", "--seqlen-q", "65"]);
     assert!(output.status.success(), "{output:?}");
@@ -207,8 +232,9 @@ fn a_build_without_cuda_says_how_to_get_it() {
 fn info_lists_the_kernels() {
     let output = ferroflash(&["info", "--device", "cpu"]);
     assert!(output.status.success(), "{output:?}");
-    let forward = ferroflash::VARIANTS.iter().map(|variant| variant.symbol);
-    let backward = ferroflash::BACKWARD_VARIANTS.iter().flat_map(|v| [v.symbol, v.prepare, v.finish]);
+    let forward = ferroflash::VARIANTS.iter().chain(ferroflash::DROPOUT_VARIANTS).map(|variant| variant.symbol);
+    let backward = ferroflash::BACKWARD_VARIANTS.iter().chain(ferroflash::BACKWARD_DROPOUT_VARIANTS);
+    let backward = backward.flat_map(|v| [v.symbol, v.prepare, v.finish]);
     let total = ferroflash::TOTAL_VARIANTS.iter().map(|variant| variant.symbol);
     let table = text(&output.stdout);
     for symbol in forward.chain(backward).chain(total) {

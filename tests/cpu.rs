@@ -1,6 +1,8 @@
 //! The kernels on the CPU executor, against the reference.
 
 mod common;
+#[path = "cpu/dropout.rs"]
+mod dropout;
 #[path = "cpu/piecewise.rs"]
 mod piecewise;
 

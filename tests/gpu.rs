@@ -54,6 +54,19 @@ fn main() {
             trials.push(test(&name, Box::new(move |cuda| common::pass_backward(cuda, &case, determinism))));
         }
     }
+    for (name, case) in common::dropout::named() {
+        let run = move |cuda: &Cuda| {
+            common::pass(cuda, &case);
+            common::pass_backward(cuda, &case, Determinism::Exact);
+        };
+        trials.push(test(&name, Box::new(run)));
+    }
+    for (head_dim, mask) in [64, 128, 256].into_iter().flat_map(|d| [(d, Mask::None), (d, Mask::Causal)]) {
+        trials.push(test(
+            &format!("dropout mask recovered, head dim {head_dim}, {mask}"),
+            Box::new(move |cuda| common::dropout::mask_is_recovered(cuda, head_dim, mask)),
+        ));
+    }
     for mask in [Mask::None, Mask::Causal] {
         trials.push(test(&format!("large logits, {mask}"), Box::new(move |cuda| common::large_logits(cuda, mask))));
         for head_dim in [64, 96, 128, 192, 256] {
@@ -72,6 +85,14 @@ fn main() {
             Box::new(move |cuda| common::repeats_backward(cuda, &case, 100)),
         ));
     }
+    for (head_dim, mask) in [64, 128, 256].into_iter().flat_map(|d| [(d, Mask::None), (d, Mask::Causal)]) {
+        let case = Case { seed: 1, dropout: 0.1, ..Case::new(Problem { head_dim, ..BIG }, mask) };
+        let repeat = move |cuda: &Cuda| {
+            common::repeats(cuda, &case, 20);
+            common::repeats_backward(cuda, &case, 20);
+        };
+        trials.push(test(&format!("20 exact repeats with dropout, head dim {head_dim}, {mask}"), Box::new(repeat)));
+    }
     for (seqlen_q, seqlen_k) in [(239, 1), (1024, 128)] {
         let problem = Problem { batch: 60, heads_q: 4, heads_kv: 4, seqlen_q, seqlen_k, ..BIG };
         let case = Case { seed: 1, ..Case::new(problem, Mask::Causal) };
@@ -83,6 +104,7 @@ fn main() {
     trials.extend(piecewise::tests().into_iter().map(|(name, run)| test(&name, run)));
     trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));
     trials.push(test("random cases backward", Box::new(random_cases_backward)));
+    trials.push(test("random cases with dropout", Box::new(random_dropout)));
     trials.push(test("raw addresses backward", Box::new(raw_addresses_backward)));
     for (name, case) in total::named() {
         trials.push(test(&format!("total: {name}"), Box::new(move |cuda| total::pass(cuda, &case))));
@@ -150,6 +172,19 @@ fn random_cases_total(cuda: &Cuda) {
     }
 }
 
+/// Random cases with dropout of one run, each in both passes.
+const RANDOM_DROPOUT_CASES: u64 = 500;
+
+fn random_dropout(cuda: &Cuda) {
+    let cases = std::env::var("FERROFLASH_GPU_CASES").ok().and_then(|n| n.parse().ok());
+    for seed in 0..cases.unwrap_or(RANDOM_DROPOUT_CASES) {
+        let case = Case::random_dropout(seed, 1e8);
+        let determinism = if seed % 2 == 0 { Determinism::Fast } else { Determinism::Exact };
+        common::pass(cuda, &case);
+        common::pass_backward(cuda, &case, determinism);
+    }
+}
+
 /// Cases that no run has seen before; a failure prints what it takes to run it again.
 fn fresh_cases(cuda: &Cuda) {
     let config = Config { cases: 200, failure_persistence: None, ..Config::default() };
@@ -166,9 +201,11 @@ fn fresh_cases(cuda: &Cuda) {
 fn many_tiles(cuda: &Cuda) {
     for (head_dim, mask) in [(64, Mask::None), (64, Mask::Causal), (128, Mask::Causal), (256, Mask::Causal)] {
         let problem = Problem { batch: 6, heads_q: 24, heads_kv: 8, seqlen_q: 500, seqlen_k: 700, head_dim, ..BIG };
-        let case = Case::new(problem, mask);
-        let outcome = case.run(cuda, &Rows::sample(500, 40)).unwrap();
-        assert!(outcome.passed(), "{case}\n{outcome:#?}");
+        for dropout in [0.0, 0.3] {
+            let case = Case { dropout, ..Case::new(problem, mask) };
+            let outcome = case.run(cuda, &Rows::sample(500, 40)).unwrap();
+            assert!(outcome.passed(), "{case}\n{outcome:#?}");
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 mod total;
 
 use ferroflash::cases::Case;
-use ferroflash::{Attention, Cpu, Dtype, Error, Mask, Problem, Tensor, bf16};
+use ferroflash::{Attention, Cpu, Dropout, Dtype, Error, Mask, Problem, Tensor, bf16};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
@@ -99,4 +99,22 @@ fn errors_come_before_results() {
     // Ten queries, each with exp(16 / √16) for every key.
     let expected = 10.0 * 4.0f32.exp();
     assert!(total.iter().all(|&x| (x - expected).abs() < 1e-3), "{total:?}");
+}
+
+/// Weights are counted before they are dropped, and so is the LSE.
+#[test]
+fn dropout_makes_no_difference() {
+    let problem =
+        Problem { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 50, seqlen_k: 70, head_dim: 16, dtype: Dtype::Bf16 };
+    let data: Vec<bf16> = (0..4 * 70 * 16).map(|i| bf16::from_f32((i as f32).sin())).collect();
+    let (q, k) = (Tensor::bhsd(&data[..], problem.q_shape()), Tensor::bhsd(&data[..], problem.kv_shape()));
+    let run = |dropout| {
+        let attention = Attention::new(problem).dropout(dropout);
+        let out = attention.forward(&Cpu, q, k, k).unwrap();
+        let total = attention.total_attention(&Cpu, q, k, out.lse.as_deref().unwrap()).unwrap();
+        (out.o, total)
+    };
+    let (without, with) = (run(Dropout::NONE), run(Dropout { p: 0.5, seed: 3, offset: 0 }));
+    assert!(without.0 != with.0);
+    assert_eq!(without.1, with.1);
 }

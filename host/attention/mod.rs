@@ -4,6 +4,7 @@ use kernels_gpu::element::Element;
 
 use crate::{
     backend::Backend,
+    dropout::Dropout,
     error::{Operand, Result},
     operands::ForwardInputs,
     plan::{Determinism, Plan},
@@ -31,7 +32,8 @@ pub enum Lse {
 ///
 /// O = softmax(scale · Q·Kᵀ + mask) · V and LSE, the natural log-sum-exp of each query's scaled, masked scores, f32
 /// (batch, heads_q, seqlen_q) (FlashAttention-2, arXiv 2307.08691, algorithm 1). Scores, softmax and accumulators are
-/// f32. A query that sees no key gets O = 0 and LSE = −∞.
+/// f32. A query that sees no key gets O = 0 and LSE = −∞. With [`Attention::dropout`] the weights, P = softmax(…), are
+/// (P∘Z / (1 − p)), Z being 0 where they are dropped and 1 elsewhere; the LSE is without it.
 ///
 /// ```
 /// use ferroflash::{Attention, Dtype, Mask, Problem};
@@ -49,10 +51,11 @@ pub struct Attention {
     scale: Option<f32>,
     lse: Lse,
     determinism: Determinism,
+    dropout: Dropout,
 }
 
 impl Attention {
-    /// Attention without a mask, with the scale 1/√head_dim, returning the LSE, with fast gradients. The problem is
+    /// Attention without a mask, with the scale 1/√head_dim and no dropout, returning the LSE, with fast gradients. The problem is
     /// checked when it is planned or run.
     pub fn new(problem: Problem) -> Self {
         Attention {
@@ -61,6 +64,7 @@ impl Attention {
             scale: None,
             lse: Lse::default(),
             determinism: Determinism::default(),
+            dropout: Dropout::NONE,
         }
     }
 
@@ -88,13 +92,20 @@ impl Attention {
         self
     }
 
+    /// Which attention weights are dropped; a backward pass takes the same as the forward pass that it belongs to. Total
+    /// attention counts weights before they are dropped, and [`Piecewise`] drops none.
+    pub fn dropout(mut self, dropout: Dropout) -> Self {
+        self.dropout = dropout;
+        self
+    }
+
     /// How a forward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU; needs no such
     /// machine.
     ///
     /// # Errors
     /// Those of [`Plan::forward`].
     pub fn plan(&self, sm_count: u32) -> Result<Plan> {
-        Plan::forward(&self.problem, self.mask, self.scale, sm_count)
+        Plan::forward(&self.problem, self.mask, self.scale, self.dropout, sm_count)
     }
 
     /// Computes O, and the LSE unless it is omitted, into memory that the backend allocates.

@@ -6,7 +6,7 @@ use super::backward::{allocate, view};
 use super::{Attention, Output};
 use crate::{
     backend::Backend,
-    error::{Operand, Result},
+    error::{Error, Operand, Result},
     operands::{BackwardInputs, ForwardInputs, Gradients, Pair, SecondTensors},
     plan::{BackwardPlan, Determinism, Plan},
     tensor::Tensor,
@@ -16,7 +16,7 @@ use crate::{
 /// change with it.
 ///
 /// score(i, j) = scale · q2ᵢ·k2ⱼ where i + seqlen_k − seqlen_q − j ≥ dist_threshold, and scale · q1ᵢ·k1ⱼ elsewhere; then
-/// the mask, the softmax and V as in [`Attention`], which says the rest: problem, mask, scale, LSE, determinism. The
+/// the mask, the softmax and V as in [`Attention`], which says the rest: problem, mask, scale, LSE, determinism; there is no dropout. The
 /// distance is signed: a key behind its query has a positive one. A block of scores that the threshold does not cross
 /// costs what it costs in plain attention, one that it crosses twice that.
 ///
@@ -51,7 +51,8 @@ pub struct PiecewiseGradients<T> {
 }
 
 impl Piecewise {
-    /// `attention` with a second pair, which counts from the distance `dist_threshold` on; any number is allowed.
+    /// `attention`, which drops no weights, with a second pair, which counts from the distance `dist_threshold` on; any
+    /// number is allowed.
     pub fn new(attention: Attention, dist_threshold: i32) -> Self {
         Piecewise { attention, dist_threshold }
     }
@@ -65,8 +66,9 @@ impl Piecewise {
     /// How a forward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU.
     ///
     /// # Errors
-    /// Those of [`Plan::forward`].
+    /// Those of [`Plan::forward`]; [`Error::PiecewiseDropout`] where the attention drops weights.
     pub fn plan(&self, sm_count: u32) -> Result<Plan> {
+        self.without_dropout()?;
         let Attention { problem, mask, scale, .. } = &self.attention;
         Plan::piecewise(problem, *mask, *scale, self.dist_threshold, sm_count)
     }
@@ -74,17 +76,24 @@ impl Piecewise {
     /// How a backward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU.
     ///
     /// # Errors
-    /// Those of [`BackwardPlan::new`].
+    /// Those of [`BackwardPlan::new`]; [`Error::PiecewiseDropout`] where the attention drops weights.
     pub fn plan_backward(&self, sm_count: u32) -> Result<BackwardPlan> {
+        self.without_dropout()?;
         let Attention { problem, mask, scale, determinism, .. } = &self.attention;
         BackwardPlan::piecewise(problem, *mask, *scale, self.dist_threshold, *determinism, sm_count)
+    }
+
+    /// No kernel has both a second pair and dropout.
+    fn without_dropout(&self) -> Result<()> {
+        let dropout = self.attention.dropout;
+        if dropout.probability()? > 0.0 { Err(Error::PiecewiseDropout { value: dropout.p }) } else { Ok(()) }
     }
 
     /// Computes O, and the LSE unless it is omitted, into memory that the backend allocates; tensors as in
     /// [`Attention::forward`].
     ///
     /// # Errors
-    /// Those of [`Attention::forward`], and every error that names `q2` or `k2`.
+    /// Those of [`Piecewise::plan`] and [`Attention::forward`], and every error that names `q2` or `k2`.
     pub fn forward<'a, B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -116,7 +125,7 @@ impl Piecewise {
     /// pair that it came from. `inputs` has Q1 and K1; see [`Attention::backward`].
     ///
     /// # Errors
-    /// Those of [`Attention::backward`], and every error that names `q2` or `k2`.
+    /// Those of [`Piecewise::plan_backward`] and [`Attention::backward`], and every error that names `q2` or `k2`.
     pub fn backward<B: Backend, E: Element>(
         &self,
         backend: &B,

@@ -23,6 +23,8 @@ impl Attention {
     /// Computes how much attention each key got: total_j = Σᵢ exp(scale·qᵢ·kⱼ − LSEᵢ) over the queries i that see key j,
     /// f32 (batch, heads_q, seqlen_k), contiguous, into memory that the backend allocates.
     ///
+    /// Weights are counted as the softmax gives them, before [`Attention::dropout`], which makes no difference here.
+    ///
     /// It is a second pass over Q, K and the LSE that the forward pass gave, with the same mask and scale, and stores no
     /// score. Heads stay apart: there is a line for every query head, also of those that share a key head. A query that
     /// sees no key (LSE = −∞) counts nothing, so a line adds up to the number of queries that see one; without queries

@@ -66,6 +66,9 @@ pub struct PassArgs {
     /// Whether gradients are the same bits on every run (exact, slower); the results of the forward pass always are.
     #[arg(long, value_parser = determinism, default_value = "fast", value_name = "fast|exact")]
     pub determinism: Determinism,
+    /// Probability that an attention weight is dropped: at least 0 and below 1, resolved to 1/256.
+    #[arg(long, value_parser = dropout, default_value = "0", value_name = "P", allow_negative_numbers = true)]
+    pub dropout: f32,
 }
 
 #[derive(Args)]
@@ -82,6 +85,7 @@ Examples:
   ferroflash check --op backward --determinism exact --mask causal --head-dim 128
   ferroflash check --op piecewise,piecewise-backward --mask causal --dist-threshold 100
   ferroflash check --op total-attention --seqlen-q 1000 --seqlen-k 300
+  ferroflash check --dropout 0.1 --head-dim 128
   ferroflash check --op forward --device cuda --seqlen-q 1048576 --seqlen-k 1048576 --heads-q 1 --heads-kv 1
 
 With --cases, or with no flag that describes a case, shapes are drawn at random from the seed. Otherwise one case runs.
@@ -96,7 +100,7 @@ pub struct CheckArgs {
     /// Random cases to run [default: 50].
     #[arg(long, conflicts_with = "case", value_parser = clap::value_parser!(u64).range(1..))]
     pub cases: Option<u64>,
-    /// Seed of the cases and of their inputs.
+    /// Seed of the cases, of their inputs and of dropout.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     #[command(flatten)]
@@ -164,6 +168,7 @@ Examples:
   ferroflash bench --op backward --determinism exact
   ferroflash bench --op piecewise,piecewise-backward --mask causal
   ferroflash bench --op forward,total-attention --head-dims 64
+  ferroflash bench --head-dims 128 --dropout 0.1
 
 The batch is tokens / seqlen and the heads are hidden / head_dim, so every measurement has about the same size.
 Inputs are random. TFLOP/s count 4·B·H·M·N·D, 2.5 times that for backward, half of that for total
@@ -225,6 +230,12 @@ fn determinism(text: &str) -> Result<Determinism, String> {
 fn input_std(text: &str) -> Result<f32, String> {
     let std = text.parse().ok().filter(|std: &f32| std.is_finite() && *std >= 0.0);
     std.ok_or_else(|| "a finite number, 0 or above, is needed".to_owned())
+}
+
+fn dropout(text: &str) -> Result<f32, String> {
+    let p = text.parse().map_err(|_| "a number is needed".to_owned())?;
+    let dropout = ferroflash::Dropout { p, ..Default::default() };
+    dropout.probability().map(|_| p).map_err(|error| error.to_string())
 }
 
 fn order(text: &str) -> Result<Order, String> {

@@ -40,12 +40,21 @@ impl OpName {
         self.is_backward().then_some(asked)
     }
 
+    /// The probability that it drops a weight, where it drops any.
+    pub fn dropout(self, asked: f32) -> Option<f32> {
+        (asked > 0.0 && self != OpName::TotalAttention).then_some(asked)
+    }
+
     /// Its name in a table, for people.
-    pub fn title(self, determinism: Determinism) -> String {
-        match self.determinism(determinism) {
-            Some(Determinism::Exact) => format!("{} exact", self.name()),
-            _ => self.name().to_owned(),
+    pub fn title(self, determinism: Determinism, dropout: f32) -> String {
+        let mut title = self.name().to_owned();
+        if self.determinism(determinism) == Some(Determinism::Exact) {
+            title += " exact";
         }
+        if let Some(dropout) = self.dropout(dropout) {
+            title += &format!(" dropout {dropout}");
+        }
+        title
     }
 
     /// Plans it, for whatever machine; the bytes of workspace that it needs.

@@ -10,7 +10,6 @@ use rand_distr::StandardNormal;
 
 use super::guarded::Guarded;
 use super::{Case, CaseOutput, for_rows};
-use crate::Attention;
 use crate::backend::Backend;
 use crate::error::{Operand, Result};
 use crate::operands::{BackwardInputs, Gradients};
@@ -83,7 +82,7 @@ impl Case {
     /// and judges the gradients.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`] and of [`Attention::backward_into`].
+    /// Those of [`Attention::forward_into`](crate::Attention::forward_into) and of [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn run_backward<B: Backend>(&self, backend: &B, determinism: Determinism) -> Result<BackwardOutcome> {
         match self.problem.dtype {
             Dtype::F16 => self.judge_backward::<B, half::f16>(backend, &self.backward_data(backend)?, determinism),
@@ -94,7 +93,7 @@ impl Case {
     /// Runs the case's backward pass from the given data and judges the gradients.
     ///
     /// # Errors
-    /// Those of [`Attention::backward_into`].
+    /// Those of [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn judge_backward<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -123,11 +122,11 @@ impl Case {
         scores: Scores<Tensor<&[E]>>,
         v: Tensor<&[E]>,
     ) -> Result<GradientAccuracy> {
-        let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
+        let (problem, mask, scale, dropout) = (&self.problem, self.mask, self.effective_scale(), self.dropped());
         let [o, d_o] = [&data.o, &data.d_o].map(|x| Tensor { data: &x[..], layout: self.layout(problem.q_shape()) });
         let d_lse = data.d_lse.as_deref();
-        let exact = backward_f64(problem, mask, scale, scores, [v, d_o], d_lse)?;
-        let plain = backward_plain(problem, mask, scale, scores, [v, d_o], Some(o), d_lse)?;
+        let exact = backward_f64(problem, mask, scale, &dropout, scores, [v, d_o], d_lse)?;
+        let plain = backward_plain(problem, mask, scale, &dropout, scores, [v, d_o], (Some(o), d_lse))?;
         Ok(GradientAccuracy::of(found, &plain, &exact, self.cancelled(&scores, [&data.o, &data.d_o])))
     }
 
@@ -159,7 +158,7 @@ impl Case {
     /// Random inputs, what the backend's forward pass makes of them, and random gradients of that.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`].
+    /// Those of [`Attention::forward_into`](crate::Attention::forward_into).
     pub fn backward_data<B: Backend, E: Element>(&self, backend: &B) -> Result<BackwardData<E>> {
         let inputs = self.inputs::<E>()?;
         let output = self.output::<B, E>(backend, &inputs)?;
@@ -182,7 +181,7 @@ impl Case {
     /// Runs the case's backward pass from the given data.
     ///
     /// # Errors
-    /// Those of [`Attention::backward_into`].
+    /// Those of [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn gradients<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -213,8 +212,7 @@ impl Case {
             lse: B::slice(&lse),
             d_lse: d_lse.as_ref().map(B::slice),
         };
-        let attention = Attention::new(self.problem).mask(self.mask).scale(self.effective_scale());
-        let attention = attention.determinism(determinism);
+        let attention = self.attention().determinism(determinism);
         gradients_of(backend, outputs, |[dq, dk, dv]| {
             attention.backward_into(backend, inputs, Gradients { dq, dk, dv })
         })

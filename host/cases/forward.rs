@@ -66,9 +66,9 @@ impl Case {
         v: Tensor<&[E]>,
         rows: &Rows,
     ) -> Result<Outcome> {
-        let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
-        let exact = forward_f64(problem, mask, scale, scores, v, rows)?;
-        let plain = forward_plain(problem, mask, scale, scores, v, rows)?;
+        let (problem, mask, scale, dropout) = (&self.problem, self.mask, self.effective_scale(), self.dropped());
+        let exact = forward_f64(problem, mask, scale, &dropout, scores, v, rows)?;
+        let plain = forward_plain(problem, mask, scale, &dropout, scores, v, rows)?;
         let o = Tensor { data: &output.o[..], layout: self.layout(problem.q_shape()) };
         let found = Forward::gather(problem, o, Some(&output.lse), rows)?;
         Ok(Outcome {
@@ -88,7 +88,7 @@ impl Case {
         let k = backend.upload(Operand::K, k)?;
         let v = backend.upload(Operand::V, v)?;
         let tensor = |data, shape| Tensor { data, layout: self.layout(shape) };
-        let attention = crate::Attention::new(*problem).mask(self.mask).scale(self.effective_scale());
+        let attention = self.attention();
         self.output_of(backend, |o, lse| {
             attention.forward_into(
                 backend,

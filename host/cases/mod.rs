@@ -13,6 +13,8 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
+use crate::attention::Attention;
+use crate::dropout::Dropout;
 use crate::error::Result;
 use crate::problem::{Mask, Problem};
 use crate::tensor::{Layout, Tensor};
@@ -60,13 +62,15 @@ pub struct Case {
     pub padding: usize,
     /// Standard deviation of the inputs.
     pub input_std: f32,
+    /// The probability that a weight is dropped; the seed is the case's.
+    pub dropout: f32,
     pub seed: u64,
 }
 
 impl Case {
     /// Contiguous tensors, standard normal inputs, the default scale.
     pub fn new(problem: Problem, mask: Mask) -> Self {
-        Case { problem, mask, scale: None, order: Order::Bhsd, padding: 0, input_std: 1.0, seed: 0 }
+        Case { problem, mask, scale: None, order: Order::Bhsd, padding: 0, input_std: 1.0, dropout: 0.0, seed: 0 }
     }
 
     /// A case of at most `limit` floating-point operations, with shapes that straddle the edges of tiles.
@@ -121,13 +125,31 @@ impl Case {
             order: *[Order::Bhsd, Order::Bshd].choose(rng).unwrap_or(&Order::Bhsd),
             padding: *[0, 0, 8, 40].choose(rng).unwrap_or(&0),
             input_std: *[1.0, 1.0, 2.0, 4.0].choose(rng).unwrap_or(&1.0),
+            dropout: 0.0,
             seed: rng.random(),
         }
+    }
+
+    /// As [`Case::random`], with dropout.
+    pub fn random_dropout(seed: u64, limit: f64) -> Self {
+        let case = Case::random(seed, limit);
+        let mut rng = StdRng::seed_from_u64(seed.wrapping_add(1));
+        Case { dropout: *[0.05, 0.1, 0.1, 0.25, 0.5, 0.9, 0.99].choose(&mut rng).unwrap_or(&0.1), ..case }
     }
 
     /// The scale that the case runs with.
     pub fn effective_scale(&self) -> f32 {
         self.scale.unwrap_or_else(|| 1.0 / (self.problem.head_dim as f32).sqrt())
+    }
+
+    /// Which weights are dropped.
+    pub fn dropped(&self) -> Dropout {
+        Dropout { p: self.dropout, seed: self.seed, offset: 0 }
+    }
+
+    /// The attention that the case runs.
+    pub fn attention(&self) -> Attention {
+        Attention::new(self.problem).mask(self.mask).scale(self.effective_scale()).dropout(self.dropped())
     }
 
     /// How a tensor of `shape` lies in memory.
@@ -236,7 +258,11 @@ impl fmt::Display for Case {
             self.order,
             self.input_std,
             self.seed,
-        )
+        )?;
+        if self.dropout != 0.0 {
+            write!(f, " --dropout {}", self.dropout)?;
+        }
+        Ok(())
     }
 }
 

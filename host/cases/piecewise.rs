@@ -11,7 +11,7 @@ use rand::{Rng, SeedableRng};
 use super::backward::gradients_of;
 use super::guarded::Guarded;
 use super::{BackwardData, BackwardOutcome, Case, CaseGradients, CaseOutput, Outcome};
-use crate::attention::{Attention, Piecewise, PiecewiseGradients};
+use crate::attention::{Piecewise, PiecewiseGradients};
 use crate::backend::Backend;
 use crate::error::{Operand, Result};
 use crate::operands::{BackwardInputs, Gradients, Pair};
@@ -86,8 +86,7 @@ impl PiecewiseCase {
 
     /// The operator.
     fn piecewise(&self) -> Piecewise {
-        let attention = Attention::new(self.case.problem).mask(self.case.mask).scale(self.case.effective_scale());
-        Piecewise::new(attention, self.dist_threshold)
+        Piecewise::new(self.case.attention(), self.dist_threshold)
     }
 
     /// Runs the forward pass and judges it; of long problems, the rows that `rows` names.
@@ -265,7 +264,9 @@ mod tests {
     fn output(piecewise: &PiecewiseCase, inputs: &[Vec<bf16>; 5]) -> CaseOutput<bf16> {
         let case = &piecewise.case;
         let (scores, v) = piecewise.scores(inputs);
-        let found = forward_plain(&case.problem, case.mask, case.effective_scale(), scores, v, &Rows::All).unwrap();
+        let found =
+            forward_plain(&case.problem, case.mask, case.effective_scale(), &case.dropped(), scores, v, &Rows::All)
+                .unwrap();
         let lse = found.lse.iter().map(|&x| x as f32).collect();
         CaseOutput { o: elements(&found.o), lse, untouched: true }
     }
@@ -277,7 +278,8 @@ mod tests {
         let [o, d_o] =
             [&data.o, &data.d_o].map(|x| Tensor { data: &x[..], layout: case.layout(case.problem.q_shape()) });
         let (scale, d_lse) = (case.effective_scale(), data.d_lse.as_deref());
-        let found = backward_plain(&case.problem, case.mask, scale, scores, [v, d_o], Some(o), d_lse).unwrap();
+        let none = case.dropped();
+        let found = backward_plain(&case.problem, case.mask, scale, &none, scores, [v, d_o], (Some(o), d_lse)).unwrap();
         let Pair { q, k } = found.second.unwrap();
         let gradients = [found.dq, found.dk, q, k, found.dv].map(|x| elements(&x));
         CaseGradients { gradients, untouched: true }

@@ -7,7 +7,6 @@ use kernels_gpu::variants::Dtype;
 
 use super::Case;
 use super::guarded::GuardedLine;
-use crate::Attention;
 use crate::backend::Backend;
 use crate::error::{Operand, Result};
 use crate::reference::{Accuracy, total_f64, total_plain};
@@ -66,7 +65,7 @@ impl Case {
     /// Runs the case's forward pass, then its total attention from the LSE, and judges that.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`] and of [`Attention::total_attention_into`].
+    /// Those of [`Attention::forward_into`](crate::Attention::forward_into) and of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn run_total<B: Backend>(&self, backend: &B) -> Result<TotalOutcome> {
         match self.problem.dtype {
             Dtype::F16 => self.judge_total::<B, half::f16>(backend, &self.total_data(backend)?),
@@ -77,7 +76,7 @@ impl Case {
     /// Computes the case's total attention from the given data and judges it.
     ///
     /// # Errors
-    /// Those of [`Attention::total_attention_into`].
+    /// Those of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn judge_total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<TotalOutcome> {
         let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
         let found = self.total::<B, E>(backend, data)?;
@@ -91,7 +90,7 @@ impl Case {
     /// Random inputs, and the LSE that the backend's forward pass makes of them.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`].
+    /// Those of [`Attention::forward_into`](crate::Attention::forward_into).
     pub fn total_data<B: Backend, E: Element>(&self, backend: &B) -> Result<TotalData<E>> {
         let inputs = self.inputs::<E>()?;
         let lse = self.output::<B, E>(backend, &inputs)?.lse;
@@ -101,7 +100,7 @@ impl Case {
     /// Computes the case's total attention from the given data.
     ///
     /// # Errors
-    /// Those of [`Attention::total_attention_into`].
+    /// Those of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<CaseTotal> {
         let [q, k, _] = &data.inputs;
         let q = backend.upload(Operand::Q, q)?;
@@ -109,7 +108,7 @@ impl Case {
         let lse = backend.upload(Operand::Lse, &data.lse)?;
         let mut total = GuardedLine::<B>::new(backend, Operand::Total, self.problem.total_len())?;
         let tensor = |data, shape| Tensor { data, layout: self.layout(shape) };
-        Attention::new(self.problem).mask(self.mask).scale(self.effective_scale()).total_attention_into(
+        self.attention().total_attention_into(
             backend,
             tensor(B::slice(&q), self.problem.q_shape()),
             tensor(B::slice(&k), self.problem.kv_shape()),

@@ -271,6 +271,7 @@ fn unsized_memory(address: u64) -> Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dropout::Dropout;
     use crate::{
         plan::Determinism,
         problem::{Mask, Problem},
@@ -281,7 +282,7 @@ mod tests {
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 20, head_dim: 16, dtype: Dtype::F16 };
 
     fn plan(problem: &Problem) -> BackwardPlan {
-        BackwardPlan::new(problem, Mask::None, None, Determinism::Exact, 1).unwrap()
+        BackwardPlan::new(problem, Mask::None, None, Dropout::NONE, Determinism::Exact, 1).unwrap()
     }
 
     fn tensor(address: u64, shape: [usize; 4]) -> RawTensor {

@@ -131,13 +131,14 @@ mod tests {
     use kernels_gpu::params::Strided;
 
     use super::*;
+    use crate::dropout::Dropout;
     use crate::{problem::Mask, tensor::Layout};
 
     const PROBLEM: Problem =
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 20, head_dim: 16, dtype: Dtype::F16 };
 
     fn plan() -> Plan {
-        Plan::forward(&PROBLEM, Mask::None, None, 1).unwrap()
+        Plan::forward(&PROBLEM, Mask::None, None, Dropout::NONE, 1).unwrap()
     }
 
     /// Contiguous tensors, far from each other.
@@ -193,7 +194,7 @@ mod tests {
         let rule = "at most 549755813880 are allowed (under 2^40 bytes)";
         assert_eq!(error, format!("o.strides: the batch stride is 549755813888 elements; {rule}"));
         let problem = Problem { batch: 1, seqlen_k: 1, ..PROBLEM };
-        let plan = Plan::forward(&problem, Mask::None, None, 1).unwrap();
+        let plan = Plan::forward(&problem, Mask::None, None, Dropout::NONE, 1).unwrap();
         let mut args = args();
         for tensor in [&mut args.q, &mut args.o] {
             tensor.layout = Layout::strided(problem.q_shape(), [3, 160, 16]);
@@ -232,7 +233,7 @@ mod tests {
     #[test]
     fn addresses_of_nothing_do_not_matter() {
         for problem in [Problem { batch: 0, ..PROBLEM }, Problem { seqlen_q: 0, seqlen_k: 0, ..PROBLEM }] {
-            let plan = Plan::forward(&problem, Mask::None, None, 1).unwrap();
+            let plan = Plan::forward(&problem, Mask::None, None, Dropout::NONE, 1).unwrap();
             let tensor = |shape| RawTensor { address: 1, layout: Layout::strided(shape, [usize::MAX; 3]) };
             let (q, k) = (tensor(problem.q_shape()), tensor(problem.kv_shape()));
             assert_eq!(RawForward { q, k, second: None, v: k, o: q, lse: Some(0) }.validate(&plan), Ok(()));

@@ -3,12 +3,14 @@
 use std::fmt;
 
 use kernels_gpu::{
+    attention::dropout::Dropout as Launched,
     attention::scheduler::TileOrder,
     variants::{self, BackwardVariant, Op, PREPARE_ROWS},
 };
 
-use super::{MAX_WORK_TILES, WorkspaceLayout, checked_scale, op, write_problem, write_threshold};
+use super::{Extra, MAX_WORK_TILES, WorkspaceLayout, checked_scale, op, write_problem, write_threshold};
 use crate::{
+    dropout::{Dropout, kind},
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };
@@ -43,6 +45,9 @@ pub struct BackwardPlan {
     mask: Mask,
     scale: f32,
     dist_threshold: Option<i32>,
+    dropout: Dropout,
+    /// What the main kernel gets of it; `None` where nothing is dropped.
+    pub(crate) launched: Option<Launched>,
     determinism: Determinism,
     variant: &'static BackwardVariant,
     work_tiles: u32,
@@ -58,17 +63,18 @@ impl BackwardPlan {
     /// 1/√head_dim.
     ///
     /// # Errors
-    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
-    /// [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more, or for 2³² query rows or more of all heads,
+    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`] for a
+    /// probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more, or for 2³² query rows or more of all heads,
     /// each head's rounded up to 128.
     pub fn new(
         problem: &Problem,
         mask: Mask,
         scale: Option<f32>,
+        dropout: Dropout,
         determinism: Determinism,
         sm_count: u32,
     ) -> Result<BackwardPlan> {
-        Self::plan(problem, mask, scale, None, determinism, sm_count)
+        Self::plan(problem, mask, scale, Extra { dist_threshold: None, dropout }, determinism, sm_count)
     }
 
     /// As [`BackwardPlan::new`], for piecewise attention; see [`Plan::piecewise`](super::Plan::piecewise).
@@ -83,19 +89,28 @@ impl BackwardPlan {
         determinism: Determinism,
         sm_count: u32,
     ) -> Result<BackwardPlan> {
-        Self::plan(problem, mask, scale, Some(dist_threshold), determinism, sm_count)
+        Self::plan(
+            problem,
+            mask,
+            scale,
+            Extra { dist_threshold: Some(dist_threshold), dropout: Dropout::NONE },
+            determinism,
+            sm_count,
+        )
     }
 
     fn plan(
         problem: &Problem,
         mask: Mask,
         scale: Option<f32>,
-        dist_threshold: Option<i32>,
+        Extra { dist_threshold, dropout }: Extra,
         determinism: Determinism,
         sm_count: u32,
     ) -> Result<BackwardPlan> {
         let scale = checked_scale(problem, scale)?;
-        let variant = variants::backward(op(dist_threshold), problem.dtype, problem.head_dim as u32, mask.kind())
+        let launched = dropout.launched()?;
+        let (op, head_dim) = (op(dist_threshold), problem.head_dim as u32);
+        let variant = variants::backward(op, problem.dtype, head_dim, mask.kind(), kind(&launched))
             .ok_or(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask })?;
         let shape = problem.kernel_shape();
         let n_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;
@@ -116,6 +131,8 @@ impl BackwardPlan {
             mask,
             scale,
             dist_threshold,
+            dropout,
+            launched,
             determinism,
             variant,
             work_tiles,
@@ -143,6 +160,11 @@ impl BackwardPlan {
     /// The distance from which on scores come from the second pair of Q and K; `None` where there is one pair.
     pub fn dist_threshold(&self) -> Option<i32> {
         self.dist_threshold
+    }
+
+    /// Which weights are dropped.
+    pub fn dropout(&self) -> Dropout {
+        self.dropout
     }
 
     /// Whether dQ is the same bits every time.
@@ -206,7 +228,7 @@ impl fmt::Display for BackwardPlan {
             Op::Piecewise => "piecewise backward",
         };
         let BackwardVariant { symbol, prepare, finish, head_dim, block_m, block_n, .. } = self.variant;
-        write_problem(f, pass, &self.problem, self.mask, self.scale)?;
+        write_problem(f, pass, &self.problem, self.mask, self.scale, self.dropout)?;
         write_threshold(f, self.dist_threshold)?;
         writeln!(f, ", {}", self.determinism)?;
         writeln!(f, "kernels {prepare}, {symbol}, {finish}: tiles {block_m} × {block_n}, head_dim {head_dim}")?;
@@ -233,12 +255,12 @@ mod tests {
         Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
 
     fn plan(problem: Problem, determinism: Determinism) -> Result<BackwardPlan> {
-        BackwardPlan::new(&problem, Mask::None, None, determinism, 132)
+        BackwardPlan::new(&problem, Mask::None, None, Dropout::NONE, determinism, 132)
     }
 
     #[test]
     fn prints_what_will_run() {
-        let plan = BackwardPlan::new(&PROBLEM, Mask::Causal, None, Determinism::Exact, 5).unwrap();
+        let plan = BackwardPlan::new(&PROBLEM, Mask::Causal, None, Dropout::NONE, Determinism::Exact, 5).unwrap();
         let workspace = 12 * 1024 * (4 + 4 + 4 * 64) + 12 * 8 * 2 * 4;
         assert_eq!(plan.workspace_bytes(), workspace);
         let smem = plan.smem_bytes();
@@ -256,7 +278,8 @@ mod tests {
     #[test]
     fn scale_must_be_finite_and_positive() {
         for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
-            let error = BackwardPlan::new(&PROBLEM, Mask::None, Some(scale), Determinism::Fast, 1).unwrap_err();
+            let error =
+                BackwardPlan::new(&PROBLEM, Mask::None, Some(scale), Dropout::NONE, Determinism::Fast, 1).unwrap_err();
             assert_eq!(error.to_string(), format!("scale is {scale}; a finite number above 0 is needed"));
         }
     }
@@ -317,7 +340,7 @@ mod tests {
         ) {
             let problem = Problem { batch, heads_q: 2 * heads, heads_kv: heads, seqlen_k, head_dim: 8 * d, ..PROBLEM };
             let determinism = if exact { Determinism::Exact } else { Determinism::Fast };
-            let plan = BackwardPlan::new(&problem, Mask::Causal, None, determinism, sm_count).unwrap();
+            let plan = BackwardPlan::new(&problem, Mask::Causal, None, Dropout::NONE, determinism, sm_count).unwrap();
             prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
             let n_blocks = seqlen_k.div_ceil(plan.variant().block_n as usize);
             prop_assert_eq!(plan.work_tiles() as usize, batch * heads * n_blocks);

@@ -3,12 +3,14 @@
 use std::fmt;
 
 use kernels_gpu::{
+    attention::dropout::Dropout as Launched,
     attention::scheduler::TileOrder,
     variants::{self, Variant},
 };
 
-use super::{MAX_WORK_TILES, checked_scale, op, write_problem, write_threshold};
+use super::{Extra, MAX_WORK_TILES, checked_scale, op, write_problem, write_threshold};
 use crate::{
+    dropout::{Dropout, kind},
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };
@@ -20,6 +22,9 @@ pub struct Plan {
     pub(crate) mask: Mask,
     pub(crate) scale: f32,
     pub(crate) dist_threshold: Option<i32>,
+    dropout: Dropout,
+    /// What the kernel gets of it; `None` where nothing is dropped.
+    pub(crate) launched: Option<Launched>,
     pub(crate) variant: &'static Variant,
     pub(crate) work_tiles: u32,
     /// How CTAs take the work tiles; of no meaning where there are none.
@@ -42,14 +47,14 @@ impl Plan {
     /// Plans a forward pass for a machine with `sm_count` multiprocessors, or threads on the CPU.
     ///
     /// # Errors
-    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
-    /// [`Error::TooLarge`] for 2³¹ work tiles or more.
-    pub fn forward(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<Plan> {
-        Self::new(problem, mask, scale, None, sm_count)
+    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`] for a
+    /// probability that is not at least 0 and below 1; [`Error::TooLarge`] for 2³¹ work tiles or more.
+    pub fn forward(problem: &Problem, mask: Mask, scale: Option<f32>, dropout: Dropout, sm_count: u32) -> Result<Plan> {
+        Self::new(problem, mask, scale, Extra { dist_threshold: None, dropout }, sm_count)
     }
 
     /// As [`Plan::forward`], for piecewise attention: scores come from the second pair of Q and K where
-    /// i + seqlen_k − seqlen_q − j is at least `dist_threshold`, for query i and key j.
+    /// i + seqlen_k − seqlen_q − j is at least `dist_threshold`, for query i and key j. Nothing is dropped.
     ///
     /// # Errors
     /// Those of [`Plan::forward`].
@@ -60,20 +65,23 @@ impl Plan {
         dist_threshold: i32,
         sm_count: u32,
     ) -> Result<Plan> {
-        Self::new(problem, mask, scale, Some(dist_threshold), sm_count)
+        let extra = Extra { dist_threshold: Some(dist_threshold), dropout: Dropout::NONE };
+        Self::new(problem, mask, scale, extra, sm_count)
     }
 
     fn new(
         problem: &Problem,
         mask: Mask,
         scale: Option<f32>,
-        dist_threshold: Option<i32>,
+        Extra { dist_threshold, dropout }: Extra,
         sm_count: u32,
     ) -> Result<Plan> {
         let scale = checked_scale(problem, scale)?;
+        let launched = dropout.launched()?;
         let shape = problem.kernel_shape();
         let mut best: Option<Choice> = None;
-        for variant in variants::forward(op(dist_threshold), problem.dtype, problem.head_dim as u32, mask.kind()) {
+        let (op, head_dim) = (op(dist_threshold), problem.head_dim as u32);
+        for variant in variants::forward(op, problem.dtype, head_dim, mask.kind(), kind(&launched)) {
             let m_blocks = problem.seqlen_q.div_ceil(variant.block_m() as usize) as u128;
             let work_tiles = m_blocks * problem.heads_q as u128 * problem.batch as u128;
             at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
@@ -88,7 +96,7 @@ impl Plan {
         let Some(Choice { variant, work_tiles, grid, order, .. }) = best else {
             return Err(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask });
         };
-        Ok(Plan { problem: *problem, mask, scale, dist_threshold, variant, work_tiles, order, grid })
+        Ok(Plan { problem: *problem, mask, scale, dist_threshold, dropout, launched, variant, work_tiles, order, grid })
     }
 
     /// The problem, validated.
@@ -109,6 +117,11 @@ impl Plan {
     /// The distance from which on scores come from the second pair of Q and K; `None` where there is one pair.
     pub fn dist_threshold(&self) -> Option<i32> {
         self.dist_threshold
+    }
+
+    /// Which weights are dropped.
+    pub fn dropout(&self) -> Dropout {
+        self.dropout
     }
 
     /// The kernel.
@@ -144,7 +157,7 @@ impl Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_problem(f, self.variant.op.name(), &self.problem, self.mask, self.scale)?;
+        write_problem(f, self.variant.op.name(), &self.problem, self.mask, self.scale, self.dropout)?;
         write_threshold(f, self.dist_threshold)?;
         writeln!(
             f,
@@ -178,12 +191,12 @@ mod tests {
         Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
 
     fn plan(problem: Problem) -> Result<Plan> {
-        Plan::forward(&problem, Mask::None, None, 132)
+        Plan::forward(&problem, Mask::None, None, Dropout::NONE, 132)
     }
 
     #[test]
     fn prints_what_will_run() {
-        let plan = Plan::forward(&PROBLEM, Mask::Causal, None, 132).unwrap();
+        let plan = Plan::forward(&PROBLEM, Mask::Causal, None, Dropout::NONE, 132).unwrap();
         let text = plan.to_string();
         for part in [
             "forward bf16: batch 2, heads 6/2, seqlen 1000 × 300, head_dim 64, mask causal, scale 0.125",
@@ -197,10 +210,13 @@ mod tests {
     #[test]
     fn scale_must_be_finite_and_positive() {
         for scale in [0.0, -0.0, -1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let error = Plan::forward(&PROBLEM, Mask::None, Some(scale), 1).unwrap_err();
+            let error = Plan::forward(&PROBLEM, Mask::None, Some(scale), Dropout::NONE, 1).unwrap_err();
             assert_eq!(error.to_string(), format!("scale is {scale}; a finite number above 0 is needed"));
         }
-        assert_eq!(Plan::forward(&PROBLEM, Mask::None, Some(f32::MIN_POSITIVE), 1).unwrap().scale(), f32::MIN_POSITIVE);
+        assert_eq!(
+            Plan::forward(&PROBLEM, Mask::None, Some(f32::MIN_POSITIVE), Dropout::NONE, 1).unwrap().scale(),
+            f32::MIN_POSITIVE
+        );
         assert_eq!(plan(Problem { head_dim: 256, ..PROBLEM }).unwrap().scale(), 1.0 / 16.0);
     }
 
@@ -231,7 +247,7 @@ mod tests {
         let tiles = |seqlen: usize, mask| {
             let problem = Problem { heads_q: 32, heads_kv: 32, seqlen_q: seqlen, seqlen_k: seqlen, ..PROBLEM };
             let problem = Problem { batch: 32768 / seqlen, ..problem };
-            Plan::forward(&problem, mask, None, 132).unwrap().variant().block_m()
+            Plan::forward(&problem, mask, None, Dropout::NONE, 132).unwrap().variant().block_m()
         };
         assert_eq!([1024, 4096, 16384].map(|seqlen| tiles(seqlen, Mask::None)), [192; 3]);
         assert_eq!([1024, 16384].map(|seqlen| tiles(seqlen, Mask::Causal)), [128, 192]);
@@ -243,7 +259,7 @@ mod tests {
             batch in 0..4usize, heads in 1..5usize, seqlen_q in 0..2000usize, d in 1..=32usize, sm_count in 0..200u32,
         ) {
             let problem = Problem { batch, heads_q: heads, heads_kv: heads, seqlen_q, head_dim: 8 * d, ..PROBLEM };
-            let plan = Plan::forward(&problem, Mask::None, None, sm_count).unwrap();
+            let plan = Plan::forward(&problem, Mask::None, None, Dropout::NONE, sm_count).unwrap();
             prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
             let m_blocks = seqlen_q.div_ceil(plan.variant().block_m() as usize);
             prop_assert_eq!(plan.work_tiles() as usize, batch * heads * m_blocks);

@@ -8,6 +8,7 @@ use std::fmt;
 use kernels_gpu::variants::Op;
 
 use crate::{
+    dropout::Dropout,
     error::{Error, Result},
     problem::{Mask, Problem},
 };
@@ -35,6 +36,12 @@ fn checked_scale(problem: &Problem, scale: Option<f32>) -> Result<f32> {
     Ok(scale)
 }
 
+/// What a pass can have beside problem, mask and scale; no kernel has both.
+struct Extra {
+    dist_threshold: Option<i32>,
+    dropout: Dropout,
+}
+
 /// What a plan with such a threshold computes.
 fn op(dist_threshold: Option<i32>) -> Op {
     if dist_threshold.is_some() { Op::Piecewise } else { Op::Forward }
@@ -45,12 +52,23 @@ fn write_threshold(f: &mut fmt::Formatter<'_>, dist_threshold: Option<i32>) -> f
 }
 
 /// A plan's first line: the pass and the problem.
-fn write_problem(f: &mut fmt::Formatter<'_>, pass: &str, problem: &Problem, mask: Mask, scale: f32) -> fmt::Result {
+fn write_problem(
+    f: &mut fmt::Formatter<'_>,
+    pass: &str,
+    problem: &Problem,
+    mask: Mask,
+    scale: f32,
+    dropout: Dropout,
+) -> fmt::Result {
     let Problem { batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, dtype } = problem;
     write!(
         f,
         "{pass} {}: batch {batch}, heads {heads_q}/{heads_kv}, seqlen {seqlen_q} × {seqlen_k}, head_dim {head_dim}, \
          mask {mask}, scale {scale}",
         dtype.name(),
-    )
+    )?;
+    match dropout.probability() {
+        Ok(p) if p > 0.0 => write!(f, ", dropout {p}"),
+        _ => Ok(()),
+    }
 }

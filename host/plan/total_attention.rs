@@ -9,6 +9,7 @@ use kernels_gpu::{
 
 use super::{MAX_WORK_TILES, checked_scale, write_problem};
 use crate::{
+    dropout::Dropout,
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };
@@ -95,7 +96,7 @@ impl fmt::Display for TotalPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let TotalVariant { symbol, head_dim, block_m, stages, .. } = self.variant;
         let block_n = self.variant.block_n();
-        write_problem(f, "total attention", &self.problem, self.mask, self.scale)?;
+        write_problem(f, "total attention", &self.problem, self.mask, self.scale, Dropout::NONE)?;
         writeln!(f, "\nkernel {symbol}: tiles {block_m} × {block_n}, head_dim {head_dim}, {stages} stages")?;
         write!(
             f,

@@ -81,7 +81,7 @@ impl WorkspaceLayout {
 
 #[cfg(test)]
 mod tests {
-    use kernels_gpu::variants::{self, Dtype, MaskKind, Op};
+    use kernels_gpu::variants::{self, DropoutKind, Dtype, MaskKind, Op};
     use proptest::prelude::*;
 
     use super::*;
@@ -90,7 +90,8 @@ mod tests {
     const SHAPE: Shape = Shape { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 72 };
 
     fn layout(shape: &Shape, exact: bool) -> Result<WorkspaceLayout> {
-        let variant = variants::backward(Op::Forward, Dtype::F16, shape.head_dim, MaskKind::None).unwrap();
+        let variant =
+            variants::backward(Op::Forward, Dtype::F16, shape.head_dim, MaskKind::None, DropoutKind::None).unwrap();
         WorkspaceLayout::new(variant, shape, exact)
     }
 
@@ -129,7 +130,8 @@ mod tests {
             batch in 1..5u32, heads in 1..80u32, seqlen_q in 0..5000u32, head_dim in 1..=32u32, exact: bool,
         ) {
             let shape = Shape { batch, heads_q: heads, heads_kv: 1, seqlen_q, head_dim: 8 * head_dim, ..SHAPE };
-            let variant = variants::backward(Op::Forward, Dtype::Bf16, shape.head_dim, MaskKind::Causal).unwrap();
+            let (head_dim, kind) = (shape.head_dim, MaskKind::Causal);
+            let variant = variants::backward(Op::Forward, Dtype::Bf16, head_dim, kind, DropoutKind::None).unwrap();
             let found = WorkspaceLayout::new(variant, &shape, exact).unwrap();
             let rows = (batch * heads * found.rows) as usize;
             let turns = found.turns.unwrap_or(found.bytes);

@@ -1,7 +1,7 @@
 //! The gradients of attention by their definition: one row of P and of dS at a time, in a precision that is a parameter.
 //!
 //! With S = scale·Q·Kᵀ and P = softmax(S + mask): dV = Pᵀ·dO, dP = dO·Vᵀ, δᵢ = Σⱼ Pᵢⱼ·dPᵢⱼ − dLSEᵢ, dS = P∘(dP − δ), dQ = scale·dS·K
-//! and dK = scale·dSᵀ·Q (FlashAttention-2, arXiv 2307.08691, section 2.2; ∂LSEᵢ/∂Sᵢⱼ = Pᵢⱼ, which is where dLSE comes in).
+//! and dK = scale·dSᵀ·Q. With dropout, dV = (P∘Z)ᵀ·dO and dP = (dO·Vᵀ)∘Z, Z being 0 or 1 / (1 − p) (FlashAttention-2, arXiv 2307.08691, section 2.2; ∂LSEᵢ/∂Sᵢⱼ = Pᵢⱼ, which is where dLSE comes in).
 //! Where scores come from two pairs of Q and K, each dSᵢⱼ goes to the pair that Sᵢⱼ came from.
 
 use std::ops::Range;
@@ -9,9 +9,10 @@ use std::ops::Range;
 use kernels_gpu::element::Element;
 use rayon::prelude::*;
 
-use super::forward::{Real, dot, head_rows, live_keys};
+use super::forward::{Real, dot, factors, head_rows, live_keys};
 use super::scores::{Scores, score};
 use crate::backend::Backend;
+use crate::dropout::Dropout;
 use crate::error::{Error, Operand, Result};
 use crate::operands::{AddressSpace, RawTensor, check_tensor};
 use crate::operands::{ForwardInputs, Pair};
@@ -42,12 +43,13 @@ pub fn backward_f64<E: Element>(
     problem: &Problem,
     mask: Mask,
     scale: f32,
+    dropout: &Dropout,
     scores: Scores<Tensor<&[E]>>,
     [v, d_o]: [Tensor<&[E]>; 2],
     d_lse: Option<&[f32]>,
 ) -> Result<Backward> {
-    let plan = Plan::forward(problem, mask, Some(scale), 1)?;
-    evaluate(&plan, scores, [v, d_o], None, d_lse, |x: f64| x)
+    let plan = Plan::forward(problem, mask, Some(scale), *dropout, 1)?;
+    evaluate(&plan, scores, [v, d_o], (None, d_lse), |x: f64| x)
 }
 
 /// The same in the precision of a kernel, without its tiles: products of 16-bit operands in f32, softmax, δ and dS in
@@ -62,13 +64,13 @@ pub fn backward_plain<E: Element>(
     problem: &Problem,
     mask: Mask,
     scale: f32,
+    dropout: &Dropout,
     scores: Scores<Tensor<&[E]>>,
     [v, d_o]: [Tensor<&[E]>; 2],
-    o: Option<Tensor<&[E]>>,
-    d_lse: Option<&[f32]>,
+    (o, d_lse): (Option<Tensor<&[E]>>, Option<&[f32]>),
 ) -> Result<Backward> {
-    let plan = Plan::forward(problem, mask, Some(scale), 1)?;
-    evaluate(&plan, scores, [v, d_o], o, d_lse, |x: f32| E::from_f32(x).to_f32())
+    let plan = Plan::forward(problem, mask, Some(scale), *dropout, 1)?;
+    evaluate(&plan, scores, [v, d_o], (o, d_lse), |x: f32| E::from_f32(x).to_f32())
 }
 
 /// Runs [`row`] over every row, key heads in parallel; `round` is what becomes of P, dS and the gradients.
@@ -76,8 +78,7 @@ fn evaluate<E: Element, R: Real>(
     plan: &Plan,
     scores: Scores<Tensor<&[E]>>,
     [v, d_o]: [Tensor<&[E]>; 2],
-    o: Option<Tensor<&[E]>>,
-    d_lse: Option<&[f32]>,
+    (o, d_lse): (Option<Tensor<&[E]>>, Option<&[f32]>),
     round: impl Fn(R) -> R + Sync,
 ) -> Result<Backward> {
     let problem = plan.problem();
@@ -112,6 +113,7 @@ fn evaluate<E: Element, R: Real>(
                 let o: Option<Vec<R>> = o.as_ref().map(|o| head_rows(o, batch, head));
                 for i in 0..problem.seqlen_q {
                     let live = live_keys(problem, plan.mask(), i);
+                    let z = factors(&plan.launched, batch * problem.heads_q + head, i, live);
                     let at = (batch * problem.heads_q + head) * problem.seqlen_q + i;
                     let d_lse = d_lse.map_or(R::default(), |d_lse| R::from_f32(d_lse[at]));
                     let dq_row = head % group * problem.seqlen_q + i;
@@ -122,7 +124,7 @@ fn evaluate<E: Element, R: Real>(
                         Part { keys, q: &q[i * d..][..d], k: &k[rows], dq, dk }
                     });
                     let o = o.as_ref().map(|o| &o[i * d..][..d]);
-                    let values = [&v[..live * d], &d_o[i * d..][..d]];
+                    let values = [&v[..live * d], &d_o[i * d..][..d], &z];
                     row(parts.collect(), values, o, [d_lse, scale], &mut dv[..live * d], &round);
                 }
             }
@@ -151,10 +153,11 @@ struct Part<'a, R> {
     dk: &'a mut [R],
 }
 
-/// Adds what one query row contributes; V and dV hold its live keys only, and dQ and dK lack the scale.
+/// Adds what one query row contributes; V and dV hold its live keys only, z the factors of their weights, and dQ
+/// and dK lack the scale.
 fn row<R: Real>(
     parts: Vec<Part<'_, R>>,
-    [v, d_o]: [&[R]; 2],
+    [v, d_o, z]: [&[R]; 3],
     o: Option<&[R]>,
     [d_lse, scale]: [R; 2],
     dv: &mut [R],
@@ -170,7 +173,7 @@ fn row<R: Real>(
         l += *p;
     }
     p.iter_mut().for_each(|p| *p = *p / l);
-    let dp: Vec<R> = v.chunks_exact(d).map(|v| dot(d_o, v)).collect();
+    let dp: Vec<R> = v.chunks_exact(d).zip(z).map(|(v, &z)| dot(d_o, v) * z).collect();
     let mut delta = R::default();
     match o {
         Some(o) => delta = dot(d_o, o),
@@ -180,11 +183,12 @@ fn row<R: Real>(
     // to += factor·x.
     let add = |to: &mut [R], factor, x: &[R]| to.iter_mut().zip(x).for_each(|(to, &x)| *to += factor * x);
     for Part { keys, q, k, dq, dk } in parts {
-        let of_values = p[keys.clone()].iter().zip(&dp[keys.clone()]).zip(dv[keys.start * d..].chunks_exact_mut(d));
+        let of_scores = p[keys.clone()].iter().zip(&dp[keys.clone()]).zip(&z[keys.clone()]);
+        let of_values = of_scores.zip(dv[keys.start * d..].chunks_exact_mut(d));
         let of_keys = k.chunks_exact(d).zip(dk.chunks_exact_mut(d));
-        for (((&p, &dp), dv), (k, dk)) in of_values.zip(of_keys) {
+        for ((((&p, &dp), &z), dv), (k, dk)) in of_values.zip(of_keys) {
             let ds = round(p * (dp - delta));
-            add(dv, round(p), d_o);
+            add(dv, round(p * z), d_o);
             add(dk, ds, q);
             add(dq, ds, k);
         }
@@ -227,7 +231,7 @@ mod tests {
         [q, k, v, d_o]: [Tensor<&[E]>; 4],
         d_lse: Option<&[f32]>,
     ) -> Result<Backward> {
-        backward_f64(problem, mask, scale, Scores::plain(q, k), [v, d_o], d_lse)
+        backward_f64(problem, mask, scale, &Dropout::NONE, Scores::plain(q, k), [v, d_o], d_lse)
     }
 
     fn plain<E: Element>(
@@ -237,20 +241,22 @@ mod tests {
         [q, k, v, d_o]: [Tensor<&[E]>; 4],
         d_lse: Option<&[f32]>,
     ) -> Result<Backward> {
-        backward_plain(problem, mask, scale, Scores::plain(q, k), [v, d_o], None, d_lse)
+        backward_plain(problem, mask, scale, &Dropout::NONE, Scores::plain(q, k), [v, d_o], (None, d_lse))
     }
 
     /// Central differences of Σ O∘dO + Σ LSE∘dLSE, with a step that f16 holds exactly beside any of the values.
     #[test]
     fn equals_the_differences_of_the_forward() {
         const STEP: f32 = 1.0 / 1024.0;
-        for (m, n, mask) in SHAPES {
-            let problem = problem(m, n, 4, 2);
+        for ((m, n, mask), p) in SHAPES.into_iter().flat_map(|shape| [(shape, 0.0), (shape, 0.3)]) {
+            let (problem, dropout) = (problem(m, n, 4, 2), Dropout { p, seed: 2, offset: 3 });
             let (mut inputs, d_lse) = inputs::<f16>(&problem);
-            let found = exact(&problem, mask, 0.7, tensors(&problem, &inputs), Some(&d_lse)).unwrap();
+            let [q, k, v, d_o] = tensors(&problem, &inputs);
+            let scores = Scores::plain(q, k);
+            let found = backward_f64(&problem, mask, 0.7, &dropout, scores, [v, d_o], Some(&d_lse)).unwrap();
             let loss = |inputs: &[Vec<f16>; 4]| -> f64 {
                 let [q, k, v, _] = tensors(&problem, inputs);
-                let forward = forward_f64(&problem, mask, 0.7, Scores::plain(q, k), v, &Rows::All).unwrap();
+                let forward = forward_f64(&problem, mask, 0.7, &dropout, Scores::plain(q, k), v, &Rows::All).unwrap();
                 let of_o: f64 = forward.o.iter().zip(&inputs[3]).map(|(o, g)| o * f64::from(g.to_f32())).sum();
                 let lse = forward.lse.iter().zip(&d_lse).filter(|(lse, _)| lse.is_finite());
                 of_o + lse.map(|(lse, &g)| lse * f64::from(g)).sum::<f64>()
@@ -358,10 +364,11 @@ mod tests {
         let problem = problem(6, 5, 4, 2);
         let (inputs, d_lse) = inputs::<f16>(&problem);
         let [q, k, v, d_o] = tensors(&problem, &inputs);
-        let forward = forward_f64(&problem, Mask::Causal, 0.7, Scores::plain(q, k), v, &Rows::All).unwrap();
+        let (mask, none, scores) = (Mask::Causal, &Dropout::NONE, Scores::plain(q, k));
+        let forward = forward_f64(&problem, mask, 0.7, none, scores, v, &Rows::All).unwrap();
         let run = |o: Option<&[f16]>| {
             let o = o.map(|o| Tensor::bhsd(o, problem.q_shape()));
-            backward_plain(&problem, Mask::Causal, 0.7, Scores::plain(q, k), [v, d_o], o, Some(&d_lse)).unwrap()
+            backward_plain(&problem, mask, 0.7, none, scores, [v, d_o], (o, Some(&d_lse))).unwrap()
         };
         let o: Vec<f16> = forward.o.iter().map(|&x| f16::from_f64(x)).collect();
         let (without, with, zero) = (run(None), run(Some(&o)), run(Some(&vec![f16::ZERO; o.len()])));
@@ -370,8 +377,7 @@ mod tests {
         assert!(differ(&zero.dq, &without.dq) && differ(&zero.dk, &without.dk));
         assert!(with.dv == without.dv && zero.dv == without.dv);
         let short = Some(Tensor::bhsd(&o[1..], problem.q_shape()));
-        let error =
-            backward_plain(&problem, Mask::Causal, 0.7, Scores::plain(q, k), [v, d_o], short, None).unwrap_err();
+        let error = backward_plain(&problem, mask, 0.7, none, scores, [v, d_o], (short, None)).unwrap_err();
         assert!(error.to_string().starts_with("o has "), "{error}");
     }
 

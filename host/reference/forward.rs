@@ -1,10 +1,12 @@
 //! Forward attention by its definition, one query row at a time.
 
+use kernels_gpu::attention::dropout::Dropout as Launched;
 use kernels_gpu::element::Element;
 use rayon::prelude::*;
 
 use super::scores::{Scores, score};
 use crate::backend::Backend;
+use crate::dropout::Dropout;
 use crate::error::{Error, Operand, Result};
 use crate::operands::{AddressSpace, RawTensor, check_tensor};
 use crate::plan::Plan;
@@ -66,7 +68,15 @@ pub(super) fn live_keys(problem: &Problem, mask: Mask, i: usize) -> usize {
     }
 }
 
-/// softmax(S + mask)·V in f64, where `scores` says which products S consists of. Keys that the mask hides take no part, whatever they hold: a kernel gives them
+/// What dropout multiplies each of the first weights of query row `i` by; `head` counts query heads over the batch.
+pub(super) fn factors<R: Real>(dropout: &Option<Launched>, head: usize, i: usize, weights: usize) -> Vec<R> {
+    let Some(dropout) = dropout else { return vec![R::from_f32(1.0); weights] };
+    let scale = R::from_f32(1.0) / R::from_f32(dropout.keeps());
+    let factor = |j| if dropout.kept(head as u32, i as u32, j as u32) { scale } else { R::default() };
+    (0..weights).map(factor).collect()
+}
+
+/// softmax(S + mask)·V in f64, the weights after dropout, where `scores` says which products S consists of. Keys that the mask hides take no part, whatever they hold: a kernel gives them
 /// the weight 0 in the blocks that it visits, so where V holds a NaN or an infinity under the mask the two differ.
 ///
 /// # Errors
@@ -75,17 +85,20 @@ pub fn forward_f64<E: Element>(
     problem: &Problem,
     mask: Mask,
     scale: f32,
+    dropout: &Dropout,
     scores: Scores<Tensor<&[E]>>,
     v: Tensor<&[E]>,
     rows: &Rows,
 ) -> Result<Forward> {
-    evaluate(&Plan::forward(problem, mask, Some(scale), 1)?, scores, v, rows, |p: &mut [f64], v, o| {
+    let plan = Plan::forward(problem, mask, Some(scale), *dropout, 1)?;
+    evaluate(&plan, scores, v, rows, |p: &mut [f64], [v, z], o| {
         let m = p.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         p.iter_mut().for_each(|p| *p = (*p - m).exp());
         let l: f64 = p.iter().sum();
-        for (p, v) in p.iter().zip(v.chunks_exact(o.len())) {
+        for ((p, z), v) in p.iter().zip(z).zip(v.chunks_exact(o.len())) {
+            let p = p / l * z;
             for (o, v) in o.iter_mut().zip(v) {
-                *o += p / l * v;
+                *o += p * v;
             }
         }
         m + l.ln()
@@ -101,16 +114,18 @@ pub fn forward_plain<E: Element>(
     problem: &Problem,
     mask: Mask,
     scale: f32,
+    dropout: &Dropout,
     scores: Scores<Tensor<&[E]>>,
     v: Tensor<&[E]>,
     rows: &Rows,
 ) -> Result<Forward> {
-    evaluate(&Plan::forward(problem, mask, Some(scale), 1)?, scores, v, rows, |p: &mut [f32], v, o| {
+    let plan = Plan::forward(problem, mask, Some(scale), *dropout, 1)?;
+    evaluate(&plan, scores, v, rows, |p: &mut [f32], [v, z], o| {
         let m = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         p.iter_mut().for_each(|p| *p = (*p - m).exp());
         let l: f32 = p.iter().sum();
-        for (p, v) in p.iter().zip(v.chunks_exact(o.len())) {
-            let p = E::from_f32(p / l).to_f32();
+        for ((p, z), v) in p.iter().zip(z).zip(v.chunks_exact(o.len())) {
+            let p = E::from_f32(p / l * z).to_f32();
             for (o, v) in o.iter_mut().zip(v) {
                 *o += p * v;
             }
@@ -189,14 +204,14 @@ fn head_row<E: Element, R: Real>(
     tensor.data[start..start + tensor.layout.shape[3]].iter().map(|x| R::from_f32(x.to_f32()))
 }
 
-/// Runs `row(s, v, o) -> lse` over every row that has a live key, heads and rows in parallel; s and v hold the scaled
-/// scores and the values of the live keys only.
+/// Runs `row(s, [v, z], o) -> lse` over every row that has a live key, heads and rows in parallel; s and v hold the scaled
+/// scores and the values of the live keys only, and z the factors of their weights.
 fn evaluate<E: Element, R: Real>(
     plan: &Plan,
     scores: Scores<Tensor<&[E]>>,
     v: Tensor<&[E]>,
     rows: &Rows,
-    row: impl Fn(&mut [R], &[R], &mut [R]) -> R + Sync,
+    row: impl Fn(&mut [R], [&[R]; 2], &mut [R]) -> R + Sync,
 ) -> Result<Forward> {
     scores.pairs().try_for_each(|pair| {
         crate::Cpu.check_inputs(plan, &crate::operands::ForwardInputs::plain(pair.q, pair.k, v))
@@ -228,7 +243,8 @@ fn evaluate<E: Element, R: Real>(
                                 let q: Vec<R> = head_row(&pair.q, batch, head, i).collect();
                                 score(&mut s[part.clone()], scale, &q, &k[part.start * d..part.end * d]);
                             }
-                            row(&mut s, &v[..live * d], o)
+                            let z = factors(&plan.launched, batch * problem.heads_q + head, i, live);
+                            row(&mut s, [&v[..live * d], &z], o)
                         })
                         .collect();
                     (o, lse)
@@ -301,7 +317,7 @@ mod tests {
             let [q, k, v] = [(4 * m, 5), (2 * n, 7), (2 * n, 11)].map(|(rows, step)| values(2 * rows * 8, step));
             let [k, v] = [&k[..], &v[..]].map(|x| Tensor::bhsd(x, problem.kv_shape()));
             let scores = Scores::plain(Tensor::bhsd(&q[..], problem.q_shape()), k);
-            let result = forward_f64(&problem, mask, 0.5, scores, v, &Rows::All).unwrap();
+            let result = forward_f64(&problem, mask, 0.5, &Dropout::NONE, scores, v, &Rows::All).unwrap();
             for (row, lse) in result.lse.iter().enumerate() {
                 let (head, i) = (row / m, row % m);
                 let kv = head / 4 * 2 + head % 4 / 2;
@@ -317,7 +333,7 @@ mod tests {
                     assert!((result.o[row * 8 + d] - expected).abs() < 1e-12);
                 }
             }
-            let plain = forward_plain(&problem, mask, 0.5, scores, v, &Rows::All).unwrap();
+            let plain = forward_plain(&problem, mask, 0.5, &Dropout::NONE, scores, v, &Rows::All).unwrap();
             assert!(plain.o.iter().zip(&result.o).all(|(a, b)| (a - b).abs() < 0.02));
         }
     }
@@ -328,10 +344,11 @@ mod tests {
         let data = values(2 * 2 * 9 * 8, 5);
         let q = Tensor::bhsd(&data[..], problem.q_shape());
         let kv = Tensor::bhsd(&data[..2 * 2 * 6 * 8], problem.kv_shape());
-        let all = forward_f64(&problem, Mask::Causal, 1.0, Scores::plain(q, kv), kv, &Rows::All).unwrap();
+        let all =
+            forward_f64(&problem, Mask::Causal, 1.0, &Dropout::NONE, Scores::plain(q, kv), kv, &Rows::All).unwrap();
         let rows = Rows::sample(9, 3);
         assert_eq!(rows, Rows::Some(vec![0, 4, 8]));
-        let some = forward_f64(&problem, Mask::Causal, 1.0, Scores::plain(q, kv), kv, &rows).unwrap();
+        let some = forward_f64(&problem, Mask::Causal, 1.0, &Dropout::NONE, Scores::plain(q, kv), kv, &rows).unwrap();
         let expected: Vec<f64> = (0..4).flat_map(|head| [0, 4, 8].map(|i| all.lse[head * 9 + i])).collect();
         assert_eq!(some.lse, expected);
     }
@@ -344,9 +361,14 @@ mod tests {
         let short = Tensor { data: &data[1..], ..x };
         let beyond = Rows::Some(vec![0, 3]);
         let none = Error::TooLarge { field: "rows", value: 3, limit: 2 };
-        assert_eq!(forward_f64(&problem, Mask::None, 1.0, Scores::plain(x, x), x, &beyond), Err(none.clone()));
+        assert_eq!(
+            forward_f64(&problem, Mask::None, 1.0, &Dropout::NONE, Scores::plain(x, x), x, &beyond),
+            Err(none.clone())
+        );
         assert_eq!(Forward::gather(&problem, x, None, &beyond), Err(none));
-        assert!(forward_plain(&problem, Mask::None, 1.0, Scores::plain(x, short), x, &Rows::All).is_err());
+        assert!(
+            forward_plain(&problem, Mask::None, 1.0, &Dropout::NONE, Scores::plain(x, short), x, &Rows::All).is_err()
+        );
         assert!(Forward::gather(&problem, short, None, &Rows::All).is_err());
         assert!(Forward::gather(&problem, x, Some(&[0.0; 11]), &Rows::All).is_err());
         assert_eq!(Forward::gather(&problem, x, Some(&[0.0; 12]), &Rows::All).unwrap().lse.len(), 12);

@@ -58,6 +58,7 @@ mod tests {
     use kernels_gpu::element::Element;
 
     use super::*;
+    use crate::dropout::Dropout;
     use crate::problem::Mask;
     use crate::reference::{Backward, Forward, GradientAccuracy, Rows};
     use crate::reference::{backward_f64, backward_plain, forward_f64, forward_plain};
@@ -109,16 +110,17 @@ mod tests {
 
         /// In f64, and in the precision of a kernel.
         fn forward(&self, scores: Scores<Tensor<&[E]>>) -> [Forward; 2] {
-            [forward_f64::<E>, forward_plain::<E>]
-                .map(|run| run(&self.problem, self.mask, SCALE, scores, self.tensor(4), &Rows::All).unwrap())
+            [forward_f64::<E>, forward_plain::<E>].map(|run| {
+                run(&self.problem, self.mask, SCALE, &Dropout::NONE, scores, self.tensor(4), &Rows::All).unwrap()
+            })
         }
 
         /// In f64, and in the precision of a kernel.
         fn backward(&self, scores: Scores<Tensor<&[E]>>) -> [Backward; 2] {
             let (values, d_lse) = ([self.tensor(4), self.tensor(5)], Some(&self.d_lse[..]));
             [
-                backward_f64(&self.problem, self.mask, SCALE, scores, values, d_lse).unwrap(),
-                backward_plain(&self.problem, self.mask, SCALE, scores, values, None, d_lse).unwrap(),
+                backward_f64(&self.problem, self.mask, SCALE, &Dropout::NONE, scores, values, d_lse).unwrap(),
+                backward_plain(&self.problem, self.mask, SCALE, &Dropout::NONE, scores, values, (None, d_lse)).unwrap(),
             ]
         }
 
@@ -307,15 +309,17 @@ mod tests {
                 tensor.data = &tensor.data[1..];
                 let scores = Scores::piecewise(pairs[0], pairs[1], 0);
                 let [v, d_o] = [data.tensor(4), data.tensor(5)];
-                assert!(forward_f64(&data.problem, Mask::None, SCALE, scores, v, &Rows::All).is_err());
-                assert!(backward_f64(&data.problem, Mask::None, SCALE, scores, [v, d_o], None).is_err());
+                assert!(forward_f64(&data.problem, Mask::None, SCALE, &Dropout::NONE, scores, v, &Rows::All).is_err());
+                assert!(
+                    backward_f64(&data.problem, Mask::None, SCALE, &Dropout::NONE, scores, [v, d_o], None).is_err()
+                );
             }
         }
         let nothing = Problem { seqlen_q: 0, seqlen_k: 0, ..data.problem };
         let none = |shape| Tensor::bhsd(&[][..], shape);
         let (q, kv) = (none(nothing.q_shape()), none(nothing.kv_shape()));
         let scores = Scores::piecewise(Pair { q, k: kv }, Pair { q, k: kv }, 0);
-        let found = backward_f64::<f16>(&nothing, Mask::None, SCALE, scores, [kv, q], None);
+        let found = backward_f64::<f16>(&nothing, Mask::None, SCALE, &Dropout::NONE, scores, [kv, q], None);
         assert_eq!(found, Ok(Backward { second: Some(Pair::default()), ..Backward::default() }));
     }
 }

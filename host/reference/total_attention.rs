@@ -96,6 +96,7 @@ mod tests {
     use kernels_gpu::variants::Dtype;
 
     use super::*;
+    use crate::dropout::Dropout;
     use crate::reference::Scores;
     use crate::reference::{Rows, forward_f64};
 
@@ -123,7 +124,7 @@ mod tests {
             }
             let q = Tensor::bhsd(&q[..], problem.q_shape());
             let [k, v] = [&k, &v].map(|x| Tensor::bhsd(&x[..], problem.kv_shape()));
-            let forward = forward_f64(&problem, mask, 0.5, Scores::plain(q, k), v, &Rows::All).unwrap();
+            let forward = forward_f64(&problem, mask, 0.5, &Dropout::NONE, Scores::plain(q, k), v, &Rows::All).unwrap();
             let total = total_f64(&problem, mask, 0.5, [q, k]).unwrap();
             let lse: Vec<f32> = forward.lse.iter().map(|&x| x as f32).collect();
             let plain = total_plain(&problem, mask, 0.5, [q, k], &lse).unwrap();

@@ -13,6 +13,7 @@ use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
 use crate::arch::sm90::total_producer;
+use crate::attention::dropout::{Dropping, NoDropout};
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::query_blocks::DqPart;
 use crate::attention::scheduler::CtaTiles;
@@ -21,7 +22,7 @@ use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
 use crate::params::{
     BackwardParams, BackwardSecond, BackwardSecondPair, FinishParams, ForwardParams, PrepareParams, Second, SecondPair,
-    TensorMap, TotalParams,
+    TensorMap, TotalParams, WithDropout,
 };
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
 use crate::tile::smem_total::TotalSmem;
@@ -34,10 +35,11 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
 
 /// A forward CTA: one producer warpgroup, the others consumers.
 #[inline(always)]
-fn forward<E: Packed, M: Mask, S: Second<TensorMap>, const D8: usize, const N8: usize>(
+fn forward<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const D8: usize, const N8: usize>(
     p: &ForwardParams<TensorMap, S>,
     parameters: u64,
     smem: &ForwardSmem,
+    dropping: R,
 ) {
     cta::init_barriers(smem);
     let block_m = smem.consumers * crate::variants::WARPGROUP_ROWS;
@@ -53,7 +55,7 @@ fn forward<E: Packed, M: Mask, S: Second<TensorMap>, const D8: usize, const N8: 
         Role::Consumer(index) => {
             cta::set_registers(role, smem.consumers);
             let mut consumer = Consumer::<E, ForwardPipe<S>>::forward(smem, index, parameters);
-            consume::<_, M, S, D8, N8>(&mut consumer, p, block_m, tiles);
+            consume::<_, M, S, R, D8, N8>(&mut consumer, p, block_m, tiles, dropping);
             consumer.finish();
         }
     }
@@ -95,15 +97,39 @@ macro_rules! forward_entries {
                 stages: $stages,
                 pairs: Op::$op.pairs(),
             };
-            forward::<element!($dtype), mask!($mask), second!($op), { $head_dim / 8 }, { $block_n / 8 }>(
+            forward::<element!($dtype), mask!($mask), second!($op), NoDropout, { $head_dim / 8 }, { $block_n / 8 }>(
                 &p,
                 crate::parameter_address!($symbol),
                 &SMEM,
+                NoDropout,
             );
         }
     )*};
 }
 crate::forward_variants!(forward_entries);
+
+macro_rules! forward_dropout_entries {
+    ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
+       $stages:literal;)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<ForwardParams<TensorMap>>) {
+            const SMEM: ForwardSmem = ForwardSmem {
+                head_dim: $head_dim,
+                block_n: $block_n,
+                consumers: $consumers,
+                stages: $stages,
+                pairs: Op::$op.pairs(),
+            };
+            forward::<element!($dtype), mask!($mask), (), _, { $head_dim / 8 }, { $block_n / 8 }>(
+                &p.params,
+                crate::parameter_address!($symbol),
+                &SMEM,
+                p.dropout,
+            );
+        }
+    )*};
+}
+crate::forward_dropout_variants!(forward_dropout_entries);
 
 /// A backward CTA: one producer warpgroup, two consumers.
 #[inline(always)]
@@ -111,6 +137,7 @@ fn backward<
     E: Packed,
     M: Mask,
     S: BackwardSecond<TensorMap>,
+    R: Dropping,
     const D8: usize,
     const C8: usize,
     const M8: usize,
@@ -120,6 +147,7 @@ fn backward<
     parameters: u64,
     smem: &BackwardSmem,
     split: Split,
+    dropping: R,
 ) {
     cta::init_backward_barriers(smem);
     // SAFETY: reads special registers.
@@ -134,7 +162,7 @@ fn backward<
         Role::Consumer(index) => {
             cta::set_backward_registers(role, smem.head_dim);
             let mut consumer = Consumer::<E, _>::backward(smem, split, index, parameters);
-            consume_backward::<_, M, S, D8, C8, M8, Q8>(&mut consumer, p, smem.block_n, tiles);
+            consume_backward::<_, M, S, R, D8, C8, M8, Q8>(&mut consumer, p, smem.block_n, tiles, dropping);
         }
     }
 }
@@ -167,15 +195,32 @@ macro_rules! backward_entries {
             const SMEM: BackwardSmem =
                 BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n };
             backward::<
-                element!($dtype), mask!($mask), backward_second!($op), { $head_dim / 8 },
+                element!($dtype), mask!($mask), backward_second!($op), NoDropout, { $head_dim / 8 },
                 { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 },
                 { DqPart::columns($block_m, $head_dim) as usize / 8 },
-            >(&p, crate::parameter_address!($symbol), &SMEM, Split::$split);
+            >(&p, crate::parameter_address!($symbol), &SMEM, Split::$split, NoDropout);
         }
         finish_entry!($op, $mask, $finish, $dtype, $head_dim, $block_m);
     )*};
 }
 crate::backward_variants!(backward_entries);
+
+macro_rules! backward_dropout_entries {
+    ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
+       $block_m:literal, $block_n:literal, $split:ident;)*) => {$(
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<BackwardParams<TensorMap>>) {
+            const SMEM: BackwardSmem =
+                BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n };
+            backward::<
+                element!($dtype), mask!($mask), (), _, { $head_dim / 8 },
+                { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 },
+                { DqPart::columns($block_m, $head_dim) as usize / 8 },
+            >(&p.params, crate::parameter_address!($symbol), &SMEM, Split::$split, p.dropout);
+        }
+    )*};
+}
+crate::backward_dropout_variants!(backward_dropout_entries);
 
 macro_rules! prepare_entries {
     ($($prepare:ident, $dtype:ident;)*) => {$(

@@ -3,6 +3,7 @@
 //! A kernel takes one `#[repr(C)]` struct by value. It is generic over how a tensor is named: on the GPU a
 //! [`TensorMap`], which the copy engine reads; on the CPU executor a plain [`Strided`] address.
 
+use crate::attention::dropout::Dropout;
 use crate::attention::pairs::{ByDistance, OnePair, Pairs};
 use crate::attention::scheduler::TileOrder;
 
@@ -184,6 +185,14 @@ pub struct ForwardParams<T, S = ()> {
     pub scale: f32,
     pub shape: Shape,
     pub order: TileOrder,
+}
+
+/// Parameters of a forward or backward kernel with dropout: those of the one without, and which weights are dropped.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct WithDropout<P> {
+    pub params: P,
+    pub dropout: Dropout,
 }
 
 /// Query rows of a head in the backward pass's workspace are padded to a multiple of this: the largest block_m.

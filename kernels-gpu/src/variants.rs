@@ -167,11 +167,42 @@ impl Variant {
     }
 }
 
+/// Whether a kernel drops weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DropoutKind {
+    None,
+    Philox,
+}
+
+impl DropoutKind {
+    /// The table of the forward kernels.
+    pub fn variants(self) -> &'static [Variant] {
+        match self {
+            DropoutKind::None => VARIANTS,
+            DropoutKind::Philox => DROPOUT_VARIANTS,
+        }
+    }
+    /// The table of the backward kernels.
+    pub fn backward_variants(self) -> &'static [BackwardVariant] {
+        match self {
+            DropoutKind::None => BACKWARD_VARIANTS,
+            DropoutKind::Philox => BACKWARD_DROPOUT_VARIANTS,
+        }
+    }
+}
+
 /// The compiled variants of an operator of the smallest head dim that holds `head_dim`; they differ in their tiles.
-pub fn forward(op: Op, dtype: Dtype, head_dim: u32, mask: MaskKind) -> impl Iterator<Item = &'static Variant> {
+pub fn forward(
+    op: Op,
+    dtype: Dtype,
+    head_dim: u32,
+    mask: MaskKind,
+    dropout: DropoutKind,
+) -> impl Iterator<Item = &'static Variant> {
+    let variants = dropout.variants();
     let fits = move |v: &&Variant| v.op == op && v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim;
-    let smallest = VARIANTS.iter().filter(fits).map(|v| v.head_dim).min();
-    VARIANTS.iter().filter(fits).filter(move |v| Some(v.head_dim) == smallest)
+    let smallest = variants.iter().filter(fits).map(|v| v.head_dim).min();
+    variants.iter().filter(fits).filter(move |v| Some(v.head_dim) == smallest)
 }
 
 /// Calls `$apply!` with one row a variant:
@@ -224,11 +255,31 @@ macro_rules! forward_variants {
     };
 }
 
+/// As [`forward_variants`], of the kernels with dropout, whose blocks are multiples of 32.
+#[macro_export]
+macro_rules! forward_dropout_variants {
+    ($apply:ident) => {
+        $apply! {
+            forward_f16_d64_dropout, Forward, F16, 64, None, 2, 128, 6;
+            forward_f16_d64_causal_dropout, Forward, F16, 64, Causal, 2, 128, 6;
+            forward_f16_d128_dropout, Forward, F16, 128, None, 2, 128, 5;
+            forward_f16_d128_causal_dropout, Forward, F16, 128, Causal, 2, 128, 5;
+            forward_f16_d256_dropout, Forward, F16, 256, None, 2, 64, 4;
+            forward_f16_d256_causal_dropout, Forward, F16, 256, Causal, 2, 64, 4;
+            forward_bf16_d64_dropout, Forward, Bf16, 64, None, 2, 128, 6;
+            forward_bf16_d64_causal_dropout, Forward, Bf16, 64, Causal, 2, 128, 6;
+            forward_bf16_d128_dropout, Forward, Bf16, 128, None, 2, 128, 5;
+            forward_bf16_d128_causal_dropout, Forward, Bf16, 128, Causal, 2, 128, 5;
+            forward_bf16_d256_dropout, Forward, Bf16, 256, None, 2, 64, 4;
+            forward_bf16_d256_causal_dropout, Forward, Bf16, 256, Causal, 2, 64, 4;
+        }
+    };
+}
+
 macro_rules! forward_table {
     ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
        $stages:literal;)*) => {
-        /// Every compiled variant.
-        pub static VARIANTS: &[Variant] = &[$(
+        &[$(
             Variant {
                 symbol: stringify!($symbol),
                 op: Op::$op,
@@ -239,10 +290,13 @@ macro_rules! forward_table {
                 block_n: $block_n,
                 stages: $stages,
             },
-        )*];
+        )*]
     };
 }
-forward_variants!(forward_table);
+/// Every compiled variant without dropout.
+pub static VARIANTS: &[Variant] = forward_variants!(forward_table);
+/// Every compiled variant with dropout.
+pub static DROPOUT_VARIANTS: &[Variant] = forward_dropout_variants!(forward_table);
 
 /// One compiled backward kernel. Two consumer warpgroups, one producer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -317,18 +371,22 @@ impl BackwardVariant {
 }
 
 /// The smallest compiled backward variant of an operator that holds `head_dim`.
-pub fn backward(op: Op, dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static BackwardVariant> {
-    BACKWARD_VARIANTS
-        .iter()
-        .filter(|v| v.op == op && v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim)
-        .min_by_key(|v| v.head_dim)
+pub fn backward(
+    op: Op,
+    dtype: Dtype,
+    head_dim: u32,
+    mask: MaskKind,
+    dropout: DropoutKind,
+) -> Option<&'static BackwardVariant> {
+    let fits = |v: &&BackwardVariant| v.op == op && v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim;
+    dropout.backward_variants().iter().filter(fits).min_by_key(|v| v.head_dim)
 }
 
 /// Name and CTA size of every kernel, for the launch bounds in its PTX.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn launches() -> std::vec::Vec<(&'static str, u32)> {
-    let forward = VARIANTS.iter().map(|v| (v.symbol, v.threads()));
-    let backward = BACKWARD_VARIANTS.iter().map(|v| (v.symbol, v.threads()));
+    let forward = VARIANTS.iter().chain(DROPOUT_VARIANTS).map(|v| (v.symbol, v.threads()));
+    let backward = BACKWARD_VARIANTS.iter().chain(BACKWARD_DROPOUT_VARIANTS).map(|v| (v.symbol, v.threads()));
     let mut rows: std::vec::Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
     rows.sort_unstable();
     rows.dedup();
@@ -370,11 +428,31 @@ macro_rules! backward_variants {
     };
 }
 
+/// As [`backward_variants`], of the kernels with dropout; what prepares and finishes is the same.
+#[macro_export]
+macro_rules! backward_dropout_variants {
+    ($apply:ident) => {
+        $apply! {
+            backward_f16_d64_dropout, prepare_f16, finish_f16_d64, Forward, F16, 64, None, 128, 128, Keys;
+            backward_f16_d64_causal_dropout, prepare_f16, finish_f16_d64, Forward, F16, 64, Causal, 128, 128, Keys;
+            backward_f16_d128_dropout, prepare_f16, finish_f16_d128, Forward, F16, 128, None, 64, 128, Keys;
+            backward_f16_d128_causal_dropout, prepare_f16, finish_f16_d128, Forward, F16, 128, Causal, 64, 128, Keys;
+            backward_f16_d256_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Columns;
+            backward_f16_d256_causal_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Columns;
+            backward_bf16_d64_dropout, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, None, 128, 128, Keys;
+            backward_bf16_d64_causal_dropout, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, Causal, 128, 128, Keys;
+            backward_bf16_d128_dropout, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, None, 64, 128, Keys;
+            backward_bf16_d128_causal_dropout, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, Causal, 64, 128, Keys;
+            backward_bf16_d256_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Columns;
+            backward_bf16_d256_causal_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Columns;
+        }
+    };
+}
+
 macro_rules! backward_table {
     ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
        $block_m:literal, $block_n:literal, $split:ident;)*) => {
-        /// Every compiled backward variant.
-        pub static BACKWARD_VARIANTS: &[BackwardVariant] = &[$(
+        &[$(
             BackwardVariant {
                 symbol: stringify!($symbol),
                 prepare: stringify!($prepare),
@@ -387,7 +465,10 @@ macro_rules! backward_table {
                 block_n: $block_n,
                 split: Split::$split,
             },
-        )*];
+        )*]
     };
 }
-backward_variants!(backward_table);
+/// Every compiled backward variant without dropout.
+pub static BACKWARD_VARIANTS: &[BackwardVariant] = backward_variants!(backward_table);
+/// Every compiled backward variant with dropout.
+pub static BACKWARD_DROPOUT_VARIANTS: &[BackwardVariant] = backward_dropout_variants!(backward_table);

@@ -6,6 +6,8 @@ use ferroflash::cases::{BackwardData, Case, CaseOutput, Order, for_rows};
 use ferroflash::reference::Rows;
 use ferroflash::{Backend, Determinism, Dtype, Element, Mask, Problem, bf16, f16};
 
+pub mod dropout;
+
 /// (name, case): the shapes that attention kernels get wrong.
 pub fn named() -> Vec<(&'static str, Case)> {
     let case = |heads: (usize, usize), seqlens: (usize, usize), head_dim, mask| {

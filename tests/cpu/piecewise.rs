@@ -4,7 +4,9 @@ use crate::common::piecewise;
 use crate::random;
 use ferroflash::cases::{Case, PiecewiseCase};
 use ferroflash::reference::Rows;
-use ferroflash::{Attention, Cpu, Determinism, Dtype, Error, Mask, Op, Pair, Piecewise, Plan, Problem, Tensor, bf16};
+use ferroflash::{
+    Attention, Cpu, Determinism, Dropout, Dtype, Error, Mask, Op, Pair, Piecewise, Plan, Problem, Tensor, bf16,
+};
 use proptest::prelude::*;
 
 #[test]
@@ -82,4 +84,23 @@ fn errors_name_the_second_pair() {
     assert!(plan.to_string().contains("piecewise bf16: batch 1") && plan.to_string().contains("dist_threshold 3"));
     let missing = Error::SecondPair { op: Op::Piecewise, given: false }.to_string();
     assert_eq!(missing, "second is missing; a plan of piecewise needs a second pair of queries and keys");
+}
+
+/// A plan of piecewise attention drops nothing, and an attention that would is refused.
+#[test]
+fn dropout_is_refused() {
+    let problem =
+        Problem { batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: 10, seqlen_k: 20, head_dim: 16, dtype: Dtype::Bf16 };
+    let with = |p| Piecewise::new(Attention::new(problem).dropout(Dropout { p, seed: 1, offset: 2 }), 3);
+    let refused = Error::PiecewiseDropout { value: 0.1 };
+    assert_eq!(with(0.1).plan(1), Err(refused.clone()));
+    assert_eq!(with(0.1).plan_backward(1), Err(refused.clone()));
+    let message = "dropout.p is 0.1; dropout is not available with piecewise attention, 0 is needed";
+    assert_eq!((refused.to_string().as_str(), refused.is_bad_input()), (message, true));
+    assert_eq!(with(1.0).plan(1), Err(Error::Dropout { value: 1.0 }));
+    // 0, and what is resolved to it.
+    for p in [0.0, 0.001] {
+        assert_eq!(with(p).plan(1).unwrap().dropout(), Dropout::NONE);
+        assert_eq!(with(p).plan_backward(1).unwrap().dropout(), Dropout::NONE);
+    }
 }

@@ -4,9 +4,8 @@
 //! every sum is fixed, and the bits do not depend on the number of threads.
 
 use kernels_gpu::{
-    cpu::{backward, finish, prepare},
+    cpu::{backward, backward_dropout, finish, prepare},
     element::Element,
-    params::{BackwardParams, BackwardSecond, Strided},
 };
 use rayon::prelude::*;
 
@@ -84,22 +83,32 @@ unsafe fn run<E: Element>(plan: &BackwardPlan, args: &RawBackward) -> Result<()>
     }
     let tensors = [&args.q, &args.k, &args.v, &args.d_o].map(RawTensor::strided);
     let second = args.second.map(|second| second.inputs.as_ref().map(RawTensor::strided));
-    // SAFETY: this function's contract.
+    // SAFETY: this function's contract; the main kernel runs as `run_with` says.
     unsafe {
-        match args.second(plan, second) {
-            Some(second) => run_with::<E, _>(plan, args, &args.params(plan, tensors, second)),
-            None => run_with::<E, _>(plan, args, &args.params(plan, tensors, ())),
+        match (args.second(plan, second), plan.launched) {
+            (Some(second), _) => {
+                let params = args.params(plan, tensors, second);
+                run_with::<E>(plan, args, |batch, head| backward::<E, _>(plan.variant(), &params, batch, head))
+            }
+            (None, None) => {
+                let params = args.params(plan, tensors, ());
+                run_with::<E>(plan, args, |batch, head| backward::<E, _>(plan.variant(), &params, batch, head))
+            }
+            (None, Some(dropout)) => {
+                let params = args.params(plan, tensors, ());
+                run_with::<E>(plan, args, |batch, head| {
+                    backward_dropout::<E>(plan.variant(), &params, dropout, batch, head);
+                })
+            }
         }
     }
 }
 
+/// Runs every key head, `main(batch, head)` after its query heads have been prepared, and where it has a key.
+///
 /// # Safety
-/// As [`run`]; `params` are the main kernel's.
-unsafe fn run_with<E: Element, S: BackwardSecond<Strided> + Sync>(
-    plan: &BackwardPlan,
-    args: &RawBackward,
-    params: &BackwardParams<Strided, S>,
-) -> Result<()> {
+/// As [`run`].
+unsafe fn run_with<E: Element>(plan: &BackwardPlan, args: &RawBackward, main: impl Fn(u32, u32) + Sync) -> Result<()> {
     let (problem, shape) = (plan.problem(), plan.problem().kernel_shape());
     let preparation = args.prepare(plan);
     (0..shape.batch * shape.heads_kv).into_par_iter().with_max_len(1).try_for_each(|unit| {
@@ -113,7 +122,7 @@ unsafe fn run_with<E: Element, S: BackwardSecond<Strided> + Sync>(
             unsafe {
                 heads.clone().for_each(|head| prepare::<E>(&preparation, batch, head));
                 if problem.seqlen_k > 0 {
-                    backward::<E, S>(plan.variant(), params, batch, head_kv);
+                    main(batch, head_kv);
                 }
                 for finishing in args.finish(plan) {
                     heads.clone().for_each(|head| finish::<E>(&finishing, plan.variant().head_dim, batch, head));

@@ -10,8 +10,8 @@ use std::{
 };
 
 use kernels_gpu::{
+    cpu::{forward, forward_dropout},
     element::Element,
-    params::{ForwardParams, Second, Strided},
 };
 use rayon::prelude::*;
 
@@ -109,12 +109,24 @@ impl Backend for Cpu {
             return Ok(());
         }
         let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
-        // SAFETY: the arguments were validated against the plan; they come from slices that are borrowed until this
-        // function returns, those of `o` and `lse` mutably.
+        let second = args.second.map(|pair| pair.as_ref().map(RawTensor::strided));
+        // SAFETY: the arguments were validated against the plan, whose variant and tile count these are; they come from
+        // slices that are borrowed until this function returns, those of `o` and `lse` mutably. Outputs alias nothing, and
+        // each row of them belongs to one work tile of one CTA, so CTAs may run at the same time.
         unsafe {
-            match second_pair(plan.dist_threshold(), args.second.map(|pair| pair.as_ref().map(RawTensor::strided))) {
-                Some(second) => run::<E, _>(plan, &args.params(plan, tensors, second)),
-                None => run::<E, _>(plan, &args.params(plan, tensors, ())),
+            match (second_pair(plan.dist_threshold(), second), plan.launched) {
+                (Some(second), _) => {
+                    let params = args.params(plan, tensors, second);
+                    run(plan, |cta, ctas| forward::<E, _>(plan.variant(), &params, cta, ctas))
+                }
+                (None, None) => {
+                    let params = args.params(plan, tensors, ());
+                    run(plan, |cta, ctas| forward::<E, _>(plan.variant(), &params, cta, ctas))
+                }
+                (None, Some(dropout)) => {
+                    let params = args.params(plan, tensors, ());
+                    run(plan, |cta, ctas| forward_dropout::<E>(plan.variant(), &params, dropout, cta, ctas))
+                }
             }
         }
     }
@@ -169,23 +181,13 @@ fn raw<T>(data: *const T, layout: Layout) -> RawTensor {
 /// work tiles follow one another in a CTA as they do on a GPU.
 const CTAS_PER_THREAD: u32 = 8;
 
-/// Runs every CTA of `plan`, in parallel; stops at the first fault.
-///
-/// # Safety
-/// `params` has passed [`RawForward::validate_buffers`] for `plan` with elements `E`, and its memory is valid, for
-/// writing `o` and `lse` and for reading the rest, until this function returns.
-unsafe fn run<E: Element, S: Second<Strided> + Sync>(plan: &Plan, params: &ForwardParams<Strided, S>) -> Result<()> {
+/// Runs every CTA of `plan` by `forward(cta, ctas)`, in parallel; stops at the first fault.
+fn run(plan: &Plan, forward: impl Fn(u32, u32) + Sync) -> Result<()> {
     let threads = u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX);
     let ctas = plan.work_tiles().min(threads.saturating_mul(CTAS_PER_THREAD));
     (0..ctas).into_par_iter().with_max_len(1).try_for_each(|cta| {
-        let run = || {
-            // SAFETY: by this function's contract the memory is valid and its layouts are those of the plan, whose
-            // variant and tile count these are; outputs alias nothing, and each row of them belongs to one work tile of
-            // one CTA, so CTAs may run at the same time.
-            unsafe { kernels_gpu::cpu::forward::<E, S>(plan.variant(), params, cta, ctas) }
-        };
         // A CTA that panics leaves behind nothing but its rows of the output, which the error calls unspecified.
-        catch(plan.variant().symbol, cta, run)
+        catch(plan.variant().symbol, cta, || forward(cta, ctas))
     })
 }
 
@@ -213,6 +215,7 @@ mod tests {
     use kernels_gpu::variants::Dtype;
 
     use super::*;
+    use crate::dropout::Dropout;
     use crate::problem::{Mask, Problem};
 
     #[test]
@@ -220,7 +223,7 @@ mod tests {
         for (mask, head_dim, seqlen_q) in [(Mask::None, 64, 1), (Mask::Causal, 128, 1000), (Mask::None, 256, 384)] {
             let problem =
                 Problem { batch: 3, heads_q: 6, heads_kv: 2, seqlen_q, seqlen_k: 50, head_dim, dtype: Dtype::F16 };
-            let plan = Plan::forward(&problem, mask, None, 1).unwrap();
+            let plan = Plan::forward(&problem, mask, None, Dropout::NONE, 1).unwrap();
             assert_eq!(plan.work_tiles(), kernels_gpu::cpu::grid(plan.variant(), &problem.kernel_shape()));
         }
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kernels_gpu::element::Element;
-use kernels_gpu::params::TensorMap;
+use kernels_gpu::params::{TensorMap, WithDropout};
 use kernels_gpu::variants::ROW_KERNEL_THREADS;
 
 use super::kernels::Loaded;
@@ -123,9 +123,15 @@ impl Cuda {
             if let Some((maps, second)) = maps {
                 let (function, grid, block) = (kernels.main.function, plan.grid(), plan.block());
                 let smem = plan.smem_bytes();
-                match args.second(plan, second) {
-                    Some(second) => function.launch(grid, block, smem, stream, &args.params(plan, maps, second))?,
-                    None => function.launch(grid, block, smem, stream, &args.params(plan, maps, ()))?,
+                match (args.second(plan, second), plan.launched) {
+                    (Some(second), _) => {
+                        function.launch(grid, block, smem, stream, &args.params(plan, maps, second))?;
+                    }
+                    (None, None) => function.launch(grid, block, smem, stream, &args.params(plan, maps, ()))?,
+                    (None, Some(dropout)) => {
+                        let params = WithDropout { params: args.params(plan, maps, ()), dropout };
+                        function.launch(grid, block, smem, stream, &params)?;
+                    }
                 }
             }
             if plan.finish_grid() > 0 {

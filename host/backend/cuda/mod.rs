@@ -22,6 +22,7 @@ use cust::CudaFlags;
 use cust::context::{Context, CurrentContext};
 use cust::device::DeviceAttribute;
 use kernels_gpu::element::Element;
+use kernels_gpu::params::WithDropout;
 use kernels_gpu::variants::{WARP_ROWS, WARPGROUP_ROWS};
 
 pub use kernels::{COMMIT, KERNEL_COMPILER, KERNELS, Kernel};
@@ -189,9 +190,13 @@ impl Cuda {
         let (grid, block, smem, stream) = (plan.grid(), plan.block(), plan.smem_bytes(), stream.cast());
         // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
         unsafe {
-            match second_pair(plan.dist_threshold(), second) {
-                Some(second) => function.launch(grid, block, smem, stream, &args.params(plan, maps, second)),
-                None => function.launch(grid, block, smem, stream, &args.params(plan, maps, ())),
+            match (second_pair(plan.dist_threshold(), second), plan.launched) {
+                (Some(second), _) => function.launch(grid, block, smem, stream, &args.params(plan, maps, second)),
+                (None, None) => function.launch(grid, block, smem, stream, &args.params(plan, maps, ())),
+                (None, Some(dropout)) => {
+                    let params = WithDropout { params: args.params(plan, maps, ()), dropout };
+                    function.launch(grid, block, smem, stream, &params)
+                }
             }
         }
     }

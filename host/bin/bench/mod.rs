@@ -6,7 +6,7 @@ mod record;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use ferroflash::{Attention, Determinism, Dtype, Mask, Problem, Result, bf16, f16};
+use ferroflash::{Attention, Determinism, Dropout, Dtype, Mask, Problem, Result, bf16, f16};
 
 use crate::args::BenchArgs;
 use crate::machine::{Job, Machine, Timed};
@@ -60,11 +60,13 @@ struct Step {
     /// Of piecewise attention.
     dist_threshold: Option<i32>,
     determinism: Determinism,
+    dropout: f32,
 }
 
 impl Step {
     fn attention(&self) -> Attention {
-        Attention::new(self.problem).mask(self.mask).determinism(self.determinism)
+        let dropout = Dropout { p: self.dropout, ..Dropout::NONE };
+        Attention::new(self.problem).mask(self.mask).determinism(self.determinism).dropout(dropout)
     }
 }
 
@@ -97,8 +99,8 @@ fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
                         };
                         let half = i32::try_from(seqlen / 2).unwrap_or(i32::MAX);
                         let dist_threshold = op.is_piecewise().then(|| args.dist_threshold.unwrap_or(half));
-                        let determinism = args.pass.determinism;
-                        steps.push(Step { op, problem, mask, dist_threshold, determinism });
+                        let (determinism, dropout) = (args.pass.determinism, args.pass.dropout);
+                        steps.push(Step { op, problem, mask, dist_threshold, determinism, dropout });
                     }
                 }
             }
@@ -116,8 +118,8 @@ impl Job for Bench<'_> {
     type Result = Swept<Option<Record>>;
 
     fn run<B: Timed>(self, backend: &B, machine: &Machine) -> Self::Result {
-        let name = |Step { op, problem, mask, determinism, .. }: &Step| {
-            format!("{} D {} S {} {mask}", op.title(*determinism), problem.head_dim, problem.seqlen_q)
+        let name = |Step { op, problem, mask, determinism, dropout, .. }: &Step| {
+            format!("{} D {} S {} {mask}", op.title(*determinism, *dropout), problem.head_dim, problem.seqlen_q)
         };
         sweep(self.steps, name, |step| {
             forget_peak_memory();

@@ -20,6 +20,9 @@ pub struct Record {
     /// Of a backward pass.
     #[serde(skip_serializing_if = "Option::is_none")]
     determinism: Option<String>,
+    /// Where weights are dropped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dropout: Option<f32>,
     /// Its name in the table.
     #[serde(skip)]
     title: String,
@@ -46,7 +49,7 @@ pub struct Record {
 impl Record {
     /// What a step took.
     pub fn new(step: &Step, machine: &Machine, measured: &Measured) -> Self {
-        let Step { op, problem, mask, dist_threshold, determinism } = step;
+        let Step { op, problem, mask, dist_threshold, determinism, dropout } = step;
         let seconds = measured.median.as_secs_f64();
         // On a GPU, what the tensors and the workspace take; on the CPU, the process's peak while it measured.
         let own = if machine.is_cpu() { peak_memory() } else { None };
@@ -54,7 +57,8 @@ impl Record {
         Record {
             op: op.name(),
             determinism: op.determinism(*determinism).map(|determinism| determinism.to_string()),
-            title: op.title(*determinism),
+            dropout: op.dropout(*dropout),
+            title: op.title(*determinism, *dropout),
             device: if machine.is_cpu() { "cpu" } else { "cuda" },
             batch: problem.batch,
             heads_q: problem.heads_q,

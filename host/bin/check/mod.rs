@@ -36,10 +36,11 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
     let machine = Machine::open(&args.device)?;
     let limit = if machine.is_cpu() { FLOPS_CPU } else { FLOPS_GPU };
     let cases: Vec<Case> = match &args.case {
-        Some(case) => vec![case.case(args.seed)],
+        Some(case) => vec![Case { dropout: args.pass.dropout, ..case.case(args.seed) }],
         None => {
             let count = args.cases.unwrap_or(DEFAULT_CASES);
-            (0..count).map(|i| Case::random(args.seed.wrapping_mul(1 << 32).wrapping_add(i), limit)).collect()
+            let random = |i| Case::random(args.seed.wrapping_mul(1 << 32).wrapping_add(i), limit);
+            (0..count).map(|i| Case { dropout: args.pass.dropout, ..random(i) }).collect()
         }
     };
     let given = args.case.as_ref().map(|case| case.dist_threshold);
@@ -98,8 +99,7 @@ impl Step {
     }
 
     fn attention(&self) -> Attention {
-        let Case { problem, mask, .. } = self.case;
-        Attention::new(problem).mask(mask).scale(self.case.effective_scale()).determinism(self.determinism)
+        self.case.attention().determinism(self.determinism)
     }
 }
 
@@ -167,22 +167,24 @@ mod tests {
 
     #[test]
     fn a_case_prints_the_flags_that_run_it_again() {
-        for (op, determinism) in [
-            (OpName::Forward, Determinism::Fast),
-            (OpName::Backward, Determinism::Fast),
-            (OpName::Backward, Determinism::Exact),
-            (OpName::Piecewise, Determinism::Fast),
-            (OpName::PiecewiseBackward, Determinism::Exact),
-            (OpName::TotalAttention, Determinism::Fast),
+        for (op, determinism, dropout) in [
+            (OpName::Forward, Determinism::Fast, 0.0),
+            (OpName::Forward, Determinism::Fast, 0.1),
+            (OpName::Backward, Determinism::Fast, 0.3),
+            (OpName::Backward, Determinism::Exact, 0.0),
+            (OpName::Piecewise, Determinism::Fast, 0.0),
+            (OpName::PiecewiseBackward, Determinism::Exact, 0.0),
+            (OpName::TotalAttention, Determinism::Fast, 0.0),
         ] {
             let dist_threshold = op.is_piecewise().then_some(-3);
-            let step = Step { op, case: Case { padding: 0, ..Case::random(5, 1e6) }, dist_threshold, determinism };
+            let case = Case { padding: 0, dropout, ..Case::random(5, 1e6) };
+            let step = Step { op, case, dist_threshold, determinism };
             let line = format!("ferroflash check {step}");
             let Ok(Cli { command: Command::Check(args) }) = Cli::try_parse_from(line.split(' ')) else {
                 panic!("{line}");
             };
             assert_eq!(args.case.as_ref().and_then(|case| case.dist_threshold), dist_threshold, "{line}");
-            let case = args.case.map(|case| case.case(args.seed));
+            let case = args.case.map(|case| Case { dropout: args.pass.dropout, ..case.case(args.seed) });
             let scale = Some(step.case.effective_scale());
             assert_eq!((args.pass.op, args.pass.determinism), (vec![op], determinism), "{line}");
             assert_eq!(case, Some(Case { scale, ..step.case }), "{line}");

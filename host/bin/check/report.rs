@@ -121,7 +121,7 @@ fn row(Judged { step, verdict }: &Judged) -> Vec<String> {
     let Step { op, case, determinism, .. } = step;
     let (p, Verdict { accuracy, lse, .. }) = (&case.problem, verdict);
     let number = |x: f64| format!("{x:.1e}");
-    let mut row = vec![op.title(*determinism)];
+    let mut row = vec![op.title(*determinism, case.dropout)];
     row.extend([p.batch, p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, p.head_dim].map(|x| x.to_string()));
     row.extend([p.dtype.name().to_owned(), case.mask.to_string(), case.order.to_string()]);
     row.extend([case.input_std.to_string(), verdict.tensor.to_owned()]);

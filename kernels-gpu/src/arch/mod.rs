@@ -16,6 +16,7 @@ mod total_attention;
 
 pub use total_attention::TotalWarpgroup;
 
+use crate::attention::dropout::{Dropout, Place};
 use crate::attention::query_blocks::QueryBlock;
 use crate::attention::scheduler::WorkTile;
 use crate::params::{Output, Shape, Strided, Workspace};
@@ -37,6 +38,8 @@ pub trait Warpgroup: Sized {
     type Rows: Copy;
     /// How this machine names a tensor that is loaded by tiles.
     type Tensor: Copy;
+    /// Which of 64 × 8·N8 weights are kept; N8 is a multiple of four.
+    type Keep<const N8: usize>: Copy;
 
     fn zeros<const N8: usize>(&self) -> Self::Acc<N8>;
     /// Elements of row r from column `end(r)` on become `fill`; rows and columns count from the fragment's corner.
@@ -57,6 +60,16 @@ pub trait Warpgroup: Sized {
     fn zip(&self, a: Self::Rows, b: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     /// Rounds an accumulator to the input's dtype.
     fn pack<const N8: usize>(&self, x: &Self::Acc<N8>) -> Self::Operand<N8>;
+    /// Which weights of the tile at a place are kept.
+    fn keep<const N8: usize>(&self, dropout: &Dropout, at: &Place) -> Self::Keep<N8>;
+    /// Weights that are dropped get a negative sign, the others a positive one.
+    fn mark<const N8: usize>(&self, x: &mut Self::Acc<N8>, keep: &Self::Keep<N8>);
+    /// Elements become 0 where the weight in their place has been marked.
+    fn drop_marked<const N8: usize>(&self, x: &mut Self::Acc<N8>, weights: &Self::Acc<N8>);
+    /// As [`Warpgroup::pack`], with 0 for weights that have been marked.
+    fn pack_unmarked<const N8: usize>(&self, x: &Self::Acc<N8>) -> Self::Operand<N8>;
+    /// Weights that are dropped become 0.
+    fn drop_operand<const N8: usize>(&self, x: &mut Self::Operand<N8>, keep: &Self::Keep<N8>);
 
     /// 2^x, −∞ giving 0.
     fn exp2(x: f32) -> f32;

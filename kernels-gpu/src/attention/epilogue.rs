@@ -1,5 +1,6 @@
 //! The end of a work tile: normalise O, store it and the LSE.
 
+use super::dropout::Dropping;
 use super::scheduler::WorkTile;
 use super::softmax::Softmax;
 use crate::arch::ForwardWarpgroup;
@@ -7,14 +8,16 @@ use crate::params::ForwardParams;
 
 /// Stores this warpgroup's rows of O and LSE. Rows without a live key get O = 0 and LSE = −∞, whatever V holds.
 #[inline(always)]
-pub fn store<W: ForwardWarpgroup, S, const D8: usize>(
+pub fn store<W: ForwardWarpgroup, S, R: Dropping, const D8: usize>(
     wg: &mut W,
     p: &ForwardParams<W::Tensor, S>,
     tile: &WorkTile,
     mut o: W::Acc<D8>,
     softmax: Softmax<W>,
+    dropping: R,
 ) {
     let (normaliser, lse) = softmax.finish(wg);
+    let normaliser = dropping.scale_factors(wg, normaliser);
     wg.map_rows(&mut o, normaliser, |o, r| if r == 0.0 { 0.0 } else { o * r });
     wg.store(&o, &p.o, tile, &p.shape);
     if p.lse != 0 {

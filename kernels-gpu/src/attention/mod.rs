@@ -1,9 +1,11 @@
 //! What every attention kernel shares; nothing here names an architecture.
 
 pub mod block_info;
+pub mod dropout;
 pub mod epilogue;
 pub mod mask;
 pub mod pairs;
+pub mod philox;
 pub mod query_blocks;
 pub mod row_statistics;
 pub mod scheduler;

@@ -8,6 +8,7 @@
 use core::f32::consts::LOG2_E;
 
 use crate::arch::{BackwardWarpgroup, Pending};
+use crate::attention::dropout::{Dropping, Place, Rows};
 use crate::attention::mask::{Mask, mask_transposed};
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block, turn_blocks};
@@ -24,13 +25,14 @@ struct Mainloop<W: BackwardWarpgroup, const C8: usize, const M8: usize> {
 }
 
 /// What a step needs to know of where it is.
-struct Step<'a, T, S: Second<T>, M> {
+struct Step<'a, T, S: Second<T>, M, R> {
     p: &'a BackwardParams<T, S>,
     keys: KvBlock,
     first_key: u32,
     block_m: u32,
     block_n: u32,
     blocks: &'a QueryBlocks<M, S::Pairs>,
+    dropping: R,
 }
 
 impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8> {
@@ -57,13 +59,13 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
 
     /// One query block. But for the last, the scores of the next are issued beside its last products.
     #[inline(always)]
-    fn step<const LAST: bool, const D8: usize, const Q8: usize, M: Mask, S: Second<W::Tensor>>(
+    fn step<const LAST: bool, const D8: usize, const Q8: usize, M: Mask, S: Second<W::Tensor>, R: Dropping>(
         &mut self,
         wg: &mut W,
-        step: &Step<W::Tensor, S, M>,
+        step: &Step<W::Tensor, S, M, R>,
         at: &QueryBlock,
     ) {
-        let Step { p, keys, first_key, block_m, block_n, blocks } = step;
+        let Step { p, keys, first_key, block_m, block_n, blocks, dropping } = step;
         let (mut s, q, c) = (self.s, self.q, p.scale * LOG2_E);
         let d_o = wg.wait_do();
         let dp = wg.v_do::<D8, M8>(d_o); //                             dPᵀ = V·dOᵀ
@@ -72,10 +74,18 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
             mask_transposed::<W, M, S::Pairs, M8>(wg, &p.shape, pairs, at.pair, &mut s, *first_key, first_row);
         }
         wg.map_lse(&mut s, q, |s, lse| W::exp2(W::fma(s, c, -lse))); // Sᵀ → Pᵀ
+        let keep = dropping.keep::<W, M8>(wg, |_| Place {
+            head: at.batch * p.shape.heads_q + at.head,
+            row: *first_key,
+            column: at.m_block * block_m,
+            rows: Rows::Keys,
+        });
+        R::mark::<W, M8>(wg, &mut s, &keep);
         let mut dp = wg.wait::<0, M8>(dp);
-        wg.map_delta(&mut dp, d_o, |dp, delta| dp - delta);
-        wg.zip_with(&mut dp, &s, |dp, p| dp * p); //                    dSᵀ = Pᵀ∘(dPᵀ − delta)
-        let (p_t, ds) = (wg.pack(&s), wg.pack(&dp));
+        R::drop_marked::<W, M8>(wg, &mut dp, &s);
+        wg.map_delta(&mut dp, d_o, |dp, delta| dropping.less_delta::<W>(dp, delta));
+        wg.zip_with(&mut dp, &s, |dp, p| dp * R::unmarked(p)); //       dSᵀ = Pᵀ∘(dPᵀ − delta)
+        let (p_t, ds) = (R::pack_unmarked::<W, M8>(wg, &s), wg.pack(&dp));
         let dv = wg.p_do::<M8, C8>(self.dv, p_t, d_o); //               dV = dV + Pᵀ·dO
         wg.share(&ds);
         let ahead = const { Self::ahead::<Q8>() };
@@ -116,6 +126,7 @@ pub fn consume<
     W: BackwardWarpgroup,
     M: Mask,
     S: BackwardSecond<W::Tensor>,
+    R: Dropping,
     const D8: usize,
     const C8: usize,
     const M8: usize,
@@ -125,6 +136,7 @@ pub fn consume<
     p: &BackwardParams<W::Tensor, S>,
     block_n: u32,
     tiles: impl Iterator<Item = WorkTile>,
+    dropping: R,
 ) {
     let block_m = 8 * M8 as u32;
     let pairs = p.second.pairs(&p.shape);
@@ -144,15 +156,15 @@ pub fn consume<
             wg.store_kv(&wg.zeros::<C8>(), &dk_of(pair), &keys, &p.shape);
         } else {
             let first_key = keys.n_block * block_n + wg.first_key();
-            let step = Step { p, keys, first_key, block_m, block_n, blocks: &blocks };
+            let step = Step { p, keys, first_key, block_m, block_n, blocks: &blocks, dropping };
             wg.wait_kv();
             let mut mainloop = Mainloop::<W, C8, M8>::new::<D8>(wg, dv);
             let mut at = blocks.first();
             for _ in 1..blocks.count() {
-                mainloop.step::<false, D8, Q8, M, S>(wg, &step, &at);
+                mainloop.step::<false, D8, Q8, M, S, R>(wg, &step, &at);
                 at = blocks.after(&at);
             }
-            mainloop.step::<true, D8, Q8, M, S>(wg, &step, &at);
+            mainloop.step::<true, D8, Q8, M, S, R>(wg, &step, &at);
             wg.release_kv();
             let scale = wg.rows(p.scale);
             wg.map_rows(&mut mainloop.dk, scale, |dk, scale| dk * scale);
@@ -163,6 +175,7 @@ pub fn consume<
             pair -= 1;
             continue;
         }
+        dropping.scale::<W, C8>(wg, &mut dv);
         wg.store_kv(&dv, &p.dv, &keys, &p.shape);
         let Some(next) = tiles.next() else { return };
         (tile, pair, dv) = (next, p.second.last(), wg.zeros::<C8>());

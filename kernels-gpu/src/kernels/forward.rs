@@ -6,6 +6,7 @@
 
 use crate::arch::{ForwardWarpgroup, Pending};
 use crate::attention::block_info::{Visit, Visits};
+use crate::attention::dropout::{Dropping, Place, Rows};
 use crate::attention::epilogue;
 use crate::attention::mask::{Mask, mask_scores};
 use crate::attention::pairs::Pairs;
@@ -14,10 +15,11 @@ use crate::attention::softmax::Softmax;
 use crate::params::{ForwardParams, Second};
 
 /// What the mainloop carries from block to block: O, the last block's P, and m and l.
-struct Mainloop<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
+struct Mainloop<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> {
     o: W::Acc<D8>,
     p: W::Operand<N8>,
     softmax: Softmax<W>,
+    dropping: R,
 }
 
 /// One block's scores and the output of the block before, both in flight, with the slots that they read.
@@ -28,18 +30,48 @@ struct InFlight<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
     v: W::Slot,
 }
 
-impl<W: ForwardWarpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> {
+/// A block of scores, and the pair that they come from.
+#[derive(Clone, Copy)]
+struct BlockAt {
+    tile: WorkTile,
+    heads_q: u32,
+    visit: Visit,
+}
+
+impl BlockAt {
+    /// Where this warpgroup's rows of it lie.
+    #[inline(always)]
+    fn place<W: ForwardWarpgroup>(&self, wg: &W, block_n: u32) -> Place {
+        Place {
+            head: self.tile.batch * self.heads_q + self.tile.head,
+            row: wg.first_row(&self.tile),
+            column: self.visit.n_block * block_n,
+            rows: Rows::Queries,
+        }
+    }
+}
+
+impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloop<W, R, D8, N8> {
     /// The first block of all: there is no output to add to yet.
     #[inline(always)]
-    fn first(wg: &mut W, scale: f32, pair: u32, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) -> Self {
+    fn first(wg: &mut W, scale: f32, dropping: R, at: BlockAt, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) -> Self {
         let k = wg.wait_kv();
-        let s = wg.qk::<D8, N8>(k, pair);
+        let s = wg.qk::<D8, N8>(k, at.visit.pair);
+        let keep = dropping.keep::<W, N8>(wg, |wg| at.place(wg, 8 * N8 as u32));
         let mut s = wg.wait::<0, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
         let mut softmax = Softmax::new(wg, scale);
         softmax.step(wg, &mut s);
-        Mainloop { o: wg.zeros::<D8>(), p: wg.pack(&s), softmax }
+        Mainloop { o: wg.zeros::<D8>(), p: Self::weights(wg, &s, &keep), softmax, dropping }
+    }
+
+    /// P as the left operand of P·V, without the weights that are dropped.
+    #[inline(always)]
+    fn weights(wg: &W, p: &W::Acc<N8>, keep: &R::Keep<W, N8>) -> W::Operand<N8> {
+        let mut p = wg.pack(p);
+        R::drop_operand::<W, N8>(wg, &mut p, keep);
+        p
     }
 
     /// Issues the scores of one more block, and the output of the one before.
@@ -56,8 +88,9 @@ impl<W: ForwardWarpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> 
 
     /// One more block of the same work tile. `scored` masks its scores.
     #[inline(always)]
-    fn step(&mut self, wg: &mut W, pair: u32, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) {
-        let InFlight { s, o, k, v } = self.issue(wg, pair);
+    fn step(&mut self, wg: &mut W, at: BlockAt, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) {
+        let InFlight { s, o, k, v } = self.issue(wg, at.visit.pair);
+        let keep = self.dropping.keep::<W, N8>(wg, |wg| at.place(wg, 8 * N8 as u32)); // beside the products
         let mut s = wg.wait::<1, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
@@ -65,7 +98,7 @@ impl<W: ForwardWarpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> 
         self.o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
         wg.scale_rows(&mut self.o, correction);
-        self.p = wg.pack(&s);
+        self.p = Self::weights(wg, &s, &keep);
     }
 
     /// The first block of the next work tile, beside the last output of this one, which it returns.
@@ -74,10 +107,11 @@ impl<W: ForwardWarpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> 
         self,
         wg: &mut W,
         scale: f32,
-        pair: u32,
+        at: BlockAt,
         scored: impl FnOnce(&mut W, &mut W::Acc<N8>),
     ) -> (Self, W::Acc<D8>, Softmax<W>) {
-        let InFlight { s, o, k, v } = self.issue(wg, pair);
+        let InFlight { s, o, k, v } = self.issue(wg, at.visit.pair);
+        let keep = self.dropping.keep::<W, N8>(wg, |wg| at.place(wg, 8 * N8 as u32));
         let mut s = wg.wait::<1, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
@@ -85,7 +119,8 @@ impl<W: ForwardWarpgroup, const D8: usize, const N8: usize> Mainloop<W, D8, N8> 
         softmax.step(wg, &mut s);
         let o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
-        (Mainloop { o: wg.zeros::<D8>(), p: wg.pack(&s), softmax }, o, self.softmax)
+        let p = Self::weights(wg, &s, &keep);
+        (Mainloop { o: wg.zeros::<D8>(), p, softmax, dropping: self.dropping }, o, self.softmax)
     }
 
     /// The output of the last block of all.
@@ -118,11 +153,12 @@ impl<I: Iterator<Item = WorkTile>> Upcoming<I> {
 
 /// What one consumer warpgroup of a CTA does with its work tiles.
 #[inline(always)]
-pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, const D8: usize, const N8: usize>(
+pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, const D8: usize, const N8: usize>(
     wg: &mut W,
     p: &ForwardParams<W::Tensor, S>,
     block_m: u32,
     tiles: impl Iterator<Item = WorkTile>,
+    dropping: R,
 ) {
     let block_n = 8 * N8 as u32;
     let pairs = p.second.pairs(&p.shape);
@@ -137,6 +173,7 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, const D8: usi
             mask(wg, s, tile, visits.at(u));
         }
     };
+    let at = |tile: WorkTile, visits: &Visits, u: u32| BlockAt { tile, heads_q: p.shape.heads_q, visit: visits.at(u) };
     let mut upcoming = Upcoming { tiles, next: None };
     upcoming.load(wg);
     let Some(mut tile) = upcoming.next else { return };
@@ -144,7 +181,8 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, const D8: usi
     wg.wait_q();
     // After the scores of a work tile's last visit, 0, Q is free for the next work tile.
     let first = visits.count - 1;
-    let mut mainloop = Mainloop::<W, D8, N8>::first(wg, p.scale, visits.at(first).pair, |wg, s| {
+    let block = at(tile, &visits, first);
+    let mut mainloop = Mainloop::<W, R, D8, N8>::first(wg, p.scale, dropping, block, |wg, s| {
         if first == 0 {
             upcoming.load(wg);
         }
@@ -155,17 +193,17 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, const D8: usi
         for run in 0..S::Pairs::COUNT {
             let (full_start, full_end) = visits.run(run);
             for u in (full_end.max(1)..above).rev() {
-                let visit = visits.at(u);
-                mainloop.step(wg, visit.pair, |wg, s| mask(wg, s, &tile, visit));
+                let block = at(tile, &visits, u);
+                mainloop.step(wg, block, |wg, s| mask(wg, s, &tile, block.visit));
             }
             above = above.min(full_end);
             for u in (full_start.max(1)..above).rev() {
-                mainloop.step(wg, visits.at(u).pair, |_, _| {});
+                mainloop.step(wg, at(tile, &visits, u), |_, _| {});
             }
             above = above.min(full_start);
         }
         if visits.count > 1 {
-            mainloop.step(wg, visits.at(0).pair, |wg, s| {
+            mainloop.step(wg, at(tile, &visits, 0), |wg, s| {
                 upcoming.load(wg);
                 mask_if_needed(wg, s, &tile, &visits, 0);
             });
@@ -174,15 +212,16 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, const D8: usi
         visits = visits_of(&next);
         wg.wait_q();
         let first = visits.count - 1;
-        let (following, o, softmax) = mainloop.turn_over(wg, p.scale, visits.at(first).pair, |wg, s| {
+        let block = at(next, &visits, first);
+        let (following, o, softmax) = mainloop.turn_over(wg, p.scale, block, |wg, s| {
             if first == 0 {
                 upcoming.load(wg);
             }
             mask_if_needed(wg, s, &next, &visits, first);
         });
-        epilogue::store(wg, p, &tile, o, softmax);
+        epilogue::store(wg, p, &tile, o, softmax, dropping);
         (mainloop, tile) = (following, next);
     }
     let (o, softmax) = mainloop.last(wg);
-    epilogue::store(wg, p, &tile, o, softmax);
+    epilogue::store(wg, p, &tile, o, softmax, dropping);
 }

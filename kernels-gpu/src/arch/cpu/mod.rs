@@ -6,6 +6,7 @@
 //! a hang.
 
 mod backward;
+mod dropout;
 mod forward;
 mod fragment;
 mod matmul;
@@ -20,6 +21,7 @@ pub use warpgroup::CpuWarpgroup;
 
 use crate::arch::Split;
 use crate::attention::block_info::KvBlocks;
+use crate::attention::dropout::{Dropout, Dropping, NoDropout};
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{DqPart, key_block};
@@ -73,7 +75,7 @@ pub unsafe fn forward<E: Element, S: Second<Strided>>(
             match variant.symbol {
                 $(stringify!($symbol) if const { S::Pairs::COUNT == Op::$op.pairs() } => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
-                    unsafe { run::<mask!($mask), E, S, { $head_dim / 8 }, { $block_n / 8 }>(variant.smem(), p, CtaTiles::new(&p.order, cta, ctas)) }
+                    unsafe { run::<mask!($mask), E, S, _, { $head_dim / 8 }, { $block_n / 8 }>(variant.smem(), p, CtaTiles::new(&p.order, cta, ctas), NoDropout) }
                 })*
                 other => unreachable!("{other} is not in the table of variants"),
             }
@@ -82,14 +84,45 @@ pub unsafe fn forward<E: Element, S: Second<Strided>>(
     crate::forward_variants!(dispatch);
 }
 
+/// As [`forward`], of a variant with dropout.
+///
+/// # Panics
+/// As [`forward`].
+///
+/// # Safety
+/// As [`forward`].
+pub unsafe fn forward_dropout<E: Element>(
+    variant: &Variant,
+    p: &ForwardParams<Strided>,
+    dropout: Dropout,
+    cta: u32,
+    ctas: u32,
+) {
+    assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
+    macro_rules! dispatch {
+        ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
+           $stages:literal;)*) => {
+            match variant.symbol {
+                $(stringify!($symbol) => {
+                    // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
+                    unsafe { run::<mask!($mask), E, (), _, { $head_dim / 8 }, { $block_n / 8 }>(variant.smem(), p, CtaTiles::new(&p.order, cta, ctas), dropout) }
+                })*
+                other => unreachable!("{other} is not in the table of variants with dropout"),
+            }
+        };
+    }
+    crate::forward_dropout_variants!(dispatch);
+}
+
 /// One CTA, its consumers in turn.
 ///
 /// # Safety
 /// As [`forward`].
-unsafe fn run<M: Mask, E: Element, S: Second<Strided>, const D8: usize, const N8: usize>(
+unsafe fn run<M: Mask, E: Element, S: Second<Strided>, R: Dropping, const D8: usize, const N8: usize>(
     smem: ForwardSmem,
     p: &ForwardParams<Strided, S>,
     tiles: CtaTiles,
+    dropping: R,
 ) {
     let block_m = smem.consumers * crate::variants::WARPGROUP_ROWS;
     for consumer in 0..smem.consumers {
@@ -97,7 +130,7 @@ unsafe fn run<M: Mask, E: Element, S: Second<Strided>, const D8: usize, const N8
             KvOrder::new(KvBlocks::<M, _, _>::new(&p.shape, p.second.pairs(&p.shape), block_m, smem.block_n, tiles));
         // SAFETY: the caller's promise; consumers own different rows of each work tile.
         let mut warpgroup = unsafe { CpuWarpgroup::<E, _>::forward(p, smem, consumer, loads) };
-        consume::<_, M, S, D8, N8>(&mut warpgroup, p, block_m, tiles);
+        consume::<_, M, S, R, D8, N8>(&mut warpgroup, p, block_m, tiles, dropping);
         warpgroup.finish();
     }
 }
@@ -130,11 +163,12 @@ pub unsafe fn backward<E: Element, S: BackwardSecond<Strided>>(
                             mask!($mask),
                             E,
                             S,
+                            _,
                             { $head_dim / 8 },
                             { Split::$split.columns($head_dim) as usize / 8 },
                             { $block_m / 8 },
                             { DqPart::columns($block_m, $head_dim) as usize / 8 },
-                        >(variant, p, batch, head)
+                        >(variant, p, batch, head, NoDropout)
                     }
                 })*
                 other => unreachable!("{other} is not in the table of variants"),
@@ -142,6 +176,47 @@ pub unsafe fn backward<E: Element, S: BackwardSecond<Strided>>(
         };
     }
     crate::backward_variants!(dispatch);
+}
+
+/// As [`backward`], of a variant with dropout.
+///
+/// # Panics
+/// As [`forward`].
+///
+/// # Safety
+/// As [`backward`].
+pub unsafe fn backward_dropout<E: Element>(
+    variant: &BackwardVariant,
+    p: &BackwardParams<Strided>,
+    dropout: Dropout,
+    batch: u32,
+    head: u32,
+) {
+    assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
+    macro_rules! dispatch {
+        ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
+           $block_m:literal, $block_n:literal, $split:ident;)*) => {
+            match variant.symbol {
+                $(stringify!($symbol) => {
+                    // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
+                    unsafe {
+                        run_backward::<
+                            mask!($mask),
+                            E,
+                            (),
+                            _,
+                            { $head_dim / 8 },
+                            { Split::$split.columns($head_dim) as usize / 8 },
+                            { $block_m / 8 },
+                            { DqPart::columns($block_m, $head_dim) as usize / 8 },
+                        >(variant, p, batch, head, dropout)
+                    }
+                })*
+                other => unreachable!("{other} is not in the table of variants with dropout"),
+            }
+        };
+    }
+    crate::backward_dropout_variants!(dispatch);
 }
 
 /// One key head, a function of its own for each variant: without optimisation their tiles would not fit one stack frame.
@@ -153,6 +228,7 @@ unsafe fn run_backward<
     M: Mask,
     E: Element,
     S: BackwardSecond<Strided>,
+    R: Dropping,
     const D8: usize,
     const C8: usize,
     const M8: usize,
@@ -162,6 +238,7 @@ unsafe fn run_backward<
     p: &BackwardParams<Strided, S>,
     batch: u32,
     head: u32,
+    dropping: R,
 ) {
     let n_blocks = p.shape.seqlen_k.div_ceil(variant.block_n);
     for (m_block, consumer) in (0..n_blocks).flat_map(|m_block| [(m_block, 0), (m_block, 1)]) {
@@ -171,7 +248,8 @@ unsafe fn run_backward<
         let mut warpgroup = unsafe {
             CpuWarpgroup::<E, BackwardPipe<M, S>>::backward(p, variant.smem(), variant.split, consumer, &keys)
         };
-        consume_backward::<_, M, S, D8, C8, M8, Q8>(&mut warpgroup, p, variant.block_n, core::iter::once(tile));
+        let tiles = core::iter::once(tile);
+        consume_backward::<_, M, S, R, D8, C8, M8, Q8>(&mut warpgroup, p, variant.block_n, tiles, dropping);
         warpgroup.finish();
     }
 }

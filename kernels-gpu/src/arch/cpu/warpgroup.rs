@@ -2,8 +2,10 @@
 
 use core::marker::PhantomData;
 
+use super::dropout::Keep;
 use super::fragment::{ROWS, Rows, Tile};
 use crate::arch::{Pending, Warpgroup};
+use crate::attention::dropout::{Dropout, Place};
 use crate::element::Element;
 use crate::params::Strided;
 
@@ -27,6 +29,7 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
     type Operand<const N8: usize> = Tile<N8>;
     type Rows = Rows;
     type Tensor = Strided;
+    type Keep<const N8: usize> = Keep<N8>;
 
     fn zeros<const N8: usize>(&self) -> Tile<N8> {
         Tile::ZEROS
@@ -89,6 +92,25 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
             }
         }
         packed
+    }
+    fn keep<const N8: usize>(&self, dropout: &Dropout, at: &Place) -> Keep<N8> {
+        Keep::new(dropout, at)
+    }
+    fn mark<const N8: usize>(&self, x: &mut Tile<N8>, keep: &Keep<N8>) {
+        // A NaN may come with either sign.
+        self.map_rows(x, [0.0; ROWS], |x, _| x.abs());
+        keep.for_dropped(x, |x| -x);
+    }
+    fn drop_marked<const N8: usize>(&self, x: &mut Tile<N8>, weights: &Tile<N8>) {
+        self.zip_with(x, weights, |x, p| if p.is_sign_negative() { 0.0 } else { x });
+    }
+    fn pack_unmarked<const N8: usize>(&self, x: &Tile<N8>) -> Tile<N8> {
+        let mut kept = *x;
+        self.drop_marked(&mut kept, x);
+        self.pack(&kept)
+    }
+    fn drop_operand<const N8: usize>(&self, x: &mut Tile<N8>, keep: &Keep<N8>) {
+        keep.for_dropped(x, |_| 0.0);
     }
 
     fn exp2(x: f32) -> f32 {

@@ -3,10 +3,12 @@
 use core::marker::PhantomData;
 
 use super::cta::{smem_base, thread_of_warpgroup};
+use super::dropout::Keep;
 use super::fragment::{self, Fragment, Operand, Rows};
 use super::math::{self, Packed, fresh};
 use super::wgmma;
 use crate::arch::{Pending, Warpgroup};
+use crate::attention::dropout::{Dropout, Place};
 use crate::params::TensorMap;
 use crate::tile::lane::Lane;
 
@@ -48,6 +50,7 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
     type Operand<const N8: usize> = Operand<N8>;
     type Rows = Rows;
     type Tensor = TensorMap;
+    type Keep<const N8: usize> = Keep<N8>;
 
     #[inline(always)]
     fn zeros<const N8: usize>(&self) -> Fragment<N8> {
@@ -95,6 +98,26 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
     #[inline(always)]
     fn pack<const N8: usize>(&self, x: &Fragment<N8>) -> Operand<N8> {
         x.pack::<E>()
+    }
+    #[inline(always)]
+    fn keep<const N8: usize>(&self, dropout: &Dropout, at: &Place) -> Keep<N8> {
+        Keep::new(dropout, at, self.lane())
+    }
+    #[inline(always)]
+    fn mark<const N8: usize>(&self, x: &mut Fragment<N8>, keep: &Keep<N8>) {
+        keep.mark(x);
+    }
+    #[inline(always)]
+    fn drop_marked<const N8: usize>(&self, x: &mut Fragment<N8>, weights: &Fragment<N8>) {
+        x.zip_with(weights, |x, p| f32::from_bits(x.to_bits() & !((p.to_bits() as i32 >> 31) as u32)));
+    }
+    #[inline(always)]
+    fn pack_unmarked<const N8: usize>(&self, x: &Fragment<N8>) -> Operand<N8> {
+        x.pack_with(E::pack_positive)
+    }
+    #[inline(always)]
+    fn drop_operand<const N8: usize>(&self, x: &mut Operand<N8>, keep: &Keep<N8>) {
+        keep.apply_operand(x);
     }
 
     #[inline(always)]

@@ -74,9 +74,14 @@ impl<const N8: usize> Fragment<N8> {
 
     #[inline(always)]
     pub fn pack<E: Packed>(&self) -> Operand<N8> {
+        self.pack_with(E::pack)
+    }
+
+    #[inline(always)]
+    pub fn pack_with(&self, pack: impl Fn(f32, f32) -> u32) -> Operand<N8> {
         let mut packed = Operand([[0; 2]; N8]);
         for (to, from) in packed.0.iter_mut().zip(&self.0) {
-            *to = [E::pack(from[0], from[1]), E::pack(from[2], from[3])];
+            *to = [pack(from[0], from[1]), pack(from[2], from[3])];
         }
         packed
     }

@@ -8,6 +8,7 @@ pub mod backward_producer;
 pub mod barrier;
 pub mod consumer;
 pub mod cta;
+pub mod dropout;
 pub mod forward;
 pub mod fragment;
 pub mod load;

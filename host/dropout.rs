@@ -1,0 +1,172 @@
+//! Dropout of attention weights: how often, and which.
+
+use kernels_gpu::attention::dropout::Dropout as Launched;
+use kernels_gpu::variants::DropoutKind;
+
+use crate::error::{Error, Operand, Result};
+use crate::problem::Problem;
+
+/// Steps that a probability is resolved to: one random byte decides on a weight.
+const STEPS: f32 = 256.0;
+
+/// Dropout of attention weights: each is dropped with probability `p`, and those that are kept are scaled by 1 / (1 − p).
+///
+/// Which weights are kept is a function of seed, offset, batch item, query head, query and key alone
+/// ([`dropout_mask`](crate::dropout_mask)): the same in both passes, whatever the machine, the tiles and the mask. `p` is
+/// resolved to 1/256 ([`Dropout::probability`]). With `p` 0, which is the default, nothing is dropped and nothing spent.
+///
+/// A training step takes a seed, or an offset, that none before it had; two that differ in either have independent masks.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Dropout {
+    /// The probability that a weight is dropped: at least 0 and below 1.
+    pub p: f32,
+    /// The key of the random numbers.
+    pub seed: u64,
+    /// Where in the seed's random numbers the mask is.
+    pub offset: u64,
+}
+
+impl Dropout {
+    /// Nothing is dropped.
+    pub const NONE: Dropout = Dropout { p: 0.0, seed: 0, offset: 0 };
+
+    /// The probability that is used: `p` rounded to a multiple of 1/256, at most 255/256.
+    ///
+    /// # Errors
+    /// [`Error::Dropout`] for a `p` below 0, of 1 or above, or NaN.
+    pub fn probability(&self) -> Result<f32> {
+        Ok(f32::from(self.threshold()?) / STEPS)
+    }
+
+    /// A weight is dropped where its random byte is below this.
+    fn threshold(&self) -> Result<u8> {
+        if !(0.0..1.0).contains(&self.p) {
+            return Err(Error::Dropout { value: self.p });
+        }
+        // At most 255: `as` saturates.
+        Ok((self.p * STEPS).round() as u8)
+    }
+
+    /// What a kernel gets; `None` where nothing is dropped.
+    pub(crate) fn launched(&self) -> Result<Option<Launched>> {
+        let threshold = self.threshold()?;
+        Ok((threshold > 0).then(|| Launched::new(threshold, self.seed, self.offset)))
+    }
+}
+
+/// The kernels that a dropout runs in.
+pub(crate) fn kind(dropout: &Option<Launched>) -> DropoutKind {
+    if dropout.is_some() { DropoutKind::Philox } else { DropoutKind::None }
+}
+
+/// Which weights are kept, (batch, heads_q, seqlen_q, seqlen_k), contiguous: the mask that both passes use. It takes memory
+/// that neither of them needs, and is for tests.
+///
+/// ```
+/// use ferroflash::{Dropout, Dtype, Problem, dropout_mask};
+///
+/// let problem =
+///     Problem { batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: 100, seqlen_k: 200, head_dim: 64, dtype: Dtype::Bf16 };
+/// let kept = dropout_mask(&problem, &Dropout { p: 0.25, seed: 7, offset: 0 })?;
+/// assert_eq!(kept.len(), 2 * 100 * 200);
+/// let share = kept.iter().filter(|&&kept| kept).count() as f64 / kept.len() as f64;
+/// assert!((share - 0.75).abs() < 0.02);
+/// # Ok::<(), ferroflash::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`Problem::validate`]; [`Error::Dropout`]; [`Error::OutOfMemory`].
+pub fn dropout_mask(problem: &Problem, dropout: &Dropout) -> Result<Vec<bool>> {
+    problem.validate()?;
+    let launched = dropout.launched()?;
+    let (heads, queries, keys) = (problem.batch as u128 * problem.heads_q as u128, problem.seqlen_q, problem.seqlen_k);
+    let elements = heads.saturating_mul(queries as u128).saturating_mul(keys as u128);
+    let out_of_memory = Error::OutOfMemory { operand: Operand::DropoutMask, bytes: elements };
+    let len = usize::try_from(elements).map_err(|_| out_of_memory.clone())?;
+    let mut kept = Vec::new();
+    kept.try_reserve_exact(len).map_err(|_| out_of_memory)?;
+    kept.resize(len, true);
+    if let Some(launched) = launched {
+        for (row, line) in kept.chunks_exact_mut(keys.max(1)).enumerate() {
+            for (j, kept) in line.iter_mut().enumerate() {
+                // The extents fit in 32 bits, and so does a head that has a weight in memory.
+                *kept = launched.kept((row / queries) as u32, (row % queries) as u32, j as u32);
+            }
+        }
+    }
+    Ok(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels_gpu::variants::Dtype;
+
+    use super::*;
+
+    fn with(p: f32) -> Dropout {
+        Dropout { p, ..Dropout::NONE }
+    }
+
+    #[test]
+    fn p_is_below_one() {
+        for p in [-0.1, -f32::MIN_POSITIVE, 1.0, 1.5, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let error = with(p).probability().unwrap_err();
+            assert_eq!(error.to_string(), format!("dropout.p is {p}; at least 0 and below 1 is needed"));
+            assert!(error.is_bad_input());
+        }
+        for p in [0.0, -0.0, f32::MIN_POSITIVE, 0.5, 1.0f32.next_down()] {
+            assert!(with(p).probability().is_ok());
+        }
+    }
+
+    #[test]
+    fn p_is_resolved() {
+        let resolved = |p| with(p).probability().unwrap() * 256.0;
+        assert_eq!(
+            [0.0, 0.001, 0.1, 0.5, 0.999, 1.0f32.next_down()].map(resolved),
+            [0.0, 0.0, 26.0, 128.0, 255.0, 255.0]
+        );
+        assert_eq!(with(0.001).launched(), Ok(None));
+        assert_eq!(with(0.1).launched().unwrap().unwrap().scale, 256.0 / 230.0);
+    }
+
+    #[test]
+    fn masks_keep_the_share_that_they_should() {
+        let problem =
+            Problem { batch: 2, heads_q: 3, heads_kv: 1, seqlen_q: 301, seqlen_k: 257, head_dim: 8, dtype: Dtype::F16 };
+        for p in [0.01, 0.1, 0.5, 0.9, 0.999] {
+            let dropout = Dropout { p, seed: 5, offset: 11 };
+            let kept = dropout_mask(&problem, &dropout).unwrap();
+            assert_eq!(kept.len(), 2 * 3 * 301 * 257);
+            let p = f64::from(dropout.probability().unwrap());
+            let sigma = (p * (1.0 - p) / kept.len() as f64).sqrt();
+            let dropped = kept.iter().filter(|&&kept| !kept).count() as f64 / kept.len() as f64;
+            assert!((dropped - p).abs() < 5.0 * sigma, "{dropped} of {p}");
+            // Of every row and every column too, with as many chances as there are of those.
+            for (count, line) in [(301 * 6, 257), (257, 301 * 6)] {
+                let sigma = (p * (1.0 - p) / line as f64).sqrt();
+                for at in 0..count {
+                    let index = |i: usize| if line == 257 { at * 257 + i } else { i * 257 + at };
+                    let dropped = (0..line).filter(|&i| !kept[index(i)]).count() as f64 / line as f64;
+                    assert!((dropped - p).abs() < 6.0 * sigma + 1.0 / line as f64, "{dropped} of {p} in line {at}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn masks_too_large_are_errors() {
+        let problem = Problem {
+            batch: 1 << 20,
+            heads_q: 1 << 10,
+            heads_kv: 1,
+            seqlen_q: 1 << 20,
+            seqlen_k: 1 << 20,
+            head_dim: 8,
+            dtype: Dtype::F16,
+        };
+        assert!(matches!(dropout_mask(&problem, &Dropout::NONE), Err(Error::OutOfMemory { .. })));
+        assert_eq!(dropout_mask(&Problem { seqlen_k: 0, batch: 1, ..problem }, &with(0.5)), Ok(vec![]));
+        assert_eq!(dropout_mask(&Problem { seqlen_q: 0, ..problem }, &with(0.5)), Ok(vec![]));
+    }
+}

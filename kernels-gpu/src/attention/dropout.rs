@@ -1,0 +1,384 @@
+//! Dropout of attention weights: which are kept is a function of (seed, offset, head, query, key), and of nothing else.
+//!
+//! A weight has a random byte and is dropped where it is below the threshold. One call of Philox gives the bytes of
+//! sixteen weights of a 16 × 16 tile, chosen so that fragments of both passes, whose rows are queries or keys, find them
+//! in few threads. The call is that of (i/16, j/16) and, within the tile, of ((i mod 8)/2, (j mod 8)/2); its word is
+//! 2·(i mod 2) + j mod 2; the byte of the word is 2·(i/8 mod 2) + j/8 mod 2.
+//!
+//! In a fragment a thread holds rows r and r + 8, and two neighbouring columns of each eight: half of what a call gives,
+//! whichever way round the tile lies. The other half is that of the next row, or the one before, four lanes away. So
+//! threads of even rows make the calls of every second tile, those of odd rows the rest, and they exchange halves.
+
+use super::philox::Philox;
+use crate::arch::Warpgroup;
+use crate::tile::lane::Lane;
+
+/// Rounds of Philox: as many as FlashAttention has, and one more than pass BigCrush with the fewest (SC 2011, table 2).
+pub const ROUNDS: usize = 7;
+
+/// Columns and rows of the tiles that calls belong to.
+const TILE: u32 = 16;
+/// A byte in each byte of a word.
+const EACH_BYTE: u32 = 0x0101_0101;
+/// The top bit of each byte.
+const TOP_BITS: u32 = 0x8080_8080;
+
+/// Which weights are dropped, as launch parameters.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    philox: Philox<ROUNDS>,
+    /// The lower half of the offset.
+    offset: u32,
+    threshold: u32,
+    /// What [`Dropout::compare`] makes of the threshold.
+    lower_addend: u32,
+    upper_clear: u32,
+    /// What kept weights are multiplied by: 1 / (1 − threshold/256).
+    pub scale: f32,
+}
+
+/// Which way round a tile of weights lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// Rows are queries, columns keys.
+    Queries,
+    /// Rows are keys, columns queries.
+    Keys,
+}
+
+/// Where a fragment of weights lies: the query head, counted over the batch, and the first row and column, multiples of 32.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    pub head: u32,
+    pub row: u32,
+    pub column: u32,
+    pub rows: Rows,
+}
+
+impl Rows {
+    /// Which byte of a word belongs to a row of the upper (0) or lower (1) eight of a tile, and a column of its left or
+    /// right eight.
+    #[inline(always)]
+    pub const fn byte(self, row_half: usize, column_half: usize) -> usize {
+        match self {
+            Rows::Queries => 2 * row_half + column_half,
+            Rows::Keys => 2 * column_half + row_half,
+        }
+    }
+
+    /// The words of a call that belong to an even and to an odd row, of each that of an even and of an odd column.
+    #[inline(always)]
+    pub const fn words(self, [a, b, c, d]: [u32; 4]) -> [[u32; 2]; 2] {
+        match self {
+            Rows::Queries => [[a, b], [c, d]],
+            Rows::Keys => [[a, c], [b, d]],
+        }
+    }
+}
+
+/// The call that a row or column takes part in, counted along it: four to a tile.
+#[inline(always)]
+const fn call(x: u32) -> u32 {
+    x / TILE * 4 + x % 8 / 2
+}
+
+/// The bits of `b` where those of `mask` are set, those of `a` elsewhere.
+#[inline(always)]
+const fn choose(mask: u32, a: u32, b: u32) -> u32 {
+    a & !mask | b & mask
+}
+
+/// All bits where this lane's rows are odd.
+#[inline(always)]
+fn odd(lane: Lane) -> u32 {
+    (lane.row(0) % 2).wrapping_neg()
+}
+
+/// Which weights a thread keeps of its two rows in a 16 × 16 tile: a byte's top bit is that of the even column, the next
+/// one that of the odd column.
+#[derive(Clone, Copy)]
+pub struct KeptBits(pub u32);
+
+impl KeptBits {
+    /// From the words of even and odd columns, of which the top bit of each byte counts.
+    #[inline(always)]
+    const fn new([even, odd]: [u32; 2]) -> Self {
+        KeptBits(choose(TOP_BITS, odd >> 1, even))
+    }
+
+    /// The words of even and odd columns; the top bit of each byte says whether a weight is kept.
+    #[inline(always)]
+    pub const fn words(self) -> [u32; 2] {
+        [self.0, self.0 << 1]
+    }
+}
+
+/// What one thread's call says of an even row and of the odd one after it.
+#[derive(Clone, Copy)]
+pub struct Call([KeptBits; 2]);
+
+impl Call {
+    /// What the thread of the neighbouring row, four lanes away, needs.
+    #[inline(always)]
+    pub fn sent(&self, lane: Lane) -> u32 {
+        choose(odd(lane), self.0[1].0, self.0[0].0)
+    }
+
+    /// What this thread's row keeps in the two tiles, with what its neighbour has sent.
+    #[inline(always)]
+    pub fn joined(&self, lane: Lane, received: u32) -> [KeptBits; 2] {
+        let [even, odd_row] = [self.0[0].0, self.0[1].0];
+        [KeptBits(choose(odd(lane), even, received)), KeptBits(choose(odd(lane), received, odd_row))]
+    }
+}
+
+impl Dropout {
+    /// Drops weights with probability threshold/256. The mask is that of the key `seed` and of counters from `offset`, of
+    /// which the upper half is added to the key's: no two masks of one seed are the same.
+    pub fn new(threshold: u8, seed: u64, offset: u64) -> Self {
+        let key = seed.wrapping_add(offset & (u32::MAX as u64) << 32);
+        let scale = 256.0 / (256.0 - threshold as f32);
+        let threshold = threshold as u32;
+        Dropout {
+            philox: Philox::new(key),
+            offset: offset as u32,
+            threshold,
+            lower_addend: (0x80 - threshold % 0x80) * EACH_BYTE,
+            upper_clear: if threshold < 0x80 { u32::MAX } else { 0 },
+            scale,
+        }
+    }
+
+    /// The share of weights that are kept: the probability.
+    pub fn keeps(&self) -> f32 {
+        1.0 - self.threshold as f32 / 256.0
+    }
+
+    /// The sixteen bytes of a call; `i` and `j` count calls along queries and keys.
+    #[inline(always)]
+    pub fn bytes(&self, head: u32, i: u32, j: u32) -> [u32; 4] {
+        self.philox.at([i, j, head, self.offset])
+    }
+
+    /// Whether the weight of query `i` for key `j` is kept; `head` counts query heads over the batch.
+    pub fn kept(&self, head: u32, i: u32, j: u32) -> bool {
+        let words = self.bytes(head, call(i), call(j));
+        let byte = words[(2 * (i % 2) + j % 2) as usize].to_le_bytes()[(2 * (i / 8 % 2) + j / 8 % 2) as usize];
+        byte as u32 >= self.threshold
+    }
+
+    /// Sets the top bit of each byte that is at least the threshold, and clears that of the others.
+    #[inline(always)]
+    pub fn compare(&self, bytes: u32) -> u32 {
+        // The lower seven bits by an addition that carries into the eighth, and no further.
+        let lower = (bytes & !TOP_BITS).wrapping_add(self.lower_addend);
+        // A threshold below 128 asks for the top bit or for enough below it, any other for both.
+        bytes & lower | (bytes | lower) & self.upper_clear
+    }
+
+    /// The call that the thread at `lane` makes for the columns 32·pair.. of a fragment: for the first sixteen where its rows
+    /// are even, for the next where they are odd.
+    #[inline(always)]
+    pub fn call(&self, at: &Place, lane: Lane, pair: u32) -> Call {
+        let row = call(at.row + lane.row(0));
+        let column = call(at.column + 2 * TILE * pair + TILE * (lane.row(0) % 2) + lane.column);
+        let [a, b, c, d] = match at.rows {
+            Rows::Queries => self.bytes(at.head, row, column),
+            Rows::Keys => self.bytes(at.head, column, row),
+        };
+        let [even, odd] = at.rows.words([self.compare(a), self.compare(b), self.compare(c), self.compare(d)]);
+        Call([KeptBits::new(even), KeptBits::new(odd)])
+    }
+}
+
+/// A kernel's dropout: a choice at compile time, of which [`NoDropout`] leaves nothing in the code.
+pub trait Dropping: Copy {
+    /// Which weights of a tile are kept.
+    type Keep<W: Warpgroup, const N8: usize>: Copy;
+
+    /// Of the tile at `place`.
+    fn keep<W: Warpgroup, const N8: usize>(&self, wg: &W, place: impl FnOnce(&W) -> Place) -> Self::Keep<W, N8>;
+    /// Packed weights that are dropped become 0; the others still lack the scale.
+    fn drop_operand<W: Warpgroup, const N8: usize>(wg: &W, x: &mut W::Operand<N8>, keep: &Self::Keep<W, N8>);
+    /// Marks weights that are dropped by a negative sign, so that no register has to say so beside them.
+    fn mark<W: Warpgroup, const N8: usize>(wg: &W, p: &mut W::Acc<N8>, keep: &Self::Keep<W, N8>);
+    /// Packs weights, marked ones as 0; the others still lack the scale.
+    fn pack_unmarked<W: Warpgroup, const N8: usize>(wg: &W, p: &W::Acc<N8>) -> W::Operand<N8>;
+    /// Gradients of marked weights become 0; the others still lack the scale.
+    fn drop_marked<W: Warpgroup, const N8: usize>(wg: &W, dp: &mut W::Acc<N8>, p: &W::Acc<N8>);
+    /// A weight without its mark.
+    fn unmarked(p: f32) -> f32;
+    /// Multiplies rows of factors by the scale.
+    fn scale_factors<W: Warpgroup>(&self, wg: &W, factors: W::Rows) -> W::Rows;
+    /// Multiplies a sum over kept weights by the scale.
+    fn scale<W: Warpgroup, const N8: usize>(&self, wg: &W, x: &mut W::Acc<N8>);
+    /// scale·dP − delta.
+    fn less_delta<W: Warpgroup>(&self, dp: f32, delta: f32) -> f32;
+}
+
+/// Every weight counts.
+#[derive(Clone, Copy, Debug)]
+pub struct NoDropout;
+
+impl Dropping for NoDropout {
+    type Keep<W: Warpgroup, const N8: usize> = ();
+
+    #[inline(always)]
+    fn keep<W: Warpgroup, const N8: usize>(&self, _: &W, _: impl FnOnce(&W) -> Place) {}
+    #[inline(always)]
+    fn drop_operand<W: Warpgroup, const N8: usize>(_: &W, _: &mut W::Operand<N8>, _: &()) {}
+    #[inline(always)]
+    fn mark<W: Warpgroup, const N8: usize>(_: &W, _: &mut W::Acc<N8>, _: &()) {}
+    #[inline(always)]
+    fn pack_unmarked<W: Warpgroup, const N8: usize>(wg: &W, p: &W::Acc<N8>) -> W::Operand<N8> {
+        wg.pack(p)
+    }
+    #[inline(always)]
+    fn drop_marked<W: Warpgroup, const N8: usize>(_: &W, _: &mut W::Acc<N8>, _: &W::Acc<N8>) {}
+    #[inline(always)]
+    fn unmarked(p: f32) -> f32 {
+        p
+    }
+    #[inline(always)]
+    fn scale_factors<W: Warpgroup>(&self, _: &W, factors: W::Rows) -> W::Rows {
+        factors
+    }
+    #[inline(always)]
+    fn scale<W: Warpgroup, const N8: usize>(&self, _: &W, _: &mut W::Acc<N8>) {}
+    #[inline(always)]
+    fn less_delta<W: Warpgroup>(&self, dp: f32, delta: f32) -> f32 {
+        dp - delta
+    }
+}
+
+impl Dropping for Dropout {
+    type Keep<W: Warpgroup, const N8: usize> = W::Keep<N8>;
+
+    #[inline(always)]
+    fn keep<W: Warpgroup, const N8: usize>(&self, wg: &W, place: impl FnOnce(&W) -> Place) -> W::Keep<N8> {
+        wg.keep::<N8>(self, &place(wg))
+    }
+    #[inline(always)]
+    fn drop_operand<W: Warpgroup, const N8: usize>(wg: &W, x: &mut W::Operand<N8>, keep: &W::Keep<N8>) {
+        wg.drop_operand::<N8>(x, keep);
+    }
+    #[inline(always)]
+    fn mark<W: Warpgroup, const N8: usize>(wg: &W, p: &mut W::Acc<N8>, keep: &W::Keep<N8>) {
+        wg.mark::<N8>(p, keep);
+    }
+    #[inline(always)]
+    fn pack_unmarked<W: Warpgroup, const N8: usize>(wg: &W, p: &W::Acc<N8>) -> W::Operand<N8> {
+        wg.pack_unmarked(p)
+    }
+    #[inline(always)]
+    fn drop_marked<W: Warpgroup, const N8: usize>(wg: &W, dp: &mut W::Acc<N8>, p: &W::Acc<N8>) {
+        wg.drop_marked(dp, p);
+    }
+    #[inline(always)]
+    fn unmarked(p: f32) -> f32 {
+        p.abs()
+    }
+    #[inline(always)]
+    fn scale_factors<W: Warpgroup>(&self, wg: &W, factors: W::Rows) -> W::Rows {
+        wg.zip(factors, wg.rows(self.scale), |factor, scale| factor * scale)
+    }
+    #[inline(always)]
+    fn scale<W: Warpgroup, const N8: usize>(&self, wg: &W, x: &mut W::Acc<N8>) {
+        wg.map_rows(x, wg.rows(self.scale), |x, scale| x * scale);
+    }
+    #[inline(always)]
+    fn less_delta<W: Warpgroup>(&self, dp: f32, delta: f32) -> f32 {
+        W::fma(dp, self.scale, -delta)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::vec::Vec;
+
+    const PLACES: [(u32, u32, u32); 4] = [(0, 0, 0), (5, 64, 128), (71, 4096, 32), (3, 0x7fff_ff00, 0x7fff_ff80)];
+
+    #[test]
+    fn bytes_are_compared_one_by_one() {
+        for threshold in 0..=255u8 {
+            let dropout = Dropout::new(threshold, 0, 0);
+            for byte in 0..=255u8 {
+                let word = u32::from_le_bytes([byte, 255 - byte, byte ^ 0x80, byte]);
+                let kept = dropout.compare(word).to_le_bytes().map(|x| x & 0x80 != 0);
+                assert_eq!(kept, word.to_le_bytes().map(|x| x >= threshold), "{byte} against {threshold}");
+            }
+        }
+    }
+
+    /// All 128 threads of a warpgroup, exchange included, against the definition.
+    #[test]
+    fn threads_find_what_is_kept() {
+        const COLUMNS: u32 = 128;
+        let dropout = Dropout::new(100, 0x0123_4567_89ab_cdef, 1 << 33 | 7);
+        for (head, row, column) in PLACES {
+            for rows in [Rows::Queries, Rows::Keys] {
+                let at = Place { head, row, column, rows };
+                let mut seen = 0;
+                for pair in 0..COLUMNS / 32 {
+                    let lanes: Vec<Lane> = (0..128).map(Lane::new).collect();
+                    let calls: Vec<Call> = lanes.iter().map(|&lane| dropout.call(&at, lane, pair)).collect();
+                    for (thread, &lane) in lanes.iter().enumerate() {
+                        let neighbour = thread ^ 4;
+                        let received = calls[neighbour].sent(lanes[neighbour]);
+                        for (tile, bits) in calls[thread].joined(lane, received).into_iter().enumerate() {
+                            for (half, group, parity) in (0..8usize).map(|x| (x / 4, x / 2 % 2, x % 2)) {
+                                let r = row + lane.row(half as u32);
+                                let c = column
+                                    + 32 * pair
+                                    + 16 * tile as u32
+                                    + 8 * group as u32
+                                    + lane.column
+                                    + parity as u32;
+                                let (i, j) = if rows == Rows::Queries { (r, c) } else { (c, r) };
+                                let byte = bits.words()[parity].to_le_bytes()[rows.byte(half, group)];
+                                assert_eq!(byte & 0x80 != 0, dropout.kept(head, i, j), "{at:?}: query {i}, key {j}");
+                                seen += 1;
+                            }
+                        }
+                    }
+                }
+                assert_eq!(seen, 64 * COLUMNS);
+            }
+        }
+    }
+
+    /// Every weight of a tile has a byte of its own.
+    #[test]
+    fn no_byte_serves_twice() {
+        let mut places: Vec<(u32, u32, u32, u32)> = (0..32 * 32)
+            .map(|x| (x / 32, x % 32))
+            .map(|(i, j)| (call(i), call(j), 2 * (i % 2) + j % 2, 2 * (i / 8 % 2) + j / 8 % 2))
+            .collect();
+        places.sort_unstable();
+        places.dedup();
+        assert_eq!(places.len(), 32 * 32);
+    }
+
+    /// Neighbours in seed, offset and head have nothing to do with each other.
+    #[test]
+    fn masks_are_independent() {
+        const SIDE: u32 = 256;
+        let kept = |dropout: Dropout, head| -> Vec<bool> {
+            (0..SIDE * SIDE).map(|x| dropout.kept(head, x / SIDE, x % SIDE)).collect()
+        };
+        let first = kept(Dropout::new(128, 1, 0), 0);
+        for other in [
+            kept(Dropout::new(128, 2, 0), 0),
+            kept(Dropout::new(128, 1, 1), 0),
+            kept(Dropout::new(128, 1, 1 << 32), 0),
+            kept(Dropout::new(128, 1 << 32 | 1, 0), 0),
+            kept(Dropout::new(128, 1, 0), 1),
+        ] {
+            let same = first.iter().zip(&other).filter(|(a, b)| a == b).count() as f64;
+            let (mean, sigma) = ((SIDE * SIDE) as f64 / 2.0, (SIDE * SIDE) as f64 / 4.0);
+            assert!((same - mean).abs() < 5.0 * sigma.sqrt(), "{same} of {} agree", SIDE * SIDE);
+        }
+    }
+}

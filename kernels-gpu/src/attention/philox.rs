@@ -1,0 +1,69 @@
+//! Philox-4x32: random numbers from a counter and a key, with no state in between (Salmon, Moraes, Dror and Shaw, "Parallel
+//! random numbers: as easy as 1, 2, 3", SC 2011).
+
+/// One multiplier for each half of the counter.
+const MULTIPLIERS: [u32; 2] = [0xd251_1f53, 0xcd9e_8d57];
+/// What a round's key is ahead of the one before.
+const KEY_STEPS: [u32; 2] = [0x9e37_79b9, 0xbb67_ae85];
+
+/// The generator of one key. The keys of its rounds depend on nothing else, so the host computes them once.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Philox<const ROUNDS: usize> {
+    keys: [[u32; 2]; ROUNDS],
+}
+
+impl<const ROUNDS: usize> Philox<ROUNDS> {
+    pub fn new(key: u64) -> Self {
+        let mut next = [key as u32, (key >> 32) as u32];
+        let keys = [(); ROUNDS].map(|()| {
+            let key = next;
+            next = [key[0].wrapping_add(KEY_STEPS[0]), key[1].wrapping_add(KEY_STEPS[1])];
+            key
+        });
+        Philox { keys }
+    }
+
+    /// 128 random bits for a counter, the lowest word first.
+    #[inline(always)]
+    pub fn at(&self, counter: [u32; 4]) -> [u32; 4] {
+        let mut x = counter;
+        for round in 0..ROUNDS {
+            let [key_0, key_1] = self.keys[round];
+            let [a, b] = [product(MULTIPLIERS[0], x[0]), product(MULTIPLIERS[1], x[2])];
+            x = [b.high ^ x[1] ^ key_0, b.low, a.high ^ x[3] ^ key_1, a.low];
+        }
+        x
+    }
+}
+
+/// A product of two words.
+struct Product {
+    low: u32,
+    high: u32,
+}
+
+#[inline(always)]
+fn product(a: u32, b: u32) -> Product {
+    let product = a as u64 * b as u64;
+    Product { low: product as u32, high: (product >> 32) as u32 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The known answers that the authors publish with their code (Random123, kat_vectors).
+    #[test]
+    fn known_answers() {
+        let pi = ([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], 0x299f_31d0_a409_3822);
+        let seven = |(counter, key): ([u32; 4], u64)| Philox::<7>::new(key).at(counter);
+        assert_eq!(seven(([0; 4], 0)), [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]);
+        assert_eq!(seven(([!0; 4], !0)), [0x5207_ddc2, 0x4516_5e59, 0x4d8e_e751, 0x8c52_f662]);
+        assert_eq!(seven(pi), [0x4dfc_caba, 0x190a_87f0, 0xc473_62ba, 0xb6b5_242a]);
+        let ten = |(counter, key): ([u32; 4], u64)| Philox::<10>::new(key).at(counter);
+        assert_eq!(ten(([0; 4], 0)), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(ten(([!0; 4], !0)), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+        assert_eq!(ten(pi), [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]);
+    }
+}

@@ -1,0 +1,124 @@
+//! Dropout on the CPU executor: which weights are dropped, and both passes against the reference.
+
+use ferroflash::cases::Case;
+use ferroflash::reference::Rows;
+use ferroflash::{
+    Attention, BackwardInputs, Cpu, Determinism, Dropout, Dtype, Error, Mask, Problem, Tensor, bf16, dropout_mask,
+};
+use proptest::prelude::*;
+
+use super::{common, random};
+
+const PROBLEM: Problem =
+    Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 133, seqlen_k: 151, head_dim: 64, dtype: Dtype::Bf16 };
+
+#[test]
+fn named_cases() {
+    for (name, case) in common::dropout::named() {
+        println!("{name}");
+        common::pass(&Cpu, &case);
+        common::pass_backward(&Cpu, &case, Determinism::Fast);
+    }
+}
+
+proptest! {
+    #![proptest_config(random(60))]
+
+    #[test]
+    fn random_cases_are_within_the_bar(seed: u64) {
+        let case = Case::random_dropout(seed, 1e7);
+        let outcome = case.run(&Cpu, &Rows::All).unwrap();
+        prop_assert!(outcome.passed(), "{case}\n{outcome:#?}");
+        let outcome = case.run_backward(&Cpu, Determinism::Fast).unwrap();
+        prop_assert!(outcome.passed(), "{case}\n{outcome}");
+    }
+}
+
+/// The mask is what the kernels use, weight by weight, whatever their tiles.
+#[test]
+fn the_mask_is_recovered() {
+    for (head_dim, mask) in [(64, Mask::None), (128, Mask::Causal), (256, Mask::None), (40, Mask::Causal)] {
+        common::dropout::mask_is_recovered(&Cpu, head_dim, mask);
+    }
+}
+
+/// Where a CTA goes on from one work tile to the next, each has its own mask: on one thread there are a few CTAs for many.
+#[test]
+fn work_tiles_have_their_own_masks() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    for mask in [Mask::None, Mask::Causal] {
+        let case = Case { dropout: 0.5, ..Case::new(PROBLEM, mask) };
+        pool.install(|| common::pass(&Cpu, &case));
+    }
+}
+
+/// Nothing that resolves to no dropout changes a bit, or the kernel.
+#[test]
+fn no_dropout_changes_nothing() {
+    let case = Case { seed: 1, ..Case::new(PROBLEM, Mask::Causal) };
+    let data = case.backward_data::<_, bf16>(&Cpu).unwrap();
+    let [q, k, v] = case.tensors(&data.inputs);
+    let o = Tensor::bhsd(&data.o[..], PROBLEM.q_shape());
+    let run = |attention: Attention| {
+        let out = attention.forward(&Cpu, q, k, v).unwrap();
+        let d_o = Tensor::bhsd(&data.d_o[..], PROBLEM.q_shape());
+        let inputs = BackwardInputs { q, k, v, o, d_o, lse: &data.lse[..], d_lse: data.d_lse.as_deref() };
+        let gradients = attention.backward(&Cpu, inputs).unwrap();
+        let symbols =
+            (attention.plan(8).unwrap().variant().symbol, attention.plan_backward(8).unwrap().variant().symbol);
+        (out, gradients, symbols)
+    };
+    let without = Attention::new(PROBLEM).mask(Mask::Causal);
+    for p in [0.0, -0.0, 0.5 / 256.0 - 1e-6] {
+        assert!(run(without.clone()) == run(without.clone().dropout(Dropout { p, seed: 3, offset: 4 })), "{p}");
+    }
+    let with = run(without.clone().dropout(Dropout { p: 0.5, seed: 3, offset: 4 }));
+    let (out, gradients, symbols) = run(without);
+    assert!(with.0.o != out.o && with.1.dq != gradients.dq && with.1.dk != gradients.dk && with.1.dv != gradients.dv);
+    assert!(with.2.0 != symbols.0 && with.2.1 != symbols.1);
+    assert_eq!(with.0.lse, out.lse, "the LSE is that of the undropped scores");
+}
+
+/// The same mask for the same seed and offset, another one for another.
+#[test]
+fn seed_and_offset_choose_the_mask() {
+    let inputs = Case::new(PROBLEM, Mask::None).inputs::<bf16>().unwrap();
+    let case = Case::new(PROBLEM, Mask::None);
+    let [q, k, v] = case.tensors(&inputs);
+    let o = |dropout| Attention::new(PROBLEM).dropout(dropout).forward(&Cpu, q, k, v).unwrap().o;
+    let dropout = Dropout { p: 0.2, seed: 1, offset: 2 };
+    let first = o(dropout);
+    assert!(first == o(dropout));
+    for other in
+        [Dropout { seed: 2, ..dropout }, Dropout { offset: 3, ..dropout }, Dropout { offset: 1 << 40, ..dropout }]
+    {
+        assert!(first != o(other), "{other:?}");
+        assert_ne!(dropout_mask(&PROBLEM, &dropout), dropout_mask(&PROBLEM, &other));
+    }
+}
+
+#[test]
+fn probabilities_out_of_range_are_refused() {
+    for value in [-0.1, 1.0, 2.0, f32::INFINITY, f32::NAN] {
+        let dropout = Dropout { p: value, seed: 0, offset: 0 };
+        let attention = Attention::new(PROBLEM).dropout(dropout);
+        let refused = |error: Error| {
+            assert!(matches!(error, Error::Dropout { .. }), "{error:?}");
+            assert_eq!(error.to_string(), format!("dropout.p is {value}; at least 0 and below 1 is needed"));
+        };
+        refused(attention.plan(1).unwrap_err());
+        refused(attention.plan_backward(1).unwrap_err());
+        refused(dropout_mask(&PROBLEM, &dropout).unwrap_err());
+        let inputs = Case::new(PROBLEM, Mask::None).inputs::<bf16>().unwrap();
+        let [q, k, v] = Case::new(PROBLEM, Mask::None).tensors(&inputs);
+        refused(attention.forward(&Cpu, q, k, v).unwrap_err());
+    }
+}
+
+#[test]
+fn plans_say_what_is_dropped() {
+    let attention = Attention::new(PROBLEM).dropout(Dropout { p: 0.1, seed: 0, offset: 0 });
+    for text in [attention.plan(8).unwrap().to_string(), attention.plan_backward(8).unwrap().to_string()] {
+        assert!(text.contains("dropout 0.1015625") && text.contains("_dropout"), "{text}");
+    }
+}
