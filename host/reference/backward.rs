@@ -188,7 +188,7 @@ fn row<R: Real>(
         let of_keys = k.chunks_exact(d).zip(dk.chunks_exact_mut(d));
         for ((((&p, &dp), &z), dv), (k, dk)) in of_values.zip(of_keys) {
             let ds = round(p * (dp - delta));
-            add(dv, round(p * z), d_o);
+            add(dv, round(p) * z, d_o);
             add(dk, ds, q);
             add(dq, ds, k);
         }

@@ -125,7 +125,8 @@ pub fn forward_plain<E: Element>(
         p.iter_mut().for_each(|p| *p = (*p - m).exp());
         let l: f32 = p.iter().sum();
         for ((p, z), v) in p.iter().zip(z).zip(v.chunks_exact(o.len())) {
-            let p = E::from_f32(p / l * z).to_f32();
+            // The weights are 16-bit numbers, the factor of dropout is none.
+            let p = E::from_f32(p / l).to_f32() * z;
             for (o, v) in o.iter_mut().zip(v) {
                 *o += p * v;
             }
