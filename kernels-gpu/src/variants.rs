@@ -3,17 +3,19 @@
 //! The host picks a row, the build adds its launch bounds to the PTX, `entry` makes its symbol and the CPU
 //! executor runs the same row. Everything that is not in a row is a run-time parameter.
 
-use crate::arch::Split;
 use crate::attention::block_info::Visits;
-use crate::attention::mask::{Causal, Full, Mask};
-use crate::attention::pairs::{ByDistance, OnePair, Pairs};
-use crate::attention::query_blocks::{MBlocks, turn_blocks};
+use crate::attention::mask::{Causal, Full};
+use crate::attention::pairs::{ByDistance, OnePair};
 use crate::attention::scheduler::TileOrder;
-use crate::params::{ROW_PADDING, Shape};
-use crate::tile::smem::{BackwardSmem, ForwardSmem};
+use crate::params::Shape;
+use crate::tile::smem::ForwardSmem;
 
+mod backward;
 mod total;
 
+pub use backward::{
+    BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, BackwardVariant, PREPARE_ROWS, ROW_KERNEL_THREADS, backward,
+};
 pub use total::{TOTAL_VARIANTS, TotalVariant, total};
 
 /// Element type of Q, K, V and O.
@@ -63,9 +65,6 @@ impl Op {
             Op::Piecewise => "piecewise",
         }
     }
-}
-
-impl Op {
     /// Pairs of Q and K.
     pub const fn pairs(self) -> u32 {
         match self {
@@ -135,20 +134,6 @@ impl MaskKind {
             (MaskKind::None, Some(t)) => Visits::new::<Full, _>(shape, distance(t), row, block_m, block_n).count,
             (MaskKind::Causal, None) => Visits::new::<Causal, _>(shape, OnePair, row, block_m, block_n).count,
             (MaskKind::Causal, Some(t)) => Visits::new::<Causal, _>(shape, distance(t), row, block_m, block_n).count,
-        }
-    }
-
-    /// How many query blocks of a head a block of keys meets; with a threshold, through two pairs.
-    fn met(self, shape: &Shape, dist_threshold: Option<i32>, n_block: u32, tile: (u32, u32)) -> u32 {
-        fn count<M: Mask, P: Pairs>(shape: &Shape, pairs: P, n_block: u32, (block_m, block_n): (u32, u32)) -> u32 {
-            let blocks = |pair| MBlocks::new::<M, P>(shape, pairs, pair, n_block * block_n, block_n, block_m);
-            (0..P::COUNT).map(blocks).map(|blocks| blocks.end - blocks.start).sum()
-        }
-        match (self, dist_threshold) {
-            (MaskKind::None, None) => count::<Full, _>(shape, OnePair, n_block, tile),
-            (MaskKind::None, Some(t)) => count::<Full, _>(shape, ByDistance::new(t, shape), n_block, tile),
-            (MaskKind::Causal, None) => count::<Causal, _>(shape, OnePair, n_block, tile),
-            (MaskKind::Causal, Some(t)) => count::<Causal, _>(shape, ByDistance::new(t, shape), n_block, tile),
         }
     }
 }
@@ -298,90 +283,6 @@ pub static VARIANTS: &[Variant] = forward_variants!(forward_table);
 /// Every compiled variant with dropout.
 pub static DROPOUT_VARIANTS: &[Variant] = forward_dropout_variants!(forward_table);
 
-/// One compiled backward kernel. Two consumer warpgroups, one producer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BackwardVariant {
-    /// Name of the kernel's entry point.
-    pub symbol: &'static str,
-    /// Names of the kernels that prepare the workspace and that turn its dQ into the tensor.
-    pub prepare: &'static str,
-    pub finish: &'static str,
-    /// Whose gradients these are.
-    pub op: Op,
-    pub dtype: Dtype,
-    /// The compiled head dim; smaller ones run in it, padded with zeros by the copy engine.
-    pub head_dim: u32,
-    pub mask: MaskKind,
-    /// Queries of one step of the mainloop.
-    pub block_m: u32,
-    /// Keys of a work tile.
-    pub block_n: u32,
-    /// How the warpgroups share the work.
-    pub split: Split,
-}
-
-/// Threads of a CTA of the kernels that prepare and finish.
-pub const ROW_KERNEL_THREADS: u32 = 256;
-/// Rows of the workspace that a CTA of the preparing kernel takes: eight lanes a row, several rows one after the other.
-pub const PREPARE_ROWS: u32 = ROW_PADDING;
-
-impl BackwardVariant {
-    /// Threads of a CTA: the producer's warpgroup and the consumers'.
-    pub const fn threads(&self) -> u32 {
-        3 * WARPGROUP_THREADS
-    }
-    /// Where everything lies in a CTA's shared memory.
-    pub const fn smem(&self) -> BackwardSmem {
-        BackwardSmem { head_dim: self.head_dim, block_m: self.block_m, block_n: self.block_n }
-    }
-    /// Query rows of a head in the workspace.
-    pub fn rows(&self, shape: &Shape) -> u32 {
-        shape.seqlen_q.next_multiple_of(ROW_PADDING).max(ROW_PADDING)
-    }
-    /// Query blocks of a head in the workspace.
-    pub fn m_blocks(&self, shape: &Shape) -> u32 {
-        self.rows(shape) / self.block_m
-    }
-    /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one key head, which
-    /// in [`TileOrder`] are query tiles of one query head. Piecewise attention has a threshold.
-    pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> TileOrder {
-        let n_blocks = shape.seqlen_k.div_ceil(self.block_n);
-        TileOrder::balanced(&self.keys(shape), self.block_n, ctas, |index| {
-            self.mask.met(shape, dist_threshold, n_blocks - 1 - index, (self.block_m, self.block_n)) * shape.group()
-        })
-        .0
-    }
-    /// As [`BackwardVariant::order`], for an exact pass: blocks of keys of one head come in order, each some turns behind
-    /// the one before. With more heads in a section fewer of a head run at once, and what they wait for at the start of
-    /// a launch is small beside the work tile; with fewer, more of Q, dO and dQ stays in L2.
-    pub fn exact_order(&self, shape: &Shape, ctas: u32) -> TileOrder {
-        let steps = shape.seqlen_q.div_ceil(self.block_m) * shape.group();
-        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next.
-        let (steps, fewest) = match self.mask {
-            MaskKind::None => (steps.max(1), 1),
-            MaskKind::Causal => ((steps / 2).max(8), 16),
-        };
-        let section = (ctas * (turn_blocks(self.head_dim) + 1)).div_ceil(steps).max(fewest);
-        TileOrder::new(&self.keys(shape), self.block_n, section).one_way()
-    }
-    /// The keys in the place of the queries.
-    fn keys(&self, shape: &Shape) -> Shape {
-        Shape { heads_q: shape.heads_kv, seqlen_q: shape.seqlen_k, ..*shape }
-    }
-}
-
-/// The smallest compiled backward variant of an operator that holds `head_dim`.
-pub fn backward(
-    op: Op,
-    dtype: Dtype,
-    head_dim: u32,
-    mask: MaskKind,
-    dropout: DropoutKind,
-) -> Option<&'static BackwardVariant> {
-    let fits = |v: &&BackwardVariant| v.op == op && v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim;
-    dropout.backward_variants().iter().filter(fits).min_by_key(|v| v.head_dim)
-}
-
 /// Name and CTA size of every kernel, for the launch bounds in its PTX.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn launches() -> std::vec::Vec<(&'static str, u32)> {
@@ -393,82 +294,3 @@ pub fn launches() -> std::vec::Vec<(&'static str, u32)> {
     let total = TOTAL_VARIANTS.iter().map(|v| (v.symbol, v.threads()));
     forward.chain(backward).chain(total).chain(rows.into_iter().map(|symbol| (symbol, ROW_KERNEL_THREADS))).collect()
 }
-
-/// Calls `$apply!` with one row a variant:
-/// `symbol, prepare, finish, op, dtype, head_dim, mask, block_m, block_n, split;`
-#[macro_export]
-macro_rules! backward_variants {
-    ($apply:ident) => {
-        $apply! {
-            backward_f16_d64, prepare_f16, finish_f16_d64, Forward, F16, 64, None, 128, 128, Keys;
-            backward_f16_d64_causal, prepare_f16, finish_f16_d64, Forward, F16, 64, Causal, 128, 128, Keys;
-            backward_f16_d128, prepare_f16, finish_f16_d128, Forward, F16, 128, None, 64, 128, Keys;
-            backward_f16_d128_causal, prepare_f16, finish_f16_d128, Forward, F16, 128, Causal, 64, 128, Keys;
-            backward_f16_d256, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Columns;
-            backward_f16_d256_causal, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Columns;
-            backward_bf16_d64, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, None, 128, 128, Keys;
-            backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, Causal, 128, 128, Keys;
-            backward_bf16_d128, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, None, 64, 128, Keys;
-            backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, Causal, 64, 128, Keys;
-            backward_bf16_d256, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Columns;
-            backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Columns;
-            piecewise_backward_f16_d64, prepare_f16, finish_f16_d64, Piecewise, F16, 64, None, 128, 128, Keys;
-            piecewise_backward_f16_d64_causal, prepare_f16, finish_f16_d64, Piecewise, F16, 64, Causal, 128, 128, Keys;
-            piecewise_backward_f16_d128, prepare_f16, finish_f16_d128, Piecewise, F16, 128, None, 64, 128, Keys;
-            piecewise_backward_f16_d128_causal, prepare_f16, finish_f16_d128, Piecewise, F16, 128, Causal, 64, 128, Keys;
-            piecewise_backward_f16_d256, prepare_f16, finish_f16_d256, Piecewise, F16, 256, None, 64, 64, Columns;
-            piecewise_backward_f16_d256_causal, prepare_f16, finish_f16_d256, Piecewise, F16, 256, Causal, 64, 64, Columns;
-            piecewise_backward_bf16_d64, prepare_bf16, finish_bf16_d64, Piecewise, Bf16, 64, None, 128, 128, Keys;
-            piecewise_backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Piecewise, Bf16, 64, Causal, 128, 128, Keys;
-            piecewise_backward_bf16_d128, prepare_bf16, finish_bf16_d128, Piecewise, Bf16, 128, None, 64, 128, Keys;
-            piecewise_backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Piecewise, Bf16, 128, Causal, 64, 128, Keys;
-            piecewise_backward_bf16_d256, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, None, 64, 64, Columns;
-            piecewise_backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, Causal, 64, 64, Columns;
-        }
-    };
-}
-
-/// As [`backward_variants`], of the kernels with dropout; what prepares and finishes is the same.
-#[macro_export]
-macro_rules! backward_dropout_variants {
-    ($apply:ident) => {
-        $apply! {
-            backward_f16_d64_dropout, prepare_f16, finish_f16_d64, Forward, F16, 64, None, 128, 128, Keys;
-            backward_f16_d64_causal_dropout, prepare_f16, finish_f16_d64, Forward, F16, 64, Causal, 128, 128, Keys;
-            backward_f16_d128_dropout, prepare_f16, finish_f16_d128, Forward, F16, 128, None, 64, 128, Keys;
-            backward_f16_d128_causal_dropout, prepare_f16, finish_f16_d128, Forward, F16, 128, Causal, 64, 128, Keys;
-            backward_f16_d256_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Columns;
-            backward_f16_d256_causal_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Columns;
-            backward_bf16_d64_dropout, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, None, 128, 128, Keys;
-            backward_bf16_d64_causal_dropout, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, Causal, 128, 128, Keys;
-            backward_bf16_d128_dropout, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, None, 64, 128, Keys;
-            backward_bf16_d128_causal_dropout, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, Causal, 64, 128, Keys;
-            backward_bf16_d256_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Columns;
-            backward_bf16_d256_causal_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Columns;
-        }
-    };
-}
-
-macro_rules! backward_table {
-    ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
-       $block_m:literal, $block_n:literal, $split:ident;)*) => {
-        &[$(
-            BackwardVariant {
-                symbol: stringify!($symbol),
-                prepare: stringify!($prepare),
-                finish: stringify!($finish),
-                op: Op::$op,
-                dtype: Dtype::$dtype,
-                head_dim: $head_dim,
-                mask: MaskKind::$mask,
-                block_m: $block_m,
-                block_n: $block_n,
-                split: Split::$split,
-            },
-        )*]
-    };
-}
-/// Every compiled backward variant without dropout.
-pub static BACKWARD_VARIANTS: &[BackwardVariant] = backward_variants!(backward_table);
-/// Every compiled backward variant with dropout.
-pub static BACKWARD_DROPOUT_VARIANTS: &[BackwardVariant] = backward_dropout_variants!(backward_table);

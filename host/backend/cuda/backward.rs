@@ -36,7 +36,8 @@ impl Cuda {
     }
 
     /// Runs a backward plan on raw device addresses and the caller's stream. After the kernels' first use (see
-    /// [`Cuda::load_backward`]) it neither allocates nor waits, and may be captured into a graph.
+    /// [`Cuda::load_backward`]) it neither allocates nor waits, and may be captured into a graph. No two exact passes may
+    /// run at the same time on one device ([`Determinism::Exact`](crate::Determinism::Exact)).
     ///
     /// # Errors
     /// Those of [`RawBackward::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
