@@ -4,7 +4,8 @@
 //! every sum is fixed, and the bits do not depend on the number of threads.
 
 use kernels_gpu::{
-    cpu::{backward, backward_dropout, finish, prepare},
+    attention::dropout::NoDropout,
+    cpu::{backward, finish, prepare},
     element::Element,
 };
 use rayon::prelude::*;
@@ -88,16 +89,20 @@ unsafe fn run<E: Element>(plan: &BackwardPlan, args: &RawBackward) -> Result<()>
         match (args.second(plan, second), plan.launched) {
             (Some(second), _) => {
                 let params = args.params(plan, tensors, second);
-                run_with::<E>(plan, args, |batch, head| backward::<E, _>(plan.variant(), &params, batch, head))
+                run_with::<E>(plan, args, |batch, head| {
+                    backward::<E, _, _>(plan.variant(), &params, NoDropout, batch, head)
+                })
             }
             (None, None) => {
                 let params = args.params(plan, tensors, ());
-                run_with::<E>(plan, args, |batch, head| backward::<E, _>(plan.variant(), &params, batch, head))
+                run_with::<E>(plan, args, |batch, head| {
+                    backward::<E, _, _>(plan.variant(), &params, NoDropout, batch, head)
+                })
             }
             (None, Some(dropout)) => {
                 let params = args.params(plan, tensors, ());
                 run_with::<E>(plan, args, |batch, head| {
-                    backward_dropout::<E>(plan.variant(), &params, dropout, batch, head);
+                    backward::<E, _, _>(plan.variant(), &params, dropout, batch, head);
                 })
             }
         }

@@ -9,10 +9,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-use kernels_gpu::{
-    cpu::{forward, forward_dropout},
-    element::Element,
-};
+use kernels_gpu::{attention::dropout::NoDropout, cpu::forward, element::Element};
 use rayon::prelude::*;
 
 use crate::{
@@ -117,15 +114,15 @@ impl Backend for Cpu {
             match (second_pair(plan.dist_threshold(), second), plan.launched) {
                 (Some(second), _) => {
                     let params = args.params(plan, tensors, second);
-                    run(plan, |cta, ctas| forward::<E, _>(plan.variant(), &params, cta, ctas))
+                    run(plan, |cta, ctas| forward::<E, _, _>(plan.variant(), &params, NoDropout, cta, ctas))
                 }
                 (None, None) => {
                     let params = args.params(plan, tensors, ());
-                    run(plan, |cta, ctas| forward::<E, _>(plan.variant(), &params, cta, ctas))
+                    run(plan, |cta, ctas| forward::<E, _, _>(plan.variant(), &params, NoDropout, cta, ctas))
                 }
                 (None, Some(dropout)) => {
                     let params = args.params(plan, tensors, ());
-                    run(plan, |cta, ctas| forward_dropout::<E>(plan.variant(), &params, dropout, cta, ctas))
+                    run(plan, |cta, ctas| forward::<E, _, _>(plan.variant(), &params, dropout, cta, ctas))
                 }
             }
         }

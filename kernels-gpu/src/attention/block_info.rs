@@ -98,8 +98,8 @@ impl Visits {
         (self.first_full.0 <= u && u < self.first_full.1) || u < self.second_full
     }
 
-    /// Run `index` of as many as there are pairs: its masked visits are those before the run before down to `.1`, its full
-    /// ones from there down to `.0`.
+    /// Of run `index`, of as many as there are pairs: the full visits, `.0` up to but not `.1`. Counted down, the run's masked visits come
+    /// before them, from where the run before ended.
     #[inline(always)]
     pub fn run(&self, index: u32) -> (u32, u32) {
         if index == 0 { self.first_full } else { (0, self.second_full) }

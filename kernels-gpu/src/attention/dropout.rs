@@ -194,6 +194,8 @@ impl Dropout {
 
 /// A kernel's dropout: a choice at compile time, of which [`NoDropout`] leaves nothing in the code.
 pub trait Dropping: Copy {
+    /// Whether any can be.
+    const DROPS: bool;
     /// Which weights of a tile are kept.
     type Keep<W: Warpgroup, const N8: usize>: Copy;
 
@@ -222,6 +224,7 @@ pub trait Dropping: Copy {
 pub struct NoDropout;
 
 impl Dropping for NoDropout {
+    const DROPS: bool = false;
     type Keep<W: Warpgroup, const N8: usize> = ();
 
     #[inline(always)]
@@ -253,6 +256,7 @@ impl Dropping for NoDropout {
 }
 
 impl Dropping for Dropout {
+    const DROPS: bool = true;
     type Keep<W: Warpgroup, const N8: usize> = W::Keep<N8>;
 
     #[inline(always)]

@@ -21,7 +21,7 @@ pub use warpgroup::CpuWarpgroup;
 
 use crate::arch::Split;
 use crate::attention::block_info::KvBlocks;
-use crate::attention::dropout::{Dropout, Dropping, NoDropout};
+use crate::attention::dropout::Dropping;
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{DqPart, key_block};
@@ -54,16 +54,17 @@ pub fn grid(variant: &Variant, shape: &Shape) -> u32 {
 /// Runs CTA `cta` of the `ctas` of the forward kernel, with all its work tiles.
 ///
 /// # Panics
-/// Where the kernel breaks the pipeline's protocol, with the [`Fault`]; where `E` is not the variant's dtype, or `S` not
-/// what its operator takes.
+/// Where the kernel breaks the pipeline's protocol, with the [`Fault`]; where `E` is not the variant's dtype, `S` not
+/// what its operator takes, or the variant drops weights and `R` does not.
 ///
 /// # Safety
 /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, V) and writing (O, LSE) in all of `p.shape`,
 /// which the variant holds; nobody else accesses this CTA's rows of O and LSE; `cta` is below `ctas`, which is at most
 /// [`grid`].
-pub unsafe fn forward<E: Element, S: Second<Strided>>(
+pub unsafe fn forward<E: Element, S: Second<Strided>, R: Dropping>(
     variant: &Variant,
     p: &ForwardParams<Strided, S>,
+    dropping: R,
     cta: u32,
     ctas: u32,
 ) {
@@ -75,43 +76,13 @@ pub unsafe fn forward<E: Element, S: Second<Strided>>(
             match variant.symbol {
                 $(stringify!($symbol) if const { S::Pairs::COUNT == Op::$op.pairs() } => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
-                    unsafe { run::<mask!($mask), E, S, _, { $head_dim / 8 }, { $block_n / 8 }>(variant.smem(), p, CtaTiles::new(&p.order, cta, ctas), NoDropout) }
+                    unsafe { run::<mask!($mask), E, S, _, { $head_dim / 8 }, { $block_n / 8 }>(variant.smem(), p, CtaTiles::new(&p.order, cta, ctas), dropping) }
                 })*
                 other => unreachable!("{other} is not in the table of variants"),
             }
         };
     }
-    crate::forward_variants!(dispatch);
-}
-
-/// As [`forward`], of a variant with dropout.
-///
-/// # Panics
-/// As [`forward`].
-///
-/// # Safety
-/// As [`forward`].
-pub unsafe fn forward_dropout<E: Element>(
-    variant: &Variant,
-    p: &ForwardParams<Strided>,
-    dropout: Dropout,
-    cta: u32,
-    ctas: u32,
-) {
-    assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
-    macro_rules! dispatch {
-        ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
-           $stages:literal;)*) => {
-            match variant.symbol {
-                $(stringify!($symbol) => {
-                    // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
-                    unsafe { run::<mask!($mask), E, (), _, { $head_dim / 8 }, { $block_n / 8 }>(variant.smem(), p, CtaTiles::new(&p.order, cta, ctas), dropout) }
-                })*
-                other => unreachable!("{other} is not in the table of variants with dropout"),
-            }
-        };
-    }
-    crate::forward_dropout_variants!(dispatch);
+    if const { R::DROPS } { crate::forward_dropout_variants!(dispatch) } else { crate::forward_variants!(dispatch) }
 }
 
 /// One CTA, its consumers in turn.
@@ -144,9 +115,10 @@ unsafe fn run<M: Mask, E: Element, S: Second<Strided>, R: Dropping, const D8: us
 /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV) in all of `p.shape`,
 /// which the variant holds, and a workspace that [`prepare`] has filled for every query head of the group; nobody else
 /// accesses this head's rows of dK and dV, or the workspace of its query heads. There is at least one key.
-pub unsafe fn backward<E: Element, S: BackwardSecond<Strided>>(
+pub unsafe fn backward<E: Element, S: BackwardSecond<Strided>, R: Dropping>(
     variant: &BackwardVariant,
     p: &BackwardParams<Strided, S>,
+    dropping: R,
     batch: u32,
     head: u32,
 ) {
@@ -168,55 +140,14 @@ pub unsafe fn backward<E: Element, S: BackwardSecond<Strided>>(
                             { Split::$split.columns($head_dim) as usize / 8 },
                             { $block_m / 8 },
                             { DqPart::columns($block_m, $head_dim) as usize / 8 },
-                        >(variant, p, batch, head, NoDropout)
+                        >(variant, p, batch, head, dropping)
                     }
                 })*
                 other => unreachable!("{other} is not in the table of variants"),
             }
         };
     }
-    crate::backward_variants!(dispatch);
-}
-
-/// As [`backward`], of a variant with dropout.
-///
-/// # Panics
-/// As [`forward`].
-///
-/// # Safety
-/// As [`backward`].
-pub unsafe fn backward_dropout<E: Element>(
-    variant: &BackwardVariant,
-    p: &BackwardParams<Strided>,
-    dropout: Dropout,
-    batch: u32,
-    head: u32,
-) {
-    assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
-    macro_rules! dispatch {
-        ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
-           $block_m:literal, $block_n:literal, $split:ident;)*) => {
-            match variant.symbol {
-                $(stringify!($symbol) => {
-                    // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
-                    unsafe {
-                        run_backward::<
-                            mask!($mask),
-                            E,
-                            (),
-                            _,
-                            { $head_dim / 8 },
-                            { Split::$split.columns($head_dim) as usize / 8 },
-                            { $block_m / 8 },
-                            { DqPart::columns($block_m, $head_dim) as usize / 8 },
-                        >(variant, p, batch, head, dropout)
-                    }
-                })*
-                other => unreachable!("{other} is not in the table of variants with dropout"),
-            }
-        };
-    }
-    crate::backward_dropout_variants!(dispatch);
+    if const { R::DROPS } { crate::backward_dropout_variants!(dispatch) } else { crate::backward_variants!(dispatch) }
 }
 
 /// One key head, a function of its own for each variant: without optimisation their tiles would not fit one stack frame.
