@@ -13,7 +13,7 @@ use super::philox::Philox;
 use crate::arch::Warpgroup;
 use crate::tile::lane::Lane;
 
-/// Rounds of Philox: as many as FlashAttention has, and one more than pass BigCrush with the fewest (SC 2011, table 2).
+/// Rounds of Philox: as many as FlashAttention has.
 pub const ROUNDS: usize = 7;
 
 /// Columns and rows of the tiles that calls belong to.
