@@ -42,10 +42,9 @@ pub trait Warpgroup: Sized {
     type Keep<const N8: usize>: Copy;
 
     fn zeros<const N8: usize>(&self) -> Self::Acc<N8>;
-    /// Elements of row r from column `end(r)` on become `fill`; rows and columns count from the fragment's corner.
-    fn truncate_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, fill: f32, end: impl Fn(u32) -> i32);
-    /// Elements of row r before column `start(r)` become `fill`.
-    fn fill_rows_before<const N8: usize>(&self, x: &mut Self::Acc<N8>, fill: f32, start: impl Fn(u32) -> i32);
+    /// Elements of row r outside the columns `start..end` of `columns(r)` become `fill`; rows and columns count from the
+    /// fragment's corner.
+    fn fill_outside<const N8: usize>(&self, x: &mut Self::Acc<N8>, fill: f32, columns: impl Fn(u32) -> (i32, i32));
     /// `f(x, y)` for every element x and the one of y in its place.
     fn zip_with<const N8: usize>(&self, x: &mut Self::Acc<N8>, y: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32);
     /// `f(x, r)` for every element x and its row's r.

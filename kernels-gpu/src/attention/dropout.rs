@@ -150,6 +150,11 @@ impl Dropout {
         }
     }
 
+    /// The share of weights that are dropped, in 256ths.
+    pub fn threshold(&self) -> u32 {
+        self.threshold
+    }
+
     /// The share of weights that are kept: the probability.
     pub fn keeps(&self) -> f32 {
         1.0 - self.threshold as f32 / 256.0

@@ -58,11 +58,12 @@ pub fn mask_scores<W: Warpgroup, M: Mask, P: Pairs, const N8: usize>(
     row: u32,
     first_key: u32,
 ) {
-    let keys = |r| pairs.keys::<M>(shape, pair, row + r);
-    wg.truncate_rows(s, f32::NEG_INFINITY, |r| keys(r).1 as i32 - first_key as i32);
-    if P::COUNT > 1 {
-        wg.fill_rows_before(s, f32::NEG_INFINITY, |r| keys(r).0 as i32 - first_key as i32);
-    }
+    wg.fill_outside(s, f32::NEG_INFINITY, |r| {
+        let (start, end) = pairs.keys::<M>(shape, pair, row + r);
+        let column = |key: u32| key as i32 - first_key as i32;
+        // With one pair, keys before the end are live.
+        (if P::COUNT > 1 { column(start) } else { 0 }, column(end))
+    });
 }
 
 /// As [`mask_scores`], for transposed scores: the fragment starts at key `key` and query row `first_row`.
@@ -76,14 +77,10 @@ pub fn mask_transposed<W: Warpgroup, M: Mask, P: Pairs, const M8: usize>(
     key: u32,
     first_row: u32,
 ) {
-    let queries = |r| pairs.queries::<M>(shape, pair, key + r);
-    wg.fill_rows_before(s, f32::NEG_INFINITY, |r| {
-        let start = if key + r < shape.seqlen_k { queries(r).0 as i32 } else { i32::MAX };
-        start.saturating_sub(first_row as i32)
+    wg.fill_outside(s, f32::NEG_INFINITY, |r| {
+        let (start, end) = pairs.queries::<M>(shape, pair, key + r);
+        let start = if key + r < shape.seqlen_k { start } else { u32::MAX };
+        let column = |row: u32| (row.min(i32::MAX as u32) as i32).saturating_sub(first_row as i32);
+        (column(start), if P::COUNT > 1 { column(end) } else { i32::MAX })
     });
-    if P::COUNT > 1 {
-        wg.truncate_rows(s, f32::NEG_INFINITY, |r| {
-            (queries(r).1.min(i32::MAX as u32) as i32).saturating_sub(first_row as i32)
-        });
-    }
 }

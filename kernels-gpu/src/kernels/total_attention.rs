@@ -57,7 +57,7 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
             let first_key = at.keys.n_block * self.block_n + wg.first_key();
             let first_row = at.m_block * block_m;
             mask_transposed::<W, M, OnePair, M8>(wg, &p.shape, OnePair, 0, &mut s, first_key, first_row);
-            wg.truncate_rows(&mut s, f32::NEG_INFINITY, |_| p.shape.seqlen_q as i32 - first_row as i32);
+            wg.fill_outside(&mut s, f32::NEG_INFINITY, |_| (0, p.shape.seqlen_q as i32 - first_row as i32));
         }
         let c = p.scale * LOG2_E;
         wg.map_offsets(&mut s, |s, offset| W::exp2(W::fma(s, c, offset))); // Sᵀ → Pᵀ

@@ -34,16 +34,12 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
     fn zeros<const N8: usize>(&self) -> Tile<N8> {
         Tile::ZEROS
     }
-    fn truncate_rows<const N8: usize>(&self, x: &mut Tile<N8>, fill: f32, end: impl Fn(u32) -> i32) {
+    fn fill_outside<const N8: usize>(&self, x: &mut Tile<N8>, fill: f32, columns: impl Fn(u32) -> (i32, i32)) {
         for row in 0..self.live {
-            let end = (end(row as u32).max(0) as usize).min(8 * N8);
-            x.row_mut(row)[end..].fill(fill);
-        }
-    }
-    fn fill_rows_before<const N8: usize>(&self, x: &mut Tile<N8>, fill: f32, start: impl Fn(u32) -> i32) {
-        for row in 0..self.live {
-            let start = (start(row as u32).max(0) as usize).min(8 * N8);
+            let (start, end) = columns(row as u32);
+            let [start, end] = [start, end].map(|column| column.clamp(0, 8 * N8 as i32) as usize);
             x.row_mut(row)[..start].fill(fill);
+            x.row_mut(row)[end..].fill(fill);
         }
     }
     fn zip_with<const N8: usize>(&self, x: &mut Tile<N8>, y: &Tile<N8>, f: impl Fn(f32, f32) -> f32) {

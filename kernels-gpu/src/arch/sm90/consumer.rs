@@ -57,12 +57,8 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         Fragment([[0.0; 4]; N8])
     }
     #[inline(always)]
-    fn truncate_rows<const N8: usize>(&self, x: &mut Fragment<N8>, fill: f32, end: impl Fn(u32) -> i32) {
-        x.truncate_rows(self.lane(), fill, end);
-    }
-    #[inline(always)]
-    fn fill_rows_before<const N8: usize>(&self, x: &mut Fragment<N8>, fill: f32, start: impl Fn(u32) -> i32) {
-        x.fill_rows_before(self.lane(), fill, start);
+    fn fill_outside<const N8: usize>(&self, x: &mut Fragment<N8>, fill: f32, columns: impl Fn(u32) -> (i32, i32)) {
+        x.fill_outside(self.lane(), fill, columns);
     }
     #[inline(always)]
     fn zip_with<const N8: usize>(&self, x: &mut Fragment<N8>, y: &Fragment<N8>, f: impl Fn(f32, f32) -> f32) {

@@ -1,7 +1,7 @@
 //! Which weights a thread keeps: one Philox call for sixteen of them, and an exchange with the neighbouring row.
 
 use super::fragment::{Fragment, Operand};
-use super::math::{or_and_not, select_bytes, shuffle_xor};
+use super::math::{end_block, or_and_not, select_bytes, shuffle_xor};
 use crate::attention::dropout::{Dropout, KeptBits, Place, Rows};
 use crate::tile::lane::Lane;
 
@@ -16,8 +16,10 @@ pub struct Keep<const N8: usize> {
 }
 
 impl<const N8: usize> Keep<N8> {
+    /// After the products that were issued before it, and before what comes after it.
     #[inline(always)]
     pub fn new(dropout: &Dropout, at: &Place, lane: Lane) -> Self {
+        end_block(dropout.threshold());
         let mut bits = [KeptBits(0); N8];
         for pair in 0..N8 / 4 {
             let call = dropout.call(at, lane, pair as u32);
@@ -25,6 +27,7 @@ impl<const N8: usize> Keep<N8> {
             (bits[4 * pair], bits[4 * pair + 1]) = (first, first);
             (bits[4 * pair + 2], bits[4 * pair + 3]) = (second, second);
         }
+        end_block(dropout.threshold());
         Keep { bits, rows: at.rows }
     }
 

@@ -15,30 +15,35 @@ pub struct Fragment<const N8: usize>(pub [[f32; 4]; N8]);
 #[derive(Clone, Copy)]
 pub struct Operand<const N8: usize>(pub [[u32; 2]; N8]);
 
+/// Column groups whose columns of one thread and row are the bits of a word.
+const GROUPS_PER_WORD: usize = 16;
+
 /// The two rows of a thread.
 pub type Rows = [f32; 2];
 
 impl<const N8: usize> Fragment<N8> {
+    /// A row's live columns as bits, one for each that this thread holds: ptxas moves several at a time to predicates,
+    /// which leaves little more than one selection for each element.
     #[inline(always)]
-    pub fn truncate_rows(&mut self, lane: Lane, fill: f32, end: impl Fn(u32) -> i32) {
-        // Counted from this lane's own first column, so that what is compared with it are constants.
-        let ends = [0, 1].map(|half| end(lane.row(half)) - lane.column as i32);
-        for (group, registers) in self.0.iter_mut().enumerate() {
-            for (i, x) in registers.iter_mut().enumerate() {
-                if (8 * group + i % 2) as i32 >= ends[i / 2] {
-                    *x = fill;
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    pub fn fill_rows_before(&mut self, lane: Lane, fill: f32, start: impl Fn(u32) -> i32) {
-        let starts = [0, 1].map(|half| start(lane.row(half)).saturating_sub(lane.column as i32));
-        for (group, registers) in self.0.iter_mut().enumerate() {
-            for (i, x) in registers.iter_mut().enumerate() {
-                if ((8 * group + i % 2) as i32) < starts[i / 2] {
-                    *x = fill;
+    pub fn fill_outside(&mut self, lane: Lane, fill: f32, columns: impl Fn(u32) -> (i32, i32)) {
+        const { assert!(N8 <= 2 * GROUPS_PER_WORD, "a row's columns of one thread are bits of two words") };
+        // How many of this thread's columns lie before one: the even ones, and the odd ones.
+        let before = |column: i32| {
+            let column = column.clamp(0, 8 * N8 as i32) - lane.column as i32;
+            ((column + 7) >> 3) + ((column + 6) >> 3)
+        };
+        for half in 0..2 {
+            let (start, end) = columns(lane.row(half as u32));
+            let [start, end] = [before(start), before(end)];
+            let live = [0, 1].map(|word| {
+                let [start, end] = [start, end].map(|count| math::ones((count - 32 * word).max(0) as u32));
+                end & !start
+            });
+            for group in 0..N8 {
+                for i in 0..2 {
+                    if live[group / GROUPS_PER_WORD] & 1 << (2 * (group % GROUPS_PER_WORD) + i) == 0 {
+                        self.0[group][2 * half + i] = fill;
+                    }
                 }
             }
         }

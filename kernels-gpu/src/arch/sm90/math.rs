@@ -70,6 +70,15 @@ pub fn or_and_not(a: u32, b: u32, c: u32) -> u32 {
     d
 }
 
+/// The lowest `count` bits set; all of them from 32 on.
+#[inline(always)]
+pub fn ones(count: u32) -> u32 {
+    let d: u32;
+    // SAFETY: register arithmetic without side effects.
+    unsafe { asm!("bmsk.clamp.b32 {0}, 0, {1};", out(reg32) d, in(reg32) count, options(pure, nomem, nostack)) }
+    d
+}
+
 /// Four of the eight bytes of `a` and `b`, as the digits of `selector` name them (PTX ISA, prmt).
 #[inline(always)]
 pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
@@ -115,6 +124,14 @@ pub fn fresh(x: u32) -> u32 {
     // SAFETY: copies a register.
     unsafe { asm!("mov.b32 {0}, {1};", out(reg32) y, in(reg32) x, options(nomem, nostack)) }
     y
+}
+
+/// Ends a basic block, across which ptxas moves no shuffle: what is used late would otherwise be put off until then, and
+/// moved out from beside the products in flight. The loop does not turn while `x`, the same in every lane, is below 2³² − 1;
+/// the vote keeps it from being taken for nothing.
+#[inline(always)]
+pub fn end_block(x: u32) {
+    while any(x == u32::MAX) {}
 }
 
 /// An element type that the tensor cores take.
