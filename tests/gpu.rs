@@ -131,6 +131,7 @@ fn main() {
     trials.push(test("many work tiles a CTA", Box::new(many_tiles)));
     trials.push(test("a million tokens", Box::new(a_million_tokens)));
     trials.push(test("raw addresses", Box::new(raw_addresses)));
+    trials.push(test("queued runs are timed", Box::new(queued_runs)));
     trials.push(test("captured into a graph", Box::new(graph::forward)));
     trials.push(test("captured into a graph, backward", Box::new(graph::backward)));
     let conclusion = libtest_mimic::run(&arguments, trials);
@@ -319,6 +320,16 @@ fn raw_addresses_backward(cuda: &Cuda) {
     for (found, expected) in outputs.iter().zip(&expected.gradients) {
         assert!(cuda.download(found).unwrap() == *expected);
     }
+}
+
+/// A time for every run, and what comes before a run has an effect. How long they took depends on the other tests.
+fn queued_runs(cuda: &Cuda) {
+    let [mut cache, mut target] = [1 << 20, 1 << 10].map(|len| cuda.upload(Operand::Total, &vec![1u32; len]).unwrap());
+    let times = cuda.time_each(300, || cache.set_zero(), || target.set_zero()).unwrap();
+    assert!(times.len() == 300 && times.iter().all(|time| time.as_secs() < 1), "{times:?}");
+    assert!([&cache, &target].into_iter().all(|x| cuda.download(x).unwrap().iter().all(|&x| x == 0)));
+    assert!(cuda.time_each(0, || Ok(()), || Ok(())).unwrap().is_empty());
+    assert!(cuda.allocate(Operand::Total, 0, 0u32).unwrap().set_zero().is_ok());
 }
 
 /// More work tiles than a CTA takes at once, of one query block and of many: the ring runs on from one into the next.

@@ -99,6 +99,22 @@ impl<T: Plain> DeviceBuffer<T> {
     }
 }
 
+impl DeviceBuffer<u32> {
+    /// Sets every element to 0, after what was launched before on the default stream; does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn set_zero(&mut self) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        self.device.make_current()?;
+        // SAFETY: the buffer holds that many words, aligned as the driver aligns what it allocates. Freeing it waits, and
+        // so do the copies, all on the default stream, which is this device's, as its context is current.
+        unsafe { driver::zero_words(self.address, self.len, std::ptr::null_mut()) }
+    }
+}
+
 impl<T: Plain> Drop for DeviceBuffer<T> {
     fn drop(&mut self) {
         if self.address != 0 && self.device.make_current().is_ok() {
