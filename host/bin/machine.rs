@@ -33,7 +33,7 @@ pub trait Timed: Backend + Sized {
     fn backward<'a, E: Element>(
         &'a self,
         plan: &'a BackwardPlan,
-        memory: &'a mut BackwardMemory<Self, E>,
+        memory: &'a mut BackwardMemory<'_, Self, E>,
     ) -> Result<impl FnMut() -> Result<()> + 'a>;
 }
 
@@ -47,7 +47,7 @@ impl Timed for Cpu {
     fn backward<'a, E: Element>(
         &'a self,
         plan: &'a BackwardPlan,
-        memory: &'a mut BackwardMemory<Self, E>,
+        memory: &'a mut BackwardMemory<'_, Self, E>,
     ) -> Result<impl FnMut() -> Result<()> + 'a> {
         Ok(backward::on_cpu(plan, memory))
     }
@@ -62,7 +62,7 @@ impl Timed for ferroflash::Cuda {
     fn backward<'a, E: Element>(
         &'a self,
         plan: &'a BackwardPlan,
-        memory: &'a mut BackwardMemory<Self, E>,
+        memory: &'a mut BackwardMemory<'_, Self, E>,
     ) -> Result<impl FnMut() -> Result<()> + 'a> {
         backward::on_cuda(self, plan, memory)
     }

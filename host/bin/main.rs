@@ -5,6 +5,7 @@ mod backward;
 mod bench;
 mod check;
 mod info;
+mod inputs;
 mod machine;
 mod memory;
 mod op;

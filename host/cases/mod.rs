@@ -182,26 +182,6 @@ impl Case {
         Ok(data)
     }
 
-    /// Contiguous inputs of any size, quickly: a few million normal values, over and over from different places.
-    ///
-    /// # Errors
-    /// Those of [`Problem::validate`].
-    pub fn random_inputs<E: Element>(&self) -> Result<[Vec<E>; 3]> {
-        const POOL: usize = (1 << 21) - 9;
-        self.problem.validate()?;
-        let mut rng = StdRng::seed_from_u64(self.seed);
-        let pool: Vec<E> = (0..POOL)
-            .map(|_| {
-                let normal: f32 = rng.sample(StandardNormal);
-                E::from_f32(self.input_std * normal)
-            })
-            .collect();
-        let input =
-            |shape: [usize; 4], skip| pool.iter().copied().cycle().skip(skip).take(shape.iter().product()).collect();
-        let (q, kv) = (self.problem.q_shape(), self.problem.kv_shape());
-        Ok([input(q, 0), input(kv, POOL / 3), input(kv, POOL / 2)])
-    }
-
     /// The inputs as tensors.
     pub fn tensors<'a, E>(&self, [q, k, v]: &'a [Vec<E>; 3]) -> [Tensor<&'a [E]>; 3] {
         let kv = self.layout(self.problem.kv_shape());
@@ -211,6 +191,22 @@ impl Case {
             Tensor { data: v, layout: kv },
         ]
     }
+}
+
+/// `len` standard normal values, quickly: a few million of them, over and over.
+pub fn normal_values<E: Element>(seed: u64, len: usize) -> Vec<E> {
+    // A prime, so that no two of millions of rows are alike.
+    const DISTINCT: usize = (1 << 21) - 9;
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut values = Vec::with_capacity(len);
+    values.extend((0..len.min(DISTINCT)).map(|_| {
+        let normal: f32 = rng.sample(StandardNormal);
+        E::from_f32(normal)
+    }));
+    while values.len() < len {
+        values.extend_from_within(..DISTINCT.min(len - values.len()));
+    }
+    values
 }
 
 /// Attention as one would first write it: three loops in f32, one thread, one head. What the CPU executor
@@ -278,6 +274,16 @@ mod tests {
             assert!(case.problem.flops_forward(Mask::None) <= 1e7);
             assert_eq!(case, Case::random(seed, 1e7));
         }
+    }
+
+    #[test]
+    fn normal_values_of_any_number() {
+        let [few, many] = [5, 5_000_000].map(|len| normal_values::<half::bf16>(3, len));
+        assert_eq!((few.len(), many.len()), (5, 5_000_000));
+        assert_eq!(few, many[..5]);
+        let square = many.iter().map(|x| f64::from(x.to_f32()).powi(2)).sum::<f64>() / many.len() as f64;
+        assert!((square - 1.0).abs() < 0.01, "{square}");
+        assert_ne!(few, normal_values::<half::bf16>(4, 5));
     }
 
     #[test]

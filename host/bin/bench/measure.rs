@@ -1,13 +1,14 @@
-//! The median time of many runs of one pass.
+//! One step: the median time of many runs, and the memory that they need.
 
 use std::time::{Duration, Instant};
 
-use ferroflash::cases::Case;
-use ferroflash::{Attention, Element, ForwardInputs, Operand, Pair, Piecewise, Result, Tensor};
+use ferroflash::{Element, Operand, Result, Tensor};
 
 use super::Step;
-use crate::backward::{BackwardMemory, second_pair};
+use crate::backward::BackwardMemory;
+use crate::inputs::Inputs;
 use crate::machine::Timed;
+use crate::memory::forget_peak_memory;
 use crate::op::OpName;
 use crate::sweep::interrupted;
 
@@ -23,50 +24,32 @@ pub struct Measured {
     pub extra_bytes: usize,
 }
 
-/// Measures one problem; `None` where Ctrl-C left too few runs for a median.
-pub fn measure<B: Timed, E: Element>(backend: &B, step: &Step, budget: Duration) -> Result<Option<Measured>> {
-    let (attention, case) = (step.attention(), Case::new(step.problem, step.mask));
+/// Measures one step with the inputs that it reads; `None` where Ctrl-C left too few runs for a median.
+pub fn measure<B: Timed, E: Element>(
+    backend: &B,
+    step: &Step,
+    inputs: &Inputs<B, E>,
+    budget: Duration,
+) -> Result<Option<Measured>> {
     match step.op {
-        OpName::Forward | OpName::Piecewise => forward::<B, E>(backend, &attention, &case, step.dist_threshold, budget),
-        OpName::Backward | OpName::PiecewiseBackward => {
-            backward::<B, E>(backend, &attention, &case, step.dist_threshold, budget)
-        }
-        OpName::TotalAttention => total_attention::<B, E>(backend, &attention, &case, budget),
+        OpName::Forward | OpName::Piecewise => forward(backend, step, inputs, budget),
+        OpName::Backward | OpName::PiecewiseBackward => backward(backend, step, inputs, budget),
+        OpName::TotalAttention => total_attention(backend, step, inputs, budget),
     }
 }
 
 fn forward<B: Timed, E: Element>(
     backend: &B,
-    attention: &Attention,
-    case: &Case,
-    dist_threshold: Option<i32>,
+    step: &Step,
+    inputs: &Inputs<B, E>,
     budget: Duration,
 ) -> Result<Option<Measured>> {
-    let problem = &case.problem;
-    let plan = match dist_threshold {
-        Some(threshold) => Piecewise::new(attention.clone(), threshold).plan(backend.sm_count())?,
-        None => attention.plan(backend.sm_count())?,
-    };
-    let second = dist_threshold.map(|_| second_pair::<B, E>(backend, case)).transpose()?;
-    let inputs = case.random_inputs::<E>()?;
-    let [q, k, v] = [
-        backend.upload(Operand::Q, &inputs[0])?,
-        backend.upload(Operand::K, &inputs[1])?,
-        backend.upload(Operand::V, &inputs[2])?,
-    ];
-    let mut o = backend.allocate(Operand::O, inputs[0].len(), E::from_f32(0.0))?;
-    let len = inputs[0].len();
+    let (plan, shape) = (step.plan(backend.sm_count())?, step.problem.q_shape());
+    let len = shape.iter().product();
+    let mut o = backend.allocate(Operand::O, len, E::from_f32(0.0))?;
     let launch = || {
-        let kv = |buffer| Tensor::bhsd(B::slice(buffer), problem.kv_shape());
-        let q = Tensor::bhsd(B::slice(&q), problem.q_shape());
-        let o = Tensor::bhsd(B::slice_mut(&mut o, 0..len), problem.q_shape());
-        let second =
-            second.as_ref().map(|Pair { q, k }| Pair { q: Tensor::bhsd(B::slice(q), problem.q_shape()), k: kv(k) });
-        let inputs = match second {
-            Some(second) => ForwardInputs::piecewise(Pair { q, k: kv(&k) }, second, kv(&v)),
-            None => ForwardInputs::plain(q, kv(&k), kv(&v)),
-        };
-        backend.forward_into(&plan, inputs, o, None)
+        let o = Tensor::bhsd(B::slice_mut(&mut o, 0..len), shape);
+        backend.forward_into(&plan, inputs.tensors(&plan), o, None)
     };
     median(backend, launch, budget, plan.workspace_bytes())
 }
@@ -74,42 +57,33 @@ fn forward<B: Timed, E: Element>(
 /// The whole backward pass; one forward pass before gives O and the LSE.
 fn backward<B: Timed, E: Element>(
     backend: &B,
-    attention: &Attention,
-    case: &Case,
-    dist_threshold: Option<i32>,
+    step: &Step,
+    inputs: &Inputs<B, E>,
     budget: Duration,
 ) -> Result<Option<Measured>> {
-    let plan = match dist_threshold {
-        Some(threshold) => Piecewise::new(attention.clone(), threshold).plan_backward(backend.sm_count())?,
-        None => attention.plan_backward(backend.sm_count())?,
-    };
-    let mut memory = BackwardMemory::<B, E>::new(backend, attention, case, dist_threshold)?;
-    let lse_bytes = case.problem.lse_len() * size_of::<f32>();
+    let (forward, plan) = (step.plan(backend.sm_count())?, step.plan_backward(backend.sm_count())?);
+    let mut memory = BackwardMemory::new(backend, &forward, inputs)?;
+    let lse_bytes = step.problem.lse_len() * size_of::<f32>();
     median(backend, backend.backward(&plan, &mut memory)?, budget, lse_bytes + plan.workspace_bytes())
 }
 
 /// Total attention alone; one forward pass before gives the LSE.
 fn total_attention<B: Timed, E: Element>(
     backend: &B,
-    attention: &Attention,
-    case: &Case,
+    step: &Step,
+    inputs: &Inputs<B, E>,
     budget: Duration,
 ) -> Result<Option<Measured>> {
-    let (plan, problem) = (attention.plan_total_attention(backend.sm_count())?, &case.problem);
-    let [q, k, v] = case.random_inputs::<E>()?;
-    let [q, k, v] = [backend.upload(Operand::Q, &q)?, backend.upload(Operand::K, &k)?, backend.upload(Operand::V, &v)?];
-    let of_q = Tensor::bhsd(B::slice(&q), problem.q_shape());
-    let of_kv = |buffer| Tensor::bhsd(B::slice(buffer), problem.kv_shape());
-    let lse = attention.forward(backend, of_q, of_kv(&k), of_kv(&v))?.lse;
+    let (attention, problem) = (step.attention(), &step.problem);
+    let plan = attention.plan_total_attention(backend.sm_count())?;
+    let q = || inputs.q.tensor(problem.q_shape());
+    let k = || inputs.k.tensor(problem.kv_shape());
+    // The LSE is the same whatever V is.
+    let lse = attention.forward(backend, q(), k(), k())?.lse;
     let lse = lse.map_or_else(|| backend.allocate(Operand::Lse, 0, 0.0), Ok)?;
-    drop(v);
     let len = problem.total_len();
     let mut total = backend.allocate(Operand::Total, len, 0.0)?;
-    let launch = || {
-        let q = Tensor::bhsd(B::slice(&q), problem.q_shape());
-        let k = Tensor::bhsd(B::slice(&k), problem.kv_shape());
-        backend.total_attention_into(&plan, q, k, B::slice(&lse), B::slice_mut(&mut total, 0..len))
-    };
+    let launch = || backend.total_attention_into(&plan, q(), k(), B::slice(&lse), B::slice_mut(&mut total, 0..len));
     median(backend, launch, budget, problem.lse_len() * size_of::<f32>())
 }
 
@@ -119,6 +93,8 @@ fn median<B: Timed>(
     budget: Duration,
     extra_bytes: usize,
 ) -> Result<Option<Measured>> {
+    // What making the inputs took is no part of the pass.
+    forget_peak_memory();
     // As long as the measurement: a chip that comes from a pause runs faster than it can go on.
     let (start, mut runs) = (Instant::now(), 0);
     while (runs < WARM_UP || start.elapsed() < budget) && !interrupted() {

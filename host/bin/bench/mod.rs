@@ -6,11 +6,14 @@ mod record;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use ferroflash::{Attention, Determinism, Dropout, Dtype, Mask, Problem, Result, bf16, f16};
+use ferroflash::{
+    Attention, BackwardPlan, Determinism, Dropout, Dtype, Mask, Piecewise, Plan, Problem, Result, bf16, f16,
+};
 
 use crate::args::BenchArgs;
+use crate::inputs::Inputs;
 use crate::machine::{Job, Machine, Timed};
-use crate::memory::{check_memory, forget_peak_memory};
+use crate::memory::check_memory;
 use crate::op::OpName;
 use crate::say;
 use crate::sweep::{Swept, sweep};
@@ -36,7 +39,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     };
     let budget = Duration::from_millis(args.budget_ms.unwrap_or(if machine.is_cpu() { 500 } else { 300 }));
     say(machine.name());
-    let Swept { done, ended } = machine.run(Bench { steps: &steps, budget });
+    let Swept { done, ended } = machine.run(Bench { steps: &steps, budget })?;
     let records: Vec<Record> = done.into_iter().flatten().collect();
     print_table(&records, machine.matrix_peak());
     let report = Report { header: Header::of(&machine), records: &records };
@@ -67,6 +70,26 @@ impl Step {
     fn attention(&self) -> Attention {
         let dropout = Dropout { p: self.dropout, ..Dropout::NONE };
         Attention::new(self.problem).mask(self.mask).determinism(self.determinism).dropout(dropout)
+    }
+
+    fn piecewise(&self) -> Option<Piecewise> {
+        Some(Piecewise::new(self.attention(), self.dist_threshold?))
+    }
+
+    /// How its forward pass runs.
+    fn plan(&self, sm_count: u32) -> Result<Plan> {
+        match self.piecewise() {
+            Some(piecewise) => piecewise.plan(sm_count),
+            None => self.attention().plan(sm_count),
+        }
+    }
+
+    /// How its backward pass runs.
+    fn plan_backward(&self, sm_count: u32) -> Result<BackwardPlan> {
+        match self.piecewise() {
+            Some(piecewise) => piecewise.plan_backward(sm_count),
+            None => self.attention().plan_backward(sm_count),
+        }
     }
 }
 
@@ -115,19 +138,21 @@ struct Bench<'a> {
 }
 
 impl Job for Bench<'_> {
-    type Result = Swept<Option<Record>>;
+    type Result = Result<Swept<Option<Record>>>;
 
     fn run<B: Timed>(self, backend: &B, machine: &Machine) -> Self::Result {
         let name = |Step { op, problem, mask, determinism, dropout, .. }: &Step| {
             format!("{} D {} S {} {mask}", op.title(*determinism, *dropout), problem.head_dim, problem.seqlen_q)
         };
-        sweep(self.steps, name, |step| {
-            forget_peak_memory();
+        let (mut in_f16, mut in_bf16) = (Inputs::<B, f16>::new(backend)?, Inputs::<B, bf16>::new(backend)?);
+        Ok(sweep(self.steps, name, |step| {
+            in_f16.keep(backend, step.op, &step.problem)?;
+            in_bf16.keep(backend, step.op, &step.problem)?;
             let measured = match step.problem.dtype {
-                Dtype::F16 => measure::<B, f16>(backend, step, self.budget)?,
-                Dtype::Bf16 => measure::<B, bf16>(backend, step, self.budget)?,
+                Dtype::F16 => measure(backend, step, in_f16.upload(backend, step.op, &step.problem)?, self.budget)?,
+                Dtype::Bf16 => measure(backend, step, in_bf16.upload(backend, step.op, &step.problem)?, self.budget)?,
             };
             Ok(measured.map(|measured| Record::new(step, machine, &measured)))
-        })
+        }))
     }
 }
