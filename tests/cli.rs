@@ -196,6 +196,8 @@ fn bench_writes_json() {
     for field in ["gpu", "driver", "compiler", "commit"] {
         assert!(json["header"].as_object().expect("a header").contains_key(field), "{field}");
     }
+    // On the CPU, asked for or not.
+    assert_eq!(json["header"]["protocol"], "sustained");
     let records = json["records"].as_array().expect("records");
     assert_eq!(records.len(), 8);
     let (forward, backward) = records.split_at(4);
@@ -216,6 +218,23 @@ fn bench_writes_json() {
         assert_eq!((&record["device"], &record["dtype"]), (&"cpu".into(), &"bf16".into()));
     }
     assert_eq!((&records[0]["mask"], &records[1]["mask"]), (&"none".into(), &"causal".into()));
+}
+
+#[test]
+fn sustained_runs_are_measured() {
+    let sizes = ["--head-dims", "64", "--seqlens", "64", "--mask", "none", "--tokens", "64", "--hidden", "64"];
+    let flags = ["bench", "--device", "cpu", "--sustained", "--dtype", "f16,bf16", "--budget-ms", "1"];
+    let json = ["--json", "/dev/stdout"];
+    let output = ferroflash(&[&flags[..], &sizes, &json].concat());
+    assert!(output.status.success(), "{output:?}");
+    let printed = text(&output.stdout);
+    assert!(printed.contains("\"protocol\": \"sustained\""), "{printed}");
+    // Both passes, of both dtypes.
+    for dtype in ["f16", "bf16"] {
+        assert_eq!(printed.matches(&format!("\"dtype\": \"{dtype}\"")).count(), 2, "{printed}");
+    }
+    let help = text(&ferroflash(&["bench", "--help"]).stdout);
+    assert!(["--sustained", "l2-cleared"].iter().all(|word| help.contains(word)), "{help}");
 }
 
 #[test]

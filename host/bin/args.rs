@@ -169,11 +169,15 @@ Examples:
   ferroflash bench --op piecewise,piecewise-backward --mask causal
   ferroflash bench --op forward,total-attention --head-dims 64
   ferroflash bench --head-dims 128 --dropout 0.1
+  ferroflash bench --sustained
 
-The batch is tokens / seqlen and the heads are hidden / head_dim, so every measurement has about the same size.
-Inputs are random. TFLOP/s count 4·B·H·M·N·D, 2.5 times that for backward, half of that for total
-attention, half when causal; the time is the median
-of many runs.")]
+The batch is tokens / seqlen and the heads are hidden / head_dim, so every measurement has about the same size. \
+Inputs are random. TFLOP/s count 4·B·H·M·N·D, 2.5 times that for backward, half of that for total attention, half when \
+causal; the time is the median of many runs.
+
+On a GPU the L2 cache is cleared before each run, as triton.testing.do_bench does it, so figures can be held against \
+those of others; with --sustained, and on the CPU, runs follow one another. The header of the JSON file says which, as \
+its protocol: l2-cleared or sustained.")]
 pub struct BenchArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
@@ -201,7 +205,12 @@ pub struct BenchArgs {
     /// Key heads, for grouped queries [default: as many as query heads].
     #[arg(long)]
     pub heads_kv: Option<usize>,
-    /// Milliseconds that one measurement runs, after a warm-up of the same length [default: 300; on the CPU 500].
+    /// Runs back to back after a warm-up as long as the measurement: what the chip sustains under its power limit. On the
+    /// CPU it is always so.
+    #[arg(long)]
+    pub sustained: bool,
+    /// Milliseconds that one measurement runs, after a warm-up of a third of that; of as long with --sustained and on the
+    /// CPU [default: 150; with --sustained 300; on the CPU 500].
     #[arg(long)]
     pub budget_ms: Option<u64>,
     /// Also write the results to this file.

@@ -26,8 +26,20 @@ pub trait Job {
 
 /// A backend that can measure itself.
 pub trait Timed: Backend + Sized {
-    /// The device time of what `work` runs.
+    /// The device time of what `work` runs; waits until that has run.
     fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration>;
+
+    /// The device time of each of `runs` calls of `work`, before each of which `before` is called and not timed; a GPU
+    /// gets all of them without a wait in between.
+    fn time_each(
+        &self,
+        runs: usize,
+        before: impl FnMut() -> Result<()>,
+        work: impl FnMut() -> Result<()>,
+    ) -> Result<Vec<Duration>>;
+
+    /// Fills a buffer with zeros, so that the caches hold the end of it and nothing else; a GPU is not waited for.
+    fn set_zero(&self, buffer: &mut Self::Buffer<u32>) -> Result<()>;
 
     /// Makes a backward pass ready to be run again and again; a run by itself allocates nothing on a GPU.
     fn backward<'a, E: Element>(
@@ -44,6 +56,24 @@ impl Timed for Cpu {
         Ok(start.elapsed())
     }
 
+    fn time_each(
+        &self,
+        runs: usize,
+        mut before: impl FnMut() -> Result<()>,
+        mut work: impl FnMut() -> Result<()>,
+    ) -> Result<Vec<Duration>> {
+        let run = |_| {
+            before()?;
+            self.time(&mut work)
+        };
+        (0..runs).map(run).collect()
+    }
+
+    fn set_zero(&self, buffer: &mut Vec<u32>) -> Result<()> {
+        buffer.fill(0);
+        Ok(())
+    }
+
     fn backward<'a, E: Element>(
         &'a self,
         plan: &'a BackwardPlan,
@@ -57,6 +87,19 @@ impl Timed for Cpu {
 impl Timed for ferroflash::Cuda {
     fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
         ferroflash::Cuda::time(self, work)
+    }
+
+    fn time_each(
+        &self,
+        runs: usize,
+        before: impl FnMut() -> Result<()>,
+        work: impl FnMut() -> Result<()>,
+    ) -> Result<Vec<Duration>> {
+        ferroflash::Cuda::time_each(self, runs, before, work)
+    }
+
+    fn set_zero(&self, buffer: &mut ferroflash::cuda::DeviceBuffer<u32>) -> Result<()> {
+        buffer.set_zero()
     }
 
     fn backward<'a, E: Element>(

@@ -1,20 +1,16 @@
 //! One step: the median time of many runs, and the memory that they need.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ferroflash::{Element, Operand, Result, Tensor};
 
 use super::Step;
+use super::protocol::{FEWEST_RUNS, Method};
 use crate::backward::BackwardMemory;
 use crate::inputs::Inputs;
 use crate::machine::Timed;
 use crate::memory::forget_peak_memory;
 use crate::op::OpName;
-use crate::sweep::interrupted;
-
-/// Runs that warm-up and measurement have at least.
-const WARM_UP: usize = 2;
-const FEWEST_RUNS: usize = 5;
 
 /// What runs of one problem took.
 pub struct Measured {
@@ -29,12 +25,12 @@ pub fn measure<B: Timed, E: Element>(
     backend: &B,
     step: &Step,
     inputs: &Inputs<B, E>,
-    budget: Duration,
+    method: &Method,
 ) -> Result<Option<Measured>> {
     match step.op {
-        OpName::Forward | OpName::Piecewise => forward(backend, step, inputs, budget),
-        OpName::Backward | OpName::PiecewiseBackward => backward(backend, step, inputs, budget),
-        OpName::TotalAttention => total_attention(backend, step, inputs, budget),
+        OpName::Forward | OpName::Piecewise => forward(backend, step, inputs, method),
+        OpName::Backward | OpName::PiecewiseBackward => backward(backend, step, inputs, method),
+        OpName::TotalAttention => total_attention(backend, step, inputs, method),
     }
 }
 
@@ -42,7 +38,7 @@ fn forward<B: Timed, E: Element>(
     backend: &B,
     step: &Step,
     inputs: &Inputs<B, E>,
-    budget: Duration,
+    method: &Method,
 ) -> Result<Option<Measured>> {
     let (plan, shape) = (step.plan(backend.sm_count())?, step.problem.q_shape());
     let len = shape.iter().product();
@@ -51,7 +47,7 @@ fn forward<B: Timed, E: Element>(
         let o = Tensor::bhsd(B::slice_mut(&mut o, 0..len), shape);
         backend.forward_into(&plan, inputs.tensors(&plan), o, None)
     };
-    median(backend, launch, budget, plan.workspace_bytes())
+    median(backend, launch, method, plan.workspace_bytes())
 }
 
 /// The whole backward pass; one forward pass before gives O and the LSE.
@@ -59,12 +55,12 @@ fn backward<B: Timed, E: Element>(
     backend: &B,
     step: &Step,
     inputs: &Inputs<B, E>,
-    budget: Duration,
+    method: &Method,
 ) -> Result<Option<Measured>> {
     let (forward, plan) = (step.plan(backend.sm_count())?, step.plan_backward(backend.sm_count())?);
     let mut memory = BackwardMemory::new(backend, &forward, inputs)?;
     let lse_bytes = step.problem.lse_len() * size_of::<f32>();
-    median(backend, backend.backward(&plan, &mut memory)?, budget, lse_bytes + plan.workspace_bytes())
+    median(backend, backend.backward(&plan, &mut memory)?, method, lse_bytes + plan.workspace_bytes())
 }
 
 /// Total attention alone; one forward pass before gives the LSE.
@@ -72,7 +68,7 @@ fn total_attention<B: Timed, E: Element>(
     backend: &B,
     step: &Step,
     inputs: &Inputs<B, E>,
-    budget: Duration,
+    method: &Method,
 ) -> Result<Option<Measured>> {
     let (attention, problem) = (step.attention(), &step.problem);
     let plan = attention.plan_total_attention(backend.sm_count())?;
@@ -84,27 +80,18 @@ fn total_attention<B: Timed, E: Element>(
     let len = problem.total_len();
     let mut total = backend.allocate(Operand::Total, len, 0.0)?;
     let launch = || backend.total_attention_into(&plan, q(), k(), B::slice(&lse), B::slice_mut(&mut total, 0..len));
-    median(backend, launch, budget, problem.lse_len() * size_of::<f32>())
+    median(backend, launch, method, problem.lse_len() * size_of::<f32>())
 }
 
 fn median<B: Timed>(
     backend: &B,
-    mut launch: impl FnMut() -> Result<()>,
-    budget: Duration,
+    launch: impl FnMut() -> Result<()>,
+    method: &Method,
     extra_bytes: usize,
 ) -> Result<Option<Measured>> {
     // What making the inputs took is no part of the pass.
     forget_peak_memory();
-    // As long as the measurement: a chip that comes from a pause runs faster than it can go on.
-    let (start, mut runs) = (Instant::now(), 0);
-    while (runs < WARM_UP || start.elapsed() < budget) && !interrupted() {
-        backend.time(&mut launch)?;
-        runs += 1;
-    }
-    let (start, mut times) = (Instant::now(), Vec::new());
-    while (times.len() < FEWEST_RUNS || start.elapsed() < budget) && !interrupted() {
-        times.push(backend.time(&mut launch)?);
-    }
+    let mut times = method.times(backend, launch)?;
     if times.len() < FEWEST_RUNS {
         return Ok(None);
     }

@@ -1,6 +1,7 @@
 //! `bench`: the median time of many runs, by device events on a GPU.
 
 mod measure;
+mod protocol;
 mod record;
 
 use std::process::ExitCode;
@@ -18,6 +19,7 @@ use crate::op::OpName;
 use crate::say;
 use crate::sweep::{Swept, sweep};
 use measure::measure;
+use protocol::{Method, Protocol};
 use record::{Header, JsonFile, Record, Report, print_table};
 
 /// Copies of its tensors that this computer must hold: the values, and on the CPU what they are uploaded to.
@@ -37,12 +39,12 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
         Ok(file) => file,
         Err(message) => return Ok(fail(&message)),
     };
-    let budget = Duration::from_millis(args.budget_ms.unwrap_or(if machine.is_cpu() { 500 } else { 300 }));
+    let method = method(args, &machine);
     say(machine.name());
-    let Swept { done, ended } = machine.run(Bench { steps: &steps, budget })?;
+    let Swept { done, ended } = machine.run(Bench { steps: &steps, method })?;
     let records: Vec<Record> = done.into_iter().flatten().collect();
     print_table(&records, machine.matrix_peak());
-    let report = Report { header: Header::of(&machine), records: &records };
+    let report = Report { header: Header::of(&machine, method.protocol), records: &records };
     if let Some(Err(message)) = file.as_mut().map(|file| file.write(&report)) {
         return Ok(fail(&message));
     }
@@ -93,6 +95,16 @@ impl Step {
     }
 }
 
+/// How the flags want it measured; on the CPU, runs are always back to back.
+fn method(args: &BenchArgs, machine: &Machine) -> Method {
+    let (protocol, default_ms) = match (machine.is_cpu(), args.sustained) {
+        (true, _) => (Protocol::Sustained, 500),
+        (false, true) => (Protocol::Sustained, 300),
+        (false, false) => (Protocol::L2Cleared, 150),
+    };
+    Method { protocol, budget: Duration::from_millis(args.budget_ms.unwrap_or(default_ms)) }
+}
+
 /// Every measurement that the flags ask for.
 fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
     let pick = |given: &[usize], gpu: &[usize], cpu: &[usize]| match (given.is_empty(), machine.is_cpu()) {
@@ -134,7 +146,7 @@ fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
 
 struct Bench<'a> {
     steps: &'a [Step],
-    budget: Duration,
+    method: Method,
 }
 
 impl Job for Bench<'_> {
@@ -149,8 +161,8 @@ impl Job for Bench<'_> {
             in_f16.keep(backend, step.op, &step.problem)?;
             in_bf16.keep(backend, step.op, &step.problem)?;
             let measured = match step.problem.dtype {
-                Dtype::F16 => measure(backend, step, in_f16.upload(backend, step.op, &step.problem)?, self.budget)?,
-                Dtype::Bf16 => measure(backend, step, in_bf16.upload(backend, step.op, &step.problem)?, self.budget)?,
+                Dtype::F16 => measure(backend, step, in_f16.upload(backend, step.op, &step.problem)?, &self.method)?,
+                Dtype::Bf16 => measure(backend, step, in_bf16.upload(backend, step.op, &step.problem)?, &self.method)?,
             };
             Ok(measured.map(|measured| Record::new(step, machine, &measured)))
         }))

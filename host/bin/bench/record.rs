@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::Step;
 use super::measure::Measured;
+use super::protocol::Protocol;
 use crate::machine::{Machine, commit, kernel_compiler};
 use crate::memory::peak_memory;
 use crate::{say, table};
@@ -87,6 +88,7 @@ pub struct Header {
     compiler: String,
     version: &'static str,
     commit: Option<String>,
+    protocol: Protocol,
     unix_time: u64,
 }
 
@@ -97,7 +99,7 @@ pub struct Report<'a> {
 }
 
 impl Header {
-    pub fn of(machine: &Machine) -> Self {
+    pub fn of(machine: &Machine, protocol: Protocol) -> Self {
         let cpu = machine.is_cpu();
         Header {
             gpu: (!cpu).then(|| machine.name()),
@@ -106,6 +108,7 @@ impl Header {
             compiler: kernel_compiler(),
             version: env!("CARGO_PKG_VERSION"),
             commit: commit(),
+            protocol,
             unix_time: SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_secs()),
         }
     }
