@@ -12,6 +12,7 @@ use crate::arch::sm90::forward::ForwardPipe;
 use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
+use crate::arch::sm90::total_offsets::produce_offsets;
 use crate::arch::sm90::total_producer;
 use crate::attention::dropout::{Dropping, NoDropout};
 use crate::attention::mask::{Causal, Full, Mask};
@@ -235,7 +236,7 @@ prepare_entries! {
     prepare_bf16, Bf16;
 }
 
-/// A CTA of total attention: one producer warpgroup, two consumers.
+/// A CTA of total attention: one producer warpgroup, the others consumers.
 #[inline(always)]
 fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
     p: &TotalParams<TensorMap>,
@@ -249,22 +250,28 @@ fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
     let role = cta::role();
     match role {
         Role::Producer => {
-            cta::set_registers(role, TotalSmem::CONSUMERS);
-            total_producer::produce::<M>(p, parameters, smem, tiles);
+            cta::set_registers(role, smem.consumers);
+            match cta::warp_of_warpgroup() {
+                0 => total_producer::produce::<M>(p, parameters, smem, tiles),
+                1 => produce_offsets::<M>(p, smem, tiles),
+                _ => {}
+            }
         }
         Role::Consumer(index) => {
-            cta::set_registers(role, TotalSmem::CONSUMERS);
+            cta::set_registers(role, smem.consumers);
             let mut consumer = Consumer::<E, _>::total(smem, index, parameters);
-            consume_total::<_, M, D8, M8>(&mut consumer, p, TotalSmem::BLOCK_N, tiles);
+            consume_total::<_, M, D8, M8>(&mut consumer, p, smem.block_n(), tiles);
         }
     }
 }
 
 macro_rules! total_entries {
-    ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal, $stages:literal;)*) => {$(
+    ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_m:literal,
+       $stages:literal;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $symbol(p: TotalParams<TensorMap>) {
-            const SMEM: TotalSmem = TotalSmem { head_dim: $head_dim, block_m: $block_m, stages: $stages };
+            const SMEM: TotalSmem =
+                TotalSmem { head_dim: $head_dim, consumers: $consumers, block_m: $block_m, stages: $stages };
             total::<element!($dtype), mask!($mask), { $head_dim / 8 }, { $block_m / 8 }>(
                 &p,
                 crate::parameter_address!($symbol),

@@ -78,6 +78,8 @@ impl Op {
 pub const WARPGROUP_ROWS: u32 = 64;
 /// Rows of it that one warp owns.
 pub const WARP_ROWS: u32 = 16;
+/// Threads of a warp.
+pub const WARP_THREADS: u32 = 32;
 /// Threads of a warpgroup.
 pub const WARPGROUP_THREADS: u32 = 128;
 

@@ -33,9 +33,13 @@ pub fn named() -> Vec<(String, Case)> {
         ("grouped 6 over 2", Problem { batch: 2, ..problem((6, 2), (150, 130), 64) }),
         ("grouped 71 over 1", problem((71, 1), (40, 90), 64)),
     ];
-    // Around the edges of query blocks, of 128 rows and of 96.
-    for seqlen_q in [95, 96, 97, 127, 128, 129, 191, 193] {
-        shapes.push(("an edge", problem((1, 1), (seqlen_q, 130), if seqlen_q % 3 == 0 { 256 } else { 72 })));
+    // Around the edges of query blocks, of 64 rows and of 96.
+    for seqlen_q in [63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 193] {
+        shapes.push(("an edge", problem((1, 1), (seqlen_q, 130), [256, 72, 64][seqlen_q % 3])));
+    }
+    // Around the edges of consumers' parts of a work tile, with more query blocks than the ring has slots.
+    for seqlen_k in [63, 64, 65, 191, 193, 255, 257, 321] {
+        shapes.push(("an edge of keys", problem((1, 1), (1100, seqlen_k), [256, 128, 64][seqlen_k % 3])));
     }
     for head_dim in [16, 40, 56, 96, 200, 248] {
         shapes.push(("head dim", problem((2, 2), (200, 190), head_dim)));

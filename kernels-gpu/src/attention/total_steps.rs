@@ -1,88 +1,133 @@
 //! The steps of a CTA that computes total attention: for each of its work tiles, a block of keys of one query head, the
 //! query blocks that see a key of it, from the last to the first.
 //!
-//! Producer and consumers walk them alike, from one work tile into the next. A block of keys that no query sees meets its
-//! last query block all the same, wholly masked: so every work tile has a first and a last step.
+//! Producer and consumers walk them alike. The producer goes by all keys of a work tile, each consumer by its own, and
+//! passes over what the others alone see: it comes last, since a key that sees a query block sees those after it. Keys that
+//! no query sees meet the last query block all the same, wholly masked: so every work tile has at least one step.
 
 use core::marker::PhantomData;
 
 use super::mask::Mask;
-use super::query_blocks::{MBlocks, QueryBlock, key_block};
+use super::query_blocks::{MBlocks, key_block};
 use super::scheduler::WorkTile;
 use crate::params::Shape;
 use crate::pipeline::order::KvBlock;
 
-/// One query block of one work tile.
+/// The keys of a work tile that someone goes by.
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    /// The first of them, within the work tile.
+    pub first_key: u32,
+    pub keys: u32,
+    /// How many query blocks are passed over at once, at most; those that are too many are visited.
+    pub most_passed: u32,
+}
+
+impl Part {
+    /// All `block_n` keys.
+    #[inline(always)]
+    pub const fn whole(block_n: u32) -> Self {
+        Part { first_key: 0, keys: block_n, most_passed: 0 }
+    }
+}
+
+/// One work tile, as a part of its keys sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TotalStep {
+pub struct TotalTile {
     /// The block of keys; `head` is the query head.
     pub keys: KvBlock,
-    pub m_block: u32,
-    blocks: MBlocks,
+    /// The query blocks that are visited, from the last to the first.
+    pub start: u32,
+    pub end: u32,
+    /// How many come after them, to be passed over.
+    pub passed: u32,
+    full_start: u32,
+    full_blocks: u32,
 }
 
-impl TotalStep {
-    /// Whether it is its work tile's first.
+impl TotalTile {
     #[inline(always)]
-    pub fn is_first(&self) -> bool {
-        self.m_block + 1 == self.blocks.end
+    fn new<M: Mask>(shape: &Shape, block_m: u32, block_n: u32, part: &Part, tile: &WorkTile) -> Self {
+        let keys = key_block(shape, block_n, tile);
+        let first_key = keys.n_block * block_n;
+        let all = MBlocks::plain::<M>(shape, first_key, block_n, block_m);
+        let first_key = first_key + part.first_key;
+        let own = MBlocks::plain::<M>(shape, first_key, part.keys, block_m);
+        let start = if first_key < shape.seqlen_k { own.start } else { own.end - 1 };
+        let passed = (start - all.start).min(part.most_passed);
+        TotalTile {
+            keys,
+            start: all.start + passed,
+            end: own.end,
+            passed,
+            full_start: own.full_start,
+            full_blocks: (shape.seqlen_q / block_m).saturating_sub(own.full_start),
+        }
     }
 
-    /// Whether it is its work tile's last.
+    /// Whether there are as many queries as the block has rows, and each sees every key of the part.
     #[inline(always)]
-    pub fn is_last(&self) -> bool {
-        self.m_block == self.blocks.start
-    }
-
-    /// Whether there are as many queries as the block has rows, and each sees every key.
-    #[inline(always)]
-    pub fn is_full(&self, shape: &Shape, block_m: u32) -> bool {
-        self.m_block >= self.blocks.full_start && (self.m_block + 1) * block_m <= shape.seqlen_q
-    }
-
-    /// The query block.
-    #[inline(always)]
-    pub fn queries(&self) -> QueryBlock {
-        QueryBlock { batch: self.keys.batch, head: self.keys.head, m_block: self.m_block, pair: 0 }
+    pub fn is_full(&self, m_block: u32) -> bool {
+        m_block.wrapping_sub(self.full_start) < self.full_blocks
     }
 }
 
-/// The steps of one CTA's work tiles.
+/// A CTA's work tiles, as a part of their keys sees them.
 #[derive(Clone, Copy, Debug)]
-pub struct TotalSteps<'a, M, I> {
+pub struct TotalTiles<'a, M, I> {
     shape: &'a Shape,
     block_m: u32,
     block_n: u32,
+    part: Part,
     tiles: I,
-    /// The last step that was given; those after it in its work tile are still to come.
-    step: TotalStep,
     mask: PhantomData<M>,
 }
 
-impl<'a, M: Mask, I: Iterator<Item = WorkTile>> TotalSteps<'a, M, I> {
+impl<'a, M: Mask, I: Iterator<Item = WorkTile>> TotalTiles<'a, M, I> {
+    /// Work tiles of `block_n` keys, query blocks of `block_m` queries.
     #[inline(always)]
-    pub fn new(shape: &'a Shape, block_m: u32, block_n: u32, tiles: I) -> Self {
-        let (keys, blocks) = (
-            KvBlock { batch: 0, head: 0, n_block: 0, pair: 0 },
-            MBlocks { start: 0, full_start: 0, full_end: 0, end: 0 },
-        );
-        let step = TotalStep { keys, m_block: 0, blocks };
-        TotalSteps { shape, block_m, block_n, tiles, step, mask: PhantomData }
+    pub fn new(shape: &'a Shape, block_m: u32, block_n: u32, part: Part, tiles: I) -> Self {
+        TotalTiles { shape, block_m, block_n, part, tiles, mask: PhantomData }
+    }
+
+    /// The query blocks of one after the other.
+    #[inline(always)]
+    pub fn steps(self) -> TotalSteps<'a, M, I> {
+        TotalSteps { tiles: self, keys: KvBlock { batch: 0, head: 0, n_block: 0, pair: 0 }, start: 0, m_block: 0 }
     }
 }
 
-impl<M: Mask, I: Iterator<Item = WorkTile>> Iterator for TotalSteps<'_, M, I> {
-    type Item = TotalStep;
+impl<M: Mask, I: Iterator<Item = WorkTile>> Iterator for TotalTiles<'_, M, I> {
+    type Item = TotalTile;
 
     #[inline(always)]
-    fn next(&mut self) -> Option<TotalStep> {
-        if self.step.is_last() {
-            let keys = key_block(self.shape, self.block_n, &self.tiles.next()?);
-            let blocks = MBlocks::plain::<M>(self.shape, keys.n_block * self.block_n, self.block_n, self.block_m);
-            self.step = TotalStep { keys, m_block: blocks.end, blocks };
+    fn next(&mut self) -> Option<TotalTile> {
+        let tile = self.tiles.next()?;
+        Some(TotalTile::new::<M>(self.shape, self.block_m, self.block_n, &self.part, &tile))
+    }
+}
+
+/// The query blocks of a CTA's work tiles, (block of keys, m_block), from one work tile into the next.
+#[derive(Clone, Copy, Debug)]
+pub struct TotalSteps<'a, M, I> {
+    tiles: TotalTiles<'a, M, I>,
+    /// The work tile of the block that was given last.
+    keys: KvBlock,
+    start: u32,
+    m_block: u32,
+}
+
+impl<M: Mask, I: Iterator<Item = WorkTile>> Iterator for TotalSteps<'_, M, I> {
+    type Item = (KvBlock, u32);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<(KvBlock, u32)> {
+        if self.m_block == self.start {
+            let tile = self.tiles.next()?;
+            (self.keys, self.start, self.m_block) = (tile.keys, tile.start, tile.end);
         }
-        self.step.m_block -= 1;
-        Some(self.step)
+        self.m_block -= 1;
+        Some((self.keys, self.m_block))
     }
 }
 
@@ -93,25 +138,31 @@ mod tests {
     use crate::attention::scheduler::{CtaTiles, TileOrder};
     use std::collections::BTreeSet;
 
-    /// Every live (head, query, key) is met once, by one CTA, and full blocks have only live ones.
-    fn covers<M: Mask>(shape: Shape, block_m: u32, block_n: u32, ctas: u32) {
+    /// Every live (head, query, key) is met once, by one CTA and one of two parts, and full blocks have only live ones; a
+    /// part meets or passes over as many blocks as the producer sends.
+    fn covers<M: Mask>(shape: Shape, block_m: u32, block_n: u32, ctas: u32, most_passed: u32) {
         let order = TileOrder::new(&Shape { seqlen_q: shape.seqlen_k, ..shape }, block_n, 2);
         let mut seen = BTreeSet::new();
-        for cta in 0..ctas {
-            let (mut open, mut steps) = (false, 0);
-            for step in TotalSteps::<M, _>::new(&shape, block_m, block_n, CtaTiles::new(&order, cta, ctas)) {
-                assert_eq!(step.is_first(), !open, "{shape:?}: {step:?}");
-                open = !step.is_last();
-                steps += 1;
-                let full = step.is_full(&shape, block_m);
-                for (i, j) in (0..block_m).flat_map(|i| (0..block_n).map(move |j| (i, j))) {
-                    let (i, j) = (step.m_block * block_m + i, step.keys.n_block * block_n + j);
+        let keys = block_n / 2;
+        for (cta, first_key) in (0..ctas).flat_map(|cta| [(cta, 0), (cta, keys)]) {
+            let tiles =
+                |part| TotalTiles::<M, _>::new(&shape, block_m, block_n, part, CtaTiles::new(&order, cta, ctas));
+            let mut sent = tiles(Part::whole(block_n)).steps();
+            for tile in tiles(Part { first_key, keys, most_passed }) {
+                assert!(tile.start < tile.end && tile.passed <= most_passed, "{shape:?}: {tile:?}");
+                for m_block in (tile.start - tile.passed..tile.end).rev() {
+                    assert_eq!(sent.next(), Some((tile.keys, m_block)), "{shape:?}: {tile:?}");
+                }
+                let blocks = (tile.start..tile.end).rev();
+                for (m, i, j) in blocks.flat_map(|m| (0..block_m).flat_map(move |i| (0..keys).map(move |j| (m, i, j))))
+                {
+                    let (i, j) = (m * block_m + i, tile.keys.n_block * block_n + first_key + j);
                     let live = i < shape.seqlen_q && j < M::live_end(&shape, i);
-                    assert!(live || !full, "{shape:?}: {step:?} is not full at {i}, {j}");
-                    assert!(!live || seen.insert((step.keys.batch, step.keys.head, i, j)), "{shape:?}: {i}, {j} twice");
+                    assert!(live || !tile.is_full(m), "{shape:?}: {tile:?} is not full at {i}, {j}");
+                    assert!(!live || seen.insert((tile.keys.batch, tile.keys.head, i, j)), "{shape:?}: {i}, {j} twice");
                 }
             }
-            assert!(!open && (steps > 0 || cta >= order.tiles()), "{shape:?}: CTA {cta}");
+            assert_eq!(sent.next(), None, "{shape:?}: CTA {cta}");
         }
         let heads = (shape.batch * shape.heads_q) as usize;
         let live: u32 = (0..shape.seqlen_q).map(|i| M::live_end(&shape, i)).sum();
@@ -123,9 +174,11 @@ mod tests {
         for seqlen_q in [1, 2, 7, 8, 9, 31, 33] {
             for seqlen_k in [0, 1, 3, 5, 6, 7, 29, 40] {
                 let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q, seqlen_k, head_dim: 8 };
-                for ctas in [1, 3] {
-                    covers::<Full>(shape, 8, 6, ctas);
-                    covers::<Causal>(shape, 8, 6, ctas);
+                for (ctas, most_passed) in [(1, 0), (1, 1), (3, 9)] {
+                    for block_m in [2, 8] {
+                        covers::<Full>(shape, block_m, 6, ctas, most_passed);
+                        covers::<Causal>(shape, block_m, 6, ctas, most_passed);
+                    }
                 }
             }
         }

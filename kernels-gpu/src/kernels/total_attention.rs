@@ -11,8 +11,14 @@ use crate::arch::TotalWarpgroup;
 use crate::attention::mask::{Mask, mask_transposed};
 use crate::attention::pairs::OnePair;
 use crate::attention::scheduler::WorkTile;
-use crate::attention::total_steps::{TotalStep, TotalSteps};
+use crate::attention::total_steps::{TotalTile, TotalTiles};
 use crate::params::TotalParams;
+
+/// A query block's scores and its slot of the ring, beside which lies what its exponents add.
+struct Scores<W: TotalWarpgroup, const M8: usize> {
+    s: W::Acc<M8>,
+    q: W::Slot,
+}
 
 /// The sums of 64 keys so far.
 struct Mainloop<'a, W: TotalWarpgroup> {
@@ -23,49 +29,48 @@ struct Mainloop<'a, W: TotalWarpgroup> {
 }
 
 impl<W: TotalWarpgroup> Mainloop<'_, W> {
-    /// One query block, `at`, whose scores are `s`. The scores of `next` are computed beside it.
+    /// One query block, whose scores are there. Those of the block after it are computed beside it.
     #[inline(always)]
     fn step<M: Mask, const D8: usize, const M8: usize>(
         &mut self,
         wg: &mut W,
-        s: W::Acc<M8>,
-        at: &TotalStep,
-        next: &TotalStep,
-    ) -> W::Acc<M8> {
-        if next.is_first() {
-            wg.wait_k();
-        }
+        scores: Scores<W, M8>,
+        tile: &TotalTile,
+        m_block: u32,
+    ) -> Scores<W, M8> {
         let q = wg.wait_q();
-        let following = wg.kq::<D8, M8>(q); // Sᵀ = K·Qᵀ, of the next query block
-        wg.wait_lse();
-        wg.load_lse(self.p.lse, &self.p.shape, &next.queries());
-        self.add::<M, M8>(wg, s, at);
-        wg.share_lse();
+        let following = wg.kq::<D8, M8>(q); // Sᵀ = K·Qᵀ, of the block after it
+        self.add::<M, M8>(wg, scores, tile, m_block);
         let s = wg.wait::<0, M8>(following);
         wg.release_q(q);
-        if next.is_last() {
-            wg.release_k();
-        }
-        s
+        Scores { s, q }
     }
 
-    /// Adds a query block's weights, and stores the sums at the end of a work tile.
+    /// Adds a query block's weights, and stores the sums after the work tile's last.
     #[inline(always)]
-    fn add<M: Mask, const M8: usize>(&mut self, wg: &mut W, mut s: W::Acc<M8>, at: &TotalStep) {
-        let (p, block_m) = (self.p, 8 * M8 as u32);
-        if !at.is_full(&p.shape, block_m) {
-            let first_key = at.keys.n_block * self.block_n + wg.first_key();
-            let first_row = at.m_block * block_m;
+    fn add<M: Mask, const M8: usize>(
+        &mut self,
+        wg: &mut W,
+        Scores { mut s, q }: Scores<W, M8>,
+        tile: &TotalTile,
+        m_block: u32,
+    ) {
+        let p = self.p;
+        if !tile.is_full(m_block) {
+            let first_key = tile.keys.n_block * self.block_n + wg.part().first_key;
+            let first_row = m_block * 8 * M8 as u32;
             mask_transposed::<W, M, OnePair, M8>(wg, &p.shape, OnePair, 0, &mut s, first_key, first_row);
             wg.fill_outside(&mut s, f32::NEG_INFINITY, |_| (0, p.shape.seqlen_q as i32 - first_row as i32));
         }
         let c = p.scale * LOG2_E;
-        wg.map_offsets(&mut s, |s, offset| W::exp2(W::fma(s, c, offset))); // Sᵀ → Pᵀ
+        wg.map_offsets(q, &mut s, |s, offset| W::exp2(W::fma(s, c, offset))); // Sᵀ → Pᵀ
         // The block by itself first: a long column's sum is too large to take small terms one by one.
         self.total = wg.zip(self.total, wg.fold(&s, |a, p| a + p), |total, block| total + block);
-        if at.is_last() {
+        // A branch that may need the sums keeps the exponentials before it. Without one, in the steps that are never the
+        // last, compilers wait for the next scores first, and leave the exponentials behind the product.
+        if m_block == W::unknown(tile.start) {
             let total = wg.reduce(self.total, |a, b| a + b);
-            wg.store_keys(total, p.total, &at.keys, &p.shape);
+            wg.store_keys(total, p.total, &tile.keys, &p.shape);
             self.total = wg.rows(0.0);
         }
     }
@@ -79,27 +84,42 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     block_n: u32,
     tiles: impl Iterator<Item = WorkTile>,
 ) {
-    let mut steps = TotalSteps::<M, _>::new(&p.shape, 8 * M8 as u32, block_n, tiles);
-    let Some(mut at) = steps.next() else { return };
-    wg.load_lse(p.lse, &p.shape, &at.queries());
+    let mut tiles = TotalTiles::<M, _>::new(&p.shape, 8 * M8 as u32, block_n, wg.part(), tiles);
+    let Some(mut tile) = tiles.next() else { return };
     wg.wait_k();
     let q = wg.wait_q();
     let s = wg.kq::<D8, M8>(q);
-    wg.share_lse();
-    let mut s = wg.wait::<0, M8>(s);
+    let mut scores = Scores { s: wg.wait::<0, M8>(s), q };
     wg.release_q(q);
-    if at.is_last() {
-        wg.release_k();
-    }
     let mut mainloop = Mainloop { p, block_n, total: wg.rows(0.0) };
-    // Two steps a turn: scores alternate between two fragments, and none is copied.
-    while let Some(next) = steps.next() {
-        s = mainloop.step::<M, D8, M8>(wg, s, &at, &next);
-        at = next;
-        let Some(next) = steps.next() else { break };
-        s = mainloop.step::<M, D8, M8>(wg, s, &at, &next);
-        at = next;
+    loop {
+        let mut m_block = tile.end - 1;
+        if (m_block - tile.start) % 2 == 1 {
+            scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block);
+            m_block -= 1;
+        }
+        // Two steps a turn: scores alternate between two fragments, and none is copied.
+        while m_block != tile.start {
+            scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block);
+            scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block - 1);
+            m_block -= 2;
+        }
+        wg.release_k();
+        let Some(next) = tiles.next() else { break };
+        pass_over(wg, &tile);
+        wg.wait_k();
+        scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block);
+        tile = next;
     }
-    wg.wait_lse();
-    mainloop.add::<M, M8>(wg, s, &at);
+    mainloop.add::<M, M8>(wg, scores, &tile, tile.start);
+    pass_over(wg, &tile);
+}
+
+/// Passes over the query blocks of a work tile that other warpgroups alone see.
+#[inline(always)]
+fn pass_over<W: TotalWarpgroup>(wg: &mut W, tile: &TotalTile) {
+    for _ in 0..tile.passed {
+        let q = wg.wait_q();
+        wg.release_q(q);
+    }
 }

@@ -1,27 +1,35 @@
 //! Shared memory of a CTA that computes total attention: tiles of K, one for the work tile in hand and one for the next,
-//! the ring of query tiles, each consumer's own copies of the LSE of two query blocks, the barriers.
+//! the ring of query tiles, beside each of its slots what exponents add, the barriers.
+//!
+//! Weights are computed one step after the product that read a query tile, when its slot may already be filled anew. So a
+//! slot has the offsets of two laps of the ring: who fills lap n knows that lap n − 1 of the slot was given back, which a
+//! consumer does after the weights of every block before that one, and so of lap n − 2.
 
 use super::smem::{BARRIER_BYTES, tile_bytes};
+use crate::variants::WARPGROUP_ROWS;
 
 /// Offsets of such a CTA's shared memory.
 #[derive(Clone, Copy, Debug)]
 pub struct TotalSmem {
     pub head_dim: u32,
+    /// Consumer warpgroups.
+    pub consumers: u32,
     /// Queries of a slot of the ring.
     pub block_m: u32,
     pub stages: u32,
 }
 
 impl TotalSmem {
-    /// Keys of a work tile: 64 for each consumer.
-    pub const BLOCK_N: u32 = 128;
-    pub const CONSUMERS: u32 = 2;
     /// Tiles of K.
     pub const K_STAGES: u32 = 2;
 
+    /// Keys of a work tile: 64 for each consumer.
+    pub const fn block_n(&self) -> u32 {
+        self.consumers * WARPGROUP_ROWS
+    }
     /// Bytes of a tile of K.
     pub const fn k_bytes(&self) -> u32 {
-        tile_bytes(Self::BLOCK_N, self.head_dim)
+        tile_bytes(self.block_n(), self.head_dim)
     }
     /// Bytes of a slot of Q.
     pub const fn q_bytes(&self) -> u32 {
@@ -33,12 +41,12 @@ impl TotalSmem {
     pub const fn q(&self, slot: u32) -> u32 {
         self.k(Self::K_STAGES) + slot * self.q_bytes()
     }
-    /// One consumer's LSE of even and odd steps: one f32 a query.
-    pub const fn lse(&self, consumer: u32, parity: u32) -> u32 {
-        self.q(self.stages) + (2 * consumer + parity) * self.block_m * 4
+    /// What exponents add, one f32 a query, in even and odd laps.
+    pub const fn offsets(&self, slot: u32, lap: u32) -> u32 {
+        self.q(self.stages) + (lap * self.stages + slot) * self.block_m * 4
     }
     const fn barrier(&self, index: u32) -> u32 {
-        self.lse(Self::CONSUMERS, 0) + index * BARRIER_BYTES
+        self.offsets(0, 2) + index * BARRIER_BYTES
     }
     /// The barriers that say that a tile of K is there, and that it is no longer needed.
     pub const fn k_full(&self, slot: u32) -> u32 {
@@ -72,7 +80,7 @@ mod tests {
             for panel in [smem.k(1), smem.q(0), smem.q(1), smem.q_bytes() / panels(smem.head_dim)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
-            assert_eq!(smem.lse(0, 0) % 8, 0, "{}", variant.symbol);
+            assert_eq!(smem.offsets(0, 0) % 8, 0, "{}", variant.symbol);
             assert_eq!(smem.k_full(0) % 8, 0, "{}", variant.symbol);
         }
     }

@@ -7,7 +7,7 @@ use crate::attention::scheduler::TileOrder;
 use crate::params::Shape;
 use crate::tile::smem_total::TotalSmem;
 
-/// One compiled kernel of total attention. Two consumer warpgroups, one producer.
+/// One compiled kernel of total attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TotalVariant {
     /// Name of the kernel's entry point.
@@ -16,6 +16,8 @@ pub struct TotalVariant {
     /// The compiled head dim; smaller ones run in it, padded with zeros by the copy engine.
     pub head_dim: u32,
     pub mask: MaskKind,
+    /// Consumer warpgroups of a CTA, beside one producer warpgroup.
+    pub consumers: u32,
     /// Queries of one step of the mainloop.
     pub block_m: u32,
     /// Slots of the ring that query tiles pass through.
@@ -25,15 +27,15 @@ pub struct TotalVariant {
 impl TotalVariant {
     /// Keys of a work tile.
     pub const fn block_n(&self) -> u32 {
-        TotalSmem::BLOCK_N
+        self.smem().block_n()
     }
     /// Threads of a CTA: the producer's warpgroup and the consumers'.
     pub const fn threads(&self) -> u32 {
-        (TotalSmem::CONSUMERS + 1) * WARPGROUP_THREADS
+        (self.consumers + 1) * WARPGROUP_THREADS
     }
     /// Where everything lies in a CTA's shared memory.
     pub const fn smem(&self) -> TotalSmem {
-        TotalSmem { head_dim: self.head_dim, block_m: self.block_m, stages: self.stages }
+        TotalSmem { head_dim: self.head_dim, consumers: self.consumers, block_m: self.block_m, stages: self.stages }
     }
     /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one query head,
     /// which in [`TileOrder`] are its query tiles.
@@ -63,29 +65,30 @@ pub fn total(dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static Tot
 }
 
 /// Calls `$apply!` with one row a variant:
-/// `symbol, dtype, head_dim, mask, block_m, stages;`
+/// `symbol, dtype, head_dim, mask, consumers, block_m, stages;`
 #[macro_export]
 macro_rules! total_variants {
     ($apply:ident) => {
         $apply! {
-            total_f16_d64, F16, 64, None, 128, 6;
-            total_f16_d64_causal, F16, 64, Causal, 128, 6;
-            total_f16_d128, F16, 128, None, 128, 4;
-            total_f16_d128_causal, F16, 128, Causal, 128, 4;
-            total_f16_d256, F16, 256, None, 96, 2;
-            total_f16_d256_causal, F16, 256, Causal, 96, 2;
-            total_bf16_d64, Bf16, 64, None, 128, 6;
-            total_bf16_d64_causal, Bf16, 64, Causal, 128, 6;
-            total_bf16_d128, Bf16, 128, None, 128, 4;
-            total_bf16_d128_causal, Bf16, 128, Causal, 128, 4;
-            total_bf16_d256, Bf16, 256, None, 96, 2;
-            total_bf16_d256_causal, Bf16, 256, Causal, 96, 2;
+            total_f16_d64, F16, 64, None, 4, 64, 8;
+            total_f16_d64_causal, F16, 64, Causal, 4, 64, 8;
+            total_f16_d128, F16, 128, None, 3, 96, 5;
+            total_f16_d128_causal, F16, 128, Causal, 3, 96, 5;
+            total_f16_d256, F16, 256, None, 2, 96, 2;
+            total_f16_d256_causal, F16, 256, Causal, 2, 96, 2;
+            total_bf16_d64, Bf16, 64, None, 4, 64, 8;
+            total_bf16_d64_causal, Bf16, 64, Causal, 4, 64, 8;
+            total_bf16_d128, Bf16, 128, None, 3, 96, 5;
+            total_bf16_d128_causal, Bf16, 128, Causal, 3, 96, 5;
+            total_bf16_d256, Bf16, 256, None, 2, 96, 2;
+            total_bf16_d256_causal, Bf16, 256, Causal, 2, 96, 2;
         }
     };
 }
 
 macro_rules! total_table {
-    ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal, $stages:literal;)*) => {
+    ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_m:literal,
+     $stages:literal;)*) => {
         /// Every compiled variant of total attention.
         pub static TOTAL_VARIANTS: &[TotalVariant] = &[$(
             TotalVariant {
@@ -93,6 +96,7 @@ macro_rules! total_table {
                 dtype: Dtype::$dtype,
                 head_dim: $head_dim,
                 mask: MaskKind::$mask,
+                consumers: $consumers,
                 block_m: $block_m,
                 stages: $stages,
             },

@@ -33,7 +33,6 @@ use crate::kernels::total_attention::consume as consume_total;
 use crate::params::{BackwardParams, BackwardSecond, ForwardParams, Second, Shape, Strided, TotalParams};
 use crate::pipeline::order::KvOrder;
 use crate::tile::smem::ForwardSmem;
-use crate::tile::smem_total::TotalSmem;
 use crate::variants::{BackwardVariant, Op, TotalVariant, Variant};
 use backward::BackwardPipe;
 use total_attention::TotalPipe;
@@ -197,7 +196,8 @@ unsafe fn run_backward<
 pub unsafe fn total_attention<E: Element>(variant: &TotalVariant, p: &TotalParams<Strided>, cta: u32, ctas: u32) {
     assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
     macro_rules! dispatch {
-        ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $block_m:literal, $stages:literal;)*) => {
+        ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_m:literal,
+           $stages:literal;)*) => {
             match variant.symbol {
                 $(stringify!($symbol) => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
@@ -220,7 +220,7 @@ unsafe fn run_total<M: Mask, E: Element, const D8: usize, const M8: usize>(
     p: &TotalParams<Strided>,
     tiles: CtaTiles,
 ) {
-    for consumer in 0..TotalSmem::CONSUMERS {
+    for consumer in 0..variant.consumers {
         // SAFETY: the caller's promise; consumers own different keys of each work tile.
         let mut warpgroup = unsafe { CpuWarpgroup::<E, TotalPipe<M>>::total(p, variant.smem(), consumer, tiles) };
         consume_total::<_, M, D8, M8>(&mut warpgroup, p, variant.block_n(), tiles);

@@ -10,10 +10,9 @@ use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{Pending, TotalWarpgroup};
 use crate::attention::mask::Mask;
-use crate::attention::query_blocks::QueryBlock;
 use crate::attention::row_statistics::exponent_offset;
 use crate::attention::scheduler::CtaTiles;
-use crate::attention::total_steps::{TotalStep, TotalSteps};
+use crate::attention::total_steps::{Part, TotalSteps, TotalTiles};
 use crate::element::Element;
 use crate::params::{Shape, Strided, TotalParams, quotient};
 use crate::pipeline::order::KvBlock;
@@ -21,18 +20,13 @@ use crate::tile::smem_total::TotalSmem;
 
 /// A query block in the ring.
 struct QueryTile {
-    slot: u32,
+    /// How many came before it; a slot and its lap follow from it.
+    count: u32,
     keys: KvBlock,
-    /// Columns × queries.
-    transposed: Vec<f32>,
-}
-
-/// The LSE on its way from memory to [`TotalWarpgroup::map_offsets`].
-#[derive(Default)]
-struct Offsets {
-    loaded: Option<Vec<f32>>,
-    shared: Option<Vec<f32>>,
-    readable: Vec<f32>,
+    /// Columns × queries; nothing once it was given back.
+    transposed: Option<Vec<f32>>,
+    /// What exponents add.
+    offsets: Vec<f32>,
 }
 
 /// The consumer's end of the pipeline, and its own replays of the producer, for K and for Q.
@@ -40,13 +34,14 @@ pub struct TotalPipe<'a, M> {
     p: &'a TotalParams<Strided>,
     smem: TotalSmem,
     index: u32,
-    k_loads: TotalSteps<'a, M, CtaTiles<'a>>,
+    k_loads: TotalTiles<'a, M, CtaTiles<'a>>,
     q_loads: TotalSteps<'a, M, CtaTiles<'a>>,
     /// This warpgroup's rows of K.
     k: Option<(KvBlock, Vec<f32>)>,
+    /// Those that are held, and those of the lap before whose offsets may still be read.
     q: VecDeque<QueryTile>,
-    next_slot: u32,
-    lse: Offsets,
+    /// How many query blocks were waited for.
+    waited: u32,
 }
 
 impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
@@ -56,36 +51,40 @@ impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
     /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, the LSE) and writing (the result) while this
     /// lives; nobody else accesses this consumer's elements of the result.
     pub unsafe fn total(p: &'a TotalParams<Strided>, smem: TotalSmem, index: u32, tiles: CtaTiles<'a>) -> Self {
-        let loads = TotalSteps::<M, _>::new(&p.shape, smem.block_m, TotalSmem::BLOCK_N, tiles);
+        let (block_m, block_n) = (smem.block_m, smem.block_n());
+        let loads = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles);
         let live = (p.shape.seqlen_k as usize).min(ROWS);
         let pipe = TotalPipe {
             p,
             smem,
             index,
             k_loads: loads,
-            q_loads: loads,
+            q_loads: loads.steps(),
             k: None,
             q: VecDeque::new(),
-            next_slot: 0,
-            lse: Offsets::default(),
+            waited: 0,
         };
         Self::with_pipe(live, pipe)
     }
 
     /// Checks that the pipeline was left as it was found.
     pub fn finish(mut self) {
-        let left = self.pipe.k_loads.any(|step| step.is_first()) || self.pipe.q_loads.next().is_some();
-        let held = self.pipe.k.is_some() || !self.pipe.q.is_empty();
-        if left || held || self.pipe.lse.loaded.is_some() || self.pipe.lse.shared.is_some() {
+        let left = self.pipe.k_loads.next().is_some() || self.pipe.q_loads.next().is_some();
+        if left || self.pipe.k.is_some() || self.held() > 0 {
             Fault::Unfinished.raise();
         }
+    }
+
+    /// Slots of the ring of Q that were not given back.
+    fn held(&self) -> usize {
+        self.pipe.q.iter().filter(|tile| tile.transposed.is_some()).count()
     }
 
     /// This warpgroup's rows of K, of the head that the query head reads.
     fn load_k(&self, keys: &KvBlock) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
         let head_dim = smem.head_dim as usize;
-        let first = keys.n_block * TotalSmem::BLOCK_N + self.first_key();
+        let first = keys.n_block * smem.block_n() + self.part().first_key;
         let mut tile = std::vec![0.0; ROWS * head_dim];
         let copy = |i: usize, row: &[E]| {
             for (to, x) in tile[i * head_dim..].iter_mut().zip(row) {
@@ -99,37 +98,54 @@ impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
     }
 
     /// A query block, transposed.
-    fn load_q(&self, step: &TotalStep) -> Vec<f32> {
+    fn load_q(&self, (keys, m_block): (KvBlock, u32)) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
         let block_m = smem.block_m as usize;
-        let first = step.m_block * smem.block_m;
+        let first = m_block * smem.block_m;
         let mut transposed = std::vec![0.0; smem.head_dim as usize * block_m];
         let copy = |i: usize, row: &[E]| {
             for (d, x) in row.iter().enumerate() {
                 transposed[d * block_m + i] = x.to_f32();
             }
         };
-        let at = (step.keys.batch, step.keys.head);
+        let at = (keys.batch, keys.head);
         // SAFETY: `total`'s caller promised it.
         unsafe { for_rows(&p.q, at, &p.shape, first..first + smem.block_m, p.shape.seqlen_q, copy) };
         transposed
+    }
+
+    /// What exponents add for a query block.
+    fn load_offsets(&self, (keys, m_block): (KvBlock, u32)) -> Vec<f32> {
+        let TotalPipe { p, smem, .. } = &self.pipe;
+        let shape = &p.shape;
+        let line = (keys.batch * shape.heads_q + keys.head) as usize * shape.seqlen_q as usize;
+        let first = m_block * smem.block_m;
+        let offset = |row: u32| {
+            let lse = if row < shape.seqlen_q {
+                // SAFETY: a row below seqlen_q lies within the array; `total`'s caller promised it.
+                unsafe { memory::read_f32(p.lse, line + row as usize) }
+            } else {
+                f32::NEG_INFINITY
+            };
+            -exponent_offset(lse)
+        };
+        (first..first + smem.block_m).map(offset).collect()
     }
 }
 
 impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
     type Slot = u32;
 
-    fn first_key(&self) -> u32 {
-        self.pipe.index * ROWS as u32
+    fn part(&self) -> Part {
+        let keys = ROWS as u32;
+        Part { first_key: self.pipe.index * keys, keys, most_passed: self.pipe.smem.stages - 1 }
     }
     fn wait_k(&mut self) {
         if self.pipe.k.is_some() {
             Fault::WaitWithoutRelease { slot: 0 }.raise();
         }
-        let Some(step) = self.pipe.k_loads.find(|step| step.is_first()) else {
-            Fault::WaitWithoutLoad { slot: 0 }.raise()
-        };
-        self.pipe.k = Some((step.keys, self.load_k(&step.keys)));
+        let Some(tile) = self.pipe.k_loads.next() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
+        self.pipe.k = Some((tile.keys, self.load_k(&tile.keys)));
     }
     fn release_k(&mut self) {
         if self.pipe.k.take().is_none() {
@@ -137,73 +153,57 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
         }
     }
     fn wait_q(&mut self) -> u32 {
-        let slot = self.pipe.next_slot;
-        if self.pipe.q.len() == self.pipe.smem.stages as usize {
+        let (count, stages) = (self.pipe.waited, self.pipe.smem.stages);
+        let slot = count % stages;
+        if self.held() == stages as usize {
             Fault::WaitWithoutRelease { slot }.raise();
         }
         let Some(step) = self.pipe.q_loads.next() else { Fault::WaitWithoutLoad { slot }.raise() };
-        let transposed = self.load_q(&step);
-        self.pipe.q.push_back(QueryTile { slot, keys: step.keys, transposed });
-        self.pipe.next_slot = (slot + 1) % self.pipe.smem.stages;
-        slot
+        let (transposed, offsets) = (Some(self.load_q(step)), self.load_offsets(step));
+        self.pipe.q.push_back(QueryTile { count, keys: step.0, transposed, offsets });
+        self.pipe.waited += 1;
+        count
     }
     fn release_q(&mut self, q: u32) {
-        match self.pipe.q.pop_front() {
-            Some(tile) if tile.slot == q => {}
-            _ => Fault::ReleaseWithoutWait { slot: q }.raise(),
+        let stages = self.pipe.smem.stages;
+        // The oldest first, as the producer waits for them.
+        match self.pipe.q.iter_mut().find(|tile| tile.transposed.is_some()) {
+            Some(tile) if tile.count == q => tile.transposed = None,
+            _ => Fault::ReleaseWithoutWait { slot: q % stages }.raise(),
         }
+        // What comes to this slot next brings offsets in the place of those of the lap before.
+        self.pipe.q.retain(|tile| tile.count + stages > q);
     }
 
     fn kq<const D8: usize, const M8: usize>(&mut self, q: u32) -> Pending<Tile<M8>> {
         let mut s = Tile::ZEROS;
-        let tile = self.pipe.q.iter().find(|tile| tile.slot == q);
+        let tile = self.pipe.q.iter().find(|tile| tile.count == q);
         match (&self.pipe.k, tile) {
-            (Some((keys, k)), Some(tile)) if *keys == tile.keys => {
-                multiply_add(self.live, k, 8 * D8, &tile.transposed, &mut s);
+            (Some((keys, k)), Some(QueryTile { keys: of, transposed: Some(transposed), .. })) if keys == of => {
+                multiply_add(self.live, k, 8 * D8, transposed, &mut s);
             }
-            _ => Fault::WrongTile { slot: q, holds: None }.raise(),
+            _ => Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise(),
         }
         Pending(s)
     }
 
-    fn load_lse(&mut self, address: u64, shape: &Shape, at: &QueryBlock) {
-        let line = (at.batch * shape.heads_q + at.head) as usize * shape.seqlen_q as usize;
-        let first = at.m_block * self.pipe.smem.block_m;
-        let value = |row: u32| {
-            // SAFETY: a row below seqlen_q lies within the array; `total`'s caller promised it.
-            if row < shape.seqlen_q {
-                unsafe { memory::read_f32(address, line + row as usize) }
-            } else {
-                f32::NEG_INFINITY
-            }
+    fn map_offsets<const M8: usize>(&self, q: u32, x: &mut Tile<M8>, f: impl Fn(f32, f32) -> f32) {
+        let Some(tile) = self.pipe.q.iter().find(|tile| tile.count == q) else {
+            Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise()
         };
-        let loaded = (first..first + self.pipe.smem.block_m).map(value).collect();
-        if self.pipe.lse.loaded.replace(loaded).is_some() {
-            Fault::WaitWithoutRelease { slot: 0 }.raise();
-        }
-    }
-    fn share_lse(&mut self) {
-        let Offsets { loaded, shared, .. } = &mut self.pipe.lse;
-        match (loaded.take(), &shared) {
-            (Some(lse), None) => *shared = Some(lse.into_iter().map(|lse| -exponent_offset(lse)).collect()),
-            _ => Fault::WaitWithoutLoad { slot: 0 }.raise(),
-        }
-    }
-    fn wait_lse(&mut self) {
-        let Some(offsets) = self.pipe.lse.shared.take() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
-        self.pipe.lse.readable = offsets;
-    }
-    fn map_offsets<const M8: usize>(&self, x: &mut Tile<M8>, f: impl Fn(f32, f32) -> f32) {
         for row in 0..self.live {
-            for (x, offset) in x.row_mut(row).iter_mut().zip(&self.pipe.lse.readable) {
+            for (x, offset) in x.row_mut(row).iter_mut().zip(&tile.offsets) {
                 *x = f(*x, *offset);
             }
         }
     }
+    fn unknown(x: u32) -> u32 {
+        x
+    }
 
     fn store_keys(&mut self, values: Rows, address: u64, at: &KvBlock, shape: &Shape) {
         let line = (at.batch * shape.heads_q + at.head) as usize * shape.seqlen_k as usize;
-        let first = at.n_block * TotalSmem::BLOCK_N + self.first_key();
+        let first = at.n_block * self.pipe.smem.block_n() + self.part().first_key;
         for (key, value) in (first..shape.seqlen_k).zip(values) {
             // SAFETY: the key's element is this warpgroup's; `total`'s caller promised it.
             unsafe { memory::write_f32(address, line + key as usize, value) };
@@ -214,6 +214,7 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::Warpgroup;
     use crate::attention::mask::Full;
     use crate::attention::scheduler::TileOrder;
     use half::f16;
@@ -228,10 +229,10 @@ mod tests {
             stride_row: 8,
         };
         let shape = Shape { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1, head_dim: 8 };
-        let order = TileOrder::new(&shape, TotalSmem::BLOCK_N, 1);
+        let smem = TotalSmem { head_dim: 64, consumers: 2, block_m: 128, stages: 2 };
+        let order = TileOrder::new(&shape, smem.block_n(), 1);
         let lse = lse.as_ptr().expose_provenance() as u64;
         let p = TotalParams { q: x, k: x, lse, total: 0, scale: 1.0, shape, order };
-        let smem = TotalSmem { head_dim: 64, block_m: 128, stages: 2 };
         // SAFETY: the arrays hold what the shape says, and nothing is stored.
         run(unsafe { CpuWarpgroup::total(&p, smem, 0, CtaTiles::new(&order, 0, 1)) });
     }
@@ -239,14 +240,14 @@ mod tests {
     #[test]
     fn a_whole_run_passes() {
         warpgroup(|mut wg| {
-            wg.load_lse(wg.pipe.p.lse, &wg.pipe.p.shape, &QueryBlock { batch: 0, head: 0, m_block: 0, pair: 0 });
             wg.wait_k();
             let q = wg.wait_q();
-            let _ = wg.kq::<8, 16>(q);
+            let s = wg.kq::<8, 16>(q);
+            let mut s = wg.wait::<0, 16>(s);
             wg.release_q(q);
             wg.release_k();
-            wg.share_lse();
-            wg.wait_lse();
+            wg.map_offsets(q, &mut s, |s, offset| s + offset);
+            assert_eq!((s.row(0)[0], s.row(0)[1]), (0.0, f32::NEG_INFINITY));
             wg.finish();
         });
     }
@@ -276,12 +277,6 @@ mod tests {
             wg.wait_q();
             wg.wait_q();
         });
-    }
-
-    #[test]
-    #[should_panic = "WaitWithoutLoad"]
-    fn an_lse_that_nobody_loaded() {
-        warpgroup(|mut wg| wg.share_lse());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use core::arch::nvptx::_thread_idx_x;
 use super::barrier::{Mbarrier, fence_mbarrier_init, named_sync};
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
 use crate::tile::smem_total::TotalSmem;
-use crate::variants::WARPGROUP_THREADS;
+use crate::variants::{WARP_THREADS, WARPGROUP_THREADS};
 
 core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
 
@@ -73,17 +73,29 @@ pub enum Role {
     Consumer(u32),
 }
 
+/// The same value, which the whole warp has: taking it from lane 0 lets ptxas know.
+#[inline(always)]
+fn uniform(x: u32) -> u32 {
+    let y: u32;
+    // SAFETY: the warp is converged here.
+    unsafe {
+        asm!("shfl.sync.idx.b32 {0}, {1}, 0, 31, 0xffffffff;", out(reg32) y, in(reg32) x, options(nomem, nostack));
+    }
+    y
+}
+
 /// This thread's role; the same for its whole warpgroup.
 #[inline(always)]
 pub fn role() -> Role {
-    // The value is the same in the whole warp; taking it from lane 0 lets ptxas know.
-    let warpgroup: u32;
-    // SAFETY: the warp is converged here.
-    unsafe {
-        asm!("shfl.sync.idx.b32 {0}, {1}, 0, 31, 0xffffffff;", out(reg32) warpgroup,
-             in(reg32) _thread_idx_x() as u32 / WARPGROUP_THREADS, options(nomem, nostack));
-    }
+    // SAFETY: reads a special register.
+    let warpgroup = uniform(unsafe { _thread_idx_x() } as u32 / WARPGROUP_THREADS);
     if warpgroup == 0 { Role::Producer } else { Role::Consumer(warpgroup - 1) }
+}
+
+/// Which warp of its warpgroup this is.
+#[inline(always)]
+pub fn warp_of_warpgroup() -> u32 {
+    uniform(thread_of_warpgroup() / WARP_THREADS)
 }
 
 /// This thread's place in its warpgroup. Read anew at each use, so that it holds no register in between.
@@ -138,27 +150,28 @@ pub fn init_backward_barriers(smem: &BackwardSmem) {
     named_sync(CTA, 3 * WARPGROUP_THREADS);
 }
 
-/// As [`init_barriers`], for the kernel of total attention and its two consumers.
+/// As [`init_barriers`], for the kernel of total attention.
 #[inline(always)]
 pub fn init_total_barriers(smem: &TotalSmem) {
     // Every thread arrives by itself.
-    const CONSUMER_THREADS: u32 = TotalSmem::CONSUMERS * WARPGROUP_THREADS;
+    let consumer_threads = smem.consumers * WARPGROUP_THREADS;
     let base = smem_base();
     // SAFETY: as in `init_barriers`.
     unsafe {
         if _thread_idx_x() == 0 {
             for slot in 0..TotalSmem::K_STAGES {
                 Mbarrier(base + smem.k_full(slot)).init(1);
-                Mbarrier(base + smem.k_empty(slot)).init(CONSUMER_THREADS);
+                Mbarrier(base + smem.k_empty(slot)).init(consumer_threads);
             }
             for slot in 0..smem.stages {
-                Mbarrier(base + smem.q_full(slot)).init(1);
-                Mbarrier(base + smem.q_empty(slot)).init(CONSUMER_THREADS);
+                // The thread that loads the tile, and the warp that fills in what exponents add.
+                Mbarrier(base + smem.q_full(slot)).init(1 + WARP_THREADS);
+                Mbarrier(base + smem.q_empty(slot)).init(consumer_threads);
             }
             fence_mbarrier_init();
         }
     }
-    named_sync(CTA, 3 * WARPGROUP_THREADS);
+    named_sync(CTA, (smem.consumers + 1) * WARPGROUP_THREADS);
 }
 
 /// As [`set_registers`], for the backward kernel: with a larger head dim the consumers need what the producer can spare.
@@ -179,12 +192,13 @@ pub fn set_backward_registers(role: Role, head_dim: u32) {
 #[inline(always)]
 pub fn set_registers(role: Role, consumers: u32) {
     // SAFETY: all threads of the warpgroup run this, converged, in a kernel with a register cap at entry; the totals
-    // stay within 64 Ki registers: 128·40 + 256·232, or 128·32 + 384·160.
+    // stay within 64 Ki registers: 128·40 + 256·232, 128·32 + 384·160, or 128·32 + 512·112, of 640·96.
     unsafe {
         match (role, consumers) {
-            (Role::Producer, 3) => asm!("setmaxnreg.dec.sync.aligned.u32 32;", options(nostack)),
+            (Role::Producer, 3 | 4) => asm!("setmaxnreg.dec.sync.aligned.u32 32;", options(nostack)),
             (Role::Producer, _) => asm!("setmaxnreg.dec.sync.aligned.u32 40;", options(nostack)),
             (Role::Consumer(_), 3) => asm!("setmaxnreg.inc.sync.aligned.u32 160;", options(nostack)),
+            (Role::Consumer(_), 4) => asm!("setmaxnreg.inc.sync.aligned.u32 112;", options(nostack)),
             (Role::Consumer(_), _) => asm!("setmaxnreg.inc.sync.aligned.u32 232;", options(nostack)),
         }
     }

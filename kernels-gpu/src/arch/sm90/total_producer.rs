@@ -1,4 +1,4 @@
-//! The producer of total attention: one thread that loads each work tile's K, and keeps the ring of Q full.
+//! The first warp of total attention's producer: one thread that loads each work tile's K, and keeps the ring of Q full.
 
 use core::mem::offset_of;
 
@@ -7,14 +7,14 @@ use super::cta::{Leader, smem_base};
 use super::tma::{BoxOrigin, MapAddress, load_box, prefetch_map};
 use crate::attention::mask::Mask;
 use crate::attention::scheduler::WorkTile;
-use crate::attention::total_steps::TotalSteps;
+use crate::attention::total_steps::{Part, TotalTiles};
 use crate::params::{TensorMap, TotalParams, quotient};
 use crate::pipeline::order::KvBlock;
 use crate::pipeline::ring::Position;
 use crate::tile::smem::{PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
 use crate::tile::smem_total::TotalSmem;
 
-/// Loads what the work tiles need, in order. `parameters` is the address of `p` in the kernel's parameter space.
+/// Loads the tiles that the work tiles need, in order, by the first warp of the warpgroup. `parameters` is the address of `p` in the kernel's parameter space.
 #[inline(always)]
 pub fn produce<M: Mask>(
     p: &TotalParams<TensorMap>,
@@ -43,21 +43,21 @@ pub fn produce<M: Mask>(
             }
         }
     };
+    let (block_m, block_n) = (smem.block_m, smem.block_n());
     let (mut k_position, mut q_position) = (Position::PRODUCER, Position::PRODUCER);
-    for step in TotalSteps::<M, _>::new(&p.shape, smem.block_m, TotalSmem::BLOCK_N, tiles) {
-        let KvBlock { batch, head, n_block, .. } = step.keys;
-        if step.is_first() {
-            let Position { slot, parity } = k_position;
-            let head = quotient(head, p.shape.group());
-            let at = BoxOrigin { column: 0, row: n_block * TotalSmem::BLOCK_N, head, batch };
-            let barriers = [smem.k_empty(slot), smem.k_full(slot)].map(|barrier| Mbarrier(base + barrier));
-            load_tile(k, TotalSmem::BLOCK_N, at, base + smem.k(slot), barriers, parity);
-            k_position.advance(TotalSmem::K_STAGES);
+    for tile in TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles) {
+        let KvBlock { batch, head, n_block, .. } = tile.keys;
+        let Position { slot, parity } = k_position;
+        let at = BoxOrigin { column: 0, row: n_block * block_n, head: quotient(head, p.shape.group()), batch };
+        let barriers = [smem.k_empty(slot), smem.k_full(slot)].map(|barrier| Mbarrier(base + barrier));
+        load_tile(k, block_n, at, base + smem.k(slot), barriers, parity);
+        k_position.advance(TotalSmem::K_STAGES);
+        for m_block in (tile.start..tile.end).rev() {
+            let Position { slot, parity } = q_position;
+            let at = BoxOrigin { column: 0, row: m_block * block_m, head, batch };
+            let barriers = [smem.q_empty(slot), smem.q_full(slot)].map(|barrier| Mbarrier(base + barrier));
+            load_tile(q, block_m, at, base + smem.q(slot), barriers, parity);
+            q_position.advance(smem.stages);
         }
-        let Position { slot, parity } = q_position;
-        let at = BoxOrigin { column: 0, row: step.m_block * smem.block_m, head, batch };
-        let barriers = [smem.q_empty(slot), smem.q_full(slot)].map(|barrier| Mbarrier(base + barrier));
-        load_tile(q, smem.block_m, at, base + smem.q(slot), barriers, parity);
-        q_position.advance(smem.stages);
     }
 }

@@ -1,0 +1,56 @@
+//! The second warp of total attention's producer: it fills in beside each query tile what exponents add, −LSE·log₂e.
+//!
+//! The LSE has no alignment that the copy engine could use, so it passes through registers. What is loaded is for the
+//! block after the one that is stored, so that memory answers while this warp waits for a slot.
+
+use super::barrier::Mbarrier;
+use super::cta::{smem_base, thread_of_warpgroup};
+use super::load::load_f32_or;
+use super::store::store_shared_f32;
+use crate::attention::mask::Mask;
+use crate::attention::row_statistics::exponent_offset;
+use crate::attention::scheduler::WorkTile;
+use crate::attention::total_steps::{Part, TotalTiles};
+use crate::params::{TensorMap, TotalParams};
+use crate::pipeline::order::KvBlock;
+use crate::pipeline::ring::Position;
+use crate::tile::smem_total::TotalSmem;
+use crate::variants::{WARP_THREADS, WARPGROUP_THREADS};
+
+/// Queries of a block that one lane cares for, at most.
+const LANE_ROWS: usize = (WARPGROUP_THREADS / WARP_THREADS) as usize;
+
+/// Follows the producer of tiles through the ring of Q, by one whole warp; a block has at most 128 queries.
+#[inline(always)]
+pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, tiles: impl Iterator<Item = WorkTile>) {
+    let (base, lane, block_m) = (smem_base(), thread_of_warpgroup() % WARP_THREADS, smem.block_m);
+    let rows = |i: usize| WARP_THREADS * i as u32 + lane;
+    let load = |(keys, m_block): (KvBlock, u32)| {
+        let line = (keys.batch * p.shape.heads_q + keys.head) as u64 * p.shape.seqlen_q as u64;
+        core::array::from_fn::<f32, LANE_ROWS, _>(|i| {
+            let row = m_block * block_m + rows(i);
+            let live = rows(i) < block_m && row < p.shape.seqlen_q;
+            // SAFETY: a live row lies within the array, which the host has checked.
+            unsafe { load_f32_or(live, p.lse + 4 * (line + row as u64), f32::NEG_INFINITY) }
+        })
+    };
+    let block_n = smem.block_n();
+    let mut steps = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles).steps();
+    let mut position = Position::PRODUCER;
+    let mut loaded = steps.next().map(load);
+    while let Some(lse) = loaded {
+        loaded = steps.next().map(load);
+        let Position { slot, parity } = position;
+        // SAFETY: the barriers were initialised before the roles parted; once the wait returns, nobody reads the offsets of
+        // this lap any more, and each lane stores its own.
+        unsafe {
+            Mbarrier(base + smem.q_empty(slot)).wait(parity);
+            for (i, lse) in lse.into_iter().enumerate() {
+                let to = base + smem.offsets(slot, parity ^ 1) + 4 * rows(i);
+                store_shared_f32(rows(i) < block_m, to, -exponent_offset(lse));
+            }
+            Mbarrier(base + smem.q_full(slot)).arrive();
+        }
+        position.advance(smem.stages);
+    }
+}
