@@ -5,6 +5,7 @@
 
 use super::barrier::Mbarrier;
 use super::consumer::Consumer;
+use super::cta::Leader;
 use super::fragment::{Fragment, Rows};
 use super::load::load_shared_pair;
 use super::math::{Packed, fresh};
@@ -25,13 +26,15 @@ pub struct TotalPipe<'a> {
     /// The tile of K in hand.
     k: Position,
     q: Position,
+    /// The thread that gives slots back.
+    leader: Leader,
 }
 
 impl<'a, E: Packed> Consumer<E, TotalPipe<'a>> {
     /// Each consumer calls it once, after the barriers were made.
     #[inline(always)]
     pub fn total(smem: &'a TotalSmem, index: u32, parameters: u64) -> Self {
-        let pipe = TotalPipe { smem, k: Position::CONSUMER, q: Position::CONSUMER };
+        let pipe = TotalPipe { smem, k: Position::CONSUMER, q: Position::CONSUMER, leader: Leader::first_of_warp() };
         Self::with_pipe(index, parameters, pipe)
     }
 }
@@ -53,9 +56,8 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
     #[inline(always)]
     fn release_k(&mut self) {
-        // By every thread, as below: after an election in this loop ptxas takes the warp for one that may have diverged.
         // SAFETY: as above.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.k_empty(self.pipe.k.slot)).arrive() };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.k_empty(self.pipe.k.slot)).arrive_for_warp(self.pipe.leader) };
         self.pipe.k.advance(TotalSmem::K_STAGES);
     }
     #[inline(always)]
@@ -69,7 +71,7 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     #[inline(always)]
     fn release_q(&mut self, q: Position) {
         // SAFETY: as above.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.q_empty(q.slot)).arrive() };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.q_empty(q.slot)).arrive_for_warp(self.pipe.leader) };
     }
 
     #[inline(always)]
