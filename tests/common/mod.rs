@@ -49,6 +49,7 @@ pub fn named() -> Vec<(&'static str, Case)> {
         ("grouped 6 over 2", batch(2, case((6, 2), (150, 130), 64, Causal))),
         ("grouped 71 over 1", case((71, 1), (40, 90), 64, None)),
         ("grouped 7 over 1", f16(bshd(case((7, 1), (70, 130), 128, Causal)))),
+        ("two blocks of 176 keys", bshd(case((2, 1), (300, 340), 128, None))),
         ("inputs of standard deviation 4", Case { input_std: 4.0, ..case((2, 2), (200, 300), 128, None) }),
     ]
 }

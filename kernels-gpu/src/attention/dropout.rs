@@ -3,14 +3,16 @@
 //! A weight has a random byte and is dropped where it is below the threshold. One call of Philox gives the bytes of
 //! sixteen weights of a 16 × 16 tile, chosen so that fragments of both passes, whose rows are queries or keys, find them
 //! in few threads. The call is that of (i/16, j/16) and, within the tile, of ((i mod 8)/2, (j mod 8)/2); its word is
-//! 2·(i mod 2) + j mod 2; the byte of the word is 2·(i/8 mod 2) + j/8 mod 2.
+//! 2·(i mod 2) + j/8 mod 2; the byte of the word is 2·(i/8 mod 2) + j mod 2.
 //!
 //! In a fragment a thread holds rows r and r + 8, and two neighbouring columns of each eight: half of what a call gives,
 //! whichever way round the tile lies. The other half is that of the next row, or the one before, four lanes away. So
 //! threads of even rows make the calls of every second tile, those of odd rows the rest, and they exchange halves.
 
+use half::f16;
+
 use super::philox::Philox;
-use crate::arch::Warpgroup;
+use crate::arch::{Warpgroup, select_bytes};
 use crate::tile::lane::Lane;
 
 /// Rounds of Philox: as many as FlashAttention has.
@@ -34,6 +36,8 @@ pub struct Dropout {
     /// What [`Dropout::compare`] makes of the threshold.
     lower_addend: u32,
     upper_clear: u32,
+    /// Twice 1 − threshold − 1024 in f16: 1024 + byte plus this is at least 1 where a weight is kept, and at most 0 elsewhere.
+    pub kept_above: u32,
     /// What kept weights are multiplied by: 1 / (1 − threshold/256).
     pub scale: f32,
 }
@@ -56,26 +60,37 @@ pub struct Place {
     pub rows: Rows,
 }
 
+/// Which of a thread's sixteen weights in two neighbouring eights of columns: its upper or lower row, the left or right
+/// eight, the even or odd column.
+#[derive(Clone, Copy, Debug)]
+pub struct Element {
+    pub lower: usize,
+    pub right: usize,
+    pub odd: usize,
+}
+
 impl Rows {
-    /// Which byte of a word belongs to a row of the upper (0) or lower (1) eight of a tile, and a column of its left or
-    /// right eight.
+    /// The word of [`Bytes`] and its byte that belong to a weight.
     #[inline(always)]
-    pub const fn byte(self, row_half: usize, column_half: usize) -> usize {
+    pub const fn byte(self, Element { lower, right, odd }: Element) -> (usize, usize) {
         match self {
-            Rows::Queries => 2 * row_half + column_half,
-            Rows::Keys => 2 * column_half + row_half,
+            Rows::Queries => (right, 2 * lower + odd),
+            Rows::Keys => (odd, 2 * lower + right),
         }
     }
 
-    /// The words of a call that belong to an even and to an odd row, of each that of an even and of an odd column.
+    /// What a call gives to an even row, and to the odd one after it.
     #[inline(always)]
-    pub const fn words(self, [a, b, c, d]: [u32; 4]) -> [[u32; 2]; 2] {
+    fn bytes(self, [a, b, c, d]: [u32; 4]) -> [Bytes; 2] {
         match self {
             Rows::Queries => [[a, b], [c, d]],
-            Rows::Keys => [[a, c], [b, d]],
+            Rows::Keys => [0x6420, 0x7531].map(|bytes| [select_bytes(a, b, bytes), select_bytes(c, d, bytes)]),
         }
     }
 }
+
+/// The random bytes of what a thread holds of a 16 × 16 tile, in the places that [`Rows::byte`] names.
+pub type Bytes = [u32; 2];
 
 /// The call that a row or column takes part in, counted along it: four to a tile.
 #[inline(always)]
@@ -83,53 +98,39 @@ const fn call(x: u32) -> u32 {
     x / TILE * 4 + x % 8 / 2
 }
 
-/// The bits of `b` where those of `mask` are set, those of `a` elsewhere.
+/// `b` where a lane's rows are odd, `a` elsewhere: by arithmetic, because a branch by lane could take shuffles with it.
 #[inline(always)]
-const fn choose(mask: u32, a: u32, b: u32) -> u32 {
-    a & !mask | b & mask
+fn where_odd<const WORDS: usize>(lane: Lane, a: [u32; WORDS], b: [u32; WORDS]) -> [u32; WORDS] {
+    let odd = (lane.row(0) % 2).wrapping_neg();
+    core::array::from_fn(|word| a[word] ^ (a[word] ^ b[word]) & odd)
 }
 
-/// All bits where this lane's rows are odd.
-#[inline(always)]
-fn odd(lane: Lane) -> u32 {
-    (lane.row(0) % 2).wrapping_neg()
-}
-
-/// Which weights a thread keeps of its two rows in a 16 × 16 tile: a byte's top bit is that of the even column, the next
-/// one that of the odd column.
+/// What one thread's call gives to an even row and to the odd one after it.
 #[derive(Clone, Copy)]
-pub struct KeptBits(pub u32);
+pub struct Call<const WORDS: usize>([[u32; WORDS]; 2]);
 
-impl KeptBits {
-    /// From the words of even and odd columns, of which the top bit of each byte counts.
-    #[inline(always)]
-    const fn new([even, odd]: [u32; 2]) -> Self {
-        KeptBits(choose(TOP_BITS, odd >> 1, even))
-    }
-
-    /// The words of even and odd columns; the top bit of each byte says whether a weight is kept.
-    #[inline(always)]
-    pub const fn words(self) -> [u32; 2] {
-        [self.0, self.0 << 1]
-    }
-}
-
-/// What one thread's call says of an even row and of the odd one after it.
-#[derive(Clone, Copy)]
-pub struct Call([KeptBits; 2]);
-
-impl Call {
+impl<const WORDS: usize> Call<WORDS> {
     /// What the thread of the neighbouring row, four lanes away, needs.
     #[inline(always)]
-    pub fn sent(&self, lane: Lane) -> u32 {
-        choose(odd(lane), self.0[1].0, self.0[0].0)
+    pub fn sent(&self, lane: Lane) -> [u32; WORDS] {
+        where_odd(lane, self.0[1], self.0[0])
     }
 
-    /// What this thread's row keeps in the two tiles, with what its neighbour has sent.
+    /// What this thread's rows have in the two tiles, with what its neighbour has sent.
     #[inline(always)]
-    pub fn joined(&self, lane: Lane, received: u32) -> [KeptBits; 2] {
-        let [even, odd_row] = [self.0[0].0, self.0[1].0];
-        [KeptBits(choose(odd(lane), even, received)), KeptBits(choose(odd(lane), received, odd_row))]
+    pub fn joined(&self, lane: Lane, received: [u32; WORDS]) -> [[u32; WORDS]; 2] {
+        [where_odd(lane, self.0[0], received), where_odd(lane, received, self.0[1])]
+    }
+}
+
+impl Call<2> {
+    /// Which weights are kept: the top bit of each byte for the first word's, the one below it for the second word's.
+    #[inline(always)]
+    pub fn kept(self, dropout: &Dropout) -> Call<1> {
+        Call(self.0.map(|bytes| {
+            let [first, second] = bytes.map(|bytes| dropout.compare(bytes));
+            [first ^ (first ^ second >> 1) & !TOP_BITS]
+        }))
     }
 }
 
@@ -146,13 +147,9 @@ impl Dropout {
             threshold,
             lower_addend: (0x80 - threshold % 0x80) * EACH_BYTE,
             upper_clear: if threshold < 0x80 { u32::MAX } else { 0 },
+            kept_above: f16::from_f32(-1023.0 - threshold as f32).to_bits() as u32 * 0x0001_0001,
             scale,
         }
-    }
-
-    /// The share of weights that are dropped, in 256ths.
-    pub fn threshold(&self) -> u32 {
-        self.threshold
     }
 
     /// The share of weights that are kept: the probability.
@@ -160,16 +157,21 @@ impl Dropout {
         1.0 - self.threshold as f32 / 256.0
     }
 
-    /// The sixteen bytes of a call; `i` and `j` count calls along queries and keys.
+    /// The bytes that a call gives to the even and the odd row of a fragment; `row` and `column` count calls.
     #[inline(always)]
-    pub fn bytes(&self, head: u32, i: u32, j: u32) -> [u32; 4] {
-        self.philox.at([i, j, head, self.offset])
+    pub fn bytes(&self, head: u32, row: u32, column: u32, rows: Rows) -> [Bytes; 2] {
+        let [i, j] = if rows == Rows::Queries { [row, column] } else { [column, row] };
+        rows.bytes(self.philox.at([i, j, head, self.offset]))
     }
 
     /// Whether the weight of query `i` for key `j` is kept; `head` counts query heads over the batch.
     pub fn kept(&self, head: u32, i: u32, j: u32) -> bool {
-        let words = self.bytes(head, call(i), call(j));
-        let byte = words[(2 * (i % 2) + j % 2) as usize].to_le_bytes()[(2 * (i / 8 % 2) + j / 8 % 2) as usize];
+        let words = self.philox.at([call(i), call(j), head, self.offset]);
+        self.keeps_byte(words[(2 * (i % 2) + j / 8 % 2) as usize].to_le_bytes()[(2 * (i / 8 % 2) + j % 2) as usize])
+    }
+
+    /// Whether a weight with this byte is kept.
+    pub fn keeps_byte(&self, byte: u8) -> bool {
         byte as u32 >= self.threshold
     }
 
@@ -185,15 +187,10 @@ impl Dropout {
     /// The call that the thread at `lane` makes for the columns 32·pair.. of a fragment: for the first sixteen where its rows
     /// are even, for the next where they are odd.
     #[inline(always)]
-    pub fn call(&self, at: &Place, lane: Lane, pair: u32) -> Call {
+    pub fn call(&self, at: &Place, lane: Lane, pair: u32) -> Call<2> {
         let row = call(at.row + lane.row(0));
         let column = call(at.column + 2 * TILE * pair + TILE * (lane.row(0) % 2) + lane.column);
-        let [a, b, c, d] = match at.rows {
-            Rows::Queries => self.bytes(at.head, row, column),
-            Rows::Keys => self.bytes(at.head, column, row),
-        };
-        let [even, odd] = at.rows.words([self.compare(a), self.compare(b), self.compare(c), self.compare(d)]);
-        Call([KeptBits::new(even), KeptBits::new(odd)])
+        Call(self.bytes(at.head, row, column, at.rows))
     }
 }
 
@@ -206,7 +203,7 @@ pub trait Dropping: Copy {
 
     /// Of the tile at `place`.
     fn keep<W: Warpgroup, const N8: usize>(&self, wg: &W, place: impl FnOnce(&W) -> Place) -> Self::Keep<W, N8>;
-    /// Packed weights that are dropped become 0; the others still lack the scale.
+    /// Packed weights that are dropped become 0; the others lack [`Dropping::scale_factors`].
     fn drop_operand<W: Warpgroup, const N8: usize>(wg: &W, x: &mut W::Operand<N8>, keep: &Self::Keep<W, N8>);
     /// Marks weights that are dropped by a negative sign, so that no register has to say so beside them.
     fn mark<W: Warpgroup, const N8: usize>(wg: &W, p: &mut W::Acc<N8>, keep: &Self::Keep<W, N8>);
@@ -216,7 +213,7 @@ pub trait Dropping: Copy {
     fn drop_marked<W: Warpgroup, const N8: usize>(wg: &W, dp: &mut W::Acc<N8>, p: &W::Acc<N8>);
     /// A weight without its mark.
     fn unmarked(p: f32) -> f32;
-    /// Multiplies rows of factors by the scale.
+    /// Multiplies rows of factors by what [`Dropping::drop_operand`] leaves to do.
     fn scale_factors<W: Warpgroup>(&self, wg: &W, factors: W::Rows) -> W::Rows;
     /// Multiplies a sum over kept weights by the scale.
     fn scale<W: Warpgroup, const N8: usize>(&self, wg: &W, x: &mut W::Acc<N8>);
@@ -290,7 +287,7 @@ impl Dropping for Dropout {
     }
     #[inline(always)]
     fn scale_factors<W: Warpgroup>(&self, wg: &W, factors: W::Rows) -> W::Rows {
-        wg.zip(factors, wg.rows(self.scale), |factor, scale| factor * scale)
+        wg.zip(factors, wg.rows(self.scale / W::KEPT), |factor, scale| factor * scale)
     }
     #[inline(always)]
     fn scale<W: Warpgroup, const N8: usize>(&self, wg: &W, x: &mut W::Acc<N8>) {
@@ -332,22 +329,19 @@ mod tests {
                 let mut seen = 0;
                 for pair in 0..COLUMNS / 32 {
                     let lanes: Vec<Lane> = (0..128).map(Lane::new).collect();
-                    let calls: Vec<Call> = lanes.iter().map(|&lane| dropout.call(&at, lane, pair)).collect();
+                    let calls: Vec<Call<2>> = lanes.iter().map(|&lane| dropout.call(&at, lane, pair)).collect();
                     for (thread, &lane) in lanes.iter().enumerate() {
                         let neighbour = thread ^ 4;
                         let received = calls[neighbour].sent(lanes[neighbour]);
-                        for (tile, bits) in calls[thread].joined(lane, received).into_iter().enumerate() {
-                            for (half, group, parity) in (0..8usize).map(|x| (x / 4, x / 2 % 2, x % 2)) {
-                                let r = row + lane.row(half as u32);
-                                let c = column
-                                    + 32 * pair
-                                    + 16 * tile as u32
-                                    + 8 * group as u32
-                                    + lane.column
-                                    + parity as u32;
+                        for (tile, bytes) in calls[thread].joined(lane, received).into_iter().enumerate() {
+                            for (lower, right, odd) in (0..8usize).map(|x| (x / 4, x / 2 % 2, x % 2)) {
+                                let r = row + lane.row(lower as u32);
+                                let c =
+                                    column + 32 * pair + 16 * tile as u32 + 8 * right as u32 + lane.column + odd as u32;
                                 let (i, j) = if rows == Rows::Queries { (r, c) } else { (c, r) };
-                                let byte = bits.words()[parity].to_le_bytes()[rows.byte(half, group)];
-                                assert_eq!(byte & 0x80 != 0, dropout.kept(head, i, j), "{at:?}: query {i}, key {j}");
+                                let (word, byte) = rows.byte(Element { lower, right, odd });
+                                let kept = dropout.keeps_byte(bytes[word].to_le_bytes()[byte]);
+                                assert_eq!(kept, dropout.kept(head, i, j), "{at:?}: query {i}, key {j}");
                                 seen += 1;
                             }
                         }
@@ -363,7 +357,7 @@ mod tests {
     fn no_byte_serves_twice() {
         let mut places: Vec<(u32, u32, u32, u32)> = (0..32 * 32)
             .map(|x| (x / 32, x % 32))
-            .map(|(i, j)| (call(i), call(j), 2 * (i % 2) + j % 2, 2 * (i / 8 % 2) + j / 8 % 2))
+            .map(|(i, j)| (call(i), call(j), 2 * (i % 2) + j / 8 % 2, 2 * (i / 8 % 2) + j % 2))
             .collect();
         places.sort_unstable();
         places.dedup();

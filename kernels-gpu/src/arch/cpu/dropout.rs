@@ -1,7 +1,7 @@
 //! Which weights of a tile are kept, on the CPU: a bit for each.
 
 use super::fragment::{ROWS, Tile};
-use crate::attention::dropout::{Dropout, Place, Rows};
+use crate::attention::dropout::{Dropout, Element, Place};
 
 /// `[row][column group]`, a bit a column.
 #[derive(Clone, Copy)]
@@ -13,19 +13,13 @@ impl<const N8: usize> Keep<N8> {
         let mut keep = Keep([[0; N8]; ROWS]);
         for (row, column) in (0..ROWS / 4).flat_map(|row| (0..2 * N8).map(move |column| (row, column))) {
             let (r, c) = (at.row / 4 + row as u32, at.column / 4 + column as u32);
-            let words = match at.rows {
-                Rows::Queries => dropout.bytes(at.head, r, c),
-                Rows::Keys => dropout.bytes(at.head, c, r),
-            };
-            let words = at.rows.words(words.map(|word| dropout.compare(word)));
             let (first_row, first_column) = (row / 4 * 16 + row % 4 * 2, column / 4 * 16 + column % 4 * 2);
-            for (odd_row, words) in words.into_iter().enumerate() {
-                for (odd_column, word) in words.into_iter().enumerate() {
-                    for (down, right) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-                        let kept = word.to_le_bytes()[at.rows.byte(down, right)] >> 7;
-                        let (row, column) = (first_row + odd_row + 8 * down, first_column + odd_column + 8 * right);
-                        keep.0[row][column / 8] |= kept << (column % 8);
-                    }
+            for (odd_row, bytes) in dropout.bytes(at.head, r, c, at.rows).into_iter().enumerate() {
+                for (lower, right, odd) in (0..8).map(|x| (x / 4, x / 2 % 2, x % 2)) {
+                    let (word, byte) = at.rows.byte(Element { lower, right, odd });
+                    let kept = dropout.keeps_byte(bytes[word].to_le_bytes()[byte]);
+                    let (row, column) = (first_row + odd_row + 8 * lower, first_column + odd + 8 * right);
+                    keep.0[row][column / 8] |= (kept as u8) << (column % 8);
                 }
             }
         }
@@ -46,9 +40,16 @@ impl<const N8: usize> Keep<N8> {
     }
 }
 
+/// Four of the eight bytes of `a` and `b`, as the digits of `selector` name them.
+pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
+    let bytes = (a as u64 | (b as u64) << 32).to_le_bytes();
+    u32::from_le_bytes(core::array::from_fn(|digit| bytes[(selector >> (4 * digit)) as usize % 8]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::dropout::Rows;
 
     #[test]
     fn tiles_keep_what_is_kept() {

@@ -16,6 +16,7 @@ mod total_attention;
 mod warpgroup;
 
 pub use backward::{finish, prepare};
+pub use dropout::select_bytes;
 pub use pipeline::Fault;
 pub use warpgroup::CpuWarpgroup;
 

@@ -1,63 +1,71 @@
 //! Which weights a thread keeps: one Philox call for sixteen of them, and an exchange with the neighbouring row.
 
 use super::fragment::{Fragment, Operand};
-use super::math::{end_block, or_and_not, select_bytes, shuffle_xor};
-use crate::attention::dropout::{Dropout, KeptBits, Place, Rows};
+use super::math::{Packed, or_and_not, saturating_add_f16x2, select_bytes, shuffle_xor};
+use crate::attention::dropout::{Bytes, Call, Dropout, Element, Place, Rows};
 use crate::tile::lane::Lane;
 
 /// The sign of an f32.
 const SIGN: u32 = 1 << 31;
+/// Above a byte, it makes an f16 of 1024 + byte.
+const F16_1024: u32 = 0x6464_6464;
 
-/// What a thread keeps of each eight columns; two neighbours, which make a tile, share a word.
+/// The bytes of each eight columns; two neighbours, which make a tile, share them. Where rows are keys, only the top bit
+/// of a byte is left, which says whether the weight is kept.
 #[derive(Clone, Copy)]
 pub struct Keep<const N8: usize> {
-    bits: [KeptBits; N8],
+    bytes: [Bytes; N8],
     rows: Rows,
+    /// As in [`Dropout`].
+    kept_above: u32,
+}
+
+/// What this thread's rows have in two tiles, one from its own call and one from its neighbour's.
+#[inline(always)]
+fn exchange<const WORDS: usize>(call: Call<WORDS>, lane: Lane) -> [[u32; WORDS]; 2] {
+    call.joined(lane, call.sent(lane).map(shuffle_xor::<4>))
 }
 
 impl<const N8: usize> Keep<N8> {
-    /// After the products that were issued before it, and before what comes after it.
     #[inline(always)]
     pub fn new(dropout: &Dropout, at: &Place, lane: Lane) -> Self {
-        end_block(dropout.threshold());
-        let mut bits = [KeptBits(0); N8];
+        let mut bytes = [[0; 2]; N8];
         for pair in 0..N8 / 4 {
             let call = dropout.call(at, lane, pair as u32);
-            let [first, second] = call.joined(lane, shuffle_xor::<4>(call.sent(lane)));
-            (bits[4 * pair], bits[4 * pair + 1]) = (first, first);
-            (bits[4 * pair + 2], bits[4 * pair + 3]) = (second, second);
+            let tiles = match at.rows {
+                Rows::Queries => exchange(call, lane),
+                Rows::Keys => exchange(call.kept(dropout), lane).map(|[both]| [both, both << 1]),
+            };
+            (bytes[4 * pair], bytes[4 * pair + 1]) = (tiles[0], tiles[0]);
+            (bytes[4 * pair + 2], bytes[4 * pair + 3]) = (tiles[1], tiles[1]);
         }
-        end_block(dropout.threshold());
-        Keep { bits, rows: at.rows }
+        Keep { bytes, rows: at.rows, kept_above: dropout.kept_above }
     }
 
-    /// Dropped weights get a negative sign; as `ex2` gave them, even a NaN has a positive one.
+    /// Dropped weights get a negative sign, where rows are keys; as `ex2` gave them, even a NaN has a positive one.
     #[inline(always)]
     pub fn mark(&self, x: &mut Fragment<N8>) {
         for (group, registers) in x.0.iter_mut().enumerate() {
-            let words = self.bits[group].words();
             for (i, x) in registers.iter_mut().enumerate() {
-                let at_the_top = words[i % 2] << (8 * (3 - self.rows.byte(i / 2, group % 2)));
+                let (word, byte) = self.rows.byte(Element { lower: i / 2, right: group % 2, odd: i % 2 });
+                let at_the_top = self.bytes[group][word] << (8 * (3 - byte));
                 *x = f32::from_bits(or_and_not(x.to_bits(), SIGN, at_the_top));
             }
         }
     }
 
-    /// Dropped weights become 0, two at a time.
+    /// Dropped weights become 0, the others are multiplied by [`Packed::KEPT`], two at a time, where rows are queries: on
+    /// the units for f16, because those for integers have Philox to do.
     #[inline(always)]
-    pub fn apply_operand(&self, x: &mut Operand<N8>) {
+    pub fn apply_operand<E: Packed>(&self, x: &mut Operand<N8>) {
         for (group, registers) in x.0.iter_mut().enumerate() {
-            let [even, odd] = self.bits[group].words();
-            for (half, x) in registers.iter_mut().enumerate() {
-                let byte = self.rows.byte(half, group % 2);
-                *x &= select_bytes(even, odd, 0x11 * sign_of(byte) + 0x1100 * sign_of(4 + byte));
+            for (lower, x) in registers.iter_mut().enumerate() {
+                let (word, byte) = self.rows.byte(Element { lower, right: group % 2, odd: 0 });
+                // The bytes of both columns, each below one of 0x64.
+                let selector = 0x4040 | byte as u32 | (byte as u32 + 1) << 8;
+                let bytes = select_bytes(self.bytes[group][word], F16_1024, selector);
+                *x = E::multiply_pair(*x, saturating_add_f16x2(bytes, self.kept_above));
             }
         }
     }
-}
-
-/// The selector of a byte whose top bit fills the byte that is selected (PTX ISA, prmt).
-#[inline(always)]
-const fn sign_of(byte: usize) -> u32 {
-    8 + byte as u32
 }

@@ -126,12 +126,15 @@ pub fn fresh(x: u32) -> u32 {
     y
 }
 
-/// Ends a basic block, across which ptxas moves no shuffle: what is used late would otherwise be put off until then, and
-/// moved out from beside the products in flight. The loop does not turn while `x`, the same in every lane, is below 2³² − 1;
-/// the vote keeps it from being taken for nothing.
+/// The sums of two pairs of f16, each at least 0 and at most 1.
 #[inline(always)]
-pub fn end_block(x: u32) {
-    while any(x == u32::MAX) {}
+pub fn saturating_add_f16x2(a: u32, b: u32) -> u32 {
+    let d: u32;
+    // SAFETY: register arithmetic without side effects.
+    unsafe {
+        asm!("add.rn.sat.f16x2 {0}, {1}, {2};", out(reg32) d, in(reg32) a, in(reg32) b, options(pure, nomem, nostack));
+    }
+    d
 }
 
 /// An element type that the tensor cores take.
@@ -142,11 +145,27 @@ pub trait Packed: Element {
     fn pack_positive(low: f32, high: f32) -> u32;
     /// The two elements of a register.
     fn unpack(pair: u32) -> [f32; 2];
+    /// What a 1 in f16 is, read as this type: a power of two.
+    const KEPT: f32;
+    /// The products of two pairs.
+    fn multiply_pair(a: u32, b: u32) -> u32;
 }
 
 macro_rules! packed {
-    ($element:ident, $instruction:literal, $positive:literal, $unpack:expr) => {
+    ($element:ident, $instruction:literal, $positive:literal, $multiply:literal, $kept:expr, $unpack:expr) => {
         impl Packed for $element {
+            const KEPT: f32 = $kept;
+
+            #[inline(always)]
+            fn multiply_pair(a: u32, b: u32) -> u32 {
+                let y: u32;
+                // SAFETY: register arithmetic without side effects.
+                unsafe {
+                    asm!(concat!($multiply, " {0}, {1}, {2};"), out(reg32) y, in(reg32) a, in(reg32) b,
+                         options(pure, nomem, nostack));
+                }
+                y
+            }
             #[inline(always)]
             fn pack(low: f32, high: f32) -> u32 {
                 let y: u32;
@@ -174,10 +193,12 @@ macro_rules! packed {
         }
     };
 }
-packed!(f16, "cvt.rn.f16x2.f32", "cvt.rn.relu.f16x2.f32", |bits| {
+packed!(f16, "cvt.rn.f16x2.f32", "cvt.rn.relu.f16x2.f32", "mul.rn.f16x2", 1.0, |bits| {
     let y: f32;
     // SAFETY: register arithmetic without side effects.
     unsafe { asm!("cvt.f32.f16 {0}, {1};", out(reg32) y, in(reg16) bits, options(pure, nomem, nostack)) }
     y
 });
-packed!(bf16, "cvt.rn.bf16x2.f32", "cvt.rn.relu.bf16x2.f32", |bits| f32::from_bits((bits as u32) << 16));
+packed!(bf16, "cvt.rn.bf16x2.f32", "cvt.rn.relu.bf16x2.f32", "mul.rn.bf16x2", 1.0 / 128.0, |bits| f32::from_bits(
+    (bits as u32) << 16
+));
