@@ -33,7 +33,7 @@ pub fn named() -> Vec<(String, Case)> {
         ("grouped 6 over 2", Problem { batch: 2, ..problem((6, 2), (150, 130), 64) }),
         ("grouped 71 over 1", problem((71, 1), (40, 90), 64)),
     ];
-    // Around the edges of query blocks, of 64 rows and of 96.
+    // Around the edges of query blocks, of 96 rows and of 128.
     for seqlen_q in [63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 193] {
         shapes.push(("an edge", problem((1, 1), (seqlen_q, 130), [256, 72, 64][seqlen_q % 3])));
     }

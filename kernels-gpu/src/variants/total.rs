@@ -70,16 +70,16 @@ pub fn total(dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static Tot
 macro_rules! total_variants {
     ($apply:ident) => {
         $apply! {
-            total_f16_d64, F16, 64, None, 4, 64, 8;
-            total_f16_d64_causal, F16, 64, Causal, 4, 64, 8;
-            total_f16_d128, F16, 128, None, 3, 96, 5;
-            total_f16_d128_causal, F16, 128, Causal, 3, 96, 5;
+            total_f16_d64, F16, 64, None, 3, 128, 5;
+            total_f16_d64_causal, F16, 64, Causal, 3, 128, 5;
+            total_f16_d128, F16, 128, None, 3, 128, 3;
+            total_f16_d128_causal, F16, 128, Causal, 3, 128, 3;
             total_f16_d256, F16, 256, None, 2, 96, 2;
             total_f16_d256_causal, F16, 256, Causal, 2, 96, 2;
-            total_bf16_d64, Bf16, 64, None, 4, 64, 8;
-            total_bf16_d64_causal, Bf16, 64, Causal, 4, 64, 8;
-            total_bf16_d128, Bf16, 128, None, 3, 96, 5;
-            total_bf16_d128_causal, Bf16, 128, Causal, 3, 96, 5;
+            total_bf16_d64, Bf16, 64, None, 3, 128, 5;
+            total_bf16_d64_causal, Bf16, 64, Causal, 3, 128, 5;
+            total_bf16_d128, Bf16, 128, None, 3, 128, 3;
+            total_bf16_d128_causal, Bf16, 128, Causal, 3, 128, 3;
             total_bf16_d256, Bf16, 256, None, 2, 96, 2;
             total_bf16_d256_causal, Bf16, 256, Causal, 2, 96, 2;
         }
