@@ -28,10 +28,9 @@ pub trait TotalWarpgroup: Warpgroup {
     /// Sᵀ = K·Qᵀ, in flight.
     fn kq<const D8: usize, const M8: usize>(&mut self, q: Self::Slot) -> Pending<Self::Acc<M8>>;
 
-    /// `f(i, x, o)` for every element x and its query's o = −LSE·log₂e, what exponents add to a scaled score of the block in
-    /// `q`: −∞ for a query without a live key and for what is not a query. Of column c, i = 2·⌊c / 8⌋ + c mod 2: as one
-    /// thread counts its columns, so that compilers know it.
-    fn map_offsets<const M8: usize>(&self, q: Self::Slot, x: &mut Self::Acc<M8>, f: impl Fn(usize, f32, f32) -> f32);
+    /// `f(x, o)` for every element x and its query's o = −LSE·log₂e, what exponents add to a scaled score of the block in
+    /// `q`: −∞ for a query without a live key and for what is not a query.
+    fn map_offsets<const M8: usize>(&self, q: Self::Slot, x: &mut Self::Acc<M8>, f: impl Fn(f32, f32) -> f32);
     /// The same number, of which compilers know nothing: a branch that depends on it stays where it is.
     fn unknown(x: u32) -> u32;
 

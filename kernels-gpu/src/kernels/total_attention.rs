@@ -8,21 +8,11 @@
 use core::f32::consts::LOG2_E;
 
 use crate::arch::TotalWarpgroup;
-use crate::attention::exp2::exp2;
 use crate::attention::mask::{Mask, mask_transposed};
 use crate::attention::pairs::OnePair;
 use crate::attention::scheduler::WorkTile;
 use crate::attention::total_steps::{TotalTile, TotalTiles};
 use crate::params::TotalParams;
-
-/// One in how many of a thread's columns has its exponentials computed by multiply-add units, at head dim 8·D8.
-///
-/// At head dim 64 a block's exponentials keep the special-function unit busy for twice as long as its products keep the
-/// tensor cores, and issue slots are to spare. At larger head dims the tensor cores are the limit, and an exponential of
-/// eleven instructions gains nothing.
-const fn columns_by_multiply_add(d8: usize) -> Option<usize> {
-    if d8 <= 8 { Some(8) } else { None }
-}
 
 /// A query block's scores and its slot of the ring, beside which lies what its exponents add.
 struct Scores<W: TotalWarpgroup, const M8: usize> {
@@ -50,7 +40,7 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
     ) -> Scores<W, M8> {
         let q = wg.wait_q();
         let following = wg.kq::<D8, M8>(q); // Sᵀ = K·Qᵀ, of the block after it
-        self.add::<M, D8, M8>(wg, scores, tile, m_block);
+        self.add::<M, M8>(wg, scores, tile, m_block);
         let s = wg.wait::<0, M8>(following);
         wg.release_q(q);
         Scores { s, q }
@@ -58,7 +48,7 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
 
     /// Adds a query block's weights, and stores the sums after the work tile's last.
     #[inline(always)]
-    fn add<M: Mask, const D8: usize, const M8: usize>(
+    fn add<M: Mask, const M8: usize>(
         &mut self,
         wg: &mut W,
         Scores { mut s, q }: Scores<W, M8>,
@@ -73,14 +63,7 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
             wg.fill_outside(&mut s, f32::NEG_INFINITY, |_| (0, p.shape.seqlen_q as i32 - first_row as i32));
         }
         let c = p.scale * LOG2_E;
-        // Sᵀ → Pᵀ
-        wg.map_offsets(q, &mut s, |column, s, offset| {
-            let x = W::fma(s, c, offset);
-            match const { columns_by_multiply_add(D8) } {
-                Some(every) if column % every == every - 1 => exp2::<W>(x),
-                _ => W::exp2(x),
-            }
-        });
+        wg.map_offsets(q, &mut s, |s, offset| W::exp2(W::fma(s, c, offset))); // Sᵀ → Pᵀ
         // The block by itself first: a long column's sum is too large to take small terms one by one.
         self.total = wg.zip(self.total, wg.fold(&s, |a, p| a + p), |total, block| total + block);
         // A branch that may need the sums keeps the exponentials before it. Without one, in the steps that are never the
@@ -128,7 +111,7 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
         scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block);
         tile = next;
     }
-    mainloop.add::<M, D8, M8>(wg, scores, &tile, tile.start);
+    mainloop.add::<M, M8>(wg, scores, &tile, tile.start);
     pass_over(wg, &tile);
 }
 

@@ -187,13 +187,13 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
         Pending(s)
     }
 
-    fn map_offsets<const M8: usize>(&self, q: u32, x: &mut Tile<M8>, f: impl Fn(usize, f32, f32) -> f32) {
+    fn map_offsets<const M8: usize>(&self, q: u32, x: &mut Tile<M8>, f: impl Fn(f32, f32) -> f32) {
         let Some(tile) = self.pipe.q.iter().find(|tile| tile.count == q) else {
             Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise()
         };
         for row in 0..self.live {
-            for (column, (x, offset)) in x.row_mut(row).iter_mut().zip(&tile.offsets).enumerate() {
-                *x = f(2 * (column / 8) + column % 2, *x, *offset);
+            for (x, offset) in x.row_mut(row).iter_mut().zip(&tile.offsets) {
+                *x = f(*x, *offset);
             }
         }
     }
@@ -246,10 +246,7 @@ mod tests {
             let mut s = wg.wait::<0, 16>(s);
             wg.release_q(q);
             wg.release_k();
-            let mut columns = s;
-            wg.map_offsets(q, &mut columns, |column, _, _| column as f32);
-            assert_eq!(columns.row(0)[..10], [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 2.0, 3.0]);
-            wg.map_offsets(q, &mut s, |_, s, offset| s + offset);
+            wg.map_offsets(q, &mut s, |s, offset| s + offset);
             assert_eq!((s.row(0)[0], s.row(0)[1]), (0.0, f32::NEG_INFINITY));
             wg.finish();
         });

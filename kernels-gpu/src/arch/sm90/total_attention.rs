@@ -88,13 +88,13 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
 
     #[inline(always)]
-    fn map_offsets<const M8: usize>(&self, q: Position, x: &mut Fragment<M8>, f: impl Fn(usize, f32, f32) -> f32) {
+    fn map_offsets<const M8: usize>(&self, q: Position, x: &mut Fragment<M8>, f: impl Fn(f32, f32) -> f32) {
         let first = self.base() + self.pipe.smem.offsets(q.slot, q.parity) + 4 * self.lane().column;
         for (group, registers) in x.0.iter_mut().enumerate() {
             // SAFETY: the array has as many elements as the tile columns, and was full when Q was.
             let offsets = unsafe { load_shared_pair(first + 32 * group as u32) };
             for (i, x) in registers.iter_mut().enumerate() {
-                *x = f(2 * group + i % 2, *x, offsets[i % 2]);
+                *x = f(*x, offsets[i % 2]);
             }
         }
     }
