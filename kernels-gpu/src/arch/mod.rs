@@ -85,8 +85,6 @@ pub trait Warpgroup: Sized {
     fn fma(a: f32, b: f32, c: f32) -> f32;
     /// 1 / x.
     fn recip(x: f32) -> f32;
-    /// The larger; NaN if one is.
-    fn max(a: f32, b: f32) -> f32;
 
     /// Waits until at most `LATER` products issued after this one's are still in flight.
     fn wait<const LATER: usize, const N8: usize>(&mut self, x: Pending<Self::Acc<N8>>) -> Self::Acc<N8>;

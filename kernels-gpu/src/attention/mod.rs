@@ -3,7 +3,6 @@
 pub mod block_info;
 pub mod dropout;
 pub mod epilogue;
-pub mod exp2;
 pub mod mask;
 pub mod pairs;
 pub mod philox;

@@ -123,9 +123,6 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
     fn recip(x: f32) -> f32 {
         x.recip()
     }
-    fn max(a: f32, b: f32) -> f32 {
-        if a < b || b.is_nan() { b } else { a }
-    }
 
     fn wait<const LATER: usize, const N8: usize>(&mut self, x: Pending<Tile<N8>>) -> Tile<N8> {
         x.0

@@ -134,10 +134,6 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
     fn recip(x: f32) -> f32 {
         math::recip(x)
     }
-    #[inline(always)]
-    fn max(a: f32, b: f32) -> f32 {
-        math::max(a, b)
-    }
 
     #[inline(always)]
     fn wait<const LATER: usize, const N8: usize>(&mut self, x: Pending<Fragment<N8>>) -> Fragment<N8> {
