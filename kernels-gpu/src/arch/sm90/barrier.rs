@@ -37,22 +37,6 @@ impl Mbarrier {
         }
     }
 
-    /// The leader arrives for its warp, after all that the warp has read and written.
-    ///
-    /// # Safety
-    /// The barrier has been initialised, visibly to this warp, and the warp is converged.
-    #[inline(always)]
-    pub unsafe fn arrive_for_warp(self, leader: Leader) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            asm!(
-                "{{ .reg .pred p; setp.ne.u32 p, {1}, 0; bar.warp.sync 0xffffffff;",
-                "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [{0}]; }}",
-                in(reg32) self.0, in(reg32) leader.0, options(nostack)
-            );
-        }
-    }
-
     /// This thread arrives, after all that it has read.
     ///
     /// # Safety

@@ -39,13 +39,6 @@ impl Leader {
     /// The thread that is alone here.
     pub const SOLE: Leader = Leader(1);
 
-    /// The first thread of each warp, without an election: after one in a mainloop ptxas takes the warp for one that may
-    /// have diverged.
-    #[inline(always)]
-    pub fn first_of_warp() -> Self {
-        Leader((thread_of_warpgroup() % WARP_THREADS == 0) as u32)
-    }
-
     /// One thread of each warp, always the same.
     #[inline(always)]
     pub fn of_warp() -> Self {
@@ -160,19 +153,20 @@ pub fn init_backward_barriers(smem: &BackwardSmem) {
 /// As [`init_barriers`], for the kernel of total attention.
 #[inline(always)]
 pub fn init_total_barriers(smem: &TotalSmem) {
-    let consumer_warps = smem.consumers * (WARPGROUP_THREADS / WARP_THREADS);
+    // Every thread arrives by itself.
+    let consumer_threads = smem.consumers * WARPGROUP_THREADS;
     let base = smem_base();
     // SAFETY: as in `init_barriers`.
     unsafe {
         if _thread_idx_x() == 0 {
             for slot in 0..TotalSmem::K_STAGES {
                 Mbarrier(base + smem.k_full(slot)).init(1);
-                Mbarrier(base + smem.k_empty(slot)).init(consumer_warps);
+                Mbarrier(base + smem.k_empty(slot)).init(consumer_threads);
             }
             for slot in 0..smem.stages {
                 // The thread that loads the tile, and the warp that fills in what exponents add.
-                Mbarrier(base + smem.q_full(slot)).init(2);
-                Mbarrier(base + smem.q_empty(slot)).init(consumer_warps);
+                Mbarrier(base + smem.q_full(slot)).init(1 + WARP_THREADS);
+                Mbarrier(base + smem.q_empty(slot)).init(consumer_threads);
             }
             fence_mbarrier_init();
         }

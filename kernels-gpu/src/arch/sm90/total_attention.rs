@@ -5,7 +5,6 @@
 
 use super::barrier::Mbarrier;
 use super::consumer::Consumer;
-use super::cta::Leader;
 use super::fragment::{Fragment, Rows};
 use super::load::load_shared_pair;
 use super::math::{Packed, fresh};
@@ -26,15 +25,13 @@ pub struct TotalPipe<'a> {
     /// The tile of K in hand.
     k: Position,
     q: Position,
-    /// The thread that gives slots back.
-    leader: Leader,
 }
 
 impl<'a, E: Packed> Consumer<E, TotalPipe<'a>> {
     /// Each consumer calls it once, after the barriers were made.
     #[inline(always)]
     pub fn total(smem: &'a TotalSmem, index: u32, parameters: u64) -> Self {
-        let pipe = TotalPipe { smem, k: Position::CONSUMER, q: Position::CONSUMER, leader: Leader::first_of_warp() };
+        let pipe = TotalPipe { smem, k: Position::CONSUMER, q: Position::CONSUMER };
         Self::with_pipe(index, parameters, pipe)
     }
 }
@@ -56,8 +53,9 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
     #[inline(always)]
     fn release_k(&mut self) {
+        // By every thread, as below: after an election in this loop ptxas takes the warp for one that may have diverged.
         // SAFETY: as above.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.k_empty(self.pipe.k.slot)).arrive_for_warp(self.pipe.leader) };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.k_empty(self.pipe.k.slot)).arrive() };
         self.pipe.k.advance(TotalSmem::K_STAGES);
     }
     #[inline(always)]
@@ -71,7 +69,7 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     #[inline(always)]
     fn release_q(&mut self, q: Position) {
         // SAFETY: as above.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.q_empty(q.slot)).arrive_for_warp(self.pipe.leader) };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.q_empty(q.slot)).arrive() };
     }
 
     #[inline(always)]

@@ -4,7 +4,7 @@
 //! block after the one that is stored, so that memory answers while this warp waits for a slot.
 
 use super::barrier::Mbarrier;
-use super::cta::{Leader, smem_base, thread_of_warpgroup};
+use super::cta::{smem_base, thread_of_warpgroup};
 use super::load::load_f32_or;
 use super::store::store_shared_f32;
 use crate::attention::mask::Mask;
@@ -24,7 +24,6 @@ const LANE_ROWS: usize = (WARPGROUP_THREADS / WARP_THREADS) as usize;
 #[inline(always)]
 pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, tiles: impl Iterator<Item = WorkTile>) {
     let (base, lane, block_m) = (smem_base(), thread_of_warpgroup() % WARP_THREADS, smem.block_m);
-    let leader = Leader::first_of_warp();
     let rows = |i: usize| WARP_THREADS * i as u32 + lane;
     let load = |(keys, m_block): (KvBlock, u32)| {
         let line = (keys.batch * p.shape.heads_q + keys.head) as u64 * p.shape.seqlen_q as u64;
@@ -50,7 +49,7 @@ pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, ti
                 let to = base + smem.offsets(slot, parity ^ 1) + 4 * rows(i);
                 store_shared_f32(rows(i) < block_m, to, -exponent_offset(lse));
             }
-            Mbarrier(base + smem.q_full(slot)).arrive_for_warp(leader);
+            Mbarrier(base + smem.q_full(slot)).arrive();
         }
         position.advance(smem.stages);
     }
