@@ -7,10 +7,11 @@
 
 use core::marker::PhantomData;
 
+use super::divisor::Divisor;
 use super::mask::Mask;
 use super::pairs::Pairs;
 use super::scheduler::WorkTile;
-use crate::params::{Shape, quotient};
+use crate::params::Shape;
 use crate::pipeline::order::KvBlock;
 
 /// The n_blocks that a query tile meets through one pair: of `start..end`, those in `full_start..full_end` are full, the
@@ -113,6 +114,8 @@ pub struct KvBlocks<'a, M, P, I> {
     block_m: u32,
     block_n: u32,
     tiles: I,
+    /// Query heads of a key/value head.
+    group: Divisor,
     /// The work tile's batch item and key/value head, and its visits; `left` of them are still to come.
     batch: u32,
     head: u32,
@@ -123,9 +126,9 @@ pub struct KvBlocks<'a, M, P, I> {
 
 impl<'a, M: Mask, P: Pairs, I: Iterator<Item = WorkTile>> KvBlocks<'a, M, P, I> {
     #[inline(always)]
-    pub fn new(shape: &'a Shape, pairs: P, block_m: u32, block_n: u32, tiles: I) -> Self {
+    pub fn new(shape: &'a Shape, pairs: P, (block_m, block_n): (u32, u32), group: Divisor, tiles: I) -> Self {
         let visits = Visits { count: 0, second: 0, base: 0, first_full: (0, 0), second_full: 0 };
-        KvBlocks { shape, pairs, block_m, block_n, tiles, batch: 0, head: 0, visits, left: 0, mask: PhantomData }
+        KvBlocks { shape, pairs, block_m, block_n, tiles, group, batch: 0, head: 0, visits, left: 0, mask: PhantomData }
     }
 }
 
@@ -139,7 +142,7 @@ impl<M: Mask, P: Pairs, I: Iterator<Item = WorkTile>> Iterator for KvBlocks<'_, 
             let first_row = tile.m_block * self.block_m;
             self.visits = Visits::new::<M, P>(self.shape, self.pairs, first_row, self.block_m, self.block_n);
             self.left = self.visits.count;
-            (self.batch, self.head) = (tile.batch, quotient(tile.head, self.shape.group()));
+            (self.batch, self.head) = (tile.batch, self.group.divide(tile.head).0);
         }
         self.left -= 1;
         let Visit { pair, n_block } = self.visits.at(self.left);

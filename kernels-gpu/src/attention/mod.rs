@@ -1,6 +1,7 @@
 //! What every attention kernel shares; nothing here names an architecture.
 
 pub mod block_info;
+pub mod divisor;
 pub mod dropout;
 pub mod epilogue;
 pub mod mask;

@@ -7,7 +7,8 @@
 //!
 //! Small sections keep K and V in L2; which of them also deal the work out evenly is found by trying.
 
-use crate::params::{Shape, quotient};
+use super::divisor::Divisor;
+use crate::params::Shape;
 
 /// Bytes of K and V that a section may hold, when it is more than one group of heads: most of an H200's 60 MB of L2.
 const SECTION_BYTES: u64 = 40 << 20;
@@ -28,15 +29,16 @@ pub struct WorkTile {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TileOrder {
-    heads_q: u32,
-    /// Query heads of all batch items.
-    heads: u32,
+    heads_q: Divisor,
+    /// Query heads of a key/value head.
+    pub group: Divisor,
     m_blocks: u32,
-    /// Heads of a section.
-    section: u32,
+    /// Heads of a section, and of the last one.
+    section: Divisor,
+    last_section: Divisor,
     sections: u32,
-    /// Work tiles of a whole section, and of all: products that no kernel needs to keep.
-    section_tiles: u32,
+    /// Work tiles of a whole section, and of all.
+    section_tiles: Divisor,
     tiles: u32,
     /// 1 where every section runs from its last m_block to the first, and CTAs take tiles in the same turn.
     one_way: u32,
@@ -49,12 +51,13 @@ impl TileOrder {
         let section = section.clamp(1, heads.max(1));
         let m_blocks = shape.seqlen_q.div_ceil(block_m);
         TileOrder {
-            heads_q: shape.heads_q,
-            heads,
+            heads_q: Divisor::new(shape.heads_q),
+            group: Divisor::new(shape.group()),
             m_blocks,
-            section,
+            section: Divisor::new(section),
+            last_section: Divisor::new(heads - heads.saturating_sub(1) / section * section),
             sections: heads.div_ceil(section),
-            section_tiles: section * m_blocks,
+            section_tiles: Divisor::new(section * m_blocks),
             tiles: heads * m_blocks,
             one_way: 0,
         }
@@ -81,13 +84,14 @@ impl TileOrder {
         }
         // What a CTA would take if all took the same.
         let all: u64 = (0..smallest.m_blocks).map(cost).sum();
-        let even = (all as u128 * smallest.heads as u128 / ctas as u128) as u64;
+        let heads = shape.batch * shape.heads_q;
+        let even = (all as u128 * heads as u128 / ctas as u128) as u64;
         let scale = |(busiest, tried): (u64, u64)| (busiest as u128 * tiles as u128 / tried as u128) as u64;
         let group_bytes = 4 * shape.seqlen_k as u64 * shape.head_dim as u64;
         let mut best = (smallest, scale(smallest.trial(ctas, cost)));
         for groups in [2, 3, 4, 6, 8, 12, 16, 24, 32] {
             let even_enough = best.1 * 100 <= even * 102;
-            if even_enough || groups as u64 * group_bytes > SECTION_BYTES || groups * group > smallest.heads {
+            if even_enough || groups as u64 * group_bytes > SECTION_BYTES || groups * group > heads {
                 break;
             }
             let order = Self::new(shape, block_m, groups * group);
@@ -122,17 +126,14 @@ impl TileOrder {
     /// The `index`-th work tile: batch item, query head, m_block.
     #[inline(always)]
     pub fn tile(&self, index: u32) -> WorkTile {
-        let section = quotient(index, self.section_tiles);
-        let first = section * self.section;
-        let heads = self.section.min(self.heads - first);
-        let within = index - first * self.m_blocks;
-        let from_last = quotient(within, heads);
-        let head = first + (within - from_last * heads);
-        let batch = quotient(head, self.heads_q);
+        let (section, within) = self.section_tiles.divide(index);
+        let heads = if section + 1 == self.sections { self.last_section } else { self.section };
+        let (from_last, place) = heads.divide(within);
+        let (batch, head) = self.heads_q.divide(section * self.section.value + place);
         // The last section runs from its last m_block to the first, the one before it the other way, and so on.
         let descending = (self.sections - section) & 1 | self.one_way == 1;
         let m_block = if descending { self.m_blocks - 1 - from_last } else { from_last };
-        WorkTile { batch, head: head - batch * self.heads_q, m_block }
+        WorkTile { batch, head, m_block }
     }
 }
 
@@ -140,16 +141,17 @@ impl TileOrder {
 #[derive(Clone, Copy, Debug)]
 pub struct CtaTiles<'a> {
     order: &'a TileOrder,
+    cta: u32,
     ctas: u32,
-    /// This CTA's next place in the order.
-    index: u32,
+    /// How many tiles it has taken.
+    round: u32,
 }
 
 impl<'a> CtaTiles<'a> {
     /// For CTA `cta` of `ctas`.
     #[inline(always)]
     pub fn new(order: &'a TileOrder, cta: u32, ctas: u32) -> Self {
-        CtaTiles { order, ctas, index: cta }
+        CtaTiles { order, cta, ctas, round: 0 }
     }
 }
 
@@ -158,10 +160,11 @@ impl Iterator for CtaTiles<'_> {
 
     #[inline(always)]
     fn next(&mut self) -> Option<WorkTile> {
-        let index = self.index;
-        // The same distance behind the end of this round as this place is before it.
-        let place = index - quotient(index, self.ctas) * self.ctas;
-        self.index += if self.order.one_way == 1 { self.ctas } else { 2 * (self.ctas - place) - 1 };
+        // From the first CTA to the last, and then from the last to the first.
+        let forth = self.round.is_multiple_of(2) || self.order.one_way == 1;
+        let place = if forth { self.cta } else { self.ctas - 1 - self.cta };
+        let index = self.round * self.ctas + place;
+        self.round += 1;
         (index < self.order.tiles()).then(|| self.order.tile(index))
     }
 }

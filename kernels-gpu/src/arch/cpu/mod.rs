@@ -97,8 +97,13 @@ unsafe fn run<M: Mask, E: Element, S: Second<Strided>, R: Dropping, const D8: us
 ) {
     let block_m = smem.consumers * crate::variants::WARPGROUP_ROWS;
     for consumer in 0..smem.consumers {
-        let loads =
-            KvOrder::new(KvBlocks::<M, _, _>::new(&p.shape, p.second.pairs(&p.shape), block_m, smem.block_n, tiles));
+        let loads = KvOrder::new(KvBlocks::<M, _, _>::new(
+            &p.shape,
+            p.second.pairs(&p.shape),
+            (block_m, smem.block_n),
+            p.order.group,
+            tiles,
+        ));
         // SAFETY: the caller's promise; consumers own different rows of each work tile.
         let mut warpgroup = unsafe { CpuWarpgroup::<E, _>::forward(p, smem, consumer, loads) };
         consume::<_, M, S, R, D8, N8>(&mut warpgroup, p, block_m, tiles, dropping);

@@ -39,7 +39,7 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
     let block_m = smem.consumers * crate::variants::WARPGROUP_ROWS;
     let mut position = Position::PRODUCER;
     let pairs = p.second.pairs(&p.shape);
-    for tile in KvOrder::new(KvBlocks::<M, _, _>::new(&p.shape, pairs, block_m, smem.block_n, tiles)) {
+    for tile in KvOrder::new(KvBlocks::<M, _, _>::new(&p.shape, pairs, (block_m, smem.block_n), p.order.group, tiles)) {
         let (tensor, KvBlock { batch, head, n_block, .. }) = match tile {
             KvTile::K(block) => (if block.pair == 0 { k } else { second_k }, block),
             KvTile::V(block) => (v, block),

@@ -8,7 +8,7 @@ use super::tma::{BoxOrigin, MapAddress, load_box, prefetch_map};
 use crate::attention::mask::Mask;
 use crate::attention::scheduler::WorkTile;
 use crate::attention::total_steps::{Part, TotalTiles};
-use crate::params::{TensorMap, TotalParams, quotient};
+use crate::params::{TensorMap, TotalParams};
 use crate::pipeline::order::KvBlock;
 use crate::pipeline::ring::Position;
 use crate::tile::smem::{PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
@@ -48,7 +48,7 @@ pub fn produce<M: Mask>(
     for tile in TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles) {
         let KvBlock { batch, head, n_block, .. } = tile.keys;
         let Position { slot, parity } = k_position;
-        let at = BoxOrigin { column: 0, row: n_block * block_n, head: quotient(head, p.shape.group()), batch };
+        let at = BoxOrigin { column: 0, row: n_block * block_n, head: p.order.group.divide(head).0, batch };
         let barriers = [smem.k_empty(slot), smem.k_full(slot)].map(|barrier| Mbarrier(base + barrier));
         load_tile(k, block_n, at, base + smem.k(slot), barriers, parity);
         k_position.advance(TotalSmem::K_STAGES);

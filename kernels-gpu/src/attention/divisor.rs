@@ -1,0 +1,48 @@
+//! Division by a number that a launch does not change: a multiplication and a shift (Granlund and Montgomery, "Division by
+//! invariant integers using multiplication", PLDI 1994), where a GPU takes some twenty instructions.
+
+/// A divisor, and what the host has prepared.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Divisor {
+    pub value: u32,
+    /// ⌈2^(31 + shift) / value⌉.
+    multiplier: u32,
+    /// ⌈log₂ value⌉.
+    shift: u32,
+}
+
+impl Divisor {
+    /// For a value to 2³¹. Nothing is to be divided by 0; where there is nothing to divide, it may be one.
+    pub const fn new(value: u32) -> Self {
+        let divisor = if value == 0 { 1 } else { value };
+        let shift = u32::BITS - (divisor - 1).leading_zeros();
+        Divisor { value, multiplier: (1u64 << (31 + shift)).div_ceil(divisor as u64) as u32, shift }
+    }
+
+    /// Quotient and remainder of a dividend below 2³¹.
+    #[inline(always)]
+    pub fn divide(self, dividend: u32) -> (u32, u32) {
+        let quotient = ((2 * dividend) as u64 * self.multiplier as u64 >> 32) as u32 >> self.shift;
+        (quotient, dividend - quotient * self.value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divides() {
+        let edges = (0..31).flat_map(|bit| [(1u32 << bit) - 1, 1 << bit, (1 << bit) + 1]);
+        let values: std::vec::Vec<u32> = edges.chain([3, 7, 10, 132, 641, 999_983, (1 << 31) - 1]).collect();
+        for &value in values.iter().filter(|&&value| value > 0) {
+            let divisor = Divisor::new(value);
+            let multiples = (1..20).flat_map(|k| [k * value as u64 - 1, k * value as u64, k * value as u64 + 1]);
+            for dividend in values.iter().map(|&x| x as u64).chain(multiples).filter(|&x| x < 1 << 31) {
+                let dividend = dividend as u32;
+                assert_eq!(divisor.divide(dividend), (dividend / value, dividend % value), "{dividend} / {value}");
+            }
+        }
+    }
+}
