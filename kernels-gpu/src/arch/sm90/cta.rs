@@ -192,12 +192,13 @@ pub fn set_backward_registers(role: Role, head_dim: u32) {
 #[inline(always)]
 pub fn set_registers(role: Role, consumers: u32) {
     // SAFETY: all threads of the warpgroup run this, converged, in a kernel with a register cap at entry; the totals
-    // stay within 64 Ki registers: 128·40 + 256·232, or 128·32 + 384·160.
+    // stay within 64 Ki registers: 128·40 + 256·232, 128·32 + 384·160, or 128·32 + 512·112, of 640·96.
     unsafe {
         match (role, consumers) {
-            (Role::Producer, 3) => asm!("setmaxnreg.dec.sync.aligned.u32 32;", options(nostack)),
+            (Role::Producer, 3 | 4) => asm!("setmaxnreg.dec.sync.aligned.u32 32;", options(nostack)),
             (Role::Producer, _) => asm!("setmaxnreg.dec.sync.aligned.u32 40;", options(nostack)),
             (Role::Consumer(_), 3) => asm!("setmaxnreg.inc.sync.aligned.u32 160;", options(nostack)),
+            (Role::Consumer(_), 4) => asm!("setmaxnreg.inc.sync.aligned.u32 112;", options(nostack)),
             (Role::Consumer(_), _) => asm!("setmaxnreg.inc.sync.aligned.u32 232;", options(nostack)),
         }
     }
