@@ -36,8 +36,7 @@ impl TotalPlan {
     /// [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more.
     pub fn new(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<TotalPlan> {
         let scale = checked_scale(problem, scale)?;
-        let (head_dim, seqlen_k) = (problem.head_dim as u32, problem.seqlen_k as u64);
-        let variant = variants::total(problem.dtype, head_dim, mask.kind(), seqlen_k).ok_or(Error::NoVariant {
+        let variant = variants::total(problem.dtype, problem.head_dim as u32, mask.kind()).ok_or(Error::NoVariant {
             dtype: problem.dtype,
             head_dim: problem.head_dim,
             mask,

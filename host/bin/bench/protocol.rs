@@ -16,6 +16,8 @@ const MOST_RUNS: usize = 5000;
 const ESTIMATED_RUNS: usize = 5;
 /// A warm-up before runs with a cleared cache is this part of the budget.
 const WARM_UP_PART: u32 = 3;
+/// What a chip rests before runs with a cleared cache: what was measured before would weigh on its power limit.
+const REST: Duration = Duration::from_millis(250);
 /// Work that is queued at once: how long Ctrl-C waits at most, unless a single run is longer.
 const QUEUED: Duration = Duration::from_millis(100);
 /// Zeros that clear the L2 cache, several times what it holds.
@@ -82,6 +84,7 @@ fn cleared<B: Timed>(
 ) -> Result<Vec<Duration>> {
     // By itself, since it loads kernels.
     let first = backend.time(&mut *run)?;
+    std::thread::sleep(REST);
     let runs = count(QUEUED, first).clamp(1, ESTIMATED_RUNS);
     let mut clear_and_run = || {
         backend.set_zero(cache)?;

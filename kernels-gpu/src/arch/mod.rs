@@ -56,8 +56,8 @@ pub trait Warpgroup: Sized {
     fn zip_with<const N8: usize>(&self, x: &mut Self::Acc<N8>, y: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32);
     /// `f(x, r)` for every element x and its row's r.
     fn map_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
-    /// Multiplies each row by its factor; fast where all are 1.
-    fn scale_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, factors: Self::Rows);
+    /// Multiplies each row by its factor; looks first whether any is not 1, where told to.
+    fn scale_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, factors: Self::Rows, look: bool);
     /// Folds each row's elements. Partial: only [`Warpgroup::reduce`] makes it the whole row's.
     fn fold<const N8: usize>(&self, x: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     /// Joins the partial folds of each row.

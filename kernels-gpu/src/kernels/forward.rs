@@ -52,6 +52,12 @@ impl BlockAt {
 }
 
 impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloop<W, R, D8, N8> {
+    /// Whether a look at the corrections, which are 1 where no row's maximum has moved, costs less than what it saves: it
+    /// stands between instructions that would mix without it.
+    const fn looks_first() -> bool {
+        D8 > 16 || D8 == 16 && R::DROPS
+    }
+
     /// The first block of all: there is no output to add to yet.
     #[inline(always)]
     fn first(wg: &mut W, scale: f32, dropping: R, at: BlockAt, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) -> Self {
@@ -97,7 +103,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         let correction = self.softmax.step(wg, &mut s); // S → P; m, l
         self.o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
-        wg.scale_rows(&mut self.o, correction);
+        wg.scale_rows(&mut self.o, correction, const { Self::looks_first() });
         self.p = Self::weights(wg, &s, &keep);
     }
 

@@ -2,8 +2,9 @@
 //! over Q, K and the LSE of the forward pass.
 //!
 //! A consumer warpgroup owns 64 keys of one query head and walks over the query blocks that see them. Scores are computed
-//! transposed, so that a key is a row and its sum stays in registers until its work tile ends. The scores of the next
-//! block, be it of the next work tile, are issued before this block's exponentials.
+//! transposed, so that a key is a row and its sum stays in registers until its work tile ends. Exponentials run beside
+//! products: those of other consumers where there are many, otherwise that of this consumer's own next block, be it of the
+//! next work tile.
 
 use core::f32::consts::LOG2_E;
 
@@ -76,6 +77,12 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
     }
 }
 
+/// Whether a head dim has consumers enough to work beside each other's products, with one fragment of scores each, and
+/// none has to work beside its own. Where exponentials are the limit, that keeps more of them going.
+const fn many_consumers(head_dim: u32) -> bool {
+    head_dim == 64
+}
+
 /// What one consumer warpgroup of a CTA does with its work tiles, blocks of `block_n` keys.
 #[inline(always)]
 pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
@@ -85,13 +92,28 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     tiles: impl Iterator<Item = WorkTile>,
 ) {
     let mut tiles = TotalTiles::<M, _>::new(&p.shape, 8 * M8 as u32, block_n, wg.part(), tiles);
+    let mut mainloop = Mainloop { p, block_n, total: wg.rows(0.0) };
+    if const { many_consumers(8 * D8 as u32) } {
+        for tile in tiles {
+            wg.wait_k();
+            for m_block in (tile.start..tile.end).rev() {
+                let q = wg.wait_q();
+                let s = wg.kq::<D8, M8>(q);
+                let s = wg.wait::<0, M8>(s);
+                wg.release_q(q);
+                mainloop.add::<M, M8>(wg, Scores { s, q }, &tile, m_block);
+            }
+            wg.release_k();
+            pass_over(wg, &tile);
+        }
+        return;
+    }
     let Some(mut tile) = tiles.next() else { return };
     wg.wait_k();
     let q = wg.wait_q();
     let s = wg.kq::<D8, M8>(q);
     let mut scores = Scores { s: wg.wait::<0, M8>(s), q };
     wg.release_q(q);
-    let mut mainloop = Mainloop { p, block_n, total: wg.rows(0.0) };
     loop {
         let mut m_block = tile.end - 1;
         if (m_block - tile.start) % 2 == 1 {

@@ -56,17 +56,12 @@ impl TotalVariant {
     }
 }
 
-/// Of the smallest compiled variants of total attention that hold `head_dim`, the one that takes `seqlen_k` keys soonest.
-pub fn total(dtype: Dtype, head_dim: u32, mask: MaskKind, seqlen_k: u64) -> Option<&'static TotalVariant> {
-    let time = |v: &TotalVariant| {
-        let keys = seqlen_k.next_multiple_of(v.block_n() as u64);
-        // Smaller blocks of queries cost more for each.
-        keys * if v.block_m < 96 { 104 } else { 100 }
-    };
+/// The smallest compiled variant of total attention that holds `head_dim`.
+pub fn total(dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static TotalVariant> {
     TOTAL_VARIANTS
         .iter()
         .filter(|v| v.dtype == dtype && v.mask == mask && v.head_dim >= head_dim)
-        .min_by_key(|v| (v.head_dim, time(v)))
+        .min_by_key(|v| v.head_dim)
 }
 
 /// Calls `$apply!` with one row a variant:
@@ -75,18 +70,14 @@ pub fn total(dtype: Dtype, head_dim: u32, mask: MaskKind, seqlen_k: u64) -> Opti
 macro_rules! total_variants {
     ($apply:ident) => {
         $apply! {
-            total_f16_d64, F16, 64, None, 3, 128, 5;
-            total_f16_d64_causal, F16, 64, Causal, 3, 128, 5;
-            total_f16_d64_m64, F16, 64, None, 4, 64, 8;
-            total_f16_d64_m64_causal, F16, 64, Causal, 4, 64, 8;
+            total_f16_d64, F16, 64, None, 4, 128, 6;
+            total_f16_d64_causal, F16, 64, Causal, 4, 128, 6;
             total_f16_d128, F16, 128, None, 3, 128, 3;
             total_f16_d128_causal, F16, 128, Causal, 3, 128, 3;
             total_f16_d256, F16, 256, None, 2, 96, 2;
             total_f16_d256_causal, F16, 256, Causal, 2, 96, 2;
-            total_bf16_d64, Bf16, 64, None, 3, 128, 5;
-            total_bf16_d64_causal, Bf16, 64, Causal, 3, 128, 5;
-            total_bf16_d64_m64, Bf16, 64, None, 4, 64, 8;
-            total_bf16_d64_m64_causal, Bf16, 64, Causal, 4, 64, 8;
+            total_bf16_d64, Bf16, 64, None, 4, 128, 6;
+            total_bf16_d64_causal, Bf16, 64, Causal, 4, 128, 6;
             total_bf16_d128, Bf16, 128, None, 3, 128, 3;
             total_bf16_d128_causal, Bf16, 128, Causal, 3, 128, 3;
             total_bf16_d256, Bf16, 256, None, 2, 96, 2;

@@ -58,7 +58,7 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
             }
         }
     }
-    fn scale_rows<const N8: usize>(&self, x: &mut Tile<N8>, factors: Rows) {
+    fn scale_rows<const N8: usize>(&self, x: &mut Tile<N8>, factors: Rows, _: bool) {
         if factors.iter().any(|factor| *factor != 1.0) {
             self.map_rows(x, factors, |x, factor| x * factor);
         }

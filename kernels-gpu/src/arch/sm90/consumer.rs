@@ -71,9 +71,8 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         x.map_rows(rows, f);
     }
     #[inline(always)]
-    fn scale_rows<const N8: usize>(&self, x: &mut Fragment<N8>, factors: Rows) {
-        // Below some width, a branch between the instructions around it costs more than it saves.
-        if N8 <= 16 || math::any(factors[0] != 1.0 || factors[1] != 1.0) {
+    fn scale_rows<const N8: usize>(&self, x: &mut Fragment<N8>, factors: Rows, look: bool) {
+        if !look || math::any(factors[0] != 1.0 || factors[1] != 1.0) {
             x.map_rows(factors, |x, factor| x * factor);
         }
     }
