@@ -41,17 +41,9 @@ impl TotalSmem {
     pub const fn q(&self, slot: u32) -> u32 {
         self.k(Self::K_STAGES) + slot * self.q_bytes()
     }
-    /// Bytes of what exponents add to one of the four threads of a quad, and room that keeps the four in banks of their own.
-    const fn thread_bytes(&self) -> u32 {
-        self.block_m + 16
-    }
-    const fn offsets(&self, slot: u32, lap: u32) -> u32 {
-        self.q(self.stages) + (lap * self.stages + slot) * 4 * self.thread_bytes()
-    }
-    /// What the exponents of a query of the block add, in even and odd laps. A thread's queries, two of each eight, follow
-    /// each other, so that it reads four at a time.
-    pub const fn offset(&self, slot: u32, lap: u32, query: u32) -> u32 {
-        self.offsets(slot, lap) + query % 8 / 2 * self.thread_bytes() + (query / 8 * 2 + query % 2) * 4
+    /// What exponents add, one f32 a query, in even and odd laps.
+    pub const fn offsets(&self, slot: u32, lap: u32) -> u32 {
+        self.q(self.stages) + (lap * self.stages + slot) * self.block_m * 4
     }
     const fn barrier(&self, index: u32) -> u32 {
         self.offsets(0, 2) + index * BARRIER_BYTES
@@ -88,7 +80,7 @@ mod tests {
             for panel in [smem.k(1), smem.q(0), smem.q(1), smem.q_bytes() / panels(smem.head_dim)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
-            assert_eq!(smem.offset(1, 1, 2) % 16, 0, "{}", variant.symbol);
+            assert_eq!(smem.offsets(0, 0) % 8, 0, "{}", variant.symbol);
             assert_eq!(smem.k_full(0) % 8, 0, "{}", variant.symbol);
         }
     }

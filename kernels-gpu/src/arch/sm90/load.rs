@@ -19,21 +19,6 @@ pub unsafe fn load_shared_pair(address: u32) -> [f32; 2] {
     [a, b]
 }
 
-/// Four neighbouring f32 of shared memory.
-///
-/// # Safety
-/// The address is 16-byte aligned and readable, and what it holds has been made visible to this thread.
-#[inline(always)]
-pub unsafe fn load_shared_quad(address: u32) -> [f32; 4] {
-    let (a, b, c, d): (f32, f32, f32, f32);
-    // SAFETY: the caller's promise. Not `pure`: what is there changes.
-    unsafe {
-        asm!("ld.shared.v4.f32 {{{0}, {1}, {2}, {3}}}, [{4}];", out(reg32) a, out(reg32) b, out(reg32) c,
-             out(reg32) d, in(reg32) address, options(nostack));
-    }
-    [a, b, c, d]
-}
-
 /// 16 bytes of global memory.
 ///
 /// # Safety

@@ -6,7 +6,7 @@
 use super::barrier::Mbarrier;
 use super::consumer::Consumer;
 use super::fragment::{Fragment, Rows};
-use super::load::load_shared_quad;
+use super::load::load_shared_pair;
 use super::math::{Packed, fresh};
 use super::store::store_f32;
 use super::wgmma::{self, Descriptor};
@@ -87,14 +87,12 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
 
     #[inline(always)]
     fn map_offsets<const M8: usize>(&self, q: Position, x: &mut Fragment<M8>, f: impl Fn(f32, f32) -> f32) {
-        let first = self.base() + self.pipe.smem.offset(q.slot, q.parity, self.lane().column);
-        for groups in 0..M8 / 2 {
+        let first = self.base() + self.pipe.smem.offsets(q.slot, q.parity) + 4 * self.lane().column;
+        for (group, registers) in x.0.iter_mut().enumerate() {
             // SAFETY: the array has as many elements as the tile columns, and was full when Q was.
-            let offsets = unsafe { load_shared_quad(first + 16 * groups as u32) };
-            for group in 0..2 {
-                for (i, x) in x.0[2 * groups + group].iter_mut().enumerate() {
-                    *x = f(*x, offsets[2 * group + i % 2]);
-                }
+            let offsets = unsafe { load_shared_pair(first + 32 * group as u32) };
+            for (i, x) in registers.iter_mut().enumerate() {
+                *x = f(*x, offsets[i % 2]);
             }
         }
     }
