@@ -23,7 +23,7 @@ impl Divisor {
     /// Quotient and remainder of a dividend below 2³¹.
     #[inline(always)]
     pub fn divide(self, dividend: u32) -> (u32, u32) {
-        let quotient = ((2 * dividend) as u64 * self.multiplier as u64 >> 32) as u32 >> self.shift;
+        let quotient = (((2 * dividend) as u64 * self.multiplier as u64) >> 32) as u32 >> self.shift;
         (quotient, dividend - quotient * self.value)
     }
 }
