@@ -238,7 +238,7 @@ prepare_entries! {
 
 /// A CTA of total attention: one producer warpgroup, the others consumers.
 #[inline(always)]
-fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
+fn total<E: Packed, M: Mask, const CONSUMERS: u32, const D8: usize, const M8: usize>(
     p: &TotalParams<TensorMap>,
     parameters: u64,
     smem: &TotalSmem,
@@ -260,7 +260,7 @@ fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
         Role::Consumer(index) => {
             cta::set_registers(role, smem.consumers);
             let mut consumer = Consumer::<E, _>::total(smem, index, parameters);
-            consume_total::<_, M, D8, M8>(&mut consumer, p, smem.block_n(), tiles);
+            consume_total::<_, M, CONSUMERS, D8, M8>(&mut consumer, p, tiles);
         }
     }
 }
@@ -272,7 +272,7 @@ macro_rules! total_entries {
         pub unsafe extern "ptx-kernel" fn $symbol(p: TotalParams<TensorMap>) {
             const SMEM: TotalSmem =
                 TotalSmem { head_dim: $head_dim, consumers: $consumers, block_m: $block_m, stages: $stages };
-            total::<element!($dtype), mask!($mask), { $head_dim / 8 }, { $block_m / 8 }>(
+            total::<element!($dtype), mask!($mask), $consumers, { $head_dim / 8 }, { $block_m / 8 }>(
                 &p,
                 crate::parameter_address!($symbol),
                 &SMEM,

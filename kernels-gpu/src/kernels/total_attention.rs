@@ -14,6 +14,7 @@ use crate::attention::pairs::OnePair;
 use crate::attention::scheduler::WorkTile;
 use crate::attention::total_steps::{TotalTile, TotalTiles};
 use crate::params::TotalParams;
+use crate::variants::WARPGROUP_ROWS;
 
 /// A query block's scores and its slot of the ring, beside which lies what its exponents add.
 struct Scores<W: TotalWarpgroup, const M8: usize> {
@@ -77,23 +78,21 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
     }
 }
 
-/// Whether a head dim has consumers enough to work beside each other's products, with one fragment of scores each, and
-/// none has to work beside its own. Where exponentials are the limit, that keeps more of them going.
-const fn many_consumers(head_dim: u32) -> bool {
-    head_dim == 64
-}
+/// So many consumers work beside each other's products, with one fragment of scores each, and none has to work beside its
+/// own. Where exponentials are the limit, that keeps more of them going.
+const MANY_CONSUMERS: u32 = 4;
 
-/// What one consumer warpgroup of a CTA does with its work tiles, blocks of `block_n` keys.
+/// What one of a CTA's consumer warpgroups does with its work tiles, blocks of 64 keys for each consumer.
 #[inline(always)]
-pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
+pub fn consume<W: TotalWarpgroup, M: Mask, const CONSUMERS: u32, const D8: usize, const M8: usize>(
     wg: &mut W,
     p: &TotalParams<W::Tensor>,
-    block_n: u32,
     tiles: impl Iterator<Item = WorkTile>,
 ) {
+    let block_n = CONSUMERS * WARPGROUP_ROWS;
     let mut tiles = TotalTiles::<M, _>::new(&p.shape, 8 * M8 as u32, block_n, wg.part(), tiles);
     let mut mainloop = Mainloop { p, block_n, total: wg.rows(0.0) };
-    if const { many_consumers(8 * D8 as u32) } {
+    if CONSUMERS >= MANY_CONSUMERS {
         for tile in tiles {
             wg.wait_k();
             for m_block in (tile.start..tile.end).rev() {

@@ -207,7 +207,7 @@ pub unsafe fn total_attention<E: Element>(variant: &TotalVariant, p: &TotalParam
             match variant.symbol {
                 $(stringify!($symbol) => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
-                    unsafe { run_total::<mask!($mask), E, { $head_dim / 8 }, { $block_m / 8 }>(variant, p, CtaTiles::new(&p.order, cta, ctas)) }
+                    unsafe { run_total::<mask!($mask), E, $consumers, { $head_dim / 8 }, { $block_m / 8 }>(variant, p, CtaTiles::new(&p.order, cta, ctas)) }
                 })*
                 other => unreachable!("{other} is not in the table of variants"),
             }
@@ -221,15 +221,15 @@ pub unsafe fn total_attention<E: Element>(variant: &TotalVariant, p: &TotalParam
 /// # Safety
 /// As [`total_attention`].
 #[inline(never)]
-unsafe fn run_total<M: Mask, E: Element, const D8: usize, const M8: usize>(
+unsafe fn run_total<M: Mask, E: Element, const CONSUMERS: u32, const D8: usize, const M8: usize>(
     variant: &TotalVariant,
     p: &TotalParams<Strided>,
     tiles: CtaTiles,
 ) {
-    for consumer in 0..variant.consumers {
+    for consumer in 0..CONSUMERS {
         // SAFETY: the caller's promise; consumers own different keys of each work tile.
         let mut warpgroup = unsafe { CpuWarpgroup::<E, TotalPipe<M>>::total(p, variant.smem(), consumer, tiles) };
-        consume_total::<_, M, D8, M8>(&mut warpgroup, p, variant.block_n(), tiles);
+        consume_total::<_, M, CONSUMERS, D8, M8>(&mut warpgroup, p, tiles);
         warpgroup.finish();
     }
 }

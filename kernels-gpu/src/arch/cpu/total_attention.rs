@@ -14,7 +14,7 @@ use crate::attention::row_statistics::exponent_offset;
 use crate::attention::scheduler::CtaTiles;
 use crate::attention::total_steps::{Part, TotalSteps, TotalTiles};
 use crate::element::Element;
-use crate::params::{Shape, Strided, TotalParams, quotient};
+use crate::params::{Shape, Strided, TotalParams};
 use crate::pipeline::order::KvBlock;
 use crate::tile::smem_total::TotalSmem;
 
@@ -91,7 +91,7 @@ impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
                 *to = x.to_f32();
             }
         };
-        let head = quotient(keys.head, p.shape.group());
+        let head = p.order.group.divide(keys.head).0;
         // SAFETY: `total`'s caller promised it.
         unsafe { for_rows(&p.k, (keys.batch, head), &p.shape, first..first + ROWS as u32, p.shape.seqlen_k, copy) };
         tile
