@@ -5,7 +5,7 @@ use std::fmt;
 use kernels_gpu::{
     attention::dropout::Dropout as Launched,
     attention::scheduler::TileOrder,
-    variants::{self, BackwardVariant, Op, PREPARE_ROWS},
+    variants::{self, BackwardVariant, Op, PREPARE_ROWS, WARPGROUP_ROWS},
 };
 
 use super::{Extra, MAX_WORK_TILES, WorkspaceLayout, checked_scale, op, write_problem, write_threshold};
@@ -208,9 +208,9 @@ impl BackwardPlan {
         self.workspace_rows().div_ceil(PREPARE_ROWS)
     }
 
-    /// CTAs of the kernel that turns the workspace's dQ into the tensor, one a query block. 0 where there is no query.
+    /// CTAs of the kernel that turns the workspace's dQ into the tensor, one for 64 rows. 0 where there is no query.
     pub fn finish_grid(&self) -> u32 {
-        if self.problem.seqlen_q == 0 { 0 } else { self.workspace_rows() / self.variant.block_m }
+        if self.problem.seqlen_q == 0 { 0 } else { self.workspace_rows() / WARPGROUP_ROWS }
     }
 
     /// Query rows of all heads; that they fit was checked with the workspace's layout.
@@ -316,7 +316,7 @@ mod tests {
         }
         // Without keys dQ is 0, without queries dK and dV are: there are zeros to write.
         let no_keys = plan(Problem { seqlen_k: 0, ..PROBLEM }, Determinism::Fast).unwrap();
-        assert_eq!((no_keys.prepare_grid(), no_keys.grid(), no_keys.finish_grid()), (12 * 1024 / 128, 0, 12 * 8));
+        assert_eq!((no_keys.prepare_grid(), no_keys.grid(), no_keys.finish_grid()), (12 * 1024 / 128, 0, 12 * 16));
         let no_queries = plan(Problem { seqlen_q: 0, ..PROBLEM }, Determinism::Fast).unwrap();
         assert_eq!((no_queries.prepare_grid(), no_queries.grid(), no_queries.finish_grid()), (12, 12, 0));
     }

@@ -17,7 +17,7 @@ const MAX_ROWS: u128 = u32::MAX as u128;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct WorkspaceLayout {
     /// f32 (batch, heads_q, rows).
-    pub(crate) lse: usize,
+    pub(crate) offsets: usize,
     /// f32 (batch, heads_q, rows).
     pub(crate) delta: usize,
     /// f32 (pairs, batch, heads_q, rows, compiled head dim).
@@ -43,7 +43,7 @@ impl WorkspaceLayout {
         let heads = shape.batch as u128 * shape.heads_q as u128;
         at_most("workspace_rows", heads * rows as u128, MAX_ROWS)?;
         let pairs = variant.op.pairs() as u128;
-        let turns_len = if exact { 2 * pairs * heads * variant.m_blocks(shape) as u128 } else { 0 };
+        let turns_len = if exact { pairs * heads * variant.m_blocks(shape) as u128 } else { 0 };
         let row_bytes = heads * rows as u128 * size_of::<f32>() as u128;
         let mut end = 0;
         let mut region = |bytes: u128| {
@@ -51,13 +51,13 @@ impl WorkspaceLayout {
             end = (start + bytes).next_multiple_of(WORKSPACE_ALIGNMENT as u128);
             start as usize
         };
-        let lse = region(row_bytes);
+        let offsets = region(row_bytes);
         let delta = region(row_bytes);
         let dq = region(pairs * row_bytes * variant.head_dim as u128);
         let turns = region(turns_len * size_of::<u32>() as u128);
         at_most("workspace_bytes", end, isize::MAX as u128)?;
         Ok(WorkspaceLayout {
-            lse,
+            offsets,
             delta,
             dq,
             turns: exact.then_some(turns),
@@ -70,7 +70,7 @@ impl WorkspaceLayout {
     /// The workspace at `address`, as kernels take it.
     pub(crate) fn at(&self, address: u64) -> Workspace {
         Workspace {
-            lse: address + self.lse as u64,
+            offsets: address + self.offsets as u64,
             delta: address + self.delta as u64,
             dq: address + self.dq as u64,
             turns: self.turns.map_or(0, |turns| address + turns as u64),
@@ -99,14 +99,14 @@ mod tests {
     fn regions_follow_one_another() {
         let (fast, exact) = (layout(&SHAPE, false).unwrap(), layout(&SHAPE, true).unwrap());
         let rows = 12 * 1024;
-        assert_eq!((fast.lse, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
+        assert_eq!((fast.offsets, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
         // Head dim 72 runs in 128.
         assert_eq!((fast.turns, fast.bytes, fast.rows), (None, 8 * rows + 4 * 128 * rows, 1024));
         assert_eq!((exact.turns, exact.turns_len), (Some(fast.bytes), 12 * (1024 / 64) * 2));
         assert_eq!(exact.bytes, fast.bytes + (4 * exact.turns_len).next_multiple_of(256));
         let base = 0x1000;
         let at = |offset: usize| base + offset as u64;
-        let expected = Workspace { lse: base, delta: at(fast.delta), dq: at(fast.dq), turns: 0, rows: 1024 };
+        let expected = Workspace { offsets: base, delta: at(fast.delta), dq: at(fast.dq), turns: 0, rows: 1024 };
         assert_eq!(fast.at(base), expected);
         assert_eq!(exact.at(base), Workspace { turns: at(fast.bytes), ..expected });
     }
@@ -136,7 +136,7 @@ mod tests {
             let rows = (batch * heads * found.rows) as usize;
             let turns = found.turns.unwrap_or(found.bytes);
             for (start, bytes, end) in [
-                (found.lse, 4 * rows, found.delta),
+                (found.offsets, 4 * rows, found.delta),
                 (found.delta, 4 * rows, found.dq),
                 (found.dq, 4 * rows * variant.head_dim as usize, turns),
                 (turns, 4 * found.turns_len, found.bytes),

@@ -5,7 +5,7 @@ use core::arch::nvptx::{_block_idx_x, _grid_dim_x};
 use half::{bf16, f16};
 
 use crate::arch::Split;
-use crate::arch::sm90::backward_producer;
+use crate::arch::sm90::backward_dq;
 use crate::arch::sm90::consumer::Consumer;
 use crate::arch::sm90::cta::{self, Role};
 use crate::arch::sm90::forward::ForwardPipe;
@@ -16,7 +16,6 @@ use crate::arch::sm90::total_offsets::produce_offsets;
 use crate::arch::sm90::total_producer;
 use crate::attention::dropout::{Dropping, NoDropout};
 use crate::attention::mask::{Causal, Full, Mask};
-use crate::attention::query_blocks::DqPart;
 use crate::attention::scheduler::CtaTiles;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::forward::consume;
@@ -132,7 +131,7 @@ macro_rules! forward_dropout_entries {
 }
 crate::forward_dropout_variants!(forward_dropout_entries);
 
-/// A backward CTA: one producer warpgroup, two consumers.
+/// A backward CTA: a warpgroup that loads and multiplies dQ, two consumers.
 #[inline(always)]
 fn backward<
     E: Packed,
@@ -142,7 +141,6 @@ fn backward<
     const D8: usize,
     const C8: usize,
     const M8: usize,
-    const Q8: usize,
 >(
     p: &BackwardParams<TensorMap, S>,
     parameters: u64,
@@ -150,32 +148,30 @@ fn backward<
     split: Split,
     dropping: R,
 ) {
-    cta::init_backward_barriers(smem);
+    cta::init_backward_barriers(smem, split);
     // SAFETY: reads special registers.
     let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
     let tiles = CtaTiles::new(&p.order, cta, ctas);
     let role = cta::role();
     match role {
         Role::Producer => {
-            cta::set_backward_registers(role, smem.head_dim);
-            backward_producer::produce::<M, S>(p, parameters, smem, tiles);
+            cta::set_backward_registers(role);
+            backward_dq::produce::<E, M, S>(p, parameters, smem, tiles);
         }
         Role::Consumer(index) => {
-            cta::set_backward_registers(role, smem.head_dim);
+            cta::set_backward_registers(role);
             let mut consumer = Consumer::<E, _>::backward(smem, split, index, parameters);
-            consume_backward::<_, M, S, R, D8, C8, M8, Q8>(&mut consumer, p, smem.block_n, tiles, dropping);
+            consume_backward::<_, M, S, R, D8, C8, M8>(&mut consumer, p, smem.block_n, tiles, dropping);
         }
     }
 }
 
 /// The kernel that finishes is the same for every mask and operator; one row of them makes it.
 macro_rules! finish_entry {
-    (Forward, None, $finish:ident, $dtype:ident, $head_dim:literal, $block_m:literal) => {
+    (Forward, None, $finish:ident, $dtype:ident, $head_dim:literal) => {
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $finish(p: FinishParams) {
-            rows::finish::<element!($dtype), { DqPart::columns($block_m, $head_dim) as usize / 8 }>(
-                &p, $head_dim, $block_m,
-            );
+            rows::finish::<element!($dtype), { $head_dim / 16 }>(&p);
         }
     };
     ($($other:tt)*) => {};
@@ -198,10 +194,9 @@ macro_rules! backward_entries {
             backward::<
                 element!($dtype), mask!($mask), backward_second!($op), NoDropout, { $head_dim / 8 },
                 { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 },
-                { DqPart::columns($block_m, $head_dim) as usize / 8 },
             >(&p, crate::parameter_address!($symbol), &SMEM, Split::$split, NoDropout);
         }
-        finish_entry!($op, $mask, $finish, $dtype, $head_dim, $block_m);
+        finish_entry!($op, $mask, $finish, $dtype, $head_dim);
     )*};
 }
 crate::backward_variants!(backward_entries);
@@ -216,7 +211,6 @@ macro_rules! backward_dropout_entries {
             backward::<
                 element!($dtype), mask!($mask), (), _, { $head_dim / 8 },
                 { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 },
-                { DqPart::columns($block_m, $head_dim) as usize / 8 },
             >(&p.params, crate::parameter_address!($symbol), &SMEM, Split::$split, p.dropout);
         }
     )*};

@@ -221,8 +221,8 @@ pub struct BackwardParams<T, S = ()> {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Workspace {
-    /// f32 (batch, heads_q, rows): the LSE in base 2; +∞ for rows without a key and for rows of padding.
-    pub lse: u64,
+    /// f32 (batch, heads_q, rows): what exponents add, the negative LSE in base 2; −∞ for rows without a key and for rows of padding.
+    pub offsets: u64,
     /// f32 (batch, heads_q, rows): rowsum(dO∘O) less the gradient of the LSE.
     pub delta: u64,
     /// f32 (pairs, batch, heads_q, rows, compiled head_dim), unscaled; within a query block in an order of the machine's

@@ -23,7 +23,7 @@ pub use total_attention::TotalWarpgroup;
 use crate::attention::dropout::{Dropout, Place};
 use crate::attention::query_blocks::QueryBlock;
 use crate::attention::scheduler::WorkTile;
-use crate::params::{Output, Shape, Strided, Workspace};
+use crate::params::{Output, Shape, Strided};
 use crate::pipeline::order::KvBlock;
 
 /// A fragment that a product still in flight is writing.
@@ -86,6 +86,8 @@ pub trait Warpgroup: Sized {
     /// 1 / x.
     fn recip(x: f32) -> f32;
 
+    /// Has x computed here, beside the products in flight, and not where it is first needed.
+    fn compute<const N8: usize>(&self, x: &mut Self::Acc<N8>);
     /// Waits until at most `LATER` products issued after this one's are still in flight.
     fn wait<const LATER: usize, const N8: usize>(&mut self, x: Pending<Self::Acc<N8>>) -> Self::Acc<N8>;
 }
@@ -136,6 +138,13 @@ pub enum Split {
 }
 
 impl Split {
+    /// How many warpgroups have scores that the other has not.
+    pub const fn writers(self) -> u32 {
+        match self {
+            Split::Keys => 2,
+            Split::Columns => 1,
+        }
+    }
     /// Columns of a warpgroup's part of dK and dV.
     pub const fn columns(self, head_dim: u32) -> u32 {
         match self {
@@ -145,14 +154,12 @@ impl Split {
     }
 }
 
-/// A consumer warpgroup of the backward kernel: 64 keys, its end of the rings of Q and dO, and its part of dQ.
+/// A consumer warpgroup of the backward kernel: 64 keys, and its end of the rings of Q, dO and dS.
 ///
 /// Scores are transposed here, keys × queries, so that Pᵀ and dSᵀ are left operands as they come.
 pub trait BackwardWarpgroup: Warpgroup {
-    /// A filled slot of a ring.
+    /// A slot of the rings of Q and dO.
     type Slot: Copy;
-    /// This warpgroup's part of dQ of one query block.
-    type DQ<const Q8: usize>;
 
     /// This warpgroup's first key within the block of keys.
     fn first_key(&self) -> u32;
@@ -160,46 +167,44 @@ pub trait BackwardWarpgroup: Warpgroup {
     fn wait_kv(&mut self);
     /// Gives K and V back; every product that reads them must have been waited for.
     fn release_kv(&mut self);
-    /// Waits for the next query block's Q and LSE.
+    /// Waits for the next query block's Q and what its exponents add.
     fn wait_q(&mut self) -> Self::Slot;
-    fn release_q(&mut self, q: Self::Slot);
-    /// Waits for the next query block's dO and delta.
-    fn wait_do(&mut self) -> Self::Slot;
-    fn release_do(&mut self, d_o: Self::Slot);
+    /// Waits for the query block's dO and delta.
+    fn wait_do(&mut self, slot: Self::Slot);
+    /// Waits until it is this warpgroup's turn to issue products, so that the other's exponentials run beside them.
+    fn take_turn(&mut self);
+    /// Lets the other warpgroup issue.
+    fn pass_turn(&mut self);
+    /// Waits for room for dS.
+    fn wait_ds(&mut self);
+    /// Gives a query block back; every product that reads it must have been waited for.
+    fn release(&mut self, slot: Self::Slot);
 
-    /// `f(x, l)` for every element x and the LSE l of its column's query, in base 2.
-    fn map_lse<const M8: usize>(&self, x: &mut Self::Acc<M8>, q: Self::Slot, f: impl Fn(f32, f32) -> f32);
+    /// `f(x, o)` for every element x and what exponents of its column's query add.
+    fn map_offsets<const M8: usize>(&self, x: &mut Self::Acc<M8>, slot: Self::Slot, f: impl Fn(f32, f32) -> f32);
     /// `f(x, d)` for every element x and delta d of its column's query.
-    fn map_delta<const M8: usize>(&self, x: &mut Self::Acc<M8>, d_o: Self::Slot, f: impl Fn(f32, f32) -> f32);
+    fn map_delta<const M8: usize>(&self, x: &mut Self::Acc<M8>, slot: Self::Slot, f: impl Fn(f32, f32) -> f32);
 
     /// Sᵀ = K·Qᵀ, in flight.
-    fn kq<const D8: usize, const M8: usize>(&mut self, q: Self::Slot) -> Pending<Self::Acc<M8>>;
+    fn kq<const D8: usize, const M8: usize>(&mut self, slot: Self::Slot) -> Pending<Self::Acc<M8>>;
     /// dPᵀ = V·dOᵀ, in flight.
-    fn v_do<const D8: usize, const M8: usize>(&mut self, d_o: Self::Slot) -> Pending<Self::Acc<M8>>;
+    fn v_do<const D8: usize, const M8: usize>(&mut self, slot: Self::Slot) -> Pending<Self::Acc<M8>>;
     /// dV + Pᵀ·dO, in flight: this warpgroup's columns.
     fn p_do<const M8: usize, const C8: usize>(
         &mut self,
         dv: Self::Acc<C8>,
         p: Self::Operand<M8>,
-        d_o: Self::Slot,
+        slot: Self::Slot,
     ) -> Pending<Self::Acc<C8>>;
     /// dK + dSᵀ·Q, in flight: this warpgroup's columns.
     fn ds_q<const M8: usize, const C8: usize>(
         &mut self,
         dk: Self::Acc<C8>,
         ds: Self::Operand<M8>,
-        q: Self::Slot,
+        slot: Self::Slot,
     ) -> Pending<Self::Acc<C8>>;
-    /// Shows dSᵀ to the other warpgroup, and waits for its own.
-    fn share<const M8: usize>(&mut self, ds: &Self::Operand<M8>);
-    /// dQ = dS·K of the dS last shared, in flight: this warpgroup's part.
-    fn ds_k<const M8: usize, const Q8: usize>(&mut self) -> Pending<Self::DQ<Q8>>;
-    /// As [`Warpgroup::wait`].
-    fn wait_dq<const LATER: usize, const Q8: usize>(&mut self, x: Pending<Self::DQ<Q8>>) -> Self::DQ<Q8>;
-    /// In an exact pass, waits until the blocks of keys before `turn` have added to this part of dQ.
-    fn await_turn(&mut self, to: &Workspace, shape: &Shape, at: &QueryBlock, turn: u32);
-    /// Adds this warpgroup's part to the workspace.
-    fn add_dq<const Q8: usize>(&mut self, dq: &Self::DQ<Q8>, to: &Workspace, shape: &Shape, at: &QueryBlock);
+    /// Adds dS·K to dQ of the query block, now or, by another warpgroup, later.
+    fn add_dq<const M8: usize>(&mut self, ds: &Self::Operand<M8>, at: &QueryBlock);
 
     /// Stores this warpgroup's part of dK or dV, in the input's dtype, as far as it is rows and columns of `shape`.
     fn store_kv<const C8: usize>(&mut self, x: &Self::Acc<C8>, to: &Strided, at: &KvBlock, shape: &Shape);

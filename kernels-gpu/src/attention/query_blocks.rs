@@ -12,7 +12,6 @@ use super::pairs::{OnePair, Pairs};
 use super::scheduler::WorkTile;
 use crate::params::Shape;
 use crate::pipeline::order::KvBlock;
-use crate::variants::WARPGROUP_ROWS;
 
 /// The query blocks that a block of keys meets through one pair: of `start..end`, those in `full_start..full_end` are
 /// full, the others masked.
@@ -68,28 +67,6 @@ impl MBlocks {
 /// turns cost less to wait for and to count.
 pub const fn turn_blocks(head_dim: u32) -> u32 {
     if head_dim <= 128 { 4 } else { 1 }
-}
-
-/// Which part of a query block's dQ one of two warpgroups computes: 64 rows, of all columns where the block has 128 rows,
-/// of half of them where it has 64.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DqPart {
-    pub row: u32,
-    pub column: u32,
-}
-
-impl DqPart {
-    #[inline(always)]
-    pub const fn new(block_m: u32, head_dim: u32, index: u32) -> Self {
-        match block_m / WARPGROUP_ROWS {
-            1 => DqPart { row: 0, column: index * Self::columns(block_m, head_dim) },
-            _ => DqPart { row: index * WARPGROUP_ROWS, column: 0 },
-        }
-    }
-    /// Columns of a part.
-    pub const fn columns(block_m: u32, head_dim: u32) -> u32 {
-        block_m * head_dim / (2 * WARPGROUP_ROWS)
-    }
 }
 
 /// One query block of one head.
@@ -243,20 +220,6 @@ mod tests {
                     agrees::<Causal, _>(shape, ByDistance::new(threshold, &shape), 8, 6);
                 }
             }
-        }
-    }
-
-    #[test]
-    fn parts_of_dq_cover_it_once() {
-        for (block_m, head_dim) in [(128, 64), (64, 128), (64, 256)] {
-            let columns = DqPart::columns(block_m, head_dim);
-            let mut seen = std::vec![0; (block_m * head_dim) as usize];
-            for DqPart { row, column } in [0, 1].map(|index| DqPart::new(block_m, head_dim, index)) {
-                for (i, d) in (0..WARPGROUP_ROWS).flat_map(|i| (0..columns).map(move |d| (row + i, column + d))) {
-                    seen[(i * head_dim + d) as usize] += 1;
-                }
-            }
-            assert!(seen.iter().all(|&times| times == 1), "{block_m} × {head_dim}");
         }
     }
 

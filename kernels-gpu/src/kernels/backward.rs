@@ -2,125 +2,144 @@
 //! algorithm 2; FlashAttention-3, arXiv 2407.08608, section 3).
 //!
 //! A CTA keeps one block of keys, with dK and dV in registers, and walks over the query blocks that see it. Scores are
-//! recomputed transposed, so that Pᵀ and dSᵀ go from registers into dV and dK; dSᵀ also goes through shared memory into
-//! dQ, which is added up in f32 in the workspace. The next block's scores are issued with the last products of this one.
+//! recomputed transposed, so that Pᵀ and dSᵀ go from registers into dV and dK. dSᵀ also goes through shared memory to a
+//! warpgroup that does nothing but multiply it by K, and adds up dQ in f32 in the workspace; so the two that have the keys
+//! never wait for each other, and one's exponentials run beside the other's products.
 
 use core::f32::consts::LOG2_E;
 
-use crate::arch::{BackwardWarpgroup, Pending};
+use crate::arch::BackwardWarpgroup;
 use crate::attention::dropout::{Dropping, Place, Rows};
 use crate::attention::mask::{Mask, mask_transposed};
 use crate::attention::pairs::Pairs;
-use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block, turn_blocks};
+use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
 use crate::attention::scheduler::WorkTile;
 use crate::params::{BackwardParams, BackwardSecond, Second};
 use crate::pipeline::order::KvBlock;
 
-/// The gradients of a block of keys, and the scores of the query block that comes next.
+/// The gradients of a block of keys, and what of the query block last met is still to go into them.
 struct Mainloop<W: BackwardWarpgroup, const C8: usize, const M8: usize> {
     dk: W::Acc<C8>,
     dv: W::Acc<C8>,
-    s: W::Acc<M8>,
-    q: W::Slot,
+    p: W::Operand<M8>,
+    ds: W::Operand<M8>,
+    slot: W::Slot,
 }
 
 /// What a step needs to know of where it is.
 struct Step<'a, T, S: Second<T>, M, R> {
     p: &'a BackwardParams<T, S>,
-    keys: KvBlock,
     first_key: u32,
     block_m: u32,
-    block_n: u32,
     blocks: &'a QueryBlocks<M, S::Pairs>,
     dropping: R,
 }
 
+impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
+    /// A query block up to dS: its slot, Pᵀ and dSᵀ.
+    #[inline(always)]
+    fn scores<W: BackwardWarpgroup<Tensor = T>, const D8: usize, const M8: usize>(
+        &self,
+        wg: &mut W,
+        at: &QueryBlock,
+    ) -> (W::Slot, W::Operand<M8>, W::Operand<M8>) {
+        let slot = wg.wait_q();
+        let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
+        wg.pass_turn();
+        wg.wait_do(slot);
+        let dp = wg.v_do::<D8, M8>(slot); //                        dPᵀ = V·dOᵀ
+        let s = wg.wait::<1, M8>(s);
+        let p = self.weights(wg, at, slot, s); //                   Pᵀ = exp(scale·Sᵀ − LSE)
+        wg.wait_ds();
+        let dp = wg.wait::<0, M8>(dp);
+        let ds = self.score_gradients(wg, &p, dp, slot); //         dSᵀ = Pᵀ∘(dPᵀ − delta)
+        let ds = wg.pack(&ds);
+        wg.add_dq(&ds, at); //                                      dQ = dQ + dS·K
+        (slot, R::pack_unmarked::<W, M8>(wg, &p), ds)
+    }
+
+    /// Sᵀ → Pᵀ; weights that are dropped are marked.
+    #[inline(always)]
+    fn weights<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
+        &self,
+        wg: &W,
+        at: &QueryBlock,
+        slot: W::Slot,
+        mut s: W::Acc<M8>,
+    ) -> W::Acc<M8> {
+        let (p, first_row) = (self.p, at.m_block * self.block_m);
+        if !self.blocks.is_full(at) {
+            let pairs = p.second.pairs(&p.shape);
+            mask_transposed::<W, M, S::Pairs, M8>(wg, &p.shape, pairs, at.pair, &mut s, self.first_key, first_row);
+        }
+        let c = p.scale * LOG2_E;
+        wg.map_offsets(&mut s, slot, |s, offset| W::exp2(W::fma(s, c, offset)));
+        let keep = self.dropping.keep::<W, M8>(wg, |_| Place {
+            head: at.batch * p.shape.heads_q + at.head,
+            row: self.first_key,
+            column: first_row,
+            rows: Rows::Keys,
+        });
+        R::mark::<W, M8>(wg, &mut s, &keep);
+        wg.compute(&mut s);
+        s
+    }
+
+    /// dSᵀ = Pᵀ∘(dPᵀ − delta).
+    #[inline(always)]
+    fn score_gradients<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
+        &self,
+        wg: &W,
+        p: &W::Acc<M8>,
+        mut dp: W::Acc<M8>,
+        slot: W::Slot,
+    ) -> W::Acc<M8> {
+        R::drop_marked::<W, M8>(wg, &mut dp, p);
+        wg.map_delta(&mut dp, slot, |dp, delta| self.dropping.less_delta::<W>(dp, delta));
+        wg.zip_with(&mut dp, p, |dp, p| dp * R::unmarked(p));
+        dp
+    }
+}
+
 impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8> {
-    /// The scores of the first query block that meets a pair's keys.
+    /// The first query block that meets a pair's keys, up to dS.
     #[inline(always)]
-    fn new<const D8: usize>(wg: &mut W, dv: W::Acc<C8>) -> Self {
-        let q = wg.wait_q();
-        let s = wg.kq::<D8, M8>(q);
-        let s = wg.wait::<0, M8>(s);
-        Mainloop { dk: wg.zeros::<C8>(), dv, s, q }
+    fn new<const D8: usize, M: Mask, S: Second<W::Tensor>, R: Dropping>(
+        wg: &mut W,
+        step: &Step<W::Tensor, S, M, R>,
+        at: &QueryBlock,
+        dv: W::Acc<C8>,
+    ) -> Self {
+        wg.take_turn();
+        let (slot, p, ds) = step.scores::<W, D8, M8>(wg, at);
+        Mainloop { dk: wg.zeros::<C8>(), dv, p, ds, slot }
     }
 
-    /// Issues the scores of the next query block.
+    /// dV and dK of the query block last met, and the next one up to dS.
     #[inline(always)]
-    fn scores<const D8: usize>(&mut self, wg: &mut W) -> Pending<W::Acc<M8>> {
-        self.q = wg.wait_q();
-        wg.kq::<D8, M8>(self.q)
-    }
-
-    /// Whether the next scores fit beside dQ: registers of dK and dV, dQ, S and dS.
-    const fn ahead<const Q8: usize>() -> bool {
-        8 * C8 + 4 * Q8 + 6 * M8 <= 208
-    }
-
-    /// One query block. But for the last, the scores of the next are issued beside its last products.
-    #[inline(always)]
-    fn step<const LAST: bool, const D8: usize, const Q8: usize, M: Mask, S: Second<W::Tensor>, R: Dropping>(
+    fn step<const D8: usize, M: Mask, S: Second<W::Tensor>, R: Dropping>(
         &mut self,
         wg: &mut W,
         step: &Step<W::Tensor, S, M, R>,
         at: &QueryBlock,
     ) {
-        let Step { p, keys, first_key, block_m, block_n, blocks, dropping } = step;
-        let (mut s, q, c) = (self.s, self.q, p.scale * LOG2_E);
-        let d_o = wg.wait_do();
-        let dp = wg.v_do::<D8, M8>(d_o); //                             dPᵀ = V·dOᵀ
-        if !blocks.is_full(at) {
-            let (pairs, first_row) = (p.second.pairs(&p.shape), at.m_block * block_m);
-            mask_transposed::<W, M, S::Pairs, M8>(wg, &p.shape, pairs, at.pair, &mut s, *first_key, first_row);
-        }
-        wg.map_lse(&mut s, q, |s, lse| W::exp2(W::fma(s, c, -lse))); // Sᵀ → Pᵀ
-        let keep = dropping.keep::<W, M8>(wg, |_| Place {
-            head: at.batch * p.shape.heads_q + at.head,
-            row: *first_key,
-            column: at.m_block * block_m,
-            rows: Rows::Keys,
-        });
-        R::mark::<W, M8>(wg, &mut s, &keep);
-        let mut dp = wg.wait::<0, M8>(dp);
-        R::drop_marked::<W, M8>(wg, &mut dp, &s);
-        wg.map_delta(&mut dp, d_o, |dp, delta| dropping.less_delta::<W>(dp, delta));
-        wg.zip_with(&mut dp, &s, |dp, p| dp * R::unmarked(p)); //       dSᵀ = Pᵀ∘(dPᵀ − delta)
-        let (p_t, ds) = (R::pack_unmarked::<W, M8>(wg, &s), wg.pack(&dp));
-        let dv = wg.p_do::<M8, C8>(self.dv, p_t, d_o); //               dV = dV + Pᵀ·dO
-        wg.share(&ds);
-        let ahead = const { Self::ahead::<Q8>() };
-        let dq;
-        if ahead {
-            dq = wg.ds_k::<M8, Q8>(); //                                dQ = dS·K
-            self.dv = wg.wait::<1, C8>(dv);
-        } else {
-            self.dv = wg.wait::<0, C8>(dv);
-            dq = wg.ds_k::<M8, Q8>();
-        }
-        wg.release_do(d_o);
-        let dk = wg.ds_q::<M8, C8>(self.dk, ds, q); //                  dK = dK + dSᵀ·Q
-        let mut next = None;
-        if ahead && !LAST {
-            next = Some(self.scores::<D8>(wg)); //                      Sᵀ = K·Qᵀ, of the next query block
-        }
-        let turn_blocks = const { turn_blocks(8 * D8 as u32) };
-        let turn = blocks.turn(&p.shape, at, keys.n_block, turn_blocks, (*block_m, *block_n));
-        wg.await_turn(&p.workspace, &p.shape, at, turn);
-        let dq = if ahead && !LAST { wg.wait_dq::<2, Q8>(dq) } else { wg.wait_dq::<1, Q8>(dq) };
-        wg.add_dq(&dq, &p.workspace, &p.shape, at);
-        if !ahead && !LAST {
-            next = Some(self.scores::<D8>(wg));
-        }
-        self.dk = if LAST { wg.wait::<0, C8>(dk) } else { wg.wait::<1, C8>(dk) };
-        wg.release_q(q);
-        if let Some(next) = next {
-            self.s = wg.wait::<0, M8>(next);
-        }
+        wg.take_turn();
+        self.finish(wg);
+        (self.slot, self.p, self.ds) = step.scores::<W, D8, M8>(wg, at);
+    }
+
+    /// dV and dK of the query block last met.
+    #[inline(always)]
+    fn finish(&mut self, wg: &mut W) {
+        let dv = wg.p_do::<M8, C8>(self.dv, self.p, self.slot); //  dV = dV + Pᵀ·dO
+        let dk = wg.ds_q::<M8, C8>(self.dk, self.ds, self.slot); // dK = dK + dSᵀ·Q
+        (self.dv, self.dk) = (wg.wait::<1, C8>(dv), wg.wait::<0, C8>(dk));
+        wg.release(self.slot);
     }
 }
 
-/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys. dQ has 8·Q8 columns a warpgroup, dK and
-/// dV 8·C8.
+/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys. dK and dV have 8·C8
+/// columns a warpgroup.
 #[inline(always)]
 pub fn consume<
     W: BackwardWarpgroup,
@@ -130,7 +149,6 @@ pub fn consume<
     const D8: usize,
     const C8: usize,
     const M8: usize,
-    const Q8: usize,
 >(
     wg: &mut W,
     p: &BackwardParams<W::Tensor, S>,
@@ -156,20 +174,20 @@ pub fn consume<
             wg.store_kv(&wg.zeros::<C8>(), &dk_of(pair), &keys, &p.shape);
         } else {
             let first_key = keys.n_block * block_n + wg.first_key();
-            let step = Step { p, keys, first_key, block_m, block_n, blocks: &blocks, dropping };
+            let step = Step { p, first_key, block_m, blocks: &blocks, dropping };
             wg.wait_kv();
-            let mut mainloop = Mainloop::<W, C8, M8>::new::<D8>(wg, dv);
             let mut at = blocks.first();
+            let mut mainloop = Mainloop::<W, C8, M8>::new::<D8, M, S, R>(wg, &step, &at, dv);
             for _ in 1..blocks.count() {
-                mainloop.step::<false, D8, Q8, M, S, R>(wg, &step, &at);
                 at = blocks.after(&at);
+                mainloop.step::<D8, M, S, R>(wg, &step, &at);
             }
-            mainloop.step::<true, D8, Q8, M, S, R>(wg, &step, &at);
+            mainloop.finish(wg);
+            let mut dk;
+            (dk, dv) = (mainloop.dk, mainloop.dv);
             wg.release_kv();
-            let scale = wg.rows(p.scale);
-            wg.map_rows(&mut mainloop.dk, scale, |dk, scale| dk * scale);
-            wg.store_kv(&mainloop.dk, &dk_of(pair), &keys, &p.shape);
-            dv = mainloop.dv;
+            wg.map_rows(&mut dk, wg.rows(p.scale), |dk, scale| dk * scale);
+            wg.store_kv(&dk, &dk_of(pair), &keys, &p.shape);
         }
         if pair > 0 {
             pair -= 1;

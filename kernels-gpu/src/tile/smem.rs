@@ -93,7 +93,7 @@ impl ForwardSmem {
     }
 }
 
-/// Offsets of a backward CTA's shared memory: K, V, the rings of Q and dO, two tiles of dSᵀ, the statistics of the query
+/// Offsets of a backward CTA's shared memory: K, V, the rings of Q, dO and dSᵀ, the statistics of the query
 /// rows in the rings, the barriers.
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardSmem {
@@ -103,8 +103,12 @@ pub struct BackwardSmem {
 }
 
 impl BackwardSmem {
-    /// Slots of each ring.
-    pub const STAGES: u32 = 2;
+    /// Slots of the ring of dSᵀ.
+    pub const DS_STAGES: u32 = 2;
+    /// Slots of the rings of Q and dO.
+    pub const fn stages(&self) -> u32 {
+        if self.head_dim <= 128 { 3 } else { 2 }
+    }
 
     /// Bytes of the tile of K, and of V.
     pub const fn kv_bytes(&self) -> u32 {
@@ -131,20 +135,19 @@ impl BackwardSmem {
         2 * self.kv_bytes() + slot * self.q_bytes()
     }
     pub const fn d_o(&self, slot: u32) -> u32 {
-        self.q(Self::STAGES) + slot * self.q_bytes()
+        self.q(self.stages()) + slot * self.q_bytes()
     }
-    /// dSᵀ, of even and odd steps.
-    pub const fn ds(&self, parity: u32) -> u32 {
-        self.d_o(Self::STAGES) + parity * self.ds_bytes()
+    pub const fn ds(&self, slot: u32) -> u32 {
+        self.d_o(self.stages()) + slot * self.ds_bytes()
     }
-    pub const fn lse(&self, slot: u32) -> u32 {
-        self.ds(2) + slot * self.row_bytes()
+    pub const fn offsets(&self, slot: u32) -> u32 {
+        self.ds(Self::DS_STAGES) + slot * self.row_bytes()
     }
     pub const fn delta(&self, slot: u32) -> u32 {
-        self.lse(Self::STAGES) + slot * self.row_bytes()
+        self.offsets(self.stages()) + slot * self.row_bytes()
     }
     const fn barrier(&self, index: u32) -> u32 {
-        self.delta(Self::STAGES) + index * BARRIER_BYTES
+        self.delta(self.stages()) + index * BARRIER_BYTES
     }
     /// The barriers that say that K and V are there, and that they are no longer needed.
     pub const fn kv_full(&self) -> u32 {
@@ -157,17 +160,23 @@ impl BackwardSmem {
         self.barrier(2 + slot)
     }
     pub const fn q_empty(&self, slot: u32) -> u32 {
-        self.q_full(Self::STAGES + slot)
+        self.q_full(self.stages() + slot)
     }
     pub const fn do_full(&self, slot: u32) -> u32 {
-        self.q_full(2 * Self::STAGES + slot)
+        self.q_full(2 * self.stages() + slot)
     }
     pub const fn do_empty(&self, slot: u32) -> u32 {
-        self.q_full(3 * Self::STAGES + slot)
+        self.q_full(3 * self.stages() + slot)
+    }
+    pub const fn ds_full(&self, slot: u32) -> u32 {
+        self.q_full(4 * self.stages() + slot)
+    }
+    pub const fn ds_empty(&self, slot: u32) -> u32 {
+        self.q_full(4 * self.stages() + Self::DS_STAGES + slot)
     }
     /// All of it.
     pub const fn bytes(&self) -> u32 {
-        self.q_full(4 * Self::STAGES)
+        self.q_full(4 * self.stages() + 2 * Self::DS_STAGES)
     }
 }
 

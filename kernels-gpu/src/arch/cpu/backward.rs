@@ -1,6 +1,6 @@
 //! [`BackwardWarpgroup`] on the CPU, and the kernels before and after it.
 //!
-//! Warpgroups run one after the other here, so none can see another's dS: each adds what its own keys contribute to dQ.
+//! Warpgroups run one after the other here, so none can take another's dS: each adds what its own keys contribute to dQ.
 
 use std::collections::VecDeque;
 use std::vec::Vec;
@@ -16,13 +16,12 @@ use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlock, QueryBlocks};
 use crate::attention::row_statistics::{delta, exponent_offset};
 use crate::element::Element;
-use crate::params::{BackwardParams, FinishParams, PrepareParams, Second, Shape, Strided, Workspace};
+use crate::params::{BackwardParams, FinishParams, PrepareParams, Second, Shape, Strided};
 use crate::pipeline::order::KvBlock;
 use crate::tile::smem::BackwardSmem;
 
 /// A query block in a ring: rows of Q or dO with their statistics.
 struct QueryTile {
-    slot: u32,
     /// Rows × this warpgroup's columns.
     rows: Vec<f32>,
     /// All columns × rows.
@@ -34,40 +33,51 @@ struct QueryTile {
 struct QueryRing<M, P> {
     blocks: QueryBlocks<M, P>,
     upcoming: QueryBlock,
+    /// The blocks that are held, the last of them number `count` − 1.
     held: VecDeque<QueryTile>,
-    next_slot: u32,
+    stages: u32,
+    count: u32,
 }
 
 impl<M: Mask, P: Pairs> QueryRing<M, P> {
-    fn new(blocks: QueryBlocks<M, P>) -> Self {
-        QueryRing { blocks, upcoming: blocks.first(), held: VecDeque::new(), next_slot: 0 }
+    fn new(blocks: QueryBlocks<M, P>, stages: u32) -> Self {
+        QueryRing { blocks, upcoming: blocks.first(), held: VecDeque::new(), stages, count: 0 }
     }
-    /// The next query block, and the slot that it is to fill.
-    fn next(&mut self) -> (QueryBlock, u32) {
-        let slot = self.next_slot;
-        if self.held.len() == BackwardSmem::STAGES as usize {
+    /// The next query block.
+    fn next(&mut self) -> QueryBlock {
+        let slot = self.count;
+        if self.held.len() == self.stages as usize {
             Fault::WaitWithoutRelease { slot }.raise();
         }
         if slot == self.blocks.count() {
             Fault::WaitWithoutLoad { slot }.raise();
         }
-        self.next_slot += 1;
         let block = self.upcoming;
         self.upcoming = self.blocks.after(&block);
-        (block, slot)
+        block
+    }
+    /// Holds it, and tells its number.
+    fn hold(&mut self, tile: QueryTile) -> u32 {
+        self.held.push_back(tile);
+        self.count += 1;
+        self.count - 1
+    }
+    fn first_held(&self) -> u32 {
+        self.count - self.held.len() as u32
     }
     fn release(&mut self, slot: u32) {
-        match self.held.pop_front() {
-            Some(tile) if tile.slot == slot => {}
-            _ => Fault::ReleaseWithoutWait { slot }.raise(),
+        if self.held.is_empty() || slot != self.first_held() {
+            Fault::ReleaseWithoutWait { slot }.raise();
         }
+        self.held.pop_front();
     }
     fn get(&self, slot: u32) -> &QueryTile {
-        let found = self.held.iter().find(|tile| tile.slot == slot);
+        let index = slot.checked_sub(self.first_held());
+        let found = index.and_then(|index| self.held.get(index as usize));
         found.unwrap_or_else(|| Fault::WrongTile { slot, holds: None }.raise())
     }
     fn finish(&mut self) {
-        if self.next_slot < self.blocks.count() || !self.held.is_empty() {
+        if self.count < self.blocks.count() || !self.held.is_empty() {
             Fault::Unfinished.raise();
         }
     }
@@ -87,12 +97,10 @@ pub struct BackwardPipe<'a, M, S: Second<Strided>> {
     /// Empty until K and V are there.
     q: Option<QueryRing<M, S::Pairs>>,
     d_o: Option<QueryRing<M, S::Pairs>>,
-    /// The dSᵀ last shared, keys × queries.
-    ds: Vec<f32>,
 }
 
 impl<M: Mask, S: Second<Strided>> BackwardPipe<'_, M, S> {
-    /// This warpgroup's columns of dK, dV and its part of dQ.
+    /// This warpgroup's columns of dK, dV and what it adds to dQ.
     fn columns(&self) -> core::ops::Range<usize> {
         let head_dim = self.smem.head_dim as usize;
         match self.split {
@@ -145,8 +153,8 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
         keys: &KvBlock,
     ) -> Self {
         let keys = KvBlock { pair: S::Pairs::COUNT, ..*keys };
-        let (k, v, ds) = (Vec::new(), Vec::new(), Vec::new());
-        Self::with_pipe(ROWS, BackwardPipe { p, smem, split, index, keys, k, v, q: None, d_o: None, ds })
+        let (k, v) = (Vec::new(), Vec::new());
+        Self::with_pipe(ROWS, BackwardPipe { p, smem, split, index, keys, k, v, q: None, d_o: None })
     }
 
     /// This warpgroup's rows of a tensor of keys.
@@ -173,7 +181,7 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
     }
 
     /// Rows of `tensor` that `block` names, and their statistics from the array at `statistics`.
-    fn load(&self, tensor: &Strided, statistics: u64, block: &QueryBlock, slot: u32) -> QueryTile {
+    fn load(&self, tensor: &Strided, statistics: u64, block: &QueryBlock) -> QueryTile {
         let BackwardPipe { p, smem, .. } = &self.pipe;
         let (block_m, head_dim, own) = (smem.block_m as usize, smem.head_dim as usize, self.pipe.columns());
         let first = block.m_block * smem.block_m;
@@ -194,7 +202,7 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
             for_rows(tensor, (block.batch, block.head), &p.shape, range, p.shape.seqlen_q, copy);
             (0..block_m).map(|i| memory::read_f32(statistics, index as usize + i)).collect()
         };
-        QueryTile { slot, rows, transposed, statistics }
+        QueryTile { rows, transposed, statistics }
     }
 }
 
@@ -209,8 +217,6 @@ fn map_columns<const M8: usize>(x: &mut Tile<M8>, statistics: &[f32], f: impl Fn
 
 impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup<E, BackwardPipe<'_, M, S>> {
     type Slot = u32;
-    /// Query rows × this warpgroup's columns.
-    type DQ<const Q8: usize> = Vec<f32>;
 
     fn first_key(&self) -> u32 {
         match self.pipe.split {
@@ -226,10 +232,10 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
             _ => &p.k,
         };
         (self.pipe.k, self.pipe.v) = (self.load_keys(k), self.load_keys(&p.v));
-        if self.pipe.q.replace(QueryRing::new(blocks)).is_some() {
+        if self.pipe.q.replace(QueryRing::new(blocks, self.pipe.smem.stages())).is_some() {
             Fault::WaitWithoutRelease { slot: 0 }.raise();
         }
-        self.pipe.d_o = Some(QueryRing::new(blocks));
+        self.pipe.d_o = Some(QueryRing::new(blocks, self.pipe.smem.stages()));
     }
     fn release_kv(&mut self) {
         for ring in [&mut self.pipe.q, &mut self.pipe.d_o] {
@@ -241,80 +247,81 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
         }
     }
     fn wait_q(&mut self) -> u32 {
-        let (block, slot) = self.pipe.q().next();
+        let block = self.pipe.q().next();
         let p = self.pipe.p;
         let q = match p.second.tensors() {
             Some((q, _)) if block.pair == 1 => q,
             _ => &p.q,
         };
-        let tile = self.load(q, p.workspace.lse, &block, slot);
-        self.pipe.q().held.push_back(tile);
-        slot
+        let tile = self.load(q, p.workspace.offsets, &block);
+        self.pipe.q().hold(tile)
     }
-    fn release_q(&mut self, q: u32) {
-        self.pipe.q().release(q);
+    fn wait_do(&mut self, slot: u32) {
+        let block = self.pipe.d_o().next();
+        let tile = self.load(&self.pipe.p.d_o, self.pipe.p.workspace.delta, &block);
+        if self.pipe.d_o().hold(tile) != slot {
+            Fault::WrongTile { slot, holds: None }.raise();
+        }
     }
-    fn wait_do(&mut self) -> u32 {
-        let (block, slot) = self.pipe.d_o().next();
-        let tile = self.load(&self.pipe.p.d_o, self.pipe.p.workspace.delta, &block, slot);
-        self.pipe.d_o().held.push_back(tile);
-        slot
-    }
-    fn release_do(&mut self, d_o: u32) {
-        self.pipe.d_o().release(d_o);
+    fn release(&mut self, slot: u32) {
+        self.pipe.q().release(slot);
+        self.pipe.d_o().release(slot);
     }
 
-    fn map_lse<const M8: usize>(&self, x: &mut Tile<M8>, q: u32, f: impl Fn(f32, f32) -> f32) {
-        map_columns(x, &self.pipe.held_q(q).statistics, f);
+    fn map_offsets<const M8: usize>(&self, x: &mut Tile<M8>, slot: u32, f: impl Fn(f32, f32) -> f32) {
+        map_columns(x, &self.pipe.held_q(slot).statistics, f);
     }
-    fn map_delta<const M8: usize>(&self, x: &mut Tile<M8>, d_o: u32, f: impl Fn(f32, f32) -> f32) {
-        map_columns(x, &self.pipe.held_do(d_o).statistics, f);
+    fn map_delta<const M8: usize>(&self, x: &mut Tile<M8>, slot: u32, f: impl Fn(f32, f32) -> f32) {
+        map_columns(x, &self.pipe.held_do(slot).statistics, f);
     }
 
-    fn kq<const D8: usize, const M8: usize>(&mut self, q: u32) -> Pending<Tile<M8>> {
+    fn kq<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Tile<M8>> {
         let mut s = Tile::ZEROS;
-        multiply_add(ROWS, &self.pipe.k, 8 * D8, &self.pipe.held_q(q).transposed, &mut s);
+        multiply_add(ROWS, &self.pipe.k, 8 * D8, &self.pipe.held_q(slot).transposed, &mut s);
         Pending(s)
     }
-    fn v_do<const D8: usize, const M8: usize>(&mut self, d_o: u32) -> Pending<Tile<M8>> {
+    fn v_do<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Tile<M8>> {
         let mut dp = Tile::ZEROS;
-        multiply_add(ROWS, &self.pipe.v, 8 * D8, &self.pipe.held_do(d_o).transposed, &mut dp);
+        multiply_add(ROWS, &self.pipe.v, 8 * D8, &self.pipe.held_do(slot).transposed, &mut dp);
         Pending(dp)
     }
-    fn p_do<const M8: usize, const C8: usize>(&mut self, mut dv: Tile<C8>, p: Tile<M8>, d_o: u32) -> Pending<Tile<C8>> {
-        multiply_add(ROWS, p.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.held_do(d_o).rows, &mut dv);
+    fn p_do<const M8: usize, const C8: usize>(
+        &mut self,
+        mut dv: Tile<C8>,
+        p: Tile<M8>,
+        slot: u32,
+    ) -> Pending<Tile<C8>> {
+        multiply_add(ROWS, p.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.held_do(slot).rows, &mut dv);
         Pending(dv)
     }
-    fn ds_q<const M8: usize, const C8: usize>(&mut self, mut dk: Tile<C8>, ds: Tile<M8>, q: u32) -> Pending<Tile<C8>> {
-        multiply_add(ROWS, ds.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.held_q(q).rows, &mut dk);
+    fn ds_q<const M8: usize, const C8: usize>(
+        &mut self,
+        mut dk: Tile<C8>,
+        ds: Tile<M8>,
+        slot: u32,
+    ) -> Pending<Tile<C8>> {
+        multiply_add(ROWS, ds.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.held_q(slot).rows, &mut dk);
         Pending(dk)
     }
-    fn share<const M8: usize>(&mut self, ds: &Tile<M8>) {
-        self.pipe.ds = ds.0.as_flattened().as_flattened().to_vec();
-    }
-    fn ds_k<const M8: usize, const Q8: usize>(&mut self) -> Pending<Vec<f32>> {
-        let (own, head_dim) = (self.pipe.columns(), self.pipe.smem.head_dim as usize);
+    fn take_turn(&mut self) {}
+    fn pass_turn(&mut self) {}
+    fn wait_ds(&mut self) {}
+    fn add_dq<const M8: usize>(&mut self, ds: &Tile<M8>, at: &QueryBlock) {
+        let BackwardPipe { p, smem, k, .. } = &self.pipe;
+        let (own, head_dim) = (self.pipe.columns(), smem.head_dim as usize);
         let mut dq = std::vec![0.0; 8 * M8 * own.len()];
-        for (ds, k) in self.pipe.ds.chunks_exact(8 * M8).zip(self.pipe.k.chunks_exact(head_dim)) {
-            for (ds, dq) in ds.iter().zip(dq.chunks_exact_mut(own.len())) {
+        for (row, k) in k.chunks_exact(head_dim).enumerate() {
+            for (ds, dq) in ds.row(row).iter().zip(dq.chunks_exact_mut(own.len())) {
                 for (dq, k) in dq.iter_mut().zip(&k[own.clone()]) {
                     *dq += ds * k;
                 }
             }
         }
-        Pending(dq)
-    }
-    fn wait_dq<const LATER: usize, const Q8: usize>(&mut self, x: Pending<Vec<f32>>) -> Vec<f32> {
-        x.0
-    }
-    fn await_turn(&mut self, _: &Workspace, _: &Shape, _: &QueryBlock, _: u32) {}
-    fn add_dq<const Q8: usize>(&mut self, dq: &Vec<f32>, to: &Workspace, shape: &Shape, at: &QueryBlock) {
-        let (own, head_dim) = (self.pipe.columns(), self.pipe.smem.head_dim as usize);
-        let first = to.row(shape, at.dq_batch(shape), at.head, at.m_block * self.pipe.smem.block_m) as usize;
+        let first = p.workspace.row(&p.shape, at.dq_batch(&p.shape), at.head, at.m_block * smem.block_m) as usize;
         for (i, dq) in dq.chunks_exact(own.len()).enumerate() {
             for (d, x) in own.clone().zip(dq) {
                 // SAFETY: `backward`'s caller promised this head's workspace.
-                unsafe { memory::add_f32(to.dq, (first + i) * head_dim + d, *x) };
+                unsafe { memory::add_f32(p.workspace.dq, (first + i) * head_dim + d, *x) };
             }
         }
     }
@@ -345,7 +352,7 @@ pub unsafe fn prepare<E: Element>(p: &PrepareParams, batch: u32, head: u32) {
     for row in 0..p.workspace.rows {
         // SAFETY: the caller's promise; rows below seqlen_q are the tensors' and the arrays'.
         unsafe {
-            let (lse, delta) = if row < shape.seqlen_q {
+            let (offset, delta) = if row < shape.seqlen_q {
                 let index = ((batch * shape.heads_q + head) * shape.seqlen_q) as usize + row as usize;
                 let o = memory::row::<E>(&p.o, batch, head, row, columns);
                 let d_o = memory::row::<E>(&p.d_o, batch, head, row, columns);
@@ -353,9 +360,9 @@ pub unsafe fn prepare<E: Element>(p: &PrepareParams, batch: u32, head: u32) {
                 let d_lse = if p.d_lse == 0 { 0.0 } else { memory::read_f32(p.d_lse, index) };
                 (exponent_offset(memory::read_f32(p.lse, index)), delta(dot, d_lse))
             } else {
-                (f32::INFINITY, 0.0)
+                (f32::NEG_INFINITY, 0.0)
             };
-            memory::write_f32(p.workspace.lse, first + row as usize, lse);
+            memory::write_f32(p.workspace.offsets, first + row as usize, offset);
             memory::write_f32(p.workspace.delta, first + row as usize, delta);
             for pair in 0..p.pairs {
                 let first =

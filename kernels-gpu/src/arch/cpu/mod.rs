@@ -25,7 +25,7 @@ use crate::attention::block_info::KvBlocks;
 use crate::attention::dropout::Dropping;
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::Pairs;
-use crate::attention::query_blocks::{DqPart, key_block};
+use crate::attention::query_blocks::key_block;
 use crate::attention::scheduler::{CtaTiles, TileOrder, WorkTile};
 use crate::element::Element;
 use crate::kernels::backward::consume as consume_backward;
@@ -144,7 +144,6 @@ pub unsafe fn backward<E: Element, S: BackwardSecond<Strided>, R: Dropping>(
                             { $head_dim / 8 },
                             { Split::$split.columns($head_dim) as usize / 8 },
                             { $block_m / 8 },
-                            { DqPart::columns($block_m, $head_dim) as usize / 8 },
                         >(variant, p, batch, head, dropping)
                     }
                 })*
@@ -168,7 +167,6 @@ unsafe fn run_backward<
     const D8: usize,
     const C8: usize,
     const M8: usize,
-    const Q8: usize,
 >(
     variant: &BackwardVariant,
     p: &BackwardParams<Strided, S>,
@@ -185,7 +183,7 @@ unsafe fn run_backward<
             CpuWarpgroup::<E, BackwardPipe<M, S>>::backward(p, variant.smem(), variant.split, consumer, &keys)
         };
         let tiles = core::iter::once(tile);
-        consume_backward::<_, M, S, R, D8, C8, M8, Q8>(&mut warpgroup, p, variant.block_n, tiles, dropping);
+        consume_backward::<_, M, S, R, D8, C8, M8>(&mut warpgroup, p, variant.block_n, tiles, dropping);
         warpgroup.finish();
     }
 }

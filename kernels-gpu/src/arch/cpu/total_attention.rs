@@ -127,7 +127,7 @@ impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
             } else {
                 f32::NEG_INFINITY
             };
-            -exponent_offset(lse)
+            exponent_offset(lse)
         };
         (first..first + smem.block_m).map(offset).collect()
     }

@@ -124,6 +124,7 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
         x.recip()
     }
 
+    fn compute<const N8: usize>(&self, _: &mut Tile<N8>) {}
     fn wait<const LATER: usize, const N8: usize>(&mut self, x: Pending<Tile<N8>>) -> Tile<N8> {
         x.0
     }

@@ -104,3 +104,10 @@ pub fn named_arrive(id: u32, threads: u32) {
     // SAFETY: as `named_sync`.
     unsafe { asm!("bar.arrive {0}, {1};", in(reg32) id, in(reg32) threads, options(nostack)) }
 }
+
+/// Orders memory accesses of a warp's lanes before it before those after it.
+#[inline(always)]
+pub fn sync_warp() {
+    // SAFETY: every caller's warps are converged here.
+    unsafe { asm!("bar.warp.sync 0xffffffff;", options(nostack)) }
+}

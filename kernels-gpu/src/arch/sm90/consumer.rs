@@ -135,6 +135,10 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
     }
 
     #[inline(always)]
+    fn compute<const N8: usize>(&self, x: &mut Fragment<N8>) {
+        wgmma::tie(x);
+    }
+    #[inline(always)]
     fn wait<const LATER: usize, const N8: usize>(&mut self, x: Pending<Fragment<N8>>) -> Fragment<N8> {
         let Pending(mut x) = x;
         wgmma::wait::<LATER>();

@@ -4,6 +4,7 @@ use core::arch::asm;
 use core::arch::nvptx::_thread_idx_x;
 
 use super::barrier::{Mbarrier, fence_mbarrier_init, named_sync};
+use crate::arch::Split;
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
 use crate::tile::smem_total::TotalSmem;
 use crate::variants::{WARP_THREADS, WARPGROUP_THREADS};
@@ -14,8 +15,6 @@ core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
 const CTA: u32 = 0;
 /// From here on, one for each consumer's turn to issue products.
 pub const TURN: u32 = 1;
-/// Both consumers of the backward kernel, which has no turns.
-pub const EXCHANGE: u32 = 1;
 /// From here on, one for each consumer's own threads.
 pub const WARPGROUP: u32 = 8;
 
@@ -75,7 +74,7 @@ pub enum Role {
 
 /// The same value, which the whole warp has: taking it from lane 0 lets ptxas know.
 #[inline(always)]
-fn uniform(x: u32) -> u32 {
+pub fn uniform(x: u32) -> u32 {
     let y: u32;
     // SAFETY: the warp is converged here.
     unsafe {
@@ -107,6 +106,15 @@ pub fn thread_of_warpgroup() -> u32 {
     thread % WARPGROUP_THREADS
 }
 
+/// Which consumer this thread belongs to; read anew at each use, as [`thread_of_warpgroup`].
+#[inline(always)]
+pub fn consumer_of_thread() -> u32 {
+    let thread: u32;
+    // SAFETY: reads a special register.
+    unsafe { asm!("mov.u32 {0}, %tid.x;", out(reg32) thread, options(nomem, nostack)) }
+    thread / WARPGROUP_THREADS - 1
+}
+
 /// Makes every barrier; all threads of the CTA call it once, first.
 #[inline(always)]
 pub fn init_barriers(smem: &ForwardSmem) {
@@ -129,7 +137,7 @@ pub fn init_barriers(smem: &ForwardSmem) {
 
 /// As [`init_barriers`], for the backward kernel's two consumers.
 #[inline(always)]
-pub fn init_backward_barriers(smem: &BackwardSmem) {
+pub fn init_backward_barriers(smem: &BackwardSmem, split: Split) {
     const CONSUMER_WARPS: u32 = 8;
     let base = smem_base();
     // SAFETY: as in `init_barriers`.
@@ -137,12 +145,16 @@ pub fn init_backward_barriers(smem: &BackwardSmem) {
         if _thread_idx_x() == 0 {
             Mbarrier(base + smem.kv_full()).init(1);
             Mbarrier(base + smem.kv_empty()).init(CONSUMER_WARPS);
-            for slot in 0..BackwardSmem::STAGES {
+            for slot in 0..smem.stages() {
                 Mbarrier(base + smem.q_full(slot)).init(1);
                 Mbarrier(base + smem.do_full(slot)).init(1);
                 // Every thread has read statistics there by itself.
                 Mbarrier(base + smem.q_empty(slot)).init(2 * WARPGROUP_THREADS);
                 Mbarrier(base + smem.do_empty(slot)).init(2 * WARPGROUP_THREADS);
+            }
+            for slot in 0..BackwardSmem::DS_STAGES {
+                Mbarrier(base + smem.ds_full(slot)).init(split.writers() * WARPGROUP_THREADS);
+                Mbarrier(base + smem.ds_empty(slot)).init(WARPGROUP_THREADS);
             }
             fence_mbarrier_init();
         }
@@ -174,16 +186,14 @@ pub fn init_total_barriers(smem: &TotalSmem) {
     named_sync(CTA, (smem.consumers + 1) * WARPGROUP_THREADS);
 }
 
-/// As [`set_registers`], for the backward kernel: with a larger head dim the consumers need what the producer can spare.
+/// As [`set_registers`], for the backward kernel, whose producer multiplies too.
 #[inline(always)]
-pub fn set_backward_registers(role: Role, head_dim: u32) {
-    // SAFETY: as in `set_registers`; 128·40 + 256·232, or 128·24 + 256·240.
+pub fn set_backward_registers(role: Role) {
+    // SAFETY: as in `set_registers`; 128·56 + 256·224.
     unsafe {
-        match (role, head_dim) {
-            (Role::Producer, 64) => asm!("setmaxnreg.dec.sync.aligned.u32 40;", options(nostack)),
-            (Role::Producer, _) => asm!("setmaxnreg.dec.sync.aligned.u32 24;", options(nostack)),
-            (Role::Consumer(_), 64) => asm!("setmaxnreg.inc.sync.aligned.u32 232;", options(nostack)),
-            (Role::Consumer(_), _) => asm!("setmaxnreg.inc.sync.aligned.u32 240;", options(nostack)),
+        match role {
+            Role::Producer => asm!("setmaxnreg.dec.sync.aligned.u32 56;", options(nostack)),
+            Role::Consumer(_) => asm!("setmaxnreg.inc.sync.aligned.u32 224;", options(nostack)),
         }
     }
 }

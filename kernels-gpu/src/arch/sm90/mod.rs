@@ -4,7 +4,8 @@
 //! allows; [`consumer`] and [`producer`] build the two roles of a CTA from them, and [`cta`] deals the roles out.
 
 pub mod backward;
-pub mod backward_producer;
+pub mod backward_dq;
+pub mod backward_loads;
 pub mod barrier;
 pub mod consumer;
 pub mod cta;

@@ -6,10 +6,9 @@ use super::fragment::Fragment;
 use super::load::{load_16_bytes, load_f32};
 use super::math::{Packed, shuffle_xor};
 use super::store::{Lines, store_16_bytes, store_f32, store_lines};
-use crate::attention::query_blocks::DqPart;
 use crate::attention::row_statistics::{delta, exponent_offset};
 use crate::params::{FinishParams, PrepareParams, quotient};
-use crate::variants::{PREPARE_ROWS, ROW_KERNEL_THREADS, WARPGROUP_THREADS};
+use crate::variants::{PREPARE_ROWS, ROW_KERNEL_THREADS, WARPGROUP_ROWS, WARPGROUP_THREADS};
 
 /// Lanes that share a row, each with eight elements at a time.
 const LANES: u32 = 8;
@@ -52,19 +51,19 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
     dot += f32::from_bits(shuffle_xor::<1>(dot.to_bits()));
     dot += f32::from_bits(shuffle_xor::<2>(dot.to_bits()));
     dot += f32::from_bits(shuffle_xor::<4>(dot.to_bits()));
-    let (mut lse, mut statistic) = (f32::INFINITY, 0.0);
+    let (mut offset, mut statistic) = (f32::NEG_INFINITY, 0.0);
     if live {
         let at = 4 * ((batch * p.shape.heads_q + head) as u64 * p.shape.seqlen_q as u64 + row as u64);
         // SAFETY: elements of arrays that the host has checked.
         unsafe {
-            lse = exponent_offset(load_f32(p.lse + at));
+            offset = exponent_offset(load_f32(p.lse + at));
             statistic = delta(dot, if p.d_lse == 0 { 0.0 } else { load_f32(p.d_lse + at) });
         }
     }
     let index = p.workspace.row(&p.shape, batch, head, row);
     // SAFETY: this row of the workspace, which the host has made large enough; no other lane stores the same.
     unsafe {
-        store_f32(lane == 0, p.workspace.lse + 4 * index, lse);
+        store_f32(lane == 0, p.workspace.offsets + 4 * index, offset);
         store_f32(lane == 0, p.workspace.delta + 4 * index, statistic);
         for pair in 0..p.pairs {
             let index = p.workspace.row(&p.shape, batch + pair * p.shape.batch, head, row);
@@ -77,28 +76,28 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
     }
 }
 
-/// Turns one query block of the workspace's dQ into rows of the tensor; each warpgroup its part, as the backward kernel's
-/// consumers added it.
+/// Turns 64 rows of the workspace's dQ into rows of the tensor; each warpgroup half of the columns, as the threads of the
+/// backward kernel added them.
 #[inline(always)]
-pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, head_dim: u32, block_m: u32) {
+pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams) {
     // SAFETY: reads special registers.
     let (thread, cta) = unsafe { (_thread_idx_x() as u32, _block_idx_x() as u32) };
     let (part, thread) = (thread / WARPGROUP_THREADS, thread % WARPGROUP_THREADS);
-    let m_blocks = quotient(p.workspace.rows, block_m);
-    let head_index = quotient(cta, m_blocks);
-    let first_row = (cta - head_index * m_blocks) * block_m;
+    let head_dim = 2 * 8 * Q8 as u32;
+    let blocks = quotient(p.workspace.rows, WARPGROUP_ROWS);
+    let head_index = quotient(cta, blocks);
+    let row = (cta - head_index * blocks) * WARPGROUP_ROWS;
     let batch = quotient(head_index, p.shape.heads_q);
     let head = head_index - batch * p.shape.heads_q;
-    let first = p.workspace.row(&p.shape, batch + p.pair * p.shape.batch, head, first_row) * head_dim as u64;
-    let address = p.workspace.dq + 4 * (first + part as u64 * (block_m * head_dim / 2) as u64) + 16 * thread as u64;
+    let first = p.workspace.row(&p.shape, batch + p.pair * p.shape.batch, head, row) * head_dim as u64;
+    let address = p.workspace.dq + 4 * (first + (part * WARPGROUP_ROWS * head_dim / 2) as u64) + 16 * thread as u64;
     let mut dq = Fragment([[0.0; 4]; Q8]);
     for (group, x) in dq.0.iter_mut().enumerate() {
-        // SAFETY: this warpgroup's part of the query block.
+        // SAFETY: this warpgroup's part of these rows.
         let loaded = unsafe { load_16_bytes(address + (group as u32 * 16 * WARPGROUP_THREADS) as u64) };
         *x = loaded.map(|x| f32::from_bits(x) * p.scale);
     }
-    let DqPart { row, column } = DqPart::new(block_m, head_dim, part);
-    let at = Lines { batch, head, row: first_row + row, column };
+    let at = Lines { batch, head, row, column: part * 8 * Q8 as u32 };
     // SAFETY: the host has checked the tensor, of which these rows and columns belong to this warpgroup.
     unsafe { store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape) };
 }

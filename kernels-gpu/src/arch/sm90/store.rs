@@ -119,9 +119,10 @@ pub unsafe fn write_tile<const N8: usize>(x: &Operand<N8>, tile: u32, rows: u32,
     let thread = thread_of_warpgroup();
     // Lane 8·i + r holds the address of row r of matrix i: upper and lower rows of one column group, then of the next.
     let (row, group) = (first_row + thread / 32 * WARP_ROWS + thread % 16, thread / 16 % 2);
+    // Chunks of 16 bytes lie XORed with the row; those of the other pairs differ in the chunk's upper bits.
+    let first = tile + row * PANEL_ROW_BYTES + (group ^ (row % 8)) * 16;
     for pair in 0..N8 / 2 {
-        let (panel, chunk) = (pair as u32 / 4 * rows * PANEL_ROW_BYTES, pair as u32 % 4 * 2);
-        let address = tile + row * PANEL_ROW_BYTES + panel + (((chunk + group) ^ (row % 8)) * 16);
+        let address = (first ^ (pair as u32 % 4 * 32)) + pair as u32 / 4 * rows * PANEL_ROW_BYTES;
         let [[a, b], [c, d]] = [x.0[2 * pair], x.0[2 * pair + 1]];
         // SAFETY: the rows are this warp's own.
         unsafe { store_matrices(address, [a, b, c, d]) };

@@ -47,7 +47,7 @@ pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, ti
             Mbarrier(base + smem.q_empty(slot)).wait(parity);
             for (i, lse) in lse.into_iter().enumerate() {
                 let to = base + smem.offsets(slot, parity ^ 1) + 4 * rows(i);
-                store_shared_f32(rows(i) < block_m, to, -exponent_offset(lse));
+                store_shared_f32(rows(i) < block_m, to, exponent_offset(lse));
             }
             Mbarrier(base + smem.q_full(slot)).arrive();
         }

@@ -1,0 +1,159 @@
+//! The backward kernel's third warpgroup, which has no keys of its own: it loads what the two others need, multiplies the
+//! dS that they leave it by K, and adds dQ up in the workspace.
+//!
+//! With one k a row, dSᵀ is the left operand of dQ = dS·K as it lies. In the workspace 64 rows of dQ lie as the threads
+//! hold them: eight columns after eight, sixteen bytes of each thread in turn.
+
+use super::backward_loads::Loads;
+use super::barrier::{Mbarrier, named_sync, sync_warp};
+use super::cta::{self, Leader, smem_base, thread_of_warpgroup};
+use super::fragment::Fragment;
+use super::load::{add_global, count_turn, wait_turn};
+use super::math::{Packed, fresh};
+use super::wgmma::{self, Descriptor};
+use crate::arch::Pending;
+use crate::attention::mask::Mask;
+use crate::attention::pairs::Pairs;
+use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block, turn_blocks};
+use crate::attention::scheduler::WorkTile;
+use crate::params::{BackwardParams, Second, Shape, TensorMap, Workspace};
+use crate::pipeline::order::KvBlock;
+use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
+use crate::variants::{WARPGROUP_ROWS, WARPGROUP_THREADS};
+
+/// Columns of a product, eights: so few because the consumers need the registers.
+const N8: usize = 4;
+
+/// The end of the ring of dSᵀ that multiplies.
+struct Dq<'a> {
+    workspace: &'a Workspace,
+    smem: &'a BackwardSmem,
+    /// Query blocks so far; a slot and its phase follow from it.
+    count: u32,
+    /// One more than the counter where an exact pass has still to count the last additions; 0 for none.
+    counter: u32,
+}
+
+impl Dq<'_> {
+    /// dQ = dQ + dS·K of a query block.
+    #[inline(always)]
+    fn add<E: Packed>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32) {
+        let smem = self.smem;
+        let count = cta::uniform(self.count);
+        let (slot, parity) = (count % BackwardSmem::DS_STAGES, count / BackwardSmem::DS_STAGES & 1);
+        // SAFETY: the barriers were initialised before the roles parted.
+        unsafe { Mbarrier(smem_base() + smem.ds_full(slot)).wait(parity) };
+        self.await_turn(shape, at, turn);
+        let panel = smem.block_n * PANEL_ROW_BYTES;
+        let (rows, columns) = (smem.block_m / WARPGROUP_ROWS, smem.head_dim / (8 * N8 as u32));
+        for tile in 0..rows * columns {
+            let base = fresh(smem_base());
+            let a = Descriptor::mn_major(base + smem.ds(slot) + tile / columns * panel, panel);
+            let b = columns_step(smem.block_n, tile % columns * (N8 as u32 / 2));
+            let b = Descriptor::mn_major(base + smem.k() + b, panel);
+            // SAFETY: dSᵀ has been written, K is full, and both stay so until this product is waited for.
+            let Pending(mut dq) = unsafe {
+                wgmma::multiply::<E, N8>(smem.block_n / 16, |step| [a, b].map(|x| x.offset(rows_step(step))))
+            };
+            wgmma::wait::<0>();
+            wgmma::tie(&mut dq);
+            if tile + 1 == rows * columns {
+                // SAFETY: as above.
+                unsafe { Mbarrier(base + smem.ds_empty(slot)).arrive() };
+            }
+            self.add_global(&dq, shape, at, tile);
+            // ptxas moves no access across it: the registers are free before the next product needs them.
+            sync_warp();
+        }
+        self.count += 1;
+    }
+
+    /// Adds a tile of a query block's dQ to the workspace.
+    #[inline(always)]
+    fn add_global(&self, dq: &Fragment<N8>, shape: &Shape, at: &QueryBlock, tile: u32) {
+        let first = self.workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * self.smem.block_m);
+        let address = self.workspace.dq + first * (self.smem.head_dim * 4) as u64 + 16 * thread_of_warpgroup() as u64;
+        for (group, x) in dq.0.iter().enumerate() {
+            let group = tile * N8 as u32 + group as u32;
+            // SAFETY: part of the query block in the workspace, which the host has made large enough.
+            unsafe { add_global(address + (group * 16 * WARPGROUP_THREADS) as u64, *x) };
+        }
+    }
+
+    /// In an exact pass, waits until the blocks of keys before `turn` have added to this query block.
+    #[inline(always)]
+    fn await_turn(&mut self, shape: &Shape, at: &QueryBlock, turn: u32) {
+        let workspace = self.workspace;
+        if workspace.turns == 0 {
+            return;
+        }
+        let blocks = workspace.row(shape, at.dq_batch(shape), at.head, 0) / self.smem.block_m as u64;
+        let counter = (1 + blocks as u32 + at.m_block / turn_blocks(self.smem.head_dim));
+        if counter != self.counter {
+            // By now the last step's additions have arrived, and counting them holds nobody up.
+            self.count_last();
+            self.counter = counter;
+            // SAFETY: a counter of the workspace.
+            unsafe { wait_turn(self.address(), turn) };
+        }
+    }
+
+    /// Counts the last additions, so that whoever is next may add.
+    #[inline(always)]
+    fn count_last(&mut self) {
+        if self.counter != 0 {
+            // All have issued them; the leader's release is for all.
+            named_sync(cta::WARPGROUP, WARPGROUP_THREADS);
+            // SAFETY: a counter of the workspace.
+            unsafe { count_turn(Leader::of_warpgroup(), self.address()) };
+            self.counter = 0;
+        }
+    }
+
+    #[inline(always)]
+    fn address(&self) -> u64 {
+        self.workspace.turns + 4 * (self.counter - 1) as u64
+    }
+}
+
+/// Loads what the work tiles need, and adds dQ. `parameters` is the address of `p` in the kernel's parameter space.
+#[inline(always)]
+pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
+    p: &BackwardParams<TensorMap, S>,
+    parameters: u64,
+    smem: &BackwardSmem,
+    tiles: impl Iterator<Item = WorkTile>,
+) {
+    let mut loads = Loads::new(p, parameters, smem);
+    let mut dq = Dq { workspace: &p.workspace, smem, count: 0, counter: 0 };
+    let tile = (smem.block_m, smem.block_n);
+    for work_tile in tiles {
+        let mut pairs_left = p.second.last() + 1;
+        while pairs_left > 0 {
+            pairs_left -= 1;
+            // Computed anew each time: there are few registers to keep what follows from the shape.
+            let shape = Shape { seqlen_q: fresh(p.shape.seqlen_q), seqlen_k: fresh(p.shape.seqlen_k), ..p.shape };
+            let pairs = p.second.pairs(&shape);
+            let keys = KvBlock { pair: pairs_left, ..key_block(&shape, smem.block_n, &work_tile) };
+            let blocks = QueryBlocks::<M, S::Pairs>::new(&shape, pairs, smem.block_m, smem.block_n, &keys);
+            if S::Pairs::COUNT > 1 && blocks.count() == 0 {
+                continue;
+            }
+            loads.keys(&keys);
+            let (mut at, mut upcoming) = (blocks.first(), blocks.first());
+            // A slot is free for a query block once dS of the one before in it is there: so loads come first.
+            for step in 0..blocks.count() + smem.stages() {
+                if step < blocks.count() {
+                    loads.queries(&upcoming);
+                    upcoming = blocks.after(&upcoming);
+                }
+                if step >= smem.stages() {
+                    let turn = blocks.turn(&p.shape, &at, keys.n_block, turn_blocks(smem.head_dim), tile);
+                    dq.add::<E>(&p.shape, &QueryBlock { batch: fresh(at.batch), ..at }, turn);
+                    at = blocks.after(&at);
+                }
+            }
+            dq.count_last();
+        }
+    }
+}
