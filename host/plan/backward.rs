@@ -262,7 +262,7 @@ mod tests {
     #[test]
     fn prints_what_will_run() {
         let plan = BackwardPlan::new(&PROBLEM, Mask::Causal, None, Dropout::NONE, Determinism::Exact, 5).unwrap();
-        let workspace = 12 * 1024 * (4 + 4 + 4 * 64) + 12 * 8 * 2 * 4;
+        let workspace = 12 * 1024 * (4 + 4 + 4 * 64) + (12 * 8 * 4_usize).next_multiple_of(256);
         assert_eq!(plan.workspace_bytes(), workspace);
         let smem = plan.smem_bytes();
         assert_eq!(

@@ -102,7 +102,7 @@ mod tests {
         assert_eq!((fast.offsets, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
         // Head dim 72 runs in 128.
         assert_eq!((fast.turns, fast.bytes, fast.rows), (None, 8 * rows + 4 * 128 * rows, 1024));
-        assert_eq!((exact.turns, exact.turns_len), (Some(fast.bytes), 12 * (1024 / 64) * 2));
+        assert_eq!((exact.turns, exact.turns_len), (Some(fast.bytes), 12 * (1024 / 64)));
         assert_eq!(exact.bytes, fast.bytes + (4 * exact.turns_len).next_multiple_of(256));
         let base = 0x1000;
         let at = |offset: usize| base + offset as u64;

@@ -35,6 +35,11 @@ struct Step<'a, T, S: Second<T>, M, R> {
     dropping: R,
 }
 
+/// Whether the other warpgroup may issue beside dP already: where exponentials take as long as products.
+const fn passes_early(head_dim: u32) -> bool {
+    head_dim <= 64
+}
+
 impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
     /// A query block up to dS: its slot, Pᵀ and dSᵀ.
     #[inline(always)]
@@ -44,10 +49,16 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         at: &QueryBlock,
     ) -> (W::Slot, W::Operand<M8>, W::Operand<M8>) {
         let slot = wg.wait_q();
+        let early = const { passes_early(8 * D8 as u32) };
         let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
-        wg.pass_turn();
+        if early {
+            wg.pass_turn();
+        }
         wg.wait_do(slot);
         let dp = wg.v_do::<D8, M8>(slot); //                        dPᵀ = V·dOᵀ
+        if !early {
+            wg.pass_turn();
+        }
         let s = wg.wait::<1, M8>(s);
         let p = self.weights(wg, at, slot, s); //                   Pᵀ = exp(scale·Sᵀ − LSE)
         wg.wait_ds();
