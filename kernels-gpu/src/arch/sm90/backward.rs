@@ -52,6 +52,12 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         (number % BackwardSmem::DS_STAGES, number / BackwardSmem::DS_STAGES & 1)
     }
 
+    /// Which consumer this is, without a register from one use to the next where there is none: reading it anew takes time.
+    #[inline(always)]
+    fn short_lived_index(&self) -> u32 {
+        if self.pipe.smem.head_dim <= 64 { cta::consumer_of_thread() } else { self.index() }
+    }
+
     /// x·Bᵀ for a tile B of query rows: scores, or their gradients; `rows` is where this warpgroup's keys are.
     #[inline(always)]
     fn scores<const D8: usize, const M8: usize>(&self, keys: u32, queries: u32) -> Pending<Fragment<M8>> {
@@ -134,11 +140,11 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
     #[inline(always)]
     fn take_turn(&mut self) {
-        named_sync(cta::TURN + cta::consumer_of_thread(), 2 * WARPGROUP_THREADS);
+        named_sync(cta::TURN + self.short_lived_index(), 2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
     fn pass_turn(&mut self) {
-        named_arrive(cta::TURN + 1 - cta::consumer_of_thread(), 2 * WARPGROUP_THREADS);
+        named_arrive(cta::TURN + 1 - self.short_lived_index(), 2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
     fn wait_ds(&mut self) {
@@ -200,7 +206,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         }
         // SAFETY: the slot is empty, and of it these rows are this warpgroup's.
         unsafe {
-            let first_key = cta::consumer_of_thread() * WARPGROUP_ROWS;
+            let first_key = self.short_lived_index() * WARPGROUP_ROWS;
             write_tile(ds, self.base() + smem.ds(slot), smem.block_n, first_key);
             fence_async_proxy();
             Mbarrier(self.base() + smem.ds_full(slot)).arrive();
