@@ -41,20 +41,19 @@ const fn passes_early(head_dim: u32) -> bool {
 }
 
 impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
-    /// A query block up to dS: its slot, Pᵀ and dSᵀ.
+    /// A query block up to dS: Pᵀ and dSᵀ.
     #[inline(always)]
     fn scores<W: BackwardWarpgroup<Tensor = T>, const D8: usize, const M8: usize>(
         &self,
         wg: &mut W,
         at: &QueryBlock,
-    ) -> (W::Slot, W::Operand<M8>, W::Operand<M8>) {
-        let slot = wg.wait_q();
+        slot: W::Slot,
+    ) -> (W::Operand<M8>, W::Operand<M8>) {
         let early = const { passes_early(8 * D8 as u32) };
         let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
         if early {
             wg.pass_turn();
         }
-        wg.wait_do(slot);
         let dp = wg.v_do::<D8, M8>(slot); //                        dPᵀ = V·dOᵀ
         if !early {
             wg.pass_turn();
@@ -66,7 +65,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         let ds = self.score_gradients(wg, &p, dp, slot); //         dSᵀ = Pᵀ∘(dPᵀ − delta)
         let ds = wg.pack(&ds);
         wg.add_dq(&ds, at); //                                      dQ = dQ + dS·K
-        (slot, R::pack_unmarked::<W, M8>(wg, &p), ds)
+        (R::pack_unmarked::<W, M8>(wg, &p), ds)
     }
 
     /// Sᵀ → Pᵀ; weights that are dropped are marked.
@@ -121,8 +120,10 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         at: &QueryBlock,
         dv: W::Acc<C8>,
     ) -> Self {
+        let slot = wg.wait_q();
+        wg.wait_do(slot);
         wg.take_turn();
-        let (slot, p, ds) = step.scores::<W, D8, M8>(wg, at);
+        let (p, ds) = step.scores::<W, D8, M8>(wg, at, slot);
         Mainloop { dk: wg.zeros::<C8>(), dv, p, ds, slot }
     }
 
@@ -134,9 +135,12 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         step: &Step<W::Tensor, S, M, R>,
         at: &QueryBlock,
     ) {
+        let slot = wg.wait_q();
+        wg.wait_do(slot);
         wg.take_turn();
         self.finish(wg);
-        (self.slot, self.p, self.ds) = step.scores::<W, D8, M8>(wg, at);
+        (self.p, self.ds) = step.scores::<W, D8, M8>(wg, at, slot);
+        self.slot = slot;
     }
 
     /// dV and dK of the query block last met.
