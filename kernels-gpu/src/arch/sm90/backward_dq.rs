@@ -39,7 +39,7 @@ impl Dq<'_> {
     #[inline(always)]
     fn add<E: Packed>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32) {
         let smem = self.smem;
-        let count = cta::uniform(self.count);
+        let count = cta::converged(|| cta::uniform(self.count));
         let (slot, parity) = (count % BackwardSmem::DS_STAGES, count / BackwardSmem::DS_STAGES & 1);
         // SAFETY: the barriers were initialised before the roles parted.
         unsafe { Mbarrier(smem_base() + smem.ds_full(slot)).wait(parity) };

@@ -45,7 +45,7 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
     /// Loads K and V of a block of keys, once nobody needs those before.
     #[inline(always)]
     pub fn keys(&mut self, keys: &KvBlock) {
-        let (smem, base, leader) = (self.smem, smem_base(), Leader::of_warpgroup());
+        let (smem, base, leader) = (self.smem, smem_base(), cta::converged(Leader::of_warpgroup));
         let full = Mbarrier(base + smem.kv_full());
         // SAFETY: the barriers were initialised before the roles parted.
         unsafe {
@@ -65,7 +65,7 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
     /// Loads Q, dO and the statistics of a query block into the next slots, once they are empty.
     #[inline(always)]
     pub fn queries(&mut self, block: &QueryBlock) {
-        let (p, smem, base, leader) = (self.p, self.smem, fresh(smem_base()), Leader::of_warpgroup());
+        let (p, smem, base, leader) = (self.p, self.smem, fresh(smem_base()), cta::converged(Leader::of_warpgroup));
         let QueryBlock { batch, head, m_block, pair } = *block;
         let batch = fresh(batch);
         let count = cta::uniform(self.count & !KV);

@@ -83,6 +83,13 @@ pub fn uniform(x: u32) -> u32 {
     y
 }
 
+/// What `f` says where ptxas cannot know that the warp is converged: it does after a barrier of the warpgroup.
+#[inline(always)]
+pub fn converged<T>(f: impl FnOnce() -> T) -> T {
+    named_sync(WARPGROUP, WARPGROUP_THREADS);
+    f()
+}
+
 /// This thread's role; the same for its whole warpgroup.
 #[inline(always)]
 pub fn role() -> Role {
