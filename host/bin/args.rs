@@ -175,9 +175,9 @@ The batch is tokens / seqlen and the heads are hidden / head_dim, so every measu
 Inputs are random. TFLOP/s count 4·B·H·M·N·D, 2.5 times that for backward, half of that for total attention, half when \
 causal; the time is the median of many runs.
 
-On a GPU the L2 cache is cleared before each run, as triton.testing.do_bench does it, so figures can be held against \
-those of others; with --sustained, and on the CPU, runs follow one another. The header of the JSON file says which, as \
-its protocol: l2-cleared or sustained.")]
+On a GPU the chip rests for a quarter of a second before each measurement, and the L2 cache is cleared before each run, \
+as triton.testing.do_bench does it, so figures can be held against those of others; with --sustained, and on the CPU, \
+runs follow one another. The header of the JSON file says which, as its protocol: l2-cleared or sustained.")]
 pub struct BenchArgs {
     #[command(flatten)]
     pub device: DeviceArgs,

@@ -138,7 +138,7 @@ pub enum Split {
 }
 
 impl Split {
-    /// How many warpgroups have scores that the other has not.
+    /// How many warpgroups write dSᵀ: with the same keys both have the same.
     pub const fn writers(self) -> u32 {
         match self {
             Split::Keys => 2,

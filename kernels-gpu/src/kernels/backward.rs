@@ -153,8 +153,7 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
     }
 }
 
-/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys. dK and dV have 8·C8
-/// columns a warpgroup.
+/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys. dK and dV have 8·C8 columns a warpgroup.
 #[inline(always)]
 pub fn consume<
     W: BackwardWarpgroup,

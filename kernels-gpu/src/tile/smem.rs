@@ -93,8 +93,8 @@ impl ForwardSmem {
     }
 }
 
-/// Offsets of a backward CTA's shared memory: K, V, the rings of Q, dO and dSᵀ, the statistics of the query
-/// rows in the rings, the barriers.
+/// Offsets of a backward CTA's shared memory: K, V, the rings of Q, dO and dSᵀ, the statistics of the query rows in the
+/// rings, the barriers.
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardSmem {
     pub head_dim: u32,
@@ -234,6 +234,16 @@ mod tests {
             for panel in [smem.q(1, 0), smem.slot(0), smem.slot(1), smem.slot_bytes() / panels(smem.head_dim)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
+        }
+        for variant in crate::variants::BACKWARD_VARIANTS.iter().chain(crate::variants::BACKWARD_DROPOUT_VARIANTS) {
+            let smem = variant.smem();
+            assert!(smem.bytes() <= SMEM_LIMIT, "{}", variant.symbol);
+            for panel in [smem.v(), smem.q(1), smem.d_o(0), smem.d_o(1), smem.ds(0), smem.ds(1)] {
+                assert_eq!(panel % 1024, 0, "{}", variant.symbol);
+            }
+            // The rings of Q, dO and dS, each with a barrier for full and one for empty; K and V have a pair too.
+            let barriers = 2 * (1 + 2 * smem.stages() + BackwardSmem::DS_STAGES);
+            assert_eq!(smem.bytes(), smem.kv_full() + barriers * BARRIER_BYTES, "{}", variant.symbol);
         }
     }
 }

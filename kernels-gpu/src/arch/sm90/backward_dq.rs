@@ -88,7 +88,7 @@ impl Dq<'_> {
             return;
         }
         let blocks = workspace.row(shape, at.dq_batch(shape), at.head, 0) / self.smem.block_m as u64;
-        let counter = (1 + blocks as u32 + at.m_block / turn_blocks(self.smem.head_dim));
+        let counter = 1 + blocks as u32 + at.m_block / turn_blocks(self.smem.head_dim);
         if counter != self.counter {
             // By now the last step's additions have arrived, and counting them holds nobody up.
             self.count_last();
@@ -110,6 +110,7 @@ impl Dq<'_> {
         }
     }
 
+    /// Address of the counter; there is one.
     #[inline(always)]
     fn address(&self) -> u64 {
         self.workspace.turns + 4 * (self.counter - 1) as u64
@@ -141,7 +142,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
             }
             loads.keys(&keys);
             let (mut at, mut upcoming) = (blocks.first(), blocks.first());
-            // A slot is free for a query block once dS of the one before in it is there: so loads come first.
+            // Loads run ahead of dQ by the slots of their ring: those are free once the consumers need them no more.
             for step in 0..blocks.count() + smem.stages() {
                 if step < blocks.count() {
                     loads.queries(&upcoming);
