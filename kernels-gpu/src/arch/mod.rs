@@ -45,9 +45,6 @@ pub trait Warpgroup: Sized {
     /// Which of 64 × 8·N8 weights are kept; N8 is a multiple of four.
     type Keep<const N8: usize>: Copy;
 
-    /// What [`Warpgroup::drop_operand`] multiplies kept weights by: a power of two.
-    const KEPT: f32;
-
     fn zeros<const N8: usize>(&self) -> Self::Acc<N8>;
     /// Elements of row r outside the columns `start..end` of `columns(r)` become `fill`; rows and columns count from the
     /// fragment's corner.
@@ -74,7 +71,7 @@ pub trait Warpgroup: Sized {
     fn drop_marked<const N8: usize>(&self, x: &mut Self::Acc<N8>, weights: &Self::Acc<N8>);
     /// As [`Warpgroup::pack`], with 0 for weights that have been marked.
     fn pack_unmarked<const N8: usize>(&self, x: &Self::Acc<N8>) -> Self::Operand<N8>;
-    /// Weights that are dropped become 0, the others are multiplied by [`Warpgroup::KEPT`].
+    /// Weights that are dropped become 0.
     fn drop_operand<const N8: usize>(&self, x: &mut Self::Operand<N8>, keep: &Self::Keep<N8>);
 
     /// 2^x, −∞ giving 0.

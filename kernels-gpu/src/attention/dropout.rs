@@ -1,15 +1,15 @@
 //! Dropout of attention weights: which are kept is a function of (seed, offset, head, query, key), and of nothing else.
 //!
-//! A weight has a random byte and is dropped where it is below the threshold. One call of Philox gives the bytes of
-//! sixteen weights of a 16 × 16 tile, chosen so that fragments of both passes, whose rows are queries or keys, find them
-//! in few threads. The call is that of (i/16, j/16) and, within the tile, of ((i mod 8)/2, (j mod 8)/2); its word is
-//! 2·(i mod 2) + j/8 mod 2; the byte of the word is 2·(i/8 mod 2) + j mod 2.
+//! A weight has a random byte, of which t in 256 drop it. One call of Philox gives the bytes of sixteen weights of a 16 × 16
+//! tile, chosen so that fragments of both passes, whose rows are queries or keys, find them in few threads. The call is that
+//! of (i/16, j/16) and, within the tile, of ((i mod 8)/2, (j mod 8)/2); its word is 2·((i + j/16) mod 2) + j/8 mod 2; of that
+//! word, rotated left by one bit, the byte is 2·(j mod 2) + i/8 mod 2. As the word is, bytes 1 and 3 are then what
+//! comparisons of two f16 see when they ignore signs.
 //!
 //! In a fragment a thread holds rows r and r + 8, and two neighbouring columns of each eight: half of what a call gives,
 //! whichever way round the tile lies. The other half is that of the next row, or the one before, four lanes away. So
-//! threads of even rows make the calls of every second tile, those of odd rows the rest, and they exchange halves.
-
-use half::f16;
+//! threads of even rows make the calls of every second tile, those of odd rows the rest, and they exchange halves: where
+//! rows are queries, always the last two words.
 
 use super::philox::Philox;
 use crate::arch::{Warpgroup, select_bytes};
@@ -33,11 +33,12 @@ pub struct Dropout {
     /// The lower half of the offset.
     offset: u32,
     threshold: u32,
-    /// What [`Dropout::compare`] makes of the threshold.
-    lower_addend: u32,
-    upper_clear: u32,
-    /// Twice 1 − threshold − 1024 in f16: 1024 + byte plus this is at least 1 where a weight is kept, and at most 0 elsewhere.
-    pub kept_above: u32,
+    /// Bytes that are at least this, which is 128 at most, keep a weight.
+    bound: u32,
+    /// All ones where they drop it instead.
+    pub flipped: u32,
+    /// Twice the bound as the f16 whose magnitude it is: bits 7 to 14 of it.
+    pub bound_f16x2: u32,
     /// What kept weights are multiplied by: 1 / (1 − threshold/256).
     pub scale: f32,
 }
@@ -74,28 +75,25 @@ impl Rows {
     #[inline(always)]
     pub const fn byte(self, Element { lower, right, odd }: Element) -> (usize, usize) {
         match self {
-            Rows::Queries => (right, 2 * lower + odd),
+            Rows::Queries => (right, 2 * odd + lower),
             Rows::Keys => (odd, 2 * lower + right),
-        }
-    }
-
-    /// What a call gives to an even row, and to the odd one after it.
-    #[inline(always)]
-    fn bytes(self, [a, b, c, d]: [u32; 4]) -> [Bytes; 2] {
-        match self {
-            Rows::Queries => [[a, b], [c, d]],
-            Rows::Keys => [0x6420, 0x7531].map(|bytes| [select_bytes(a, b, bytes), select_bytes(c, d, bytes)]),
         }
     }
 }
 
-/// The random bytes of what a thread holds of a 16 × 16 tile, in the places that [`Rows::byte`] names.
+/// The random bytes of what a thread holds of a 16 × 16 tile, in the places that [`Rows::byte`] names; where rows are
+/// queries, rotated right by one.
 pub type Bytes = [u32; 2];
 
 /// The call that a row or column takes part in, counted along it: four to a tile.
 #[inline(always)]
 const fn call(x: u32) -> u32 {
     x / TILE * 4 + x % 8 / 2
+}
+
+/// The word of a call that decides on a weight, and, once it is rotated left by one, the byte.
+const fn decides(i: u32, j: u32) -> (usize, usize) {
+    ((2 * ((i + j / TILE) % 2) + j / 8 % 2) as usize, (2 * (j % 2) + i / 8 % 2) as usize)
 }
 
 /// `b` where a lane's rows are odd, `a` elsewhere: by arithmetic, because a branch by lane could take shuffles with it.
@@ -105,33 +103,28 @@ fn where_odd<const WORDS: usize>(lane: Lane, a: [u32; WORDS], b: [u32; WORDS]) -
     core::array::from_fn(|word| a[word] ^ (a[word] ^ b[word]) & odd)
 }
 
-/// What one thread's call gives to an even row and to the odd one after it.
+/// What one thread's call gives to its own row, and to the neighbouring one.
 #[derive(Clone, Copy)]
-pub struct Call<const WORDS: usize>([[u32; WORDS]; 2]);
+pub struct Call<const WORDS: usize> {
+    own: [u32; WORDS],
+    /// What the thread of the neighbouring row, four lanes away, needs.
+    pub sent: [u32; WORDS],
+}
 
 impl<const WORDS: usize> Call<WORDS> {
-    /// What the thread of the neighbouring row, four lanes away, needs.
-    #[inline(always)]
-    pub fn sent(&self, lane: Lane) -> [u32; WORDS] {
-        where_odd(lane, self.0[1], self.0[0])
-    }
-
     /// What this thread's rows have in the two tiles, with what its neighbour has sent.
     #[inline(always)]
     pub fn joined(&self, lane: Lane, received: [u32; WORDS]) -> [[u32; WORDS]; 2] {
-        [where_odd(lane, self.0[0], received), where_odd(lane, received, self.0[1])]
+        [where_odd(lane, self.own, received), where_odd(lane, received, self.own)]
     }
 }
 
-impl Call<2> {
-    /// Which weights are kept: the top bit of each byte for the first word's, the one below it for the second word's.
-    #[inline(always)]
-    pub fn kept(self, dropout: &Dropout) -> Call<1> {
-        Call(self.0.map(|bytes| {
-            let [first, second] = bytes.map(|bytes| dropout.compare(bytes));
-            [first ^ (first ^ second >> 1) & !TOP_BITS]
-        }))
-    }
+/// What [`Dropout::kept_call`] says of a tile in rows from `row`, with the top bits of each byte for its weights: even columns
+/// have the top bit and odd ones the bit below it, or the other way round in every second tile of rows.
+#[inline(always)]
+pub fn top_bits([both]: [u32; 1], row: u32) -> Bytes {
+    let swapped = row / TILE % 2;
+    [both << swapped, both << (1 - swapped)]
 }
 
 impl Dropout {
@@ -141,13 +134,14 @@ impl Dropout {
         let key = seed.wrapping_add(offset & (u32::MAX as u64) << 32);
         let scale = 256.0 / (256.0 - threshold as f32);
         let threshold = threshold as u32;
+        let bound = threshold.min(256 - threshold);
         Dropout {
             philox: Philox::new(key),
             offset: offset as u32,
             threshold,
-            lower_addend: (0x80 - threshold % 0x80) * EACH_BYTE,
-            upper_clear: if threshold < 0x80 { u32::MAX } else { 0 },
-            kept_above: f16::from_f32(-1023.0 - threshold as f32).to_bits() as u32 * 0x0001_0001,
+            bound,
+            flipped: if bound == threshold { 0 } else { u32::MAX },
+            bound_f16x2: (bound << 7) * 0x0001_0001,
             scale,
         }
     }
@@ -157,40 +151,68 @@ impl Dropout {
         1.0 - self.threshold as f32 / 256.0
     }
 
-    /// The bytes that a call gives to the even and the odd row of a fragment; `row` and `column` count calls.
+    /// The call that decides on the weight of query `i` for key `j`, and on fifteen others; `head` counts query heads over the
+    /// batch.
     #[inline(always)]
-    pub fn bytes(&self, head: u32, row: u32, column: u32, rows: Rows) -> [Bytes; 2] {
-        let [i, j] = if rows == Rows::Queries { [row, column] } else { [column, row] };
-        rows.bytes(self.philox.at([i, j, head, self.offset]))
+    fn words(&self, head: u32, i: u32, j: u32) -> [u32; 4] {
+        self.philox.at([call(i), call(j), head, self.offset])
+    }
+
+    /// Whether the weight of query `i` for key `j` is kept, by the words of its call.
+    fn kept_by(&self, words: [u32; 4], i: u32, j: u32) -> bool {
+        let (word, byte) = decides(i, j);
+        let byte = words[word].rotate_left(1).to_le_bytes()[byte];
+        (byte as u32 >= self.bound) != (self.flipped != 0)
     }
 
     /// Whether the weight of query `i` for key `j` is kept; `head` counts query heads over the batch.
     pub fn kept(&self, head: u32, i: u32, j: u32) -> bool {
-        let words = self.philox.at([call(i), call(j), head, self.offset]);
-        self.keeps_byte(words[(2 * (i % 2) + j / 8 % 2) as usize].to_le_bytes()[(2 * (i / 8 % 2) + j % 2) as usize])
+        self.kept_by(self.words(head, i, j), i, j)
     }
 
-    /// Whether a weight with this byte is kept.
-    pub fn keeps_byte(&self, byte: u8) -> bool {
-        byte as u32 >= self.threshold
+    /// `f(i, j, kept)` for all that the call of query `i` and key `j` decides on, the first of its tile that do: both are
+    /// even, and below eight in it.
+    pub fn for_call(&self, head: u32, i: u32, j: u32, mut f: impl FnMut(u32, u32, bool)) {
+        let words = self.words(head, i, j);
+        for (i, j) in [i, i + 1, i + 8, i + 9].into_iter().flat_map(|i| [j, j + 1, j + 8, j + 9].map(|j| (i, j))) {
+            f(i, j, self.kept_by(words, i, j));
+        }
     }
 
-    /// Sets the top bit of each byte that is at least the threshold, and clears that of the others.
+    /// Sets the top bit of each byte that keeps its weight, and clears that of the others.
     #[inline(always)]
-    pub fn compare(&self, bytes: u32) -> u32 {
+    fn compare(&self, bytes: u32) -> u32 {
         // The lower seven bits by an addition that carries into the eighth, and no further.
-        let lower = (bytes & !TOP_BITS).wrapping_add(self.lower_addend);
-        // A threshold below 128 asks for the top bit or for enough below it, any other for both.
-        bytes & lower | (bytes | lower) & self.upper_clear
+        let lower = (bytes & !TOP_BITS).wrapping_add((0x80 - self.bound) * EACH_BYTE);
+        (bytes | lower) ^ self.flipped
     }
 
     /// The call that the thread at `lane` makes for the columns 32·pair.. of a fragment: for the first sixteen where its rows
     /// are even, for the next where they are odd.
     #[inline(always)]
+    fn words_at(&self, at: &Place, lane: Lane, pair: u32) -> [u32; 4] {
+        let row = at.row + lane.row(0);
+        let column = at.column + 2 * TILE * pair + TILE * (lane.row(0) % 2) + lane.column;
+        let [i, j] = if at.rows == Rows::Queries { [row, column] } else { [column, row] };
+        self.words(at.head, i, j)
+    }
+
+    /// That call where rows are queries.
+    #[inline(always)]
     pub fn call(&self, at: &Place, lane: Lane, pair: u32) -> Call<2> {
-        let row = call(at.row + lane.row(0));
-        let column = call(at.column + 2 * TILE * pair + TILE * (lane.row(0) % 2) + lane.column);
-        Call(self.bytes(at.head, row, column, at.rows))
+        let [a, b, c, d] = self.words_at(at, lane, pair);
+        Call { own: [a, b], sent: [c, d] }
+    }
+
+    /// Where rows are keys, what that call decides.
+    #[inline(always)]
+    pub fn kept_call(&self, at: &Place, lane: Lane, pair: u32) -> Call<1> {
+        let [a, b, c, d] = self.words_at(at, lane, pair).map(|word| word.rotate_left(1));
+        let [even, odd] = [0x5410, 0x7632].map(|bytes| {
+            let [first, second] = [select_bytes(a, b, bytes), select_bytes(c, d, bytes)].map(|x| self.compare(x));
+            [first ^ (first ^ second >> 1) & !TOP_BITS]
+        });
+        Call { own: where_odd(lane, even, odd), sent: where_odd(lane, odd, even) }
     }
 }
 
@@ -203,7 +225,7 @@ pub trait Dropping: Copy {
 
     /// Of the tile at `place`.
     fn keep<W: Warpgroup, const N8: usize>(&self, wg: &W, place: impl FnOnce(&W) -> Place) -> Self::Keep<W, N8>;
-    /// Packed weights that are dropped become 0; the others lack [`Dropping::scale_factors`].
+    /// Packed weights that are dropped become 0; the others still lack the scale.
     fn drop_operand<W: Warpgroup, const N8: usize>(wg: &W, x: &mut W::Operand<N8>, keep: &Self::Keep<W, N8>);
     /// Marks weights that are dropped by a negative sign, so that no register has to say so beside them.
     fn mark<W: Warpgroup, const N8: usize>(wg: &W, p: &mut W::Acc<N8>, keep: &Self::Keep<W, N8>);
@@ -213,7 +235,7 @@ pub trait Dropping: Copy {
     fn drop_marked<W: Warpgroup, const N8: usize>(wg: &W, dp: &mut W::Acc<N8>, p: &W::Acc<N8>);
     /// A weight without its mark.
     fn unmarked(p: f32) -> f32;
-    /// Multiplies rows of factors by what [`Dropping::drop_operand`] leaves to do.
+    /// Multiplies rows of factors by the scale.
     fn scale_factors<W: Warpgroup>(&self, wg: &W, factors: W::Rows) -> W::Rows;
     /// Multiplies a sum over kept weights by the scale.
     fn scale<W: Warpgroup, const N8: usize>(&self, wg: &W, x: &mut W::Acc<N8>);
@@ -287,7 +309,7 @@ impl Dropping for Dropout {
     }
     #[inline(always)]
     fn scale_factors<W: Warpgroup>(&self, wg: &W, factors: W::Rows) -> W::Rows {
-        wg.zip(factors, wg.rows(self.scale / W::KEPT), |factor, scale| factor * scale)
+        wg.zip(factors, wg.rows(self.scale), |factor, scale| factor * scale)
     }
     #[inline(always)]
     fn scale<W: Warpgroup, const N8: usize>(&self, wg: &W, x: &mut W::Acc<N8>) {
@@ -302,6 +324,7 @@ impl Dropping for Dropout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::f16;
     use std::vec::Vec;
 
     const PLACES: [(u32, u32, u32); 4] = [(0, 0, 0), (5, 64, 128), (71, 4096, 32), (3, 0x7fff_ff00, 0x7fff_ff80)];
@@ -313,7 +336,8 @@ mod tests {
             for byte in 0..=255u8 {
                 let word = u32::from_le_bytes([byte, 255 - byte, byte ^ 0x80, byte]);
                 let kept = dropout.compare(word).to_le_bytes().map(|x| x & 0x80 != 0);
-                assert_eq!(kept, word.to_le_bytes().map(|x| x >= threshold), "{byte} against {threshold}");
+                let expected = |x: u8| (x as u32 >= dropout.bound) != (dropout.flipped != 0);
+                assert_eq!(kept, word.to_le_bytes().map(expected), "{byte} against {threshold}");
             }
         }
     }
@@ -329,18 +353,31 @@ mod tests {
                 let mut seen = 0;
                 for pair in 0..COLUMNS / 32 {
                     let lanes: Vec<Lane> = (0..128).map(Lane::new).collect();
-                    let calls: Vec<Call<2>> = lanes.iter().map(|&lane| dropout.call(&at, lane, pair)).collect();
+                    // The bytes of the two tiles, where rows are keys with their top bits only.
+                    let bytes = |thread: usize| -> [Bytes; 2] {
+                        let (lane, neighbour) = (lanes[thread], lanes[thread ^ 4]);
+                        match rows {
+                            Rows::Queries => {
+                                let received = dropout.call(&at, neighbour, pair).sent;
+                                let joined = dropout.call(&at, lane, pair).joined(lane, received);
+                                joined.map(|bytes| bytes.map(|word| dropout.compare(word.rotate_left(1))))
+                            }
+                            Rows::Keys => {
+                                let received = dropout.kept_call(&at, neighbour, pair).sent;
+                                let joined = dropout.kept_call(&at, lane, pair).joined(lane, received);
+                                joined.map(|both| top_bits(both, row + lane.row(0)))
+                            }
+                        }
+                    };
                     for (thread, &lane) in lanes.iter().enumerate() {
-                        let neighbour = thread ^ 4;
-                        let received = calls[neighbour].sent(lanes[neighbour]);
-                        for (tile, bytes) in calls[thread].joined(lane, received).into_iter().enumerate() {
+                        for (tile, bytes) in bytes(thread).into_iter().enumerate() {
                             for (lower, right, odd) in (0..8usize).map(|x| (x / 4, x / 2 % 2, x % 2)) {
                                 let r = row + lane.row(lower as u32);
                                 let c =
                                     column + 32 * pair + 16 * tile as u32 + 8 * right as u32 + lane.column + odd as u32;
                                 let (i, j) = if rows == Rows::Queries { (r, c) } else { (c, r) };
                                 let (word, byte) = rows.byte(Element { lower, right, odd });
-                                let kept = dropout.keeps_byte(bytes[word].to_le_bytes()[byte]);
+                                let kept = bytes[word].to_le_bytes()[byte] & 0x80 != 0;
                                 assert_eq!(kept, dropout.kept(head, i, j), "{at:?}: query {i}, key {j}");
                                 seen += 1;
                             }
@@ -352,12 +389,27 @@ mod tests {
         }
     }
 
+    /// As many bytes drop their weight as the threshold says, and an f16's magnitude is compared as its bits are.
+    #[test]
+    fn thresholds_are_exact() {
+        for threshold in 0..=255u8 {
+            let dropout = Dropout::new(threshold, 0, 0);
+            let kept = (0..=255).filter(|&byte| dropout.compare(byte) & 0x80 != 0).count();
+            assert_eq!(kept, 256 - threshold as usize);
+            let bound = f16::from_bits(dropout.bound_f16x2 as u16).to_f64();
+            for bits in 0..=u16::MAX {
+                let x = f16::from_bits(bits).to_f64().abs();
+                assert_eq!(x >= bound || x.is_nan(), (bits >> 7 & 0xff) as u32 >= dropout.bound, "{bits} {threshold}");
+            }
+        }
+    }
+
     /// Every weight of a tile has a byte of its own.
     #[test]
     fn no_byte_serves_twice() {
-        let mut places: Vec<(u32, u32, u32, u32)> = (0..32 * 32)
+        let mut places: Vec<(u32, u32, usize, usize)> = (0..32 * 32)
             .map(|x| (x / 32, x % 32))
-            .map(|(i, j)| (call(i), call(j), 2 * (i % 2) + j / 8 % 2, 2 * (i / 8 % 2) + j % 2))
+            .map(|(i, j)| (call(i), call(j), decides(i, j).0, decides(i, j).1))
             .collect();
         places.sort_unstable();
         places.dedup();

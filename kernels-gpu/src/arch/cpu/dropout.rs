@@ -1,7 +1,7 @@
 //! Which weights of a tile are kept, on the CPU: a bit for each.
 
 use super::fragment::{ROWS, Tile};
-use crate::attention::dropout::{Dropout, Element, Place};
+use crate::attention::dropout::{Dropout, Place, Rows};
 
 /// `[row][column group]`, a bit a column.
 #[derive(Clone, Copy)]
@@ -11,16 +11,16 @@ impl<const N8: usize> Keep<N8> {
     /// Call by call: each decides on two rows by two columns, eight apart from their likes.
     pub fn new(dropout: &Dropout, at: &Place) -> Self {
         let mut keep = Keep([[0; N8]; ROWS]);
-        for (row, column) in (0..ROWS / 4).flat_map(|row| (0..2 * N8).map(move |column| (row, column))) {
-            let (r, c) = (at.row / 4 + row as u32, at.column / 4 + column as u32);
-            let (first_row, first_column) = (row / 4 * 16 + row % 4 * 2, column / 4 * 16 + column % 4 * 2);
-            for (odd_row, bytes) in dropout.bytes(at.head, r, c, at.rows).into_iter().enumerate() {
-                for (lower, right, odd) in (0..8).map(|x| (x / 4, x / 2 % 2, x % 2)) {
-                    let (word, byte) = at.rows.byte(Element { lower, right, odd });
-                    let kept = dropout.keeps_byte(bytes[word].to_le_bytes()[byte]);
-                    let (row, column) = (first_row + odd_row + 8 * lower, first_column + odd + 8 * right);
-                    keep.0[row][column / 8] |= (kept as u8) << (column % 8);
-                }
+        let firsts = |count: usize| (0..count as u32).filter(|x| x % 2 == 0 && x / 8 % 2 == 0);
+        for (row, column) in firsts(ROWS).flat_map(|row| firsts(8 * N8).map(move |column| (row, column))) {
+            let (r, c) = (at.row + row, at.column + column);
+            let mut mark = |row: u32, column: u32, kept: bool| {
+                let (row, column) = ((row - at.row) as usize, (column - at.column) as usize);
+                keep.0[row][column / 8] |= (kept as u8) << (column % 8);
+            };
+            match at.rows {
+                Rows::Queries => dropout.for_call(at.head, r, c, mark),
+                Rows::Keys => dropout.for_call(at.head, c, r, |i, j, kept| mark(j, i, kept)),
             }
         }
         keep
@@ -49,7 +49,6 @@ pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::dropout::Rows;
 
     #[test]
     fn tiles_keep_what_is_kept() {

@@ -31,8 +31,6 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
     type Tensor = Strided;
     type Keep<const N8: usize> = Keep<N8>;
 
-    const KEPT: f32 = 1.0;
-
     fn zeros<const N8: usize>(&self) -> Tile<N8> {
         Tile::ZEROS
     }

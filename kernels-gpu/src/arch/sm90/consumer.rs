@@ -52,8 +52,6 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
     type Tensor = TensorMap;
     type Keep<const N8: usize> = Keep<N8>;
 
-    const KEPT: f32 = E::KEPT;
-
     #[inline(always)]
     fn zeros<const N8: usize>(&self) -> Fragment<N8> {
         Fragment([[0.0; 4]; N8])
@@ -114,7 +112,7 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
     }
     #[inline(always)]
     fn drop_operand<const N8: usize>(&self, x: &mut Operand<N8>, keep: &Keep<N8>) {
-        keep.apply_operand::<E>(x);
+        keep.apply_operand(x);
     }
 
     #[inline(always)]

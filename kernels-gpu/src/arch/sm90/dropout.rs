@@ -1,14 +1,12 @@
 //! Which weights a thread keeps: one Philox call for sixteen of them, and an exchange with the neighbouring row.
 
 use super::fragment::{Fragment, Operand};
-use super::math::{Packed, or_and_not, saturating_add_f16x2, select_bytes, shuffle_xor};
-use crate::attention::dropout::{Bytes, Call, Dropout, Element, Place, Rows};
+use super::math::{at_least_f16x2, or_and_not, shuffle_xor};
+use crate::attention::dropout::{Bytes, Call, Dropout, Element, Place, Rows, top_bits};
 use crate::tile::lane::Lane;
 
 /// The sign of an f32.
 const SIGN: u32 = 1 << 31;
-/// Above a byte, it makes an f16 of 1024 + byte.
-const F16_1024: u32 = 0x6464_6464;
 
 /// The bytes of each eight columns; two neighbours, which make a tile, share them. Where rows are keys, only the top bit
 /// of a byte is left, which says whether the weight is kept.
@@ -17,13 +15,14 @@ pub struct Keep<const N8: usize> {
     bytes: [Bytes; N8],
     rows: Rows,
     /// As in [`Dropout`].
-    kept_above: u32,
+    bound_f16x2: u32,
+    flipped: u32,
 }
 
 /// What this thread's rows have in two tiles, one from its own call and one from its neighbour's.
 #[inline(always)]
 fn exchange<const WORDS: usize>(call: Call<WORDS>, lane: Lane) -> [[u32; WORDS]; 2] {
-    call.joined(lane, call.sent(lane).map(shuffle_xor::<4>))
+    call.joined(lane, call.sent.map(shuffle_xor::<4>))
 }
 
 impl<const N8: usize> Keep<N8> {
@@ -31,15 +30,15 @@ impl<const N8: usize> Keep<N8> {
     pub fn new(dropout: &Dropout, at: &Place, lane: Lane) -> Self {
         let mut bytes = [[0; 2]; N8];
         for pair in 0..N8 / 4 {
-            let call = dropout.call(at, lane, pair as u32);
             let tiles = match at.rows {
-                Rows::Queries => exchange(call, lane),
-                Rows::Keys => exchange(call.kept(dropout), lane).map(|[both]| [both, both << 1]),
+                Rows::Queries => exchange(dropout.call(at, lane, pair as u32), lane),
+                Rows::Keys => exchange(dropout.kept_call(at, lane, pair as u32), lane)
+                    .map(|kept| top_bits(kept, at.row + lane.row(0))),
             };
             (bytes[4 * pair], bytes[4 * pair + 1]) = (tiles[0], tiles[0]);
             (bytes[4 * pair + 2], bytes[4 * pair + 3]) = (tiles[1], tiles[1]);
         }
-        Keep { bytes, rows: at.rows, kept_above: dropout.kept_above }
+        Keep { bytes, rows: at.rows, bound_f16x2: dropout.bound_f16x2, flipped: dropout.flipped }
     }
 
     /// Dropped weights get a negative sign, where rows are keys; as `ex2` gave them, even a NaN has a positive one.
@@ -54,17 +53,16 @@ impl<const N8: usize> Keep<N8> {
         }
     }
 
-    /// Dropped weights become 0, the others are multiplied by [`Packed::KEPT`], two at a time, where rows are queries: on
-    /// the units for f16, because those for integers have Philox to do.
+    /// Dropped weights become 0, two at a time, where rows are queries: compared by the units for f16, because those for
+    /// integers have Philox to do.
     #[inline(always)]
-    pub fn apply_operand<E: Packed>(&self, x: &mut Operand<N8>) {
+    pub fn apply_operand(&self, x: &mut Operand<N8>) {
         for (group, registers) in x.0.iter_mut().enumerate() {
             for (lower, x) in registers.iter_mut().enumerate() {
                 let (word, byte) = self.rows.byte(Element { lower, right: group % 2, odd: 0 });
-                // The bytes of both columns, each below one of 0x64.
-                let selector = 0x4040 | byte as u32 | (byte as u32 + 1) << 8;
-                let bytes = select_bytes(self.bytes[group][word], F16_1024, selector);
-                *x = E::multiply_pair(*x, saturating_add_f16x2(bytes, self.kept_above));
+                // Bytes 1 and 3 of what lacks a rotation by one are where comparisons see them; 0 and 2 get there by eight.
+                let word = self.bytes[group][word].rotate_left(8 * (1 - byte as u32));
+                *x &= at_least_f16x2(word, self.bound_f16x2) ^ self.flipped;
             }
         }
     }

@@ -126,13 +126,14 @@ pub fn fresh(x: u32) -> u32 {
     y
 }
 
-/// The sums of two pairs of f16, each at least 0 and at most 1.
+/// All ones in each half where the magnitude of the f16 in `a` is not below the f16 in `b`, zeros elsewhere.
 #[inline(always)]
-pub fn saturating_add_f16x2(a: u32, b: u32) -> u32 {
+pub fn at_least_f16x2(a: u32, b: u32) -> u32 {
     let d: u32;
     // SAFETY: register arithmetic without side effects.
     unsafe {
-        asm!("add.rn.sat.f16x2 {0}, {1}, {2};", out(reg32) d, in(reg32) a, in(reg32) b, options(pure, nomem, nostack));
+        asm!("{{ .reg .b32 m; abs.f16x2 m, {1}; set.geu.u32.f16x2 {0}, m, {2}; }}", out(reg32) d, in(reg32) a, in(reg32) b,
+             options(pure, nomem, nostack));
     }
     d
 }
@@ -145,27 +146,11 @@ pub trait Packed: Element {
     fn pack_positive(low: f32, high: f32) -> u32;
     /// The two elements of a register.
     fn unpack(pair: u32) -> [f32; 2];
-    /// What a 1 in f16 is, read as this type: a power of two.
-    const KEPT: f32;
-    /// The products of two pairs.
-    fn multiply_pair(a: u32, b: u32) -> u32;
 }
 
 macro_rules! packed {
-    ($element:ident, $instruction:literal, $positive:literal, $multiply:literal, $kept:expr, $unpack:expr) => {
+    ($element:ident, $instruction:literal, $positive:literal, $unpack:expr) => {
         impl Packed for $element {
-            const KEPT: f32 = $kept;
-
-            #[inline(always)]
-            fn multiply_pair(a: u32, b: u32) -> u32 {
-                let y: u32;
-                // SAFETY: register arithmetic without side effects.
-                unsafe {
-                    asm!(concat!($multiply, " {0}, {1}, {2};"), out(reg32) y, in(reg32) a, in(reg32) b,
-                         options(pure, nomem, nostack));
-                }
-                y
-            }
             #[inline(always)]
             fn pack(low: f32, high: f32) -> u32 {
                 let y: u32;
@@ -193,12 +178,10 @@ macro_rules! packed {
         }
     };
 }
-packed!(f16, "cvt.rn.f16x2.f32", "cvt.rn.relu.f16x2.f32", "mul.rn.f16x2", 1.0, |bits| {
+packed!(f16, "cvt.rn.f16x2.f32", "cvt.rn.relu.f16x2.f32", |bits| {
     let y: f32;
     // SAFETY: register arithmetic without side effects.
     unsafe { asm!("cvt.f32.f16 {0}, {1};", out(reg32) y, in(reg16) bits, options(pure, nomem, nostack)) }
     y
 });
-packed!(bf16, "cvt.rn.bf16x2.f32", "cvt.rn.relu.bf16x2.f32", "mul.rn.bf16x2", 1.0 / 128.0, |bits| f32::from_bits(
-    (bits as u32) << 16
-));
+packed!(bf16, "cvt.rn.bf16x2.f32", "cvt.rn.relu.bf16x2.f32", |bits| f32::from_bits((bits as u32) << 16));
