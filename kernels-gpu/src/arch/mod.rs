@@ -157,6 +157,8 @@ impl Split {
 pub trait BackwardWarpgroup: Warpgroup {
     /// A slot of the rings of Q and dO.
     type Slot: Copy;
+    /// One f32 a column.
+    type Columns<const M8: usize>: Copy;
 
     /// This warpgroup's first key within the block of keys.
     fn first_key(&self) -> u32;
@@ -172,15 +174,24 @@ pub trait BackwardWarpgroup: Warpgroup {
     fn take_turn(&mut self);
     /// Lets the other warpgroup issue.
     fn pass_turn(&mut self);
-    /// Waits for room for dS.
-    fn wait_ds(&mut self);
+    /// Waits for room for the query block's dS.
+    fn wait_ds(&mut self, slot: Self::Slot);
     /// Gives a query block back; every product that reads it must have been waited for.
     fn release(&mut self, slot: Self::Slot);
 
-    /// `f(x, o)` for every element x and what exponents of its column's query add.
-    fn map_offsets<const M8: usize>(&self, x: &mut Self::Acc<M8>, slot: Self::Slot, f: impl Fn(f32, f32) -> f32);
-    /// `f(x, d)` for every element x and delta d of its column's query.
-    fn map_delta<const M8: usize>(&self, x: &mut Self::Acc<M8>, slot: Self::Slot, f: impl Fn(f32, f32) -> f32);
+    /// What exponents add for each query of the block.
+    fn offsets<const M8: usize>(&self, slot: Self::Slot) -> Self::Columns<M8>;
+    /// Delta of each query of the block.
+    fn delta<const M8: usize>(&self, slot: Self::Slot) -> Self::Columns<M8>;
+    /// Reads them now, and not a few at a time where they are used: ahead of a wait, for as many registers.
+    fn read<const M8: usize>(&self, columns: Self::Columns<M8>) -> Self::Columns<M8>;
+    /// `f(x, c)` for every element x and its column's c.
+    fn map_columns<const M8: usize>(
+        &self,
+        x: &mut Self::Acc<M8>,
+        columns: &Self::Columns<M8>,
+        f: impl Fn(f32, f32) -> f32,
+    );
 
     /// Sᵀ = K·Qᵀ, in flight.
     fn kq<const D8: usize, const M8: usize>(&mut self, slot: Self::Slot) -> Pending<Self::Acc<M8>>;
@@ -200,8 +211,10 @@ pub trait BackwardWarpgroup: Warpgroup {
         ds: Self::Operand<M8>,
         slot: Self::Slot,
     ) -> Pending<Self::Acc<C8>>;
-    /// Adds dS·K to dQ of the query block, now or, by another warpgroup, later.
-    fn add_dq<const M8: usize>(&mut self, ds: &Self::Operand<M8>, at: &QueryBlock);
+    /// Adds dS·K to dQ of the query block: now, or leaves it to another warpgroup, which may from [`Self::pass_ds`] on.
+    fn add_dq<const M8: usize>(&mut self, ds: &Self::Operand<M8>, slot: Self::Slot, at: &QueryBlock);
+    /// Waits until what was left is in memory, and passes it on.
+    fn pass_ds(&mut self, slot: Self::Slot);
 
     /// Stores this warpgroup's part of dK or dV, in the input's dtype, as far as it is rows and columns of `shape`.
     fn store_kv<const C8: usize>(&mut self, x: &Self::Acc<C8>, to: &Strided, at: &KvBlock, shape: &Shape);

@@ -48,6 +48,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         wg: &mut W,
         at: &QueryBlock,
         slot: W::Slot,
+        offsets: &W::Columns<M8>,
     ) -> (W::Operand<M8>, W::Operand<M8>) {
         let early = const { passes_early(8 * D8 as u32) };
         let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
@@ -59,12 +60,13 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
             wg.pass_turn();
         }
         let s = wg.wait::<1, M8>(s);
-        let p = self.weights(wg, at, slot, s); //                   Pᵀ = exp(scale·Sᵀ − LSE)
-        wg.wait_ds();
+        let p = self.weights(wg, at, offsets, s); //                   Pᵀ = exp(scale·Sᵀ − LSE)
+        let delta = read_early(wg, wg.delta(slot));
+        wg.wait_ds(slot);
         let dp = wg.wait::<0, M8>(dp);
-        let ds = self.score_gradients(wg, &p, dp, slot); //         dSᵀ = Pᵀ∘(dPᵀ − delta)
+        let ds = self.score_gradients(wg, &p, dp, &delta); //         dSᵀ = Pᵀ∘(dPᵀ − delta)
         let ds = wg.pack(&ds);
-        wg.add_dq(&ds, at); //                                      dQ = dQ + dS·K
+        wg.add_dq(&ds, slot, at); //                                      dQ = dQ + dS·K
         (R::pack_unmarked::<W, M8>(wg, &p), ds)
     }
 
@@ -74,7 +76,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         &self,
         wg: &W,
         at: &QueryBlock,
-        slot: W::Slot,
+        offsets: &W::Columns<M8>,
         mut s: W::Acc<M8>,
     ) -> W::Acc<M8> {
         let (p, first_row) = (self.p, at.m_block * self.block_m);
@@ -83,7 +85,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
             mask_transposed::<W, M, S::Pairs, M8>(wg, &p.shape, pairs, at.pair, &mut s, self.first_key, first_row);
         }
         let c = p.scale * LOG2_E;
-        wg.map_offsets(&mut s, slot, |s, offset| W::exp2(W::fma(s, c, offset)));
+        wg.map_columns(&mut s, offsets, |s, offset| W::exp2(W::fma(s, c, offset)));
         let keep = self.dropping.keep::<W, M8>(wg, |_| Place {
             head: at.batch * p.shape.heads_q + at.head,
             row: self.first_key,
@@ -102,13 +104,19 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         wg: &W,
         p: &W::Acc<M8>,
         mut dp: W::Acc<M8>,
-        slot: W::Slot,
+        delta: &W::Columns<M8>,
     ) -> W::Acc<M8> {
         R::drop_marked::<W, M8>(wg, &mut dp, p);
-        wg.map_delta(&mut dp, slot, |dp, delta| self.dropping.less_delta::<W>(dp, delta));
+        wg.map_columns(&mut dp, delta, |dp, delta| self.dropping.less_delta::<W>(dp, delta));
         wg.zip_with(&mut dp, p, |dp, p| dp * R::unmarked(p));
         dp
     }
+}
+
+/// What columns need, read before a wait where registers allow: beside products, shared memory is slow to answer.
+#[inline(always)]
+fn read_early<W: BackwardWarpgroup, const M8: usize>(wg: &W, columns: W::Columns<M8>) -> W::Columns<M8> {
+    if const { M8 <= 8 } { wg.read(columns) } else { columns }
 }
 
 impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8> {
@@ -122,8 +130,9 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
     ) -> Self {
         let slot = wg.wait_q();
         wg.wait_do(slot);
+        let offsets = read_early(wg, wg.offsets(slot));
         wg.take_turn();
-        let (p, ds) = step.scores::<W, D8, M8>(wg, at, slot);
+        let (p, ds) = step.scores::<W, D8, M8>(wg, at, slot, &offsets);
         Mainloop { dk: wg.zeros::<C8>(), dv, p, ds, slot }
     }
 
@@ -137,9 +146,10 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
     ) {
         let slot = wg.wait_q();
         wg.wait_do(slot);
+        let offsets = read_early(wg, wg.offsets(slot));
         wg.take_turn();
         self.finish(wg);
-        (self.p, self.ds) = step.scores::<W, D8, M8>(wg, at, slot);
+        (self.p, self.ds) = step.scores::<W, D8, M8>(wg, at, slot, &offsets);
         self.slot = slot;
     }
 
@@ -148,6 +158,7 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
     fn finish(&mut self, wg: &mut W) {
         let dv = wg.p_do::<M8, C8>(self.dv, self.p, self.slot); //  dV = dV + Pᵀ·dO
         let dk = wg.ds_q::<M8, C8>(self.dk, self.ds, self.slot); // dK = dK + dSᵀ·Q
+        wg.pass_ds(self.slot); // beside the products, because memory is slow to take it
         (self.dv, self.dk) = (wg.wait::<1, C8>(dv), wg.wait::<0, C8>(dk));
         wg.release(self.slot);
     }

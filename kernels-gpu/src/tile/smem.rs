@@ -159,24 +159,22 @@ impl BackwardSmem {
     pub const fn q_full(&self, slot: u32) -> u32 {
         self.barrier(2 + slot)
     }
-    pub const fn q_empty(&self, slot: u32) -> u32 {
+    pub const fn do_full(&self, slot: u32) -> u32 {
         self.q_full(self.stages() + slot)
     }
-    pub const fn do_full(&self, slot: u32) -> u32 {
+    /// Of the slots of both.
+    pub const fn empty(&self, slot: u32) -> u32 {
         self.q_full(2 * self.stages() + slot)
     }
-    pub const fn do_empty(&self, slot: u32) -> u32 {
+    pub const fn ds_full(&self, slot: u32) -> u32 {
         self.q_full(3 * self.stages() + slot)
     }
-    pub const fn ds_full(&self, slot: u32) -> u32 {
-        self.q_full(4 * self.stages() + slot)
-    }
     pub const fn ds_empty(&self, slot: u32) -> u32 {
-        self.q_full(4 * self.stages() + Self::DS_STAGES + slot)
+        self.q_full(3 * self.stages() + Self::DS_STAGES + slot)
     }
     /// All of it.
     pub const fn bytes(&self) -> u32 {
-        self.q_full(4 * self.stages() + 2 * Self::DS_STAGES)
+        self.q_full(3 * self.stages() + 2 * Self::DS_STAGES)
     }
 }
 
@@ -241,8 +239,8 @@ mod tests {
             for panel in [smem.v(), smem.q(1), smem.d_o(0), smem.d_o(1), smem.ds(0), smem.ds(1)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
-            // The rings of Q, dO and dS, each with a barrier for full and one for empty; K and V have a pair too.
-            let barriers = 2 * (1 + 2 * smem.stages() + BackwardSmem::DS_STAGES);
+            // K and V and the ring of dS have a barrier for full and one for empty; Q and dO share the latter.
+            let barriers = 2 * (1 + BackwardSmem::DS_STAGES) + 3 * smem.stages();
             assert_eq!(smem.bytes(), smem.kv_full() + barriers * BARRIER_BYTES, "{}", variant.symbol);
         }
     }

@@ -206,17 +206,14 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
     }
 }
 
-/// `f(x, s)` for every element and its column's statistic.
-fn map_columns<const M8: usize>(x: &mut Tile<M8>, statistics: &[f32], f: impl Fn(f32, f32) -> f32) {
-    for row in 0..ROWS {
-        for (x, s) in x.row_mut(row).iter_mut().zip(statistics) {
-            *x = f(*x, *s);
-        }
-    }
+/// Group by group.
+fn columns<const M8: usize>(statistics: &[f32]) -> [[f32; 8]; M8] {
+    core::array::from_fn(|group| core::array::from_fn(|column| statistics[8 * group + column]))
 }
 
 impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup<E, BackwardPipe<'_, M, S>> {
     type Slot = u32;
+    type Columns<const M8: usize> = [[f32; 8]; M8];
 
     fn first_key(&self) -> u32 {
         match self.pipe.split {
@@ -268,11 +265,21 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
         self.pipe.d_o().release(slot);
     }
 
-    fn map_offsets<const M8: usize>(&self, x: &mut Tile<M8>, slot: u32, f: impl Fn(f32, f32) -> f32) {
-        map_columns(x, &self.pipe.held_q(slot).statistics, f);
+    fn offsets<const M8: usize>(&self, slot: u32) -> [[f32; 8]; M8] {
+        columns(&self.pipe.held_q(slot).statistics)
     }
-    fn map_delta<const M8: usize>(&self, x: &mut Tile<M8>, slot: u32, f: impl Fn(f32, f32) -> f32) {
-        map_columns(x, &self.pipe.held_do(slot).statistics, f);
+    fn delta<const M8: usize>(&self, slot: u32) -> [[f32; 8]; M8] {
+        columns(&self.pipe.held_do(slot).statistics)
+    }
+    fn read<const M8: usize>(&self, columns: [[f32; 8]; M8]) -> [[f32; 8]; M8] {
+        columns
+    }
+    fn map_columns<const M8: usize>(&self, x: &mut Tile<M8>, columns: &[[f32; 8]; M8], f: impl Fn(f32, f32) -> f32) {
+        for row in 0..ROWS {
+            for (x, column) in x.row_mut(row).iter_mut().zip(columns.as_flattened()) {
+                *x = f(*x, *column);
+            }
+        }
     }
 
     fn kq<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Tile<M8>> {
@@ -305,8 +312,8 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
     }
     fn take_turn(&mut self) {}
     fn pass_turn(&mut self) {}
-    fn wait_ds(&mut self) {}
-    fn add_dq<const M8: usize>(&mut self, ds: &Tile<M8>, at: &QueryBlock) {
+    fn wait_ds(&mut self, _: u32) {}
+    fn add_dq<const M8: usize>(&mut self, ds: &Tile<M8>, _: u32, at: &QueryBlock) {
         let BackwardPipe { p, smem, k, .. } = &self.pipe;
         let (own, head_dim) = (self.pipe.columns(), smem.head_dim as usize);
         let mut dq = std::vec![0.0; 8 * M8 * own.len()];
@@ -325,6 +332,8 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
             }
         }
     }
+
+    fn pass_ds(&mut self, _: u32) {}
 
     fn store_kv<const C8: usize>(&mut self, x: &Tile<C8>, to: &Strided, at: &KvBlock, shape: &Shape) {
         let first = at.n_block * self.pipe.smem.block_n + self.first_key();

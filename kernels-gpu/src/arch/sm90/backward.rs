@@ -45,11 +45,10 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     fn parity(&self, number: u32) -> u32 {
         number / self.pipe.smem.stages() & 1
     }
-    /// The slot and the parity that the last query block has in the ring of dS.
+    /// The slot and the parity that a query block has in the ring of dS.
     #[inline(always)]
-    fn ds_slot(&self) -> (u32, u32) {
-        let number = self.pipe.count - 1;
-        (number % BackwardSmem::DS_STAGES, number / BackwardSmem::DS_STAGES & 1)
+    fn ds_slot(&self, slot: u32) -> (u32, u32) {
+        (slot % BackwardSmem::DS_STAGES, slot / BackwardSmem::DS_STAGES & 1)
     }
 
     /// Which consumer this is, without a register from one use to the next where there is none: reading it anew takes time.
@@ -89,23 +88,30 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         // SAFETY: the tile is full, and stays so until this product is waited for.
         unsafe { wgmma::accumulate::<E, M8, C8>(acc, x, |step| b.offset(rows_step(step))) }
     }
+}
 
-    /// `f(x, s)` for every element and its column's statistic, from the array in shared memory at `statistics`.
+/// One f32 a column: the address in shared memory of all of them, or what this thread's columns have there.
+#[derive(Clone, Copy)]
+pub enum Columns<const M8: usize> {
+    At(u32),
+    Read([[f32; 2]; M8]),
+}
+
+impl<const M8: usize> Columns<M8> {
+    /// Those of this thread's two columns of a group of eight; `first` is the first of them in the first group.
     #[inline(always)]
-    fn map_columns<const M8: usize>(&self, x: &mut Fragment<M8>, statistics: u32, f: impl Fn(f32, f32) -> f32) {
-        let first = self.base() + statistics + 4 * self.lane().column;
-        for (group, registers) in x.0.iter_mut().enumerate() {
+    fn pair(&self, first: u32, group: usize) -> [f32; 2] {
+        match self {
             // SAFETY: the array has as many elements as the tile columns, and is full.
-            let statistics = unsafe { load_shared_pair(first + 32 * group as u32) };
-            for (i, x) in registers.iter_mut().enumerate() {
-                *x = f(*x, statistics[i % 2]);
-            }
+            Columns::At(address) => unsafe { load_shared_pair(address + 4 * first + 32 * group as u32) },
+            Columns::Read(pairs) => pairs[group],
         }
     }
 }
 
 impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     type Slot = u32;
+    type Columns<const M8: usize> = Columns<M8>;
 
     #[inline(always)]
     fn first_key(&self) -> u32 {
@@ -147,8 +153,8 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         named_arrive(cta::TURN + 1 - self.short_lived_index(), 2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
-    fn wait_ds(&mut self) {
-        let (slot, parity) = self.ds_slot();
+    fn wait_ds(&mut self, slot: u32) {
+        let (slot, parity) = self.ds_slot(slot);
         // SAFETY: as above.
         unsafe { Mbarrier(self.base() + self.pipe.smem.ds_empty(slot)).wait(parity ^ 1) };
     }
@@ -156,19 +162,31 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     fn release(&mut self, slot: u32) {
         let slot = self.slot(slot);
         // SAFETY: as above.
-        unsafe {
-            Mbarrier(self.base() + self.pipe.smem.q_empty(slot)).arrive();
-            Mbarrier(self.base() + self.pipe.smem.do_empty(slot)).arrive();
-        }
+        unsafe { Mbarrier(self.base() + self.pipe.smem.empty(slot)).arrive_elected() };
     }
 
     #[inline(always)]
-    fn map_offsets<const M8: usize>(&self, x: &mut Fragment<M8>, slot: u32, f: impl Fn(f32, f32) -> f32) {
-        self.map_columns(x, self.pipe.smem.offsets(self.slot(slot)), f);
+    fn offsets<const M8: usize>(&self, slot: u32) -> Columns<M8> {
+        Columns::At(self.base() + self.pipe.smem.offsets(self.slot(slot)))
     }
     #[inline(always)]
-    fn map_delta<const M8: usize>(&self, x: &mut Fragment<M8>, slot: u32, f: impl Fn(f32, f32) -> f32) {
-        self.map_columns(x, self.pipe.smem.delta(self.slot(slot)), f);
+    fn delta<const M8: usize>(&self, slot: u32) -> Columns<M8> {
+        Columns::At(self.base() + self.pipe.smem.delta(self.slot(slot)))
+    }
+    #[inline(always)]
+    fn read<const M8: usize>(&self, columns: Columns<M8>) -> Columns<M8> {
+        let first = self.lane().column;
+        Columns::Read(core::array::from_fn(|group| columns.pair(first, group)))
+    }
+    #[inline(always)]
+    fn map_columns<const M8: usize>(&self, x: &mut Fragment<M8>, columns: &Columns<M8>, f: impl Fn(f32, f32) -> f32) {
+        let first = self.lane().column;
+        for (group, registers) in x.0.iter_mut().enumerate() {
+            let pair = columns.pair(first, group);
+            for (i, x) in registers.iter_mut().enumerate() {
+                *x = f(*x, pair[i % 2]);
+            }
+        }
     }
 
     #[inline(always)]
@@ -198,8 +216,8 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         self.accumulate(dk, ds, self.pipe.smem.q(self.slot(slot)))
     }
     #[inline(always)]
-    fn add_dq<const M8: usize>(&mut self, ds: &Operand<M8>, _: &QueryBlock) {
-        let (smem, (slot, _)) = (self.pipe.smem, self.ds_slot());
+    fn add_dq<const M8: usize>(&mut self, ds: &Operand<M8>, slot: u32, _: &QueryBlock) {
+        let (smem, (slot, _)) = (self.pipe.smem, self.ds_slot(slot));
         // Where both have the same keys, one writes for both.
         if self.pipe.split == Split::Columns && self.index() == 1 {
             return;
@@ -208,9 +226,17 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         unsafe {
             let first_key = self.short_lived_index() * WARPGROUP_ROWS;
             write_tile(ds, self.base() + smem.ds(slot), smem.block_n, first_key);
-            fence_async_proxy();
-            Mbarrier(self.base() + smem.ds_full(slot)).arrive();
         }
+    }
+    #[inline(always)]
+    fn pass_ds(&mut self, slot: u32) {
+        if self.pipe.split == Split::Columns && self.index() == 1 {
+            return;
+        }
+        let (slot, _) = self.ds_slot(slot);
+        fence_async_proxy();
+        // SAFETY: initialised before the roles parted.
+        unsafe { Mbarrier(self.base() + self.pipe.smem.ds_full(slot)).arrive_elected() };
     }
 
     #[inline(always)]

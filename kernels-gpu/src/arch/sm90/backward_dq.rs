@@ -30,36 +30,36 @@ struct Dq<'a> {
     smem: &'a BackwardSmem,
     /// Query blocks so far; a slot and its phase follow from it.
     count: u32,
+    /// The tile beside which registers leave room for something else.
+    beside: u32,
     /// One more than the counter where an exact pass has still to count the last additions; 0 for none.
     counter: u32,
 }
 
 impl Dq<'_> {
-    /// dQ = dQ + dS·K of a query block.
+    /// dQ = dQ + dS·K of a query block; `beside` runs while a tile of it is in flight.
     #[inline(always)]
-    fn add<E: Packed>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32) {
+    fn add<E: Packed>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32, beside: impl FnOnce()) {
         let smem = self.smem;
-        let count = cta::converged(|| cta::uniform(self.count));
+        let count = cta::uniform(self.count);
         let (slot, parity) = (count % BackwardSmem::DS_STAGES, count / BackwardSmem::DS_STAGES & 1);
         // SAFETY: the barriers were initialised before the roles parted.
         unsafe { Mbarrier(smem_base() + smem.ds_full(slot)).wait(parity) };
         self.await_turn(shape, at, turn);
-        let panel = smem.block_n * PANEL_ROW_BYTES;
-        let (rows, columns) = (smem.block_m / WARPGROUP_ROWS, smem.head_dim / (8 * N8 as u32));
-        for tile in 0..rows * columns {
-            let base = fresh(smem_base());
-            let a = Descriptor::mn_major(base + smem.ds(slot) + tile / columns * panel, panel);
-            let b = columns_step(smem.block_n, tile % columns * (N8 as u32 / 2));
-            let b = Descriptor::mn_major(base + smem.k() + b, panel);
-            // SAFETY: dSᵀ has been written, K is full, and both stay so until this product is waited for.
-            let Pending(mut dq) = unsafe {
-                wgmma::multiply::<E, N8>(smem.block_n / 16, |step| [a, b].map(|x| x.offset(rows_step(step))))
-            };
+        let tiles = smem.block_m / WARPGROUP_ROWS * self.columns();
+        let mut beside = Some(beside);
+        for tile in 0..tiles {
+            let Pending(mut dq) = self.multiply::<E>(slot, tile);
+            if tile == self.beside
+                && let Some(beside) = beside.take()
+            {
+                beside();
+            }
             wgmma::wait::<0>();
             wgmma::tie(&mut dq);
-            if tile + 1 == rows * columns {
+            if tile + 1 == tiles {
                 // SAFETY: as above.
-                unsafe { Mbarrier(base + smem.ds_empty(slot)).arrive() };
+                unsafe { Mbarrier(smem_base() + smem.ds_empty(slot)).arrive_elected() };
             }
             self.add_global(&dq, shape, at, tile);
             // ptxas moves no access across it: the registers are free before the next product needs them.
@@ -68,15 +68,36 @@ impl Dq<'_> {
         self.count += 1;
     }
 
+    /// Tiles beside each other.
+    #[inline(always)]
+    fn columns(&self) -> u32 {
+        self.smem.head_dim / (8 * N8 as u32)
+    }
+
+    /// A tile of dS·K, in flight.
+    #[inline(always)]
+    fn multiply<E: Packed>(&self, slot: u32, tile: u32) -> Pending<Fragment<N8>> {
+        let (smem, base) = (self.smem, fresh(smem_base()));
+        let panel = smem.block_n * PANEL_ROW_BYTES;
+        let a = Descriptor::mn_major(base + smem.ds(slot) + tile / self.columns() * panel, panel);
+        let b = columns_step(smem.block_n, tile % self.columns() * (N8 as u32 / 2));
+        let b = Descriptor::mn_major(base + smem.k() + b, panel);
+        // SAFETY: dSᵀ has been written, K is full, and both stay so until this product is waited for.
+        unsafe { wgmma::multiply::<E, N8>(smem.block_n / 16, |step| [a, b].map(|x| x.offset(rows_step(step)))) }
+    }
+
     /// Adds a tile of a query block's dQ to the workspace.
     #[inline(always)]
     fn add_global(&self, dq: &Fragment<N8>, shape: &Shape, at: &QueryBlock, tile: u32) {
         let first = self.workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * self.smem.block_m);
         let address = self.workspace.dq + first * (self.smem.head_dim * 4) as u64 + 16 * thread_of_warpgroup() as u64;
-        for (group, x) in dq.0.iter().enumerate() {
-            let group = tile * N8 as u32 + group as u32;
+        // ptxas gives two tiles that follow each other registers that overlap by a group: the one that is added first here,
+        // so that the next product does not wait until memory has taken the others.
+        for group in 0..N8 {
+            let group = if (tile + self.beside).is_multiple_of(2) { group } else { N8 - 1 - group };
+            let place = tile * N8 as u32 + group as u32;
             // SAFETY: part of the query block in the workspace, which the host has made large enough.
-            unsafe { add_global(address + (group * 16 * WARPGROUP_THREADS) as u64, *x) };
+            unsafe { add_global(address + (place * 16 * WARPGROUP_THREADS) as u64, dq.0[group]) };
         }
     }
 
@@ -117,6 +138,17 @@ impl Dq<'_> {
     }
 }
 
+/// The tile of dQ beside which loads are started: early, because the slots are empty by then, but not where registers are
+/// needed for more.
+#[inline(always)]
+fn beside<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
+    match (smem.head_dim, S::Pairs::COUNT) {
+        (64, 1) => 1,
+        (128, 2) => 3,
+        _ => 0,
+    }
+}
+
 /// Loads what the work tiles need, and adds dQ. `parameters` is the address of `p` in the kernel's parameter space.
 #[inline(always)]
 pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
@@ -126,7 +158,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
     tiles: impl Iterator<Item = WorkTile>,
 ) {
     let mut loads = Loads::new(p, parameters, smem);
-    let mut dq = Dq { workspace: &p.workspace, smem, count: 0, counter: 0 };
+    let mut dq = Dq { workspace: &p.workspace, smem, beside: beside::<S>(smem), count: 0, counter: 0 };
     let tile = (smem.block_m, smem.block_n);
     for work_tile in tiles {
         let mut pairs_left = p.second.last() + 1;
@@ -142,17 +174,22 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
             }
             loads.keys(&keys);
             let (mut at, mut upcoming) = (blocks.first(), blocks.first());
-            // Loads run ahead of dQ by the slots of their ring: those are free once the consumers need them no more.
-            for step in 0..blocks.count() + smem.stages() {
-                if step < blocks.count() {
-                    loads.queries(&upcoming);
-                    upcoming = blocks.after(&upcoming);
-                }
-                if step >= smem.stages() {
-                    let turn = blocks.turn(&p.shape, &at, keys.n_block, turn_blocks(smem.head_dim), tile);
-                    dq.add::<E>(&p.shape, &QueryBlock { batch: fresh(at.batch), ..at }, turn);
-                    at = blocks.after(&at);
-                }
+            let mut load = || {
+                loads.queries(&upcoming);
+                upcoming = blocks.after(&upcoming);
+            };
+            for _ in 0..smem.stages().min(blocks.count()) {
+                load();
+            }
+            for step in 0..blocks.count() {
+                let turn = blocks.turn(&p.shape, &at, keys.n_block, turn_blocks(smem.head_dim), tile);
+                // Beside its dQ, the consumers are past what else they need of the query block.
+                dq.add::<E>(&p.shape, &QueryBlock { batch: fresh(at.batch), ..at }, turn, || {
+                    if step + smem.stages() < blocks.count() {
+                        load();
+                    }
+                });
+                at = blocks.after(&at);
             }
             dq.count_last();
         }

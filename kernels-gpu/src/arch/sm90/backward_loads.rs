@@ -80,14 +80,13 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
         };
         // SAFETY: as above; the statistics are rows of the workspace.
         unsafe {
-            Mbarrier(base + smem.q_empty(slot)).wait(parity);
+            Mbarrier(base + smem.empty(slot)).wait(parity);
             q_full.arrive_expect(leader, bytes);
             load_bytes(leader, p.workspace.offsets + statistics, row_bytes, base + smem.offsets(slot), q_full);
         }
         self.tile(leader, q, smem.block_m, at, base + smem.q(slot), q_full);
         // SAFETY: as above.
         unsafe {
-            Mbarrier(base + smem.do_empty(slot)).wait(parity);
             do_full.arrive_expect(leader, bytes);
             load_bytes(leader, p.workspace.delta + statistics, row_bytes, base + smem.delta(slot), do_full);
         }

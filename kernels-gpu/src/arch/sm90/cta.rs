@@ -11,6 +11,9 @@ use crate::variants::{WARP_THREADS, WARPGROUP_THREADS};
 
 core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
 
+/// Warps of a warpgroup, each of which arrives by one lane.
+const WARPS: u32 = WARPGROUP_THREADS / WARP_THREADS;
+
 /// Named barriers: 0 is the whole CTA's.
 const CTA: u32 = 0;
 /// From here on, one for each consumer's turn to issue products.
@@ -131,7 +134,7 @@ pub fn init_barriers(smem: &ForwardSmem) {
         if _thread_idx_x() == 0 {
             for slot in 0..smem.stages {
                 Mbarrier(base + smem.full(slot)).init(1);
-                Mbarrier(base + smem.empty(slot)).init(4 * smem.consumers);
+                Mbarrier(base + smem.empty(slot)).init(WARPS * smem.consumers);
             }
             for consumer in 0..smem.consumers {
                 Mbarrier(base + smem.q_full(consumer)).init(1);
@@ -145,23 +148,20 @@ pub fn init_barriers(smem: &ForwardSmem) {
 /// As [`init_barriers`], for the backward kernel's two consumers.
 #[inline(always)]
 pub fn init_backward_barriers(smem: &BackwardSmem, split: Split) {
-    const CONSUMER_WARPS: u32 = 8;
     let base = smem_base();
     // SAFETY: as in `init_barriers`.
     unsafe {
         if _thread_idx_x() == 0 {
             Mbarrier(base + smem.kv_full()).init(1);
-            Mbarrier(base + smem.kv_empty()).init(CONSUMER_WARPS);
+            Mbarrier(base + smem.kv_empty()).init(2 * WARPS);
             for slot in 0..smem.stages() {
                 Mbarrier(base + smem.q_full(slot)).init(1);
                 Mbarrier(base + smem.do_full(slot)).init(1);
-                // Every thread has read statistics there by itself.
-                Mbarrier(base + smem.q_empty(slot)).init(2 * WARPGROUP_THREADS);
-                Mbarrier(base + smem.do_empty(slot)).init(2 * WARPGROUP_THREADS);
+                Mbarrier(base + smem.empty(slot)).init(2 * WARPS);
             }
             for slot in 0..BackwardSmem::DS_STAGES {
-                Mbarrier(base + smem.ds_full(slot)).init(split.writers() * WARPGROUP_THREADS);
-                Mbarrier(base + smem.ds_empty(slot)).init(WARPGROUP_THREADS);
+                Mbarrier(base + smem.ds_full(slot)).init(split.writers() * WARPS);
+                Mbarrier(base + smem.ds_empty(slot)).init(WARPS);
             }
             fence_mbarrier_init();
         }
