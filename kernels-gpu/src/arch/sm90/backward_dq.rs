@@ -158,7 +158,8 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
     tiles: impl Iterator<Item = WorkTile>,
 ) {
     let mut loads = Loads::new(p, parameters, smem);
-    let mut dq = Dq { workspace: &p.workspace, smem, beside: beside::<S>(smem), count: 0, counter: 0 };
+    let beside = beside::<S>(smem);
+    let mut dq = Dq { workspace: &p.workspace, smem, beside, count: 0, counter: 0 };
     let tile = (smem.block_m, smem.block_n);
     for work_tile in tiles {
         let mut pairs_left = p.second.last() + 1;
@@ -174,19 +175,21 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
             }
             loads.keys(&keys);
             let (mut at, mut upcoming) = (blocks.first(), blocks.first());
-            let mut load = || {
-                loads.queries(&upcoming);
+            let mut load = |leader: Leader| {
+                loads.queries(&upcoming, leader);
                 upcoming = blocks.after(&upcoming);
             };
             for _ in 0..smem.stages().min(blocks.count()) {
-                load();
+                load(cta::converged(Leader::of_warpgroup));
             }
             for step in 0..blocks.count() {
                 let turn = blocks.turn(&p.shape, &at, keys.n_block, turn_blocks(smem.head_dim), tile);
                 // Beside its dQ, the consumers are past what else they need of the query block.
                 dq.add::<E>(&p.shape, &QueryBlock { batch: fresh(at.batch), ..at }, turn, || {
                     if step + smem.stages() < blocks.count() {
-                        load();
+                        // After the product ptxas knows by itself that the warp is converged, at the cost of registers.
+                        let leader = Leader::of_warpgroup;
+                        load(if beside == 0 { leader() } else { cta::converged(leader) });
                     }
                 });
                 at = blocks.after(&at);

@@ -62,10 +62,11 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
         self.count ^= KV;
     }
 
-    /// Loads Q, dO and the statistics of a query block into the next slots, once they are empty.
+    /// Loads Q, dO and the statistics of a query block into the next slots, once they are empty; the leader is one thread of
+    /// the warpgroup.
     #[inline(always)]
-    pub fn queries(&mut self, block: &QueryBlock) {
-        let (p, smem, base, leader) = (self.p, self.smem, fresh(smem_base()), cta::converged(Leader::of_warpgroup));
+    pub fn queries(&mut self, block: &QueryBlock, leader: Leader) {
+        let (p, smem, base) = (self.p, self.smem, fresh(smem_base()));
         let QueryBlock { batch, head, m_block, pair } = *block;
         let batch = fresh(batch);
         let count = cta::uniform(self.count & !KV);
