@@ -162,7 +162,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     fn release(&mut self, slot: u32) {
         let slot = self.slot(slot);
         // SAFETY: as above.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.empty(slot)).arrive_elected() };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.empty(slot)).arrive() };
     }
 
     #[inline(always)]
@@ -236,7 +236,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         let (slot, _) = self.ds_slot(slot);
         fence_async_proxy();
         // SAFETY: initialised before the roles parted.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.ds_full(slot)).arrive_elected() };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.ds_full(slot)).arrive_together() };
     }
 
     #[inline(always)]

@@ -37,6 +37,17 @@ impl Mbarrier {
         }
     }
 
+    /// As [`Mbarrier::arrive_elected`], after all that the warp's lanes have read or written.
+    ///
+    /// # Safety
+    /// As [`Mbarrier::arrive_elected`].
+    #[inline(always)]
+    pub unsafe fn arrive_together(self) {
+        sync_warp();
+        // SAFETY: the caller's promise.
+        unsafe { self.arrive_elected() }
+    }
+
     /// This thread arrives, after all that it has read.
     ///
     /// # Safety

@@ -157,7 +157,8 @@ pub fn init_backward_barriers(smem: &BackwardSmem, split: Split) {
             for slot in 0..smem.stages() {
                 Mbarrier(base + smem.q_full(slot)).init(1);
                 Mbarrier(base + smem.do_full(slot)).init(1);
-                Mbarrier(base + smem.empty(slot)).init(2 * WARPS);
+                // Every thread has read statistics there by itself.
+                Mbarrier(base + smem.empty(slot)).init(2 * WARPGROUP_THREADS);
             }
             for slot in 0..BackwardSmem::DS_STAGES {
                 Mbarrier(base + smem.ds_full(slot)).init(split.writers() * WARPS);
