@@ -14,7 +14,7 @@ use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
 use crate::arch::sm90::total_offsets::produce_offsets;
 use crate::arch::sm90::total_producer;
-use crate::attention::dropout::{Dropping, NoDropout};
+use crate::attention::dropping::{Dropping, NoDropout};
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::scheduler::CtaTiles;
 use crate::kernels::backward::consume as consume_backward;

@@ -4,7 +4,7 @@
 //! every sum is fixed, and the bits do not depend on the number of threads.
 
 use kernels_gpu::{
-    attention::dropout::NoDropout,
+    attention::dropping::NoDropout,
     cpu::{backward, finish, prepare},
     element::Element,
 };

@@ -9,7 +9,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-use kernels_gpu::{attention::dropout::NoDropout, cpu::forward, element::Element};
+use kernels_gpu::{attention::dropping::NoDropout, cpu::forward, element::Element};
 use rayon::prelude::*;
 
 use crate::{

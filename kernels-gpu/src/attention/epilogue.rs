@@ -1,6 +1,6 @@
 //! The end of a work tile: normalise O, store it and the LSE.
 
-use super::dropout::Dropping;
+use super::dropping::Dropping;
 use super::scheduler::WorkTile;
 use super::softmax::Softmax;
 use crate::arch::ForwardWarpgroup;

@@ -3,6 +3,7 @@
 pub mod block_info;
 pub mod divisor;
 pub mod dropout;
+pub mod dropping;
 pub mod epilogue;
 pub mod mask;
 pub mod pairs;

@@ -9,7 +9,8 @@
 use core::f32::consts::LOG2_E;
 
 use crate::arch::BackwardWarpgroup;
-use crate::attention::dropout::{Dropping, Place, Rows};
+use crate::attention::dropout::{Place, Rows};
+use crate::attention::dropping::Dropping;
 use crate::attention::mask::{Mask, mask_transposed};
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};

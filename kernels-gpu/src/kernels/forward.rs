@@ -6,7 +6,8 @@
 
 use crate::arch::{ForwardWarpgroup, Pending};
 use crate::attention::block_info::{Visit, Visits};
-use crate::attention::dropout::{Dropping, Place, Rows};
+use crate::attention::dropout::{Place, Rows};
+use crate::attention::dropping::Dropping;
 use crate::attention::epilogue;
 use crate::attention::mask::{Mask, mask_scores};
 use crate::attention::pairs::Pairs;

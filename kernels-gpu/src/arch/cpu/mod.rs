@@ -22,7 +22,7 @@ pub use warpgroup::CpuWarpgroup;
 
 use crate::arch::Split;
 use crate::attention::block_info::KvBlocks;
-use crate::attention::dropout::Dropping;
+use crate::attention::dropping::Dropping;
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::key_block;
