@@ -61,13 +61,13 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
             wg.pass_turn();
         }
         let s = wg.wait::<1, M8>(s);
-        let p = self.weights(wg, at, offsets, s); //                   Pᵀ = exp(scale·Sᵀ − LSE)
+        let p = self.weights(wg, at, offsets, s); //                Pᵀ = exp(scale·Sᵀ − LSE)
         let delta = read_early(wg, wg.delta(slot));
         wg.wait_ds(slot);
         let dp = wg.wait::<0, M8>(dp);
-        let ds = self.score_gradients(wg, &p, dp, &delta); //         dSᵀ = Pᵀ∘(dPᵀ − delta)
+        let ds = self.score_gradients(wg, &p, dp, &delta); //       dSᵀ = Pᵀ∘(dPᵀ − delta)
         let ds = wg.pack(&ds);
-        wg.add_dq(&ds, slot, at); //                                      dQ = dQ + dS·K
+        wg.add_dq(&ds, slot, at); //                                dQ = dQ + dS·K
         (R::pack_unmarked::<W, M8>(wg, &p), ds)
     }
 
