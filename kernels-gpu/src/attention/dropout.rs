@@ -170,8 +170,8 @@ impl Dropout {
         self.kept_by(self.words(head, i, j), i, j)
     }
 
-    /// `f(i, j, kept)` for all that the call of query `i` and key `j` decides on, the first of its tile that do: both are
-    /// even, and below eight in it.
+    /// `f(i, j, kept)` for all that a call decides on, given the first of them, `i` and `j`: both are even, and among the first
+    /// eight of their tile.
     pub fn for_call(&self, head: u32, i: u32, j: u32, mut f: impl FnMut(u32, u32, bool)) {
         let words = self.words(head, i, j);
         for (i, j) in [i, i + 1, i + 8, i + 9].into_iter().flat_map(|i| [j, j + 1, j + 8, j + 9].map(|j| (i, j))) {

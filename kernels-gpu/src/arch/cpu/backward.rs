@@ -206,7 +206,7 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
     }
 }
 
-/// Group by group.
+/// The statistics of a fragment's columns, group by group.
 fn columns<const M8: usize>(statistics: &[f32]) -> [[f32; 8]; M8] {
     core::array::from_fn(|group| core::array::from_fn(|column| statistics[8 * group + column]))
 }
@@ -275,11 +275,7 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
         columns
     }
     fn map_columns<const M8: usize>(&self, x: &mut Tile<M8>, columns: &[[f32; 8]; M8], f: impl Fn(f32, f32) -> f32) {
-        for row in 0..ROWS {
-            for (x, column) in x.row_mut(row).iter_mut().zip(columns.as_flattened()) {
-                *x = f(*x, *column);
-            }
-        }
+        x.map_columns(ROWS, columns.as_flattened(), f);
     }
 
     fn kq<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Tile<M8>> {

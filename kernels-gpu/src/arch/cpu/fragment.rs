@@ -18,6 +18,15 @@ impl<const N8: usize> Tile<N8> {
         self.0[row].as_flattened()
     }
 
+    /// `f(x, c)` for every element x of the first rows and its column's c.
+    pub fn map_columns(&mut self, rows: usize, columns: &[f32], f: impl Fn(f32, f32) -> f32) {
+        for row in 0..rows {
+            for (x, column) in self.row_mut(row).iter_mut().zip(columns) {
+                *x = f(*x, *column);
+            }
+        }
+    }
+
     /// A row's elements.
     pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
         self.0[row].as_flattened_mut()

@@ -191,11 +191,7 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
         let Some(tile) = self.pipe.q.iter().find(|tile| tile.count == q) else {
             Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise()
         };
-        for row in 0..self.live {
-            for (x, offset) in x.row_mut(row).iter_mut().zip(&tile.offsets) {
-                *x = f(*x, *offset);
-            }
-        }
+        x.map_columns(self.live, &tile.offsets, f);
     }
     fn unknown(x: u32) -> u32 {
         x

@@ -30,16 +30,16 @@ struct Dq<'a> {
     smem: &'a BackwardSmem,
     /// Query blocks so far; a slot and its phase follow from it.
     count: u32,
-    /// The tile beside which registers leave room for something else.
-    beside: u32,
+    /// The tile of a query block's dQ beside which the next loads start.
+    loads_at: u32,
     /// One more than the counter where an exact pass has still to count the last additions; 0 for none.
     counter: u32,
 }
 
 impl Dq<'_> {
-    /// dQ = dQ + dS·K of a query block; `beside` runs while a tile of it is in flight.
+    /// dQ = dQ + dS·K of a query block; `load` runs while the tile [`Dq::loads_at`] of it is in flight.
     #[inline(always)]
-    fn add<E: Packed>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32, beside: impl FnOnce()) {
+    fn add<E: Packed>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32, load: impl FnOnce()) {
         let smem = self.smem;
         let count = cta::uniform(self.count);
         let (slot, parity) = (count % BackwardSmem::DS_STAGES, count / BackwardSmem::DS_STAGES & 1);
@@ -47,13 +47,13 @@ impl Dq<'_> {
         unsafe { Mbarrier(smem_base() + smem.ds_full(slot)).wait(parity) };
         self.await_turn(shape, at, turn);
         let tiles = smem.block_m / WARPGROUP_ROWS * self.columns();
-        let mut beside = Some(beside);
+        let mut load = Some(load);
         for tile in 0..tiles {
             let Pending(mut dq) = self.multiply::<E>(slot, tile);
-            if tile == self.beside
-                && let Some(beside) = beside.take()
+            if tile == self.loads_at
+                && let Some(load) = load.take()
             {
-                beside();
+                load();
             }
             wgmma::wait::<0>();
             wgmma::tie(&mut dq);
@@ -94,7 +94,7 @@ impl Dq<'_> {
         // ptxas gives two tiles that follow each other registers that overlap by a group: the one that is added first here,
         // so that the next product does not wait until memory has taken the others.
         for group in 0..N8 {
-            let group = if (tile + self.beside).is_multiple_of(2) { group } else { N8 - 1 - group };
+            let group = if (tile + self.loads_at).is_multiple_of(2) { group } else { N8 - 1 - group };
             let place = tile * N8 as u32 + group as u32;
             // SAFETY: part of the query block in the workspace, which the host has made large enough.
             unsafe { add_global(address + (place * 16 * WARPGROUP_THREADS) as u64, dq.0[group]) };
@@ -141,7 +141,7 @@ impl Dq<'_> {
 /// The tile of dQ beside which loads are started: early, because the slots are empty by then, but not where registers are
 /// needed for more.
 #[inline(always)]
-fn beside<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
+fn loads_at<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
     match (smem.head_dim, S::Pairs::COUNT) {
         (64, 1) => 1,
         (128, 2) => 3,
@@ -158,8 +158,8 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
     tiles: impl Iterator<Item = WorkTile>,
 ) {
     let mut loads = Loads::new(p, parameters, smem);
-    let beside = beside::<S>(smem);
-    let mut dq = Dq { workspace: &p.workspace, smem, beside, count: 0, counter: 0 };
+    let loads_at = loads_at::<S>(smem);
+    let mut dq = Dq { workspace: &p.workspace, smem, loads_at, count: 0, counter: 0 };
     let tile = (smem.block_m, smem.block_n);
     for work_tile in tiles {
         let mut pairs_left = p.second.last() + 1;
@@ -189,7 +189,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
                     if step + smem.stages() < blocks.count() {
                         // After the product ptxas knows by itself that the warp is converged, at the cost of registers.
                         let leader = Leader::of_warpgroup;
-                        load(if beside == 0 { leader() } else { cta::converged(leader) });
+                        load(if loads_at == 0 { leader() } else { cta::converged(leader) });
                     }
                 });
                 at = blocks.after(&at);
