@@ -32,6 +32,11 @@ struct Dq<'a> {
     count: u32,
     /// The tile of a query block's dQ beside which the next loads start.
     loads_at: u32,
+    /// Where this thread adds the first of what it has of a query block's dQ, and the block's first row in the workspace.
+    /// From block to block the address moves in registers of its own: those of one that is computed anew would be taken
+    /// from what the last additions hold until memory has taken them.
+    address: u64,
+    row: u32,
     /// One more than the counter where an exact pass has still to count the last additions; 0 for none.
     counter: u32,
 }
@@ -88,16 +93,21 @@ impl Dq<'_> {
 
     /// Adds a tile of a query block's dQ to the workspace.
     #[inline(always)]
-    fn add_global(&self, dq: &Fragment<N8>, shape: &Shape, at: &QueryBlock, tile: u32) {
-        let first = self.workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * self.smem.block_m);
-        let address = self.workspace.dq + first * (self.smem.head_dim * 4) as u64 + 16 * thread_of_warpgroup() as u64;
+    fn add_global(&mut self, dq: &Fragment<N8>, shape: &Shape, at: &QueryBlock, tile: u32) {
+        if tile == 0 {
+            let row = self.workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * self.smem.block_m) as u32;
+            // Not before the product was waited for: by then memory has taken the last additions.
+            let rows = fresh(row.wrapping_sub(self.row)) as i32;
+            self.address = self.address.wrapping_add_signed(rows as i64 * (self.smem.head_dim * 4) as i64);
+            self.row = row;
+        }
         // ptxas gives two tiles that follow each other registers that overlap by a group: the one that is added first here,
         // so that the next product does not wait until memory has taken the others.
         for group in 0..N8 {
             let group = if (tile + self.loads_at).is_multiple_of(2) { group } else { N8 - 1 - group };
             let place = tile * N8 as u32 + group as u32;
             // SAFETY: part of the query block in the workspace, which the host has made large enough.
-            unsafe { add_global(address + (place * 16 * WARPGROUP_THREADS) as u64, dq.0[group]) };
+            unsafe { add_global(self.address + (place * 16 * WARPGROUP_THREADS) as u64, dq.0[group]) };
         }
     }
 
@@ -115,7 +125,7 @@ impl Dq<'_> {
             self.count_last();
             self.counter = counter;
             // SAFETY: a counter of the workspace.
-            unsafe { wait_turn(self.address(), turn) };
+            unsafe { wait_turn(self.counter_address(), turn) };
         }
     }
 
@@ -126,14 +136,14 @@ impl Dq<'_> {
             // All have issued them; the leader's release is for all.
             named_sync(cta::WARPGROUP, WARPGROUP_THREADS);
             // SAFETY: a counter of the workspace.
-            unsafe { count_turn(Leader::of_warpgroup(), self.address()) };
+            unsafe { count_turn(Leader::of_warpgroup(), self.counter_address()) };
             self.counter = 0;
         }
     }
 
     /// Address of the counter; there is one.
     #[inline(always)]
-    fn address(&self) -> u64 {
+    fn counter_address(&self) -> u64 {
         self.workspace.turns + 4 * (self.counter - 1) as u64
     }
 }
@@ -159,7 +169,9 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
 ) {
     let mut loads = Loads::new(p, parameters, smem);
     let loads_at = loads_at::<S>(smem);
-    let mut dq = Dq { workspace: &p.workspace, smem, loads_at, count: 0, counter: 0 };
+    let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
+    let mut dq = Dq { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, counter: 0 };
+    let warp = cta::warp_of_warpgroup();
     let tile = (smem.block_m, smem.block_n);
     for work_tile in tiles {
         let mut pairs_left = p.second.last() + 1;
@@ -188,8 +200,10 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
                 dq.add::<E>(&p.shape, &QueryBlock { batch: fresh(at.batch), ..at }, turn, || {
                     if step + smem.stages() < blocks.count() {
                         // After the product ptxas knows by itself that the warp is converged, at the cost of registers.
-                        let leader = Leader::of_warpgroup;
-                        load(if loads_at == 0 { leader() } else { cta::converged(leader) });
+                        load(match loads_at {
+                            0 => Leader::of_first_warp(warp),
+                            _ => cta::converged(Leader::of_warpgroup),
+                        });
                     }
                 });
                 at = blocks.after(&at);

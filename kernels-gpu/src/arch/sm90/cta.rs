@@ -66,6 +66,21 @@ impl Leader {
         }
         Leader(leader)
     }
+
+    /// The same where it is known which `warp` of the warpgroup this is, without the time that reading a thread's number
+    /// takes.
+    #[inline(always)]
+    pub fn of_first_warp(warp: u32) -> Self {
+        let leader: u32;
+        // SAFETY: the warp is converged here.
+        unsafe {
+            asm!(
+                "{{ .reg .pred p, q; elect.sync _|p, 0xffffffff; setp.eq.and.u32 q, {1}, 0, p; selp.u32 {0}, 1, 0, q; }}",
+                out(reg32) leader, in(reg32) warp, options(nomem, nostack)
+            );
+        }
+        Leader(leader)
+    }
 }
 
 /// What a warpgroup of the CTA does.
