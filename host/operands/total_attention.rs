@@ -71,6 +71,7 @@ impl RawTotalAttention {
             scale: plan.scale(),
             shape: plan.problem().kernel_shape(),
             order: plan.order,
+            shared_from: plan.shared_from,
         }
     }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use kernels_gpu::{
-    attention::scheduler::TileOrder,
+    attention::{scheduler::TileOrder, shared_tiles},
     variants::{self, TotalVariant},
 };
 
@@ -25,6 +25,8 @@ pub struct TotalPlan {
     grid: u32,
     /// How CTAs take the work tiles; of no meaning where there are none.
     pub(crate) order: TileOrder,
+    /// The first work tile that is shared out in parts, one for each consumer.
+    pub(crate) shared_from: u32,
 }
 
 impl TotalPlan {
@@ -45,9 +47,11 @@ impl TotalPlan {
         let tiles = problem.batch as u128 * problem.heads_q as u128 * n_blocks;
         at_most("work_tiles", tiles, MAX_WORK_TILES)?;
         let work_tiles = if problem.seqlen_q == 0 { 0 } else { tiles as u32 };
-        let grid = work_tiles.min(sm_count.max(1));
+        let parts = variant.smem().parts();
+        let shared_from = shared_tiles::shared_from(work_tiles, parts, sm_count.max(1));
+        let grid = (shared_from + (work_tiles - shared_from) * parts).min(sm_count.max(1));
         let order = if work_tiles == 0 { TileOrder::default() } else { variant.order(&problem.kernel_shape(), grid) };
-        Ok(TotalPlan { problem: *problem, mask, scale, variant, work_tiles, grid, order })
+        Ok(TotalPlan { problem: *problem, mask, scale, variant, work_tiles, grid, order, shared_from })
     }
 
     /// The problem, validated.
@@ -176,7 +180,11 @@ mod tests {
             prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
             let n_blocks = seqlen_k.div_ceil(plan.variant().block_n() as usize);
             prop_assert_eq!(plan.work_tiles() as usize, batch * 2 * heads * n_blocks);
-            prop_assert_eq!(plan.grid(), plan.work_tiles().min(sm_count.max(1)));
+            let (tiles, parts, most) = (plan.work_tiles(), plan.variant().smem().parts(), sm_count.max(1));
+            let (rounds, left) = (tiles / most, tiles % most);
+            // Each of a few tiles that are left over has a CTA for each of its parts.
+            let last_round = if left * parts <= most { left * parts } else { left };
+            prop_assert_eq!(plan.grid(), if rounds > 0 { most } else { last_round });
             if plan.work_tiles() > 0 {
                 prop_assert_eq!(plan.order.tiles(), plan.work_tiles());
             }

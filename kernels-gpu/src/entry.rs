@@ -17,6 +17,7 @@ use crate::arch::sm90::total_producer;
 use crate::attention::dropping::{Dropping, NoDropout};
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::scheduler::CtaTiles;
+use crate::attention::shared_tiles::SharedTiles;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
@@ -232,7 +233,7 @@ prepare_entries! {
 
 /// A CTA of total attention: one producer warpgroup, the others consumers.
 #[inline(always)]
-fn total<E: Packed, M: Mask, const CONSUMERS: u32, const D8: usize, const M8: usize>(
+fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
     p: &TotalParams<TensorMap>,
     parameters: u64,
     smem: &TotalSmem,
@@ -240,7 +241,7 @@ fn total<E: Packed, M: Mask, const CONSUMERS: u32, const D8: usize, const M8: us
     cta::init_total_barriers(smem);
     // SAFETY: reads special registers.
     let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
-    let tiles = CtaTiles::new(&p.order, cta, ctas);
+    let tiles = SharedTiles::new(&p.order, p.shared_from, smem.parts(), cta, ctas);
     let role = cta::role();
     match role {
         Role::Producer => {
@@ -254,7 +255,7 @@ fn total<E: Packed, M: Mask, const CONSUMERS: u32, const D8: usize, const M8: us
         Role::Consumer(index) => {
             cta::set_registers(role, smem.consumers);
             let mut consumer = Consumer::<E, _>::total(smem, index, parameters);
-            consume_total::<_, M, CONSUMERS, D8, M8>(&mut consumer, p, tiles);
+            consume_total::<_, M, D8, M8>(&mut consumer, p, smem, tiles);
         }
     }
 }
@@ -266,7 +267,7 @@ macro_rules! total_entries {
         pub unsafe extern "ptx-kernel" fn $symbol(p: TotalParams<TensorMap>) {
             const SMEM: TotalSmem =
                 TotalSmem { head_dim: $head_dim, consumers: $consumers, block_m: $block_m, stages: $stages };
-            total::<element!($dtype), mask!($mask), $consumers, { $head_dim / 8 }, { $block_m / 8 }>(
+            total::<element!($dtype), mask!($mask), { $head_dim / 8 }, { $block_m / 8 }>(
                 &p,
                 crate::parameter_address!($symbol),
                 &SMEM,

@@ -287,4 +287,6 @@ pub struct TotalParams<T> {
     pub shape: Shape,
     /// Of blocks of keys of query heads.
     pub order: TileOrder,
+    /// The first of them that is shared out in parts.
+    pub shared_from: u32,
 }

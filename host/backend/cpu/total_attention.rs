@@ -75,3 +75,42 @@ unsafe fn run<E: Element>(plan: &TotalPlan, params: &TotalParams<Strided>) -> Re
         })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::problem::{Mask, Problem};
+    use kernels_gpu::variants::Dtype;
+
+    /// On a machine with many multiprocessors a few work tiles are shared out, on one with one they are not.
+    #[test]
+    fn parts_of_work_tiles_give_the_same_bits() {
+        let problem = Problem {
+            batch: 1,
+            heads_q: 3,
+            heads_kv: 1,
+            seqlen_q: 300,
+            seqlen_k: 700,
+            head_dim: 40,
+            dtype: Dtype::Bf16,
+        };
+        let values = |count: usize| -> Vec<bf16> {
+            (0..count).map(|i| bf16::from_f32(((i * 7919) % 1009) as f32 / 300.0 - 1.7)).collect()
+        };
+        let (q, k) = (values(3 * 300 * 40), values(700 * 40));
+        let (q, k) = (Tensor::bhsd(&q[..], [1, 3, 300, 40]), Tensor::bhsd(&k[..], [1, 1, 700, 40]));
+        let lse: Vec<f32> = (0..3 * 300).map(|i| 4.0 + (i % 7) as f32).collect();
+        for mask in [Mask::None, Mask::Causal] {
+            let totals = [1, 7, 132].map(|sm_count| {
+                let plan = TotalPlan::new(&problem, mask, None, sm_count).unwrap();
+                assert_eq!(plan.shared_from, if sm_count == 132 { 0 } else { 9 });
+                let mut total = vec![f32::NAN; problem.total_len()];
+                run_into(&plan, q, k, &lse, &mut total).unwrap();
+                total.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            });
+            assert!(totals[0] == totals[1] && totals[0] == totals[2], "{mask:?}");
+        }
+    }
+}

@@ -1,9 +1,8 @@
 //! What a consumer warpgroup of the kernel of total attention can do.
 
 use super::{Pending, Warpgroup};
-use crate::attention::total_steps::Part;
+use crate::attention::total_steps::{Part, TotalTile};
 use crate::params::Shape;
-use crate::pipeline::order::KvBlock;
 
 /// A consumer warpgroup of the kernel of total attention: 64 keys, and its end of the rings of K and Q, with what exponents
 /// add beside Q.
@@ -25,6 +24,15 @@ pub trait TotalWarpgroup: Warpgroup {
     /// [`TotalWarpgroup::map_offsets`] until its slot's next block is given back.
     fn release_q(&mut self, q: Self::Slot);
 
+    /// Waits for K of the next work tile, takes this warpgroup's into registers, and gives it back.
+    fn take_k<const D8: usize>(&mut self) -> Self::Operand<D8>;
+    /// Sᵀ = K·Qᵀ with K in registers, in flight.
+    fn taken_kq<const D8: usize, const M8: usize>(
+        &mut self,
+        k: &Self::Operand<D8>,
+        q: Self::Slot,
+    ) -> Pending<Self::Acc<M8>>;
+
     /// Sᵀ = K·Qᵀ, in flight.
     fn kq<const D8: usize, const M8: usize>(&mut self, q: Self::Slot) -> Pending<Self::Acc<M8>>;
 
@@ -34,6 +42,6 @@ pub trait TotalWarpgroup: Warpgroup {
     /// The same number, of which compilers know nothing: a branch that depends on it stays where it is.
     fn unknown(x: u32) -> u32;
 
-    /// Stores one f32 for each of this warpgroup's keys in the (batch, heads_q, seqlen_k) array at `address`.
-    fn store_keys(&mut self, values: Self::Rows, address: u64, at: &KvBlock, shape: &Shape);
+    /// Stores one f32 for each of this warpgroup's keys of a work tile in the (batch, heads_q, seqlen_k) array at `address`.
+    fn store_keys(&mut self, values: Self::Rows, address: u64, at: &TotalTile, shape: &Shape);
 }

@@ -11,5 +11,6 @@ pub mod philox;
 pub mod query_blocks;
 pub mod row_statistics;
 pub mod scheduler;
+pub mod shared_tiles;
 pub mod softmax;
 pub mod total_steps;

@@ -153,6 +153,21 @@ impl<'a> CtaTiles<'a> {
     pub fn new(order: &'a TileOrder, cta: u32, ctas: u32) -> Self {
         CtaTiles { order, cta, ctas, round: 0 }
     }
+    /// All of them.
+    #[inline(always)]
+    pub fn order(&self) -> &'a TileOrder {
+        self.order
+    }
+    /// The index of its next one, of so many.
+    #[inline(always)]
+    pub fn next_index(&mut self, tiles: u32) -> Option<u32> {
+        // From the first CTA to the last, and then from the last to the first.
+        let forth = self.round.is_multiple_of(2) || self.order.one_way == 1;
+        let place = if forth { self.cta } else { self.ctas - 1 - self.cta };
+        let index = self.round * self.ctas + place;
+        self.round += 1;
+        (index < tiles).then_some(index)
+    }
 }
 
 impl Iterator for CtaTiles<'_> {
@@ -160,12 +175,7 @@ impl Iterator for CtaTiles<'_> {
 
     #[inline(always)]
     fn next(&mut self) -> Option<WorkTile> {
-        // From the first CTA to the last, and then from the last to the first.
-        let forth = self.round.is_multiple_of(2) || self.order.one_way == 1;
-        let place = if forth { self.cta } else { self.ctas - 1 - self.cta };
-        let index = self.round * self.ctas + place;
-        self.round += 1;
-        (index < self.order.tiles()).then(|| self.order.tile(index))
+        self.next_index(self.order.tiles()).map(|index| self.order.tile(index))
     }
 }
 

@@ -3,13 +3,14 @@
 //!
 //! Producer and consumers walk them alike. The producer goes by all keys of a work tile, each consumer by its own, and
 //! passes over what the others alone see: it comes last, since a key that sees a query block sees those after it. Keys that
-//! no query sees meet the last query block all the same, wholly masked: so every work tile has at least one step.
+//! no query sees meet the last query block all the same, wholly masked: so every work tile has at least one step. Of a
+//! part of a work tile ([`super::shared_tiles`]) the first consumer has all keys, and the others pass over all of it.
 
 use core::marker::PhantomData;
 
 use super::mask::Mask;
 use super::query_blocks::{MBlocks, key_block};
-use super::scheduler::WorkTile;
+use super::shared_tiles::TilePart;
 use crate::params::Shape;
 use crate::pipeline::order::KvBlock;
 
@@ -36,6 +37,8 @@ impl Part {
 pub struct TotalTile {
     /// The block of keys; `head` is the query head.
     pub keys: KvBlock,
+    /// The first of its keys.
+    pub first_key: u32,
     /// The query blocks that are visited, from the last to the first.
     pub start: u32,
     pub end: u32,
@@ -47,16 +50,22 @@ pub struct TotalTile {
 
 impl TotalTile {
     #[inline(always)]
-    fn new<M: Mask>(shape: &Shape, block_m: u32, block_n: u32, part: &Part, tile: &WorkTile) -> Self {
-        let keys = key_block(shape, block_n, tile);
-        let first_key = keys.n_block * block_n;
-        let all = MBlocks::plain::<M>(shape, first_key, block_n, block_m);
-        let first_key = first_key + part.first_key;
-        let own = MBlocks::plain::<M>(shape, first_key, part.keys, block_m);
+    fn new<M: Mask>(shape: &Shape, block_m: u32, block_n: u32, part: &Part, at: &TilePart) -> Self {
+        let keys = key_block(shape, block_n, &at.tile);
+        let part_keys = block_n / at.parts;
+        let tile_key = keys.n_block * block_n + at.part * part_keys;
+        let all = MBlocks::plain::<M>(shape, tile_key, part_keys, block_m);
+        if part.first_key >= part_keys {
+            let (end, passed) = (all.end, all.end - all.start);
+            return TotalTile { keys, first_key: tile_key, start: end, end, passed, full_start: end, full_blocks: 0 };
+        }
+        let first_key = tile_key + part.first_key;
+        let own = MBlocks::plain::<M>(shape, first_key, part.keys.min(part_keys), block_m);
         let start = if first_key < shape.seqlen_k { own.start } else { own.end - 1 };
         let passed = (start - all.start).min(part.most_passed);
         TotalTile {
             keys,
+            first_key: tile_key,
             start: all.start + passed,
             end: own.end,
             passed,
@@ -83,7 +92,7 @@ pub struct TotalTiles<'a, M, I> {
     mask: PhantomData<M>,
 }
 
-impl<'a, M: Mask, I: Iterator<Item = WorkTile>> TotalTiles<'a, M, I> {
+impl<'a, M: Mask, I: Iterator<Item = TilePart>> TotalTiles<'a, M, I> {
     /// Work tiles of `block_n` keys, query blocks of `block_m` queries.
     #[inline(always)]
     pub fn new(shape: &'a Shape, block_m: u32, block_n: u32, part: Part, tiles: I) -> Self {
@@ -97,13 +106,13 @@ impl<'a, M: Mask, I: Iterator<Item = WorkTile>> TotalTiles<'a, M, I> {
     }
 }
 
-impl<M: Mask, I: Iterator<Item = WorkTile>> Iterator for TotalTiles<'_, M, I> {
+impl<M: Mask, I: Iterator<Item = TilePart>> Iterator for TotalTiles<'_, M, I> {
     type Item = TotalTile;
 
     #[inline(always)]
     fn next(&mut self) -> Option<TotalTile> {
-        let tile = self.tiles.next()?;
-        Some(TotalTile::new::<M>(self.shape, self.block_m, self.block_n, &self.part, &tile))
+        let at = self.tiles.next()?;
+        Some(TotalTile::new::<M>(self.shape, self.block_m, self.block_n, &self.part, &at))
     }
 }
 
@@ -117,7 +126,7 @@ pub struct TotalSteps<'a, M, I> {
     m_block: u32,
 }
 
-impl<M: Mask, I: Iterator<Item = WorkTile>> Iterator for TotalSteps<'_, M, I> {
+impl<M: Mask, I: Iterator<Item = TilePart>> Iterator for TotalSteps<'_, M, I> {
     type Item = (KvBlock, u32);
 
     #[inline(always)]
@@ -135,28 +144,34 @@ impl<M: Mask, I: Iterator<Item = WorkTile>> Iterator for TotalSteps<'_, M, I> {
 mod tests {
     use super::*;
     use crate::attention::mask::{Causal, Full};
-    use crate::attention::scheduler::{CtaTiles, TileOrder};
+    use crate::attention::scheduler::TileOrder;
+    use crate::attention::shared_tiles::SharedTiles;
     use std::collections::BTreeSet;
 
-    /// Every live (head, query, key) is met once, by one CTA and one of two parts, and full blocks have only live ones; a
-    /// part meets or passes over as many blocks as the producer sends.
-    fn covers<M: Mask>(shape: Shape, block_m: u32, block_n: u32, ctas: u32, most_passed: u32) {
+    /// Every live (head, query, key) is met once, by one CTA and one of two consumers, and full blocks have only live ones; a
+    /// consumer meets or passes over as many blocks as the producer sends. Tiles from `shared` on are taken in two parts.
+    fn covers<M: Mask>(shape: Shape, block_m: u32, block_n: u32, ctas: u32, most_passed: u32, shared: u32) {
         let order = TileOrder::new(&Shape { seqlen_q: shape.seqlen_k, ..shape }, block_n, 2);
         let mut seen = BTreeSet::new();
         let keys = block_n / 2;
         for (cta, first_key) in (0..ctas).flat_map(|cta| [(cta, 0), (cta, keys)]) {
-            let tiles =
-                |part| TotalTiles::<M, _>::new(&shape, block_m, block_n, part, CtaTiles::new(&order, cta, ctas));
+            let shared = shared.min(order.tiles());
+            let tiles = |part| {
+                let tiles = SharedTiles::new(&order, shared, 2, cta, ctas);
+                TotalTiles::<M, _>::new(&shape, block_m, block_n, part, tiles)
+            };
             let mut sent = tiles(Part::whole(block_n)).steps();
             for tile in tiles(Part { first_key, keys, most_passed }) {
-                assert!(tile.start < tile.end && tile.passed <= most_passed, "{shape:?}: {tile:?}");
+                let idle = tile.start == tile.end;
+                assert!(!idle || (first_key > 0 && shared < order.tiles()), "{shape:?}: {tile:?}");
+                assert!(tile.passed <= most_passed || idle, "{shape:?}: {tile:?}");
                 for m_block in (tile.start - tile.passed..tile.end).rev() {
                     assert_eq!(sent.next(), Some((tile.keys, m_block)), "{shape:?}: {tile:?}");
                 }
                 let blocks = (tile.start..tile.end).rev();
                 for (m, i, j) in blocks.flat_map(|m| (0..block_m).flat_map(move |i| (0..keys).map(move |j| (m, i, j))))
                 {
-                    let (i, j) = (m * block_m + i, tile.keys.n_block * block_n + first_key + j);
+                    let (i, j) = (m * block_m + i, tile.first_key + first_key + j);
                     let live = i < shape.seqlen_q && j < M::live_end(&shape, i);
                     assert!(live || !tile.is_full(m), "{shape:?}: {tile:?} is not full at {i}, {j}");
                     assert!(!live || seen.insert((tile.keys.batch, tile.keys.head, i, j)), "{shape:?}: {i}, {j} twice");
@@ -174,10 +189,10 @@ mod tests {
         for seqlen_q in [1, 2, 7, 8, 9, 31, 33] {
             for seqlen_k in [0, 1, 3, 5, 6, 7, 29, 40] {
                 let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q, seqlen_k, head_dim: 8 };
-                for (ctas, most_passed) in [(1, 0), (1, 1), (3, 9)] {
+                for (ctas, most_passed, shared) in [(1, 0, u32::MAX), (1, 1, 0), (3, 9, u32::MAX), (3, 1, 6)] {
                     for block_m in [2, 8] {
-                        covers::<Full>(shape, block_m, 6, ctas, most_passed);
-                        covers::<Causal>(shape, block_m, 6, ctas, most_passed);
+                        covers::<Full>(shape, block_m, 6, ctas, most_passed, shared);
+                        covers::<Causal>(shape, block_m, 6, ctas, most_passed, shared);
                     }
                 }
             }

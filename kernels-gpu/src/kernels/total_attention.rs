@@ -3,18 +3,18 @@
 //!
 //! A consumer warpgroup owns 64 keys of one query head and walks over the query blocks that see them. Scores are computed
 //! transposed, so that a key is a row and its sum stays in registers until its work tile ends. Exponentials run beside
-//! products: those of other consumers where there are many, otherwise that of this consumer's own next block, be it of the
-//! next work tile.
+//! products: those of other consumers where there are many, which have room for their keys in registers too, otherwise that
+//! of this consumer's own next block, be it of the next work tile.
 
 use core::f32::consts::LOG2_E;
 
 use crate::arch::TotalWarpgroup;
 use crate::attention::mask::{Mask, mask_transposed};
 use crate::attention::pairs::OnePair;
-use crate::attention::scheduler::WorkTile;
+use crate::attention::shared_tiles::TilePart;
 use crate::attention::total_steps::{TotalTile, TotalTiles};
 use crate::params::TotalParams;
-use crate::variants::WARPGROUP_ROWS;
+use crate::tile::smem_total::TotalSmem;
 
 /// A query block's scores and its slot of the ring, beside which lies what its exponents add.
 struct Scores<W: TotalWarpgroup, const M8: usize> {
@@ -25,7 +25,6 @@ struct Scores<W: TotalWarpgroup, const M8: usize> {
 /// The sums of 64 keys so far.
 struct Mainloop<'a, W: TotalWarpgroup> {
     p: &'a TotalParams<W::Tensor>,
-    block_n: u32,
     /// This thread's share of them.
     total: W::Rows,
 }
@@ -59,7 +58,7 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
     ) {
         let p = self.p;
         if !tile.is_full(m_block) {
-            let first_key = tile.keys.n_block * self.block_n + wg.part().first_key;
+            let first_key = tile.first_key + wg.part().first_key;
             let first_row = m_block * 8 * M8 as u32;
             mask_transposed::<W, M, OnePair, M8>(wg, &p.shape, OnePair, 0, &mut s, first_key, first_row);
             wg.fill_outside(&mut s, f32::NEG_INFINITY, |_| (0, p.shape.seqlen_q as i32 - first_row as i32));
@@ -72,37 +71,32 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
         // last, compilers wait for the next scores first, and leave the exponentials behind the product.
         if m_block == W::unknown(tile.start) {
             let total = wg.reduce(self.total, |a, b| a + b);
-            wg.store_keys(total, p.total, &tile.keys, &p.shape);
+            wg.store_keys(total, p.total, tile, &p.shape);
             self.total = wg.rows(0.0);
         }
     }
 }
 
-/// So many consumers work beside each other's products, with one fragment of scores each, and none has to work beside its
-/// own. Where exponentials are the limit, that keeps more of them going.
-const MANY_CONSUMERS: u32 = 4;
-
 /// What one of a CTA's consumer warpgroups does with its work tiles, blocks of 64 keys for each consumer.
 #[inline(always)]
-pub fn consume<W: TotalWarpgroup, M: Mask, const CONSUMERS: u32, const D8: usize, const M8: usize>(
+pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     wg: &mut W,
     p: &TotalParams<W::Tensor>,
-    tiles: impl Iterator<Item = WorkTile>,
+    smem: &TotalSmem,
+    tiles: impl Iterator<Item = TilePart>,
 ) {
-    let block_n = CONSUMERS * WARPGROUP_ROWS;
-    let mut tiles = TotalTiles::<M, _>::new(&p.shape, 8 * M8 as u32, block_n, wg.part(), tiles);
-    let mut mainloop = Mainloop { p, block_n, total: wg.rows(0.0) };
-    if CONSUMERS >= MANY_CONSUMERS {
+    let mut tiles = TotalTiles::<M, _>::new(&p.shape, 8 * M8 as u32, smem.block_n(), wg.part(), tiles);
+    let mut mainloop = Mainloop { p, total: wg.rows(0.0) };
+    if smem.many_consumers() {
         for tile in tiles {
-            wg.wait_k();
+            let k = wg.take_k::<D8>();
             for m_block in (tile.start..tile.end).rev() {
                 let q = wg.wait_q();
-                let s = wg.kq::<D8, M8>(q);
+                let s = wg.taken_kq::<D8, M8>(&k, q);
                 let s = wg.wait::<0, M8>(s);
                 wg.release_q(q);
                 mainloop.add::<M, M8>(wg, Scores { s, q }, &tile, m_block);
             }
-            wg.release_k();
             pass_over(wg, &tile);
         }
         return;

@@ -23,6 +23,16 @@ impl TotalSmem {
     /// Tiles of K.
     pub const K_STAGES: u32 = 2;
 
+    /// Whether so many consumers work beside each other's products, with one fragment of scores each, that none has to work
+    /// beside its own. Where exponentials are the limit, that keeps more of them going.
+    pub const fn many_consumers(&self) -> bool {
+        self.consumers >= 4
+    }
+    /// Parts that a work tile can be shared out in: only many consumers can do without some of them.
+    pub const fn parts(&self) -> u32 {
+        if self.many_consumers() { self.consumers } else { 1 }
+    }
+
     /// Keys of a work tile: 64 for each consumer.
     pub const fn block_n(&self) -> u32 {
         self.consumers * WARPGROUP_ROWS

@@ -27,6 +27,7 @@ use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::key_block;
 use crate::attention::scheduler::{CtaTiles, TileOrder, WorkTile};
+use crate::attention::shared_tiles::SharedTiles;
 use crate::element::Element;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::forward::consume;
@@ -196,7 +197,7 @@ unsafe fn run_backward<
 /// # Safety
 /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, the LSE) and writing (the result) in all of
 /// `p.shape`, which the variant holds; nobody else accesses this CTA's elements of the result; `cta` is below `ctas`, which
-/// is at most the number of work tiles. There is at least one query.
+/// is at most the number of work tiles, those that are shared out counted by their parts. There is at least one query.
 pub unsafe fn total_attention<E: Element>(variant: &TotalVariant, p: &TotalParams<Strided>, cta: u32, ctas: u32) {
     assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
     macro_rules! dispatch {
@@ -205,7 +206,7 @@ pub unsafe fn total_attention<E: Element>(variant: &TotalVariant, p: &TotalParam
             match variant.symbol {
                 $(stringify!($symbol) => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
-                    unsafe { run_total::<mask!($mask), E, $consumers, { $head_dim / 8 }, { $block_m / 8 }>(variant, p, CtaTiles::new(&p.order, cta, ctas)) }
+                    unsafe { run_total::<mask!($mask), E, { $head_dim / 8 }, { $block_m / 8 }>(variant, p, SharedTiles::new(&p.order, p.shared_from, variant.smem().parts(), cta, ctas)) }
                 })*
                 other => unreachable!("{other} is not in the table of variants"),
             }
@@ -219,15 +220,16 @@ pub unsafe fn total_attention<E: Element>(variant: &TotalVariant, p: &TotalParam
 /// # Safety
 /// As [`total_attention`].
 #[inline(never)]
-unsafe fn run_total<M: Mask, E: Element, const CONSUMERS: u32, const D8: usize, const M8: usize>(
+unsafe fn run_total<M: Mask, E: Element, const D8: usize, const M8: usize>(
     variant: &TotalVariant,
     p: &TotalParams<Strided>,
-    tiles: CtaTiles,
+    tiles: SharedTiles,
 ) {
-    for consumer in 0..CONSUMERS {
+    let smem = variant.smem();
+    for consumer in 0..smem.consumers {
         // SAFETY: the caller's promise; consumers own different keys of each work tile.
-        let mut warpgroup = unsafe { CpuWarpgroup::<E, TotalPipe<M>>::total(p, variant.smem(), consumer, tiles) };
-        consume_total::<_, M, CONSUMERS, D8, M8>(&mut warpgroup, p, tiles);
+        let mut warpgroup = unsafe { CpuWarpgroup::<E, TotalPipe<M>>::total(p, smem, consumer, tiles) };
+        consume_total::<_, M, D8, M8>(&mut warpgroup, p, &smem, tiles);
         warpgroup.finish();
     }
 }

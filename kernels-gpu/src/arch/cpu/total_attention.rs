@@ -11,8 +11,8 @@ use super::warpgroup::CpuWarpgroup;
 use crate::arch::{Pending, TotalWarpgroup};
 use crate::attention::mask::Mask;
 use crate::attention::row_statistics::exponent_offset;
-use crate::attention::scheduler::CtaTiles;
-use crate::attention::total_steps::{Part, TotalSteps, TotalTiles};
+use crate::attention::shared_tiles::SharedTiles;
+use crate::attention::total_steps::{Part, TotalSteps, TotalTile, TotalTiles};
 use crate::element::Element;
 use crate::params::{Shape, Strided, TotalParams};
 use crate::pipeline::order::KvBlock;
@@ -34,10 +34,12 @@ pub struct TotalPipe<'a, M> {
     p: &'a TotalParams<Strided>,
     smem: TotalSmem,
     index: u32,
-    k_loads: TotalTiles<'a, M, CtaTiles<'a>>,
-    q_loads: TotalSteps<'a, M, CtaTiles<'a>>,
+    k_loads: TotalTiles<'a, M, SharedTiles<'a>>,
+    q_loads: TotalSteps<'a, M, SharedTiles<'a>>,
     /// This warpgroup's rows of K.
     k: Option<(KvBlock, Vec<f32>)>,
+    /// Whose rows of K were taken last.
+    taken: Option<KvBlock>,
     /// Those that are held, and those of the lap before whose offsets may still be read.
     q: VecDeque<QueryTile>,
     /// How many query blocks were waited for.
@@ -50,7 +52,7 @@ impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
     /// # Safety
     /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, the LSE) and writing (the result) while this
     /// lives; nobody else accesses this consumer's elements of the result.
-    pub unsafe fn total(p: &'a TotalParams<Strided>, smem: TotalSmem, index: u32, tiles: CtaTiles<'a>) -> Self {
+    pub unsafe fn total(p: &'a TotalParams<Strided>, smem: TotalSmem, index: u32, tiles: SharedTiles<'a>) -> Self {
         let (block_m, block_n) = (smem.block_m, smem.block_n());
         let loads = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles);
         let live = (p.shape.seqlen_k as usize).min(ROWS);
@@ -61,6 +63,7 @@ impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
             k_loads: loads,
             q_loads: loads.steps(),
             k: None,
+            taken: None,
             q: VecDeque::new(),
             waited: 0,
         };
@@ -81,10 +84,11 @@ impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
     }
 
     /// This warpgroup's rows of K, of the head that the query head reads.
-    fn load_k(&self, keys: &KvBlock) -> Vec<f32> {
+    fn load_k(&self, tile: &TotalTile) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
         let head_dim = smem.head_dim as usize;
-        let first = keys.n_block * smem.block_n() + self.part().first_key;
+        let first = tile.first_key + self.part().first_key;
+        let keys = tile.keys;
         let mut tile = std::vec![0.0; ROWS * head_dim];
         let copy = |i: usize, row: &[E]| {
             for (to, x) in tile[i * head_dim..].iter_mut().zip(row) {
@@ -145,7 +149,7 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
             Fault::WaitWithoutRelease { slot: 0 }.raise();
         }
         let Some(tile) = self.pipe.k_loads.next() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
-        self.pipe.k = Some((tile.keys, self.load_k(&tile.keys)));
+        self.pipe.k = Some((tile.keys, self.load_k(&tile)));
     }
     fn release_k(&mut self) {
         if self.pipe.k.take().is_none() {
@@ -175,6 +179,27 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
         self.pipe.q.retain(|tile| tile.count + stages > q);
     }
 
+    fn take_k<const D8: usize>(&mut self) -> Tile<D8> {
+        self.wait_k();
+        let mut taken = Tile::ZEROS;
+        if let Some((keys, k)) = &self.pipe.k {
+            taken.0.as_flattened_mut().as_flattened_mut().copy_from_slice(k);
+            self.pipe.taken = Some(*keys);
+        }
+        self.release_k();
+        taken
+    }
+    fn taken_kq<const D8: usize, const M8: usize>(&mut self, k: &Tile<D8>, q: u32) -> Pending<Tile<M8>> {
+        let mut s = Tile::ZEROS;
+        match self.pipe.q.iter().find(|tile| tile.count == q) {
+            Some(QueryTile { keys, transposed: Some(transposed), .. }) if self.pipe.taken == Some(*keys) => {
+                multiply_add(self.live, k.0.as_flattened().as_flattened(), 8 * D8, transposed, &mut s);
+            }
+            _ => Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise(),
+        }
+        Pending(s)
+    }
+
     fn kq<const D8: usize, const M8: usize>(&mut self, q: u32) -> Pending<Tile<M8>> {
         let mut s = Tile::ZEROS;
         let tile = self.pipe.q.iter().find(|tile| tile.count == q);
@@ -197,9 +222,9 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
         x
     }
 
-    fn store_keys(&mut self, values: Rows, address: u64, at: &KvBlock, shape: &Shape) {
-        let line = (at.batch * shape.heads_q + at.head) as usize * shape.seqlen_k as usize;
-        let first = at.n_block * self.pipe.smem.block_n() + self.part().first_key;
+    fn store_keys(&mut self, values: Rows, address: u64, at: &TotalTile, shape: &Shape) {
+        let line = (at.keys.batch * shape.heads_q + at.keys.head) as usize * shape.seqlen_k as usize;
+        let first = at.first_key + self.part().first_key;
         for (key, value) in (first..shape.seqlen_k).zip(values) {
             // SAFETY: the key's element is this warpgroup's; `total`'s caller promised it.
             unsafe { memory::write_f32(address, line + key as usize, value) };
@@ -228,9 +253,9 @@ mod tests {
         let smem = TotalSmem { head_dim: 64, consumers: 2, block_m: 128, stages: 2 };
         let order = TileOrder::new(&shape, smem.block_n(), 1);
         let lse = lse.as_ptr().expose_provenance() as u64;
-        let p = TotalParams { q: x, k: x, lse, total: 0, scale: 1.0, shape, order };
+        let p = TotalParams { q: x, k: x, lse, total: 0, scale: 1.0, shape, order, shared_from: order.tiles() };
         // SAFETY: the arrays hold what the shape says, and nothing is stored.
-        run(unsafe { CpuWarpgroup::total(&p, smem, 0, CtaTiles::new(&order, 0, 1)) });
+        run(unsafe { CpuWarpgroup::total(&p, smem, 0, SharedTiles::new(&order, order.tiles(), 1, 0, 1)) });
     }
 
     #[test]

@@ -4,6 +4,8 @@ use core::arch::asm;
 
 use super::barrier::Mbarrier;
 use super::cta::Leader;
+use super::fragment::Operand;
+use super::store::matrices_of_pair;
 
 /// Two f32 of shared memory.
 ///
@@ -17,6 +19,27 @@ pub unsafe fn load_shared_pair(address: u32) -> [f32; 2] {
         asm!("ld.shared.v2.f32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg32) address, options(nostack));
     }
     [a, b]
+}
+
+/// Reads the rows of a tile of `rows` rows in shared memory, at `tile`, from row `first_row` on, as a left operand; each
+/// warp its own sixteen, as [`super::store::write_tile`] would write them.
+///
+/// # Safety
+/// All lanes of the warp run it together. The rows are readable, and have been made visible to this thread.
+#[inline(always)]
+pub unsafe fn read_tile<const N8: usize>(tile: u32, rows: u32, first_row: u32) -> Operand<N8> {
+    let mut x = Operand([[0; 2]; N8]);
+    for pair in 0..N8 / 2 {
+        let address = matrices_of_pair(tile, rows, first_row, pair as u32);
+        let (a, b, c, d): (u32, u32, u32, u32);
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{0}, {1}, {2}, {3}}}, [{4}];", out(reg32) a, out(reg32) b,
+                 out(reg32) c, out(reg32) d, in(reg32) address, options(nostack));
+        }
+        [x.0[2 * pair], x.0[2 * pair + 1]] = [[a, b], [c, d]];
+    }
+    x
 }
 
 /// 16 bytes of global memory.

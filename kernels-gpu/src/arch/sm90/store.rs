@@ -109,6 +109,18 @@ pub fn wait_for_stores() {
     unsafe { asm!("cp.async.bulk.wait_group.read 0; bar.warp.sync 0xffffffff;", options(nostack)) }
 }
 
+/// The address that this lane holds of the four 8 × 8 matrices of a pair of column groups, in the sixteen rows of its warp;
+/// they lie in a tile of `rows` rows, from row `first_row` on.
+#[inline(always)]
+pub fn matrices_of_pair(tile: u32, rows: u32, first_row: u32, pair: u32) -> u32 {
+    let thread = thread_of_warpgroup();
+    // Lane 8·i + r holds the address of row r of matrix i: upper and lower rows of one column group, then of the next.
+    let (row, group) = (first_row + thread / 32 * WARP_ROWS + thread % 16, thread / 16 % 2);
+    // Chunks of 16 bytes lie XORed with the row; those of the other pairs differ in the chunk's upper bits.
+    let first = tile + row * PANEL_ROW_BYTES + (group ^ (row % 8)) * 16;
+    (first ^ (pair % 4 * 32)) + pair / 4 * rows * PANEL_ROW_BYTES
+}
+
 /// Writes a fragment's rows to a tile of `rows` rows in shared memory, at `tile`, from row `first_row` on; each warp
 /// writes its own sixteen.
 ///
@@ -116,13 +128,8 @@ pub fn wait_for_stores() {
 /// Nobody else accesses those rows.
 #[inline(always)]
 pub unsafe fn write_tile<const N8: usize>(x: &Operand<N8>, tile: u32, rows: u32, first_row: u32) {
-    let thread = thread_of_warpgroup();
-    // Lane 8·i + r holds the address of row r of matrix i: upper and lower rows of one column group, then of the next.
-    let (row, group) = (first_row + thread / 32 * WARP_ROWS + thread % 16, thread / 16 % 2);
-    // Chunks of 16 bytes lie XORed with the row; those of the other pairs differ in the chunk's upper bits.
-    let first = tile + row * PANEL_ROW_BYTES + (group ^ (row % 8)) * 16;
     for pair in 0..N8 / 2 {
-        let address = (first ^ (pair as u32 % 4 * 32)) + pair as u32 / 4 * rows * PANEL_ROW_BYTES;
+        let address = matrices_of_pair(tile, rows, first_row, pair as u32);
         let [[a, b], [c, d]] = [x.0[2 * pair], x.0[2 * pair + 1]];
         // SAFETY: the rows are this warp's own.
         unsafe { store_matrices(address, [a, b, c, d]) };

@@ -5,15 +5,14 @@
 
 use super::barrier::Mbarrier;
 use super::consumer::Consumer;
-use super::fragment::{Fragment, Rows};
-use super::load::load_shared_pair;
+use super::fragment::{Fragment, Operand, Rows};
+use super::load::{load_shared_pair, read_tile};
 use super::math::{Packed, fresh};
 use super::store::store_f32;
 use super::wgmma::{self, Descriptor};
 use crate::arch::{Pending, TotalWarpgroup};
-use crate::attention::total_steps::Part;
+use crate::attention::total_steps::{Part, TotalTile};
 use crate::params::Shape;
-use crate::pipeline::order::KvBlock;
 use crate::pipeline::ring::Position;
 use crate::tile::smem::{PANEL_ROW_BYTES, columns_step};
 use crate::tile::smem_total::TotalSmem;
@@ -73,6 +72,23 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
 
     #[inline(always)]
+    fn take_k<const D8: usize>(&mut self) -> Operand<D8> {
+        self.wait_k();
+        let smem = self.pipe.smem;
+        // SAFETY: the tile is full.
+        let k = unsafe { read_tile(self.base() + smem.k(self.pipe.k.slot), smem.block_n(), self.part().first_key) };
+        self.release_k();
+        k
+    }
+    #[inline(always)]
+    fn taken_kq<const D8: usize, const M8: usize>(&mut self, k: &Operand<D8>, q: Position) -> Pending<Fragment<M8>> {
+        let smem = self.pipe.smem;
+        let b = Descriptor::k_major(self.base() + smem.q(q.slot));
+        // SAFETY: the tile is full, and stays so until this product is waited for.
+        unsafe { wgmma::multiply_registers::<E, D8, M8>(k, |step| b.offset(columns_step(smem.block_m, step))) }
+    }
+
+    #[inline(always)]
     fn kq<const D8: usize, const M8: usize>(&mut self, q: Position) -> Pending<Fragment<M8>> {
         let smem = self.pipe.smem;
         let keys = self.base() + smem.k(self.pipe.k.slot) + self.part().first_key * PANEL_ROW_BYTES;
@@ -102,11 +118,11 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
 
     #[inline(always)]
-    fn store_keys(&mut self, values: Rows, address: u64, at: &KvBlock, shape: &Shape) {
+    fn store_keys(&mut self, values: Rows, address: u64, at: &TotalTile, shape: &Shape) {
         let lane = self.lane();
-        let line = (at.batch * shape.heads_q + at.head) as u64 * shape.seqlen_k as u64;
+        let line = (at.keys.batch * shape.heads_q + at.keys.head) as u64 * shape.seqlen_k as u64;
         for (half, value) in values.into_iter().enumerate() {
-            let key = at.n_block * self.pipe.smem.block_n() + self.part().first_key + lane.row(half as u32);
+            let key = at.first_key + self.part().first_key + lane.row(half as u32);
             // SAFETY: a live key lies within the array, which the host has checked; one lane of its quad stores it.
             unsafe { store_f32(key < shape.seqlen_k && lane.column == 0, address + 4 * (line + key as u64), value) };
         }

@@ -9,7 +9,7 @@ use super::load::load_f32_or;
 use super::store::store_shared_f32;
 use crate::attention::mask::Mask;
 use crate::attention::row_statistics::exponent_offset;
-use crate::attention::scheduler::WorkTile;
+use crate::attention::shared_tiles::TilePart;
 use crate::attention::total_steps::{Part, TotalTiles};
 use crate::params::{TensorMap, TotalParams};
 use crate::pipeline::order::KvBlock;
@@ -22,7 +22,7 @@ const LANE_ROWS: usize = (WARPGROUP_THREADS / WARP_THREADS) as usize;
 
 /// Follows the producer of tiles through the ring of Q, by one whole warp; a block has at most 128 queries.
 #[inline(always)]
-pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, tiles: impl Iterator<Item = WorkTile>) {
+pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, tiles: impl Iterator<Item = TilePart>) {
     let (base, lane, block_m) = (smem_base(), thread_of_warpgroup() % WARP_THREADS, smem.block_m);
     let rows = |i: usize| WARP_THREADS * i as u32 + lane;
     let load = |(keys, m_block): (KvBlock, u32)| {

@@ -6,7 +6,7 @@ use super::barrier::Mbarrier;
 use super::cta::{Leader, smem_base};
 use super::tma::{BoxOrigin, MapAddress, load_box, prefetch_map};
 use crate::attention::mask::Mask;
-use crate::attention::scheduler::WorkTile;
+use crate::attention::shared_tiles::TilePart;
 use crate::attention::total_steps::{Part, TotalTiles};
 use crate::params::{TensorMap, TotalParams};
 use crate::pipeline::order::KvBlock;
@@ -20,7 +20,7 @@ pub fn produce<M: Mask>(
     p: &TotalParams<TensorMap>,
     parameters: u64,
     smem: &TotalSmem,
-    tiles: impl Iterator<Item = WorkTile>,
+    tiles: impl Iterator<Item = TilePart>,
 ) {
     if Leader::of_warpgroup().0 == 0 {
         return;
@@ -46,9 +46,9 @@ pub fn produce<M: Mask>(
     let (block_m, block_n) = (smem.block_m, smem.block_n());
     let (mut k_position, mut q_position) = (Position::PRODUCER, Position::PRODUCER);
     for tile in TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles) {
-        let KvBlock { batch, head, n_block, .. } = tile.keys;
+        let KvBlock { batch, head, .. } = tile.keys;
         let Position { slot, parity } = k_position;
-        let at = BoxOrigin { column: 0, row: n_block * block_n, head: p.order.group.divide(head).0, batch };
+        let at = BoxOrigin { column: 0, row: tile.first_key, head: p.order.group.divide(head).0, batch };
         let barriers = [smem.k_empty(slot), smem.k_full(slot)].map(|barrier| Mbarrier(base + barrier));
         load_tile(k, block_n, at, base + smem.k(slot), barriers, parity);
         k_position.advance(TotalSmem::K_STAGES);

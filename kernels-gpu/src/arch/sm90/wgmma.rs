@@ -139,6 +139,33 @@ pub unsafe fn multiply<E: Packed, const N8: usize>(
     Pending(unsafe { d.assume_init() })
 }
 
+/// A·B with A in registers and B in shared memory, columns of consecutive k, in flight; `b` names the tile of each k16 step.
+///
+/// # Safety
+/// K8 is not 0. The descriptors name tiles of 16 × 8·N8 elements of E that are full and stay unwritten until the wait.
+#[inline(always)]
+pub unsafe fn multiply_registers<E: Packed, const K8: usize, const N8: usize>(
+    a: &Operand<K8>,
+    b: impl Fn(u32) -> Descriptor,
+) -> Pending<Fragment<N8>> {
+    let mut d = MaybeUninit::uninit();
+    fence();
+    for step in 0..K8 / 2 {
+        let [[a0, a1], [a2, a3]] = [a.0[2 * step], a.0[2 * step + 1]];
+        // SAFETY: the caller's promise.
+        unsafe {
+            if step == 0 {
+                start_registers::<E, N8>(&mut d, [a0, a1, a2, a3], b(0));
+            } else {
+                add_registers::<E, N8>(d.assume_init_mut(), [a0, a1, a2, a3], b(step as u32));
+            }
+        }
+    }
+    commit();
+    // SAFETY: the first step wrote every register.
+    Pending(unsafe { d.assume_init() })
+}
+
 /// D + A·B with A in registers and B in shared memory, rows of one k each, in flight; `b` names the tile of each k16 step.
 ///
 /// # Safety
@@ -201,6 +228,27 @@ macro_rules! products {
             }
         }
 
+        /// As `start`, with A in registers.
+        ///
+        /// # Safety
+        /// As [`multiply_registers`].
+        #[inline(always)]
+        unsafe fn start_registers<E: Packed, const N8: usize>(
+            to: &mut MaybeUninit<Fragment<N8>>,
+            a: [u32; 4],
+            b: Descriptor,
+        ) {
+            let d: *mut f32 = to.as_mut_ptr().cast();
+            // SAFETY: as `start`.
+            unsafe {
+                match (N8, E::DTYPE, b.major) {
+                    $(($n8, Dtype::F16, Major::K) => product!(out, d, $n, "f16", $first, $($i)*, registers "0", a, b),
+                      ($n8, Dtype::Bf16, Major::K) => product!(out, d, $n, "bf16", $first, $($i)*, registers "0", a, b),)*
+                    _ => unreachable!(),
+                }
+            }
+        }
+
         /// One k16 step of D + A·B with A in registers.
         ///
         /// # Safety
@@ -210,9 +258,11 @@ macro_rules! products {
             let d: *mut f32 = to.0.as_mut_ptr().cast();
             // SAFETY: as `start`.
             unsafe {
-                match (N8, E::DTYPE) {
-                    $(($n8, Dtype::F16) => product!(inout, d, $n, "f16", $first, $($i)*, registers a, b),
-                      ($n8, Dtype::Bf16) => product!(inout, d, $n, "bf16", $first, $($i)*, registers a, b),)*
+                match (N8, E::DTYPE, b.major) {
+                    $(($n8, Dtype::F16, Major::K) => product!(inout, d, $n, "f16", $first, $($i)*, registers "0", a, b),
+                      ($n8, Dtype::Bf16, Major::K) => product!(inout, d, $n, "bf16", $first, $($i)*, registers "0", a, b),
+                      ($n8, Dtype::F16, Major::Mn) => product!(inout, d, $n, "f16", $first, $($i)*, registers "1", a, b),
+                      ($n8, Dtype::Bf16, Major::Mn) => product!(inout, d, $n, "bf16", $first, $($i)*, registers "1", a, b),)*
                     _ => unreachable!(),
                 }
             }
@@ -237,10 +287,10 @@ macro_rules! product {
         )
     };
     (@emit $direction:ident, $accumulate:literal, $d:ident, $n:literal, $dtype:literal, $first:literal, $($i:literal)*,
-     registers $a:ident, $b:ident) => {
+     registers $transpose:literal, $a:ident, $b:ident) => {
         asm!(
             concat!("{{ .reg .pred p; setp.ne.b32 p, ", $accumulate, ", 0; ", product!(@mnemonic $n $dtype),
-                    "{{{", $first, "}", $(", {", $i, "}",)* "}}, {{{a0}, {a1}, {a2}, {a3}}}, {b}, p, 1, 1, 1; }}"),
+                    "{{{", $first, "}", $(", {", $i, "}",)* "}}, {{{a0}, {a1}, {a2}, {a3}}}, {b}, p, 1, 1, ", $transpose, "; }}"),
             $direction(reg32) *$d.add($first), $($direction(reg32) *$d.add($i),)*
             a0 = in(reg32) $a[0], a1 = in(reg32) $a[1], a2 = in(reg32) $a[2], a3 = in(reg32) $a[3],
             b = in(reg64) $b.bits(), options(nostack)
