@@ -12,7 +12,8 @@ pub trait TotalWarpgroup: Warpgroup {
     /// A filled slot of the ring of Q.
     type Slot: Copy;
 
-    /// Which keys of a work tile are this warpgroup's. It passes over less than a lap of the ring of Q at once.
+    /// Which keys of a whole work tile are this warpgroup's. While it has some of a tile's, it passes over less than a lap of
+    /// the ring of Q at once.
     fn part(&self) -> Part;
     /// Waits for K of the next work tile, which products then read.
     fn wait_k(&mut self);
