@@ -65,8 +65,8 @@ impl BackwardPlan {
     ///
     /// # Errors
     /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`] for a
-    /// probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more, or for 2³² query rows or more of all heads,
-    /// each head's rounded up to 128.
+    /// probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or
+    /// more, or for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128.
     pub fn new(
         problem: &Problem,
         mask: Mask,
@@ -299,7 +299,7 @@ mod tests {
         );
         let many = Problem { batch: 1 << 25, seqlen_k: 1, ..many };
         let error = plan(many, Determinism::Fast).unwrap_err();
-        assert_eq!(error.to_string(), "workspace_rows is 4294967296; at most 4294967295 is allowed");
+        assert_eq!(error.to_string(), "workspace_rows is 4294967296; at most 2147483648 is allowed");
         assert!(plan(Problem { heads_q: 5, ..PROBLEM }, Determinism::Fast).is_err());
     }
 

@@ -49,7 +49,7 @@ impl TotalPlan {
         let work_tiles = if problem.seqlen_q == 0 { 0 } else { tiles as u32 };
         let parts = variant.smem().parts();
         let shared_from = shared_tiles::shared_from(work_tiles, parts, sm_count.max(1));
-        let grid = (shared_from + (work_tiles - shared_from) * parts).min(sm_count.max(1));
+        let grid = shared_tiles::count(work_tiles, shared_from, parts).min(sm_count.max(1));
         let order = if work_tiles == 0 { TileOrder::default() } else { variant.order(&problem.kernel_shape(), grid) };
         Ok(TotalPlan { problem: *problem, mask, scale, variant, work_tiles, grid, order, shared_from })
     }
@@ -180,11 +180,12 @@ mod tests {
             prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
             let n_blocks = seqlen_k.div_ceil(plan.variant().block_n() as usize);
             prop_assert_eq!(plan.work_tiles() as usize, batch * 2 * heads * n_blocks);
-            let (tiles, parts, most) = (plan.work_tiles(), plan.variant().smem().parts(), sm_count.max(1));
-            let (rounds, left) = (tiles / most, tiles % most);
-            // Each of a few tiles that are left over has a CTA for each of its parts.
-            let last_round = if left * parts <= most { left * parts } else { left };
-            prop_assert_eq!(plan.grid(), if rounds > 0 { most } else { last_round });
+            let (tiles, most) = (plan.work_tiles(), sm_count.max(1));
+            let taken = shared_tiles::count(tiles, plan.shared_from, plan.variant().smem().parts());
+            prop_assert_eq!(plan.grid(), taken.min(most));
+            // Whole rounds stay whole, and sharing the rest out adds none.
+            prop_assert!(plan.shared_from == tiles || plan.shared_from.is_multiple_of(most));
+            prop_assert_eq!(taken.div_ceil(most), tiles.div_ceil(most));
             if plan.work_tiles() > 0 {
                 prop_assert_eq!(plan.order.tiles(), plan.work_tiles());
             }

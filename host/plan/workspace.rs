@@ -10,8 +10,8 @@ use crate::{error::Result, problem::at_most};
 /// The workspace, and each region of it, starts at a multiple of this many bytes.
 pub(crate) const WORKSPACE_ALIGNMENT: usize = 256;
 
-/// Rows of all heads: kernels multiply them out in 32 bits.
-const MAX_ROWS: u128 = u32::MAX as u128;
+/// Rows of dQ of all heads and pairs: kernels go from one to any other by a step that an i32 holds.
+const MAX_ROWS: u128 = 1 << 31;
 
 /// The workspace's regions, as offsets from its start in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,13 +36,13 @@ impl WorkspaceLayout {
     /// The layout for a problem with something to do; `exact` passes take turns.
     ///
     /// # Errors
-    /// [`Error::TooLarge`](crate::Error::TooLarge) for 2³² rows or more, the padding of each head included, or for more
-    /// bytes than memory can have.
+    /// [`Error::TooLarge`](crate::Error::TooLarge) for more than 2³¹ rows of dQ, the padding of each head included, or for
+    /// more bytes than memory can have.
     pub(crate) fn new(variant: &BackwardVariant, shape: &Shape, exact: bool) -> Result<Self> {
         let rows = variant.rows(shape);
         let heads = shape.batch as u128 * shape.heads_q as u128;
-        at_most("workspace_rows", heads * rows as u128, MAX_ROWS)?;
         let pairs = variant.op.pairs() as u128;
+        at_most("workspace_rows", pairs * heads * rows as u128, MAX_ROWS)?;
         let turns_len = if exact { pairs * heads * variant.m_blocks(shape) as u128 } else { 0 };
         let row_bytes = heads * rows as u128 * size_of::<f32>() as u128;
         let mut end = 0;
@@ -114,11 +114,16 @@ mod tests {
     #[test]
     fn rows_have_a_limit() {
         // 128 rows a head, however few the queries.
-        let most = Shape { batch: (1 << 25) - 1, heads_q: 1, heads_kv: 1, seqlen_q: 1, ..SHAPE };
+        let most = Shape { batch: 1 << 24, heads_q: 1, heads_kv: 1, seqlen_q: 1, ..SHAPE };
         assert_eq!(layout(&most, true).unwrap().rows, 128);
-        let more = Shape { batch: 1 << 25, ..most };
-        let error = Error::TooLarge { field: "workspace_rows", value: 1 << 32, limit: (1 << 32) - 1 };
-        assert_eq!(layout(&more, false), Err(error));
+        let more = Shape { batch: (1 << 24) + 1, ..most };
+        let error = |value| Err(Error::TooLarge { field: "workspace_rows", value, limit: 1 << 31 });
+        assert_eq!(layout(&more, false), error((1 << 31) + 128));
+        // dQ of a second pair has rows of its own.
+        let pairs = variants::backward(Op::Piecewise, Dtype::F16, 64, MaskKind::None, DropoutKind::None).unwrap();
+        let piecewise = |batch| WorkspaceLayout::new(pairs, &Shape { batch, ..most }, false);
+        assert!(piecewise(1 << 23).is_ok());
+        assert_eq!(piecewise((1 << 23) + 1), error((1 << 31) + 256));
         let long = Shape { batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: i32::MAX as u32, ..SHAPE };
         assert!(layout(&long, false).is_err());
         assert_eq!(layout(&Shape { heads_q: 1, ..long }, false).unwrap().rows, 1 << 31);

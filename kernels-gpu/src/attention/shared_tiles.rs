@@ -37,10 +37,10 @@ impl<'a> SharedTiles<'a> {
     }
 }
 
-/// How many there are to be taken, whole or in parts.
+/// How many there are to be taken of `tiles`, whole or, from `shared_from` on, in `parts`.
 #[inline(always)]
-pub fn count(order: &TileOrder, shared_from: u32, parts: u32) -> u32 {
-    shared_from + (order.tiles() - shared_from) * parts
+pub fn count(tiles: u32, shared_from: u32, parts: u32) -> u32 {
+    shared_from + (tiles - shared_from) * parts
 }
 
 impl Iterator for SharedTiles<'_> {
@@ -50,7 +50,7 @@ impl Iterator for SharedTiles<'_> {
     fn next(&mut self) -> Option<TilePart> {
         let SharedTiles { tiles, shared_from, parts } = self;
         let order = tiles.order();
-        let index = tiles.next_index(count(order, *shared_from, *parts))?;
+        let index = tiles.next_index(count(order.tiles(), *shared_from, *parts))?;
         if *parts == 1 || index < *shared_from {
             return Some(TilePart { tile: order.tile(index), part: 0, parts: 1 });
         }
@@ -72,8 +72,8 @@ mod tests {
             let shape = Shape { batch: 1, heads_q: heads, heads_kv: heads, seqlen_q: 256, seqlen_k: 1, head_dim: 64 };
             let order = TileOrder::new(&shape, 32, 1);
             let first = shared_from(order.tiles(), parts, ctas);
-            let ctas = ctas.min(count(&order, first, parts));
-            let rounds = count(&order, first, parts).div_ceil(ctas) as usize;
+            let ctas = ctas.min(count(order.tiles(), first, parts));
+            let rounds = count(order.tiles(), first, parts).div_ceil(ctas) as usize;
             let mut seen = Vec::new();
             for cta in 0..ctas {
                 let taken: Vec<TilePart> = SharedTiles::new(&order, first, parts, cta, ctas).collect();

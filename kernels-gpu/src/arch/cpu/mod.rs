@@ -200,13 +200,14 @@ unsafe fn run_backward<
 /// is at most the number of work tiles, those that are shared out counted by their parts. There is at least one query.
 pub unsafe fn total_attention<E: Element>(variant: &TotalVariant, p: &TotalParams<Strided>, cta: u32, ctas: u32) {
     assert!(E::DTYPE == variant.dtype, "{} runs on {} tensors", variant.symbol, variant.dtype.name());
+    let tiles = SharedTiles::new(&p.order, p.shared_from, variant.smem().parts(), cta, ctas);
     macro_rules! dispatch {
         ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_m:literal,
            $stages:literal;)*) => {
             match variant.symbol {
                 $(stringify!($symbol) => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.
-                    unsafe { run_total::<mask!($mask), E, { $head_dim / 8 }, { $block_m / 8 }>(variant, p, SharedTiles::new(&p.order, p.shared_from, variant.smem().parts(), cta, ctas)) }
+                    unsafe { run_total::<mask!($mask), E, { $head_dim / 8 }, { $block_m / 8 }>(variant, p, tiles) }
                 })*
                 other => unreachable!("{other} is not in the table of variants"),
             }

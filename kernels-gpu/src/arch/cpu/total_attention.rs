@@ -88,17 +88,18 @@ impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
         let TotalPipe { p, smem, .. } = &self.pipe;
         let head_dim = smem.head_dim as usize;
         let first = tile.first_key + self.part().first_key;
-        let keys = tile.keys;
-        let mut tile = std::vec![0.0; ROWS * head_dim];
+        let mut rows = std::vec![0.0; ROWS * head_dim];
         let copy = |i: usize, row: &[E]| {
-            for (to, x) in tile[i * head_dim..].iter_mut().zip(row) {
+            for (to, x) in rows[i * head_dim..].iter_mut().zip(row) {
                 *to = x.to_f32();
             }
         };
-        let head = p.order.group.divide(keys.head).0;
+        let head = p.order.group.divide(tile.keys.head).0;
         // SAFETY: `total`'s caller promised it.
-        unsafe { for_rows(&p.k, (keys.batch, head), &p.shape, first..first + ROWS as u32, p.shape.seqlen_k, copy) };
-        tile
+        unsafe {
+            for_rows(&p.k, (tile.keys.batch, head), &p.shape, first..first + ROWS as u32, p.shape.seqlen_k, copy)
+        };
+        rows
     }
 
     /// A query block, transposed.

@@ -96,7 +96,8 @@ impl Dq<'_> {
     fn add_global(&mut self, dq: &Fragment<N8>, shape: &Shape, at: &QueryBlock, tile: u32) {
         if tile == 0 {
             let row = self.workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * self.smem.block_m) as u32;
-            // Not before the product was waited for: by then memory has taken the last additions.
+            // Not before the product was waited for: by then memory has taken the last additions. The host has checked that
+            // an i32 holds the step from any row to any other.
             let rows = fresh(row.wrapping_sub(self.row)) as i32;
             self.address = self.address.wrapping_add_signed(rows as i64 * (self.smem.head_dim * 4) as i64);
             self.row = row;
