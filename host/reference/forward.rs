@@ -106,7 +106,8 @@ pub fn forward_f64<E: Element>(
 }
 
 /// The same in the precision of a kernel, without its tiles: products of 16-bit inputs in f32, softmax in f32, P rounded
-/// to the inputs' dtype before the second product, O rounded to it at the end.
+/// to the inputs' dtype before the second product, O rounded to it at the end. With dropout it is flash-attention's own
+/// (`attention_ref` of its tests): kept weights meet V times the factor, rounded to that dtype too.
 ///
 /// # Errors
 /// As [`forward_f64`].
@@ -125,10 +126,9 @@ pub fn forward_plain<E: Element>(
         p.iter_mut().for_each(|p| *p = (*p - m).exp());
         let l: f32 = p.iter().sum();
         for ((p, z), v) in p.iter().zip(z).zip(v.chunks_exact(o.len())) {
-            // The weights are 16-bit numbers, the factor of dropout is none.
-            let p = E::from_f32(p / l).to_f32() * z;
+            let p = E::from_f32(p / l).to_f32();
             for (o, v) in o.iter_mut().zip(v) {
-                *o += p * v;
+                *o += p * E::from_f32(v * z).to_f32();
             }
         }
         o.iter_mut().for_each(|o| *o = E::from_f32(*o).to_f32());
