@@ -101,6 +101,10 @@ fn main() {
             Box::new(move |cuda| common::repeats_backward(cuda, &case, 250)),
         ));
     }
+    for head_dim in [96, 128, 192, 256] {
+        let name = format!("clusters, head dim {head_dim}");
+        trials.push(test(&name, Box::new(move |cuda| clusters(cuda, head_dim))));
+    }
     trials.extend(piecewise::tests().into_iter().map(|(name, run)| test(&name, run)));
     trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));
     trials.push(test("random cases backward", Box::new(random_cases_backward)));
@@ -206,6 +210,26 @@ fn many_tiles(cuda: &Cuda) {
             let case = Case { dropout, ..Case::new(problem, mask) };
             let outcome = case.run(cuda, &Rows::sample(500, 40)).unwrap();
             assert!(outcome.passed(), "{case}\n{outcome:#?}");
+        }
+    }
+}
+
+/// CTAs that load K and V for each other: partial tiles and blocks, an odd number of tiles a query head, several tiles a
+/// CTA; and the same bits on every run.
+fn clusters(cuda: &Cuda, head_dim: usize) {
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        let few = Problem { batch: 1, heads_q: 12, heads_kv: 2, seqlen_q: 300, seqlen_k: 4999, head_dim, dtype };
+        let many = Problem { batch: 6, heads_q: 24, heads_kv: 8, seqlen_q: 500, seqlen_k: 1700, ..few };
+        for problem in [few, many] {
+            let plan = Attention::new(problem).plan(cuda.sm_count()).unwrap();
+            assert_eq!(plan.variant().cluster, 2, "{plan}");
+            let case = Case::new(problem, Mask::None);
+            let outcome = case.run(cuda, &Rows::sample(problem.seqlen_q, 40)).unwrap();
+            assert!(outcome.passed(), "{case}\n{outcome:#?}");
+        }
+        if dtype == Dtype::Bf16 {
+            common::repeats(cuda, &Case::new(few, Mask::None), 100);
+            common::repeats(cuda, &Case::new(many, Mask::None), 10);
         }
     }
 }

@@ -6,7 +6,7 @@ mod ptx;
 use ptx::split;
 
 const COMPILER: &str = "rustc 1.99.0, LLVM 30.0.0";
-const LAUNCHES: [(&str, u32); 2] = [("forward_a_causal", 384), ("forward_a", 512)];
+const LAUNCHES: [(&str, u32, u32); 2] = [("forward_a_causal", 384, 1), ("forward_a", 512, 2)];
 
 const HEADER: &str = "\
 //
@@ -80,6 +80,8 @@ fn the_entry_is_bounded_and_its_tensor_maps_are_aligned() {
 )
 .maxntid 512
 .minnctapersm 1
+.explicitcluster
+.reqnctapercluster 2
 {
 \t.reg .b64 \t%rd<3>;
 ";

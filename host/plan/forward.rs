@@ -86,7 +86,11 @@ impl Plan {
             let work_tiles = m_blocks * problem.heads_q as u128 * problem.batch as u128;
             at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
             let work_tiles = work_tiles as u32;
-            let grid = work_tiles.min(sm_count.max(1));
+            // Whole clusters.
+            let grid = work_tiles.min(sm_count.max(1) / variant.cluster * variant.cluster);
+            if variant.cluster > 1 && (grid == 0 || !variant.shares(&shape)) {
+                continue;
+            }
             let (order, time) =
                 if work_tiles == 0 { Default::default() } else { variant.order(&shape, dist_threshold, grid) };
             if best.is_none_or(|best| time < best.time) {
@@ -182,6 +186,7 @@ impl fmt::Display for Plan {
 
 #[cfg(test)]
 mod tests {
+    use kernels_gpu::attention::scheduler::{CtaTiles, WorkTile};
     use kernels_gpu::variants::Dtype;
     use proptest::prelude::*;
 
@@ -253,6 +258,34 @@ mod tests {
         assert_eq!([1024, 16384].map(|seqlen| tiles(seqlen, Mask::Causal)), [128, 192]);
     }
 
+    /// CTAs of a cluster take neighbouring work tiles, which have the same keys; short problems are not worth the wait for
+    /// two CTAs.
+    #[test]
+    fn clusters_share_their_keys() {
+        let long = Problem { seqlen_k: 9000, head_dim: 256, ..PROBLEM };
+        for (heads_q, heads_kv, seqlen_q, cluster) in
+            [(6, 2, 1000, 2), (6, 2, 1100, 1), (4, 2, 1100, 2), (3, 3, 256, 2), (3, 3, 300, 1)]
+        {
+            let problem = Problem { heads_q, heads_kv, seqlen_q, ..long };
+            for (mask, sm_count) in [(Mask::None, 132), (Mask::None, 131), (Mask::None, 1), (Mask::Causal, 132)] {
+                let plan = Plan::forward(&problem, mask, None, Dropout::NONE, sm_count).unwrap();
+                let expected = if sm_count == 1 || mask == Mask::Causal { 1 } else { cluster };
+                assert_eq!(plan.variant().cluster, expected, "{plan} {sm_count}");
+                if plan.variant().cluster == 1 {
+                    continue;
+                }
+                assert!(plan.grid() % 2 == 0 && plan.work_tiles() % 2 == 0, "{plan}");
+                let tiles: Vec<Vec<_>> =
+                    (0..plan.grid()).map(|cta| CtaTiles::new(&plan.order, cta, plan.grid()).collect()).collect();
+                for ctas in tiles.chunks_exact(2) {
+                    let keys = |tile: &WorkTile| (tile.batch, tile.head as usize / (heads_q / heads_kv));
+                    assert!(ctas[0].iter().map(keys).eq(ctas[1].iter().map(keys)), "{plan}");
+                }
+            }
+        }
+        assert_eq!(plan(Problem { head_dim: 256, ..PROBLEM }).unwrap().variant().cluster, 1);
+    }
+
     proptest! {
         #[test]
         fn tiles_cover_every_row_once(
@@ -263,7 +296,8 @@ mod tests {
             prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
             let m_blocks = seqlen_q.div_ceil(plan.variant().block_m() as usize);
             prop_assert_eq!(plan.work_tiles() as usize, batch * heads * m_blocks);
-            prop_assert_eq!(plan.grid(), plan.work_tiles().min(sm_count.max(1)));
+            let most = sm_count.max(1) / plan.variant().cluster * plan.variant().cluster;
+            prop_assert_eq!(plan.grid(), plan.work_tiles().min(most));
             prop_assert_eq!(plan.workspace_bytes(), 0);
         }
     }

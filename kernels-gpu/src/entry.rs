@@ -60,6 +60,7 @@ fn forward<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const D8: usiz
             consumer.finish();
         }
     }
+    cta::leave(smem);
 }
 
 macro_rules! element {
@@ -88,7 +89,7 @@ macro_rules! second {
 }
 macro_rules! forward_entries {
     ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
-       $stages:literal;)*) => {$(
+       $stages:literal, $cluster:literal;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $symbol(p: ForwardParams<TensorMap, second!($op)>) {
             const SMEM: ForwardSmem = ForwardSmem {
@@ -97,6 +98,7 @@ macro_rules! forward_entries {
                 consumers: $consumers,
                 stages: $stages,
                 pairs: Op::$op.pairs(),
+                cluster: $cluster,
             };
             forward::<element!($dtype), mask!($mask), second!($op), NoDropout, { $head_dim / 8 }, { $block_n / 8 }>(
                 &p,
@@ -111,7 +113,7 @@ crate::forward_variants!(forward_entries);
 
 macro_rules! forward_dropout_entries {
     ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
-       $stages:literal;)*) => {$(
+       $stages:literal, $cluster:literal;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<ForwardParams<TensorMap>>) {
             const SMEM: ForwardSmem = ForwardSmem {
@@ -120,6 +122,7 @@ macro_rules! forward_dropout_entries {
                 consumers: $consumers,
                 stages: $stages,
                 pairs: Op::$op.pairs(),
+                cluster: $cluster,
             };
             forward::<element!($dtype), mask!($mask), (), _, { $head_dim / 8 }, { $block_n / 8 }>(
                 &p.params,

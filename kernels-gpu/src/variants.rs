@@ -99,6 +99,8 @@ pub struct Variant {
     pub block_n: u32,
     /// Slots of the ring that K and V tiles pass through.
     pub stages: u32,
+    /// CTAs of a cluster, 1 or 2: two load K and V for each other, and so read each tile once.
+    pub cluster: u32,
 }
 
 impl Variant {
@@ -118,6 +120,7 @@ impl Variant {
             consumers: self.consumers,
             stages: self.stages,
             pairs: self.op.pairs(),
+            cluster: self.cluster,
         }
     }
     /// Dynamic shared memory of a CTA in bytes.
@@ -141,6 +144,13 @@ impl MaskKind {
 }
 
 impl Variant {
+    /// Whether the CTAs of a cluster, which take neighbouring work tiles, always visit the same blocks of keys: without a
+    /// mask, where those of a key head's query heads come in pairs.
+    pub fn shares(&self, shape: &Shape) -> bool {
+        let tiles = shape.group() as u64 * shape.seqlen_q.div_ceil(self.block_m()) as u64;
+        self.cluster == 1 || self.mask == MaskKind::None && tiles.is_multiple_of(self.cluster as u64)
+    }
+
     /// The order in which `ctas` CTAs take the work tiles of a problem that has any, and about how long they take: in
     /// scores that the busiest one computes. Piecewise attention has a threshold.
     pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> (TileOrder, u64) {
@@ -149,8 +159,10 @@ impl Variant {
             self.mask.visits(shape, dist_threshold, m_block, (block_m, block_n))
         });
         // Two consumers hide less of each other's softmax than three, and a step's fixed cost weighs less in a larger one.
-        let permille = if self.consumers < 3 { 1000 } else { 850 } - if block_n > 128 { 25 } else { 0 };
-        (order, blocks.saturating_mul(block_m as u64 * block_n as u64 * permille) / 1000)
+        // Two CTAs that share K and V take half of it from L2, and start later: some 2 µs.
+        let (saved, start) = if self.cluster > 1 { (20, 10_000) } else { (0, 0) };
+        let permille = if self.consumers < 3 { 1000 } else { 850 } - if block_n > 128 { 25 } else { 0 } - saved;
+        (order, start + blocks.saturating_mul(block_m as u64 * block_n as u64 * permille) / 1000)
     }
 }
 
@@ -193,53 +205,61 @@ pub fn forward(
 }
 
 /// Calls `$apply!` with one row a variant:
-/// `symbol, op, dtype, head_dim, mask, consumers, block_n, stages;`
+/// `symbol, op, dtype, head_dim, mask, consumers, block_n, stages, cluster;`
 #[macro_export]
 macro_rules! forward_variants {
     ($apply:ident) => {
         $apply! {
-            forward_f16_d64, Forward, F16, 64, None, 3, 128, 6;
-            forward_f16_d64_causal, Forward, F16, 64, Causal, 3, 128, 6;
-            forward_f16_d64_m128, Forward, F16, 64, None, 2, 128, 6;
-            forward_f16_d64_m128_causal, Forward, F16, 64, Causal, 2, 128, 6;
-            forward_f16_d96, Forward, F16, 96, None, 2, 128, 5;
-            forward_f16_d96_causal, Forward, F16, 96, Causal, 2, 128, 5;
-            forward_f16_d128, Forward, F16, 128, None, 2, 128, 5;
-            forward_f16_d128_n176, Forward, F16, 128, None, 2, 176, 4;
-            forward_f16_d128_causal, Forward, F16, 128, Causal, 2, 128, 5;
-            forward_f16_d192, Forward, F16, 192, None, 2, 112, 4;
-            forward_f16_d192_causal, Forward, F16, 192, Causal, 2, 112, 4;
-            forward_f16_d256, Forward, F16, 256, None, 2, 80, 4;
-            forward_f16_d256_causal, Forward, F16, 256, Causal, 2, 80, 4;
-            forward_bf16_d64, Forward, Bf16, 64, None, 3, 128, 6;
-            forward_bf16_d64_causal, Forward, Bf16, 64, Causal, 3, 128, 6;
-            forward_bf16_d64_m128, Forward, Bf16, 64, None, 2, 128, 6;
-            forward_bf16_d64_m128_causal, Forward, Bf16, 64, Causal, 2, 128, 6;
-            forward_bf16_d96, Forward, Bf16, 96, None, 2, 128, 5;
-            forward_bf16_d96_causal, Forward, Bf16, 96, Causal, 2, 128, 5;
-            forward_bf16_d128, Forward, Bf16, 128, None, 2, 128, 5;
-            forward_bf16_d128_n176, Forward, Bf16, 128, None, 2, 176, 4;
-            forward_bf16_d128_causal, Forward, Bf16, 128, Causal, 2, 128, 5;
-            forward_bf16_d192, Forward, Bf16, 192, None, 2, 112, 4;
-            forward_bf16_d192_causal, Forward, Bf16, 192, Causal, 2, 112, 4;
-            forward_bf16_d256, Forward, Bf16, 256, None, 2, 80, 4;
-            forward_bf16_d256_causal, Forward, Bf16, 256, Causal, 2, 80, 4;
-            piecewise_f16_d64, Piecewise, F16, 64, None, 3, 128, 6;
-            piecewise_f16_d64_causal, Piecewise, F16, 64, Causal, 3, 128, 6;
-            piecewise_f16_d64_m128, Piecewise, F16, 64, None, 2, 128, 6;
-            piecewise_f16_d64_m128_causal, Piecewise, F16, 64, Causal, 2, 128, 6;
-            piecewise_f16_d128, Piecewise, F16, 128, None, 2, 128, 4;
-            piecewise_f16_d128_causal, Piecewise, F16, 128, Causal, 2, 128, 4;
-            piecewise_f16_d256, Piecewise, F16, 256, None, 2, 64, 3;
-            piecewise_f16_d256_causal, Piecewise, F16, 256, Causal, 2, 64, 3;
-            piecewise_bf16_d64, Piecewise, Bf16, 64, None, 3, 128, 6;
-            piecewise_bf16_d64_causal, Piecewise, Bf16, 64, Causal, 3, 128, 6;
-            piecewise_bf16_d64_m128, Piecewise, Bf16, 64, None, 2, 128, 6;
-            piecewise_bf16_d64_m128_causal, Piecewise, Bf16, 64, Causal, 2, 128, 6;
-            piecewise_bf16_d128, Piecewise, Bf16, 128, None, 2, 128, 4;
-            piecewise_bf16_d128_causal, Piecewise, Bf16, 128, Causal, 2, 128, 4;
-            piecewise_bf16_d256, Piecewise, Bf16, 256, None, 2, 64, 3;
-            piecewise_bf16_d256_causal, Piecewise, Bf16, 256, Causal, 2, 64, 3;
+            forward_f16_d64, Forward, F16, 64, None, 3, 128, 6, 1;
+            forward_f16_d64_causal, Forward, F16, 64, Causal, 3, 128, 6, 1;
+            forward_f16_d64_m128, Forward, F16, 64, None, 2, 128, 6, 1;
+            forward_f16_d64_m128_causal, Forward, F16, 64, Causal, 2, 128, 6, 1;
+            forward_f16_d96, Forward, F16, 96, None, 2, 128, 5, 1;
+            forward_f16_d96_c2, Forward, F16, 96, None, 2, 128, 5, 2;
+            forward_f16_d96_causal, Forward, F16, 96, Causal, 2, 128, 5, 1;
+            forward_f16_d128, Forward, F16, 128, None, 2, 128, 5, 1;
+            forward_f16_d128_n176, Forward, F16, 128, None, 2, 176, 4, 1;
+            forward_f16_d128_n176_c2, Forward, F16, 128, None, 2, 176, 4, 2;
+            forward_f16_d128_causal, Forward, F16, 128, Causal, 2, 128, 5, 1;
+            forward_f16_d192, Forward, F16, 192, None, 2, 112, 4, 1;
+            forward_f16_d192_c2, Forward, F16, 192, None, 2, 112, 4, 2;
+            forward_f16_d192_causal, Forward, F16, 192, Causal, 2, 112, 4, 1;
+            forward_f16_d256, Forward, F16, 256, None, 2, 80, 4, 1;
+            forward_f16_d256_c2, Forward, F16, 256, None, 2, 80, 4, 2;
+            forward_f16_d256_causal, Forward, F16, 256, Causal, 2, 80, 4, 1;
+            forward_bf16_d64, Forward, Bf16, 64, None, 3, 128, 6, 1;
+            forward_bf16_d64_causal, Forward, Bf16, 64, Causal, 3, 128, 6, 1;
+            forward_bf16_d64_m128, Forward, Bf16, 64, None, 2, 128, 6, 1;
+            forward_bf16_d64_m128_causal, Forward, Bf16, 64, Causal, 2, 128, 6, 1;
+            forward_bf16_d96, Forward, Bf16, 96, None, 2, 128, 5, 1;
+            forward_bf16_d96_c2, Forward, Bf16, 96, None, 2, 128, 5, 2;
+            forward_bf16_d96_causal, Forward, Bf16, 96, Causal, 2, 128, 5, 1;
+            forward_bf16_d128, Forward, Bf16, 128, None, 2, 128, 5, 1;
+            forward_bf16_d128_n176, Forward, Bf16, 128, None, 2, 176, 4, 1;
+            forward_bf16_d128_n176_c2, Forward, Bf16, 128, None, 2, 176, 4, 2;
+            forward_bf16_d128_causal, Forward, Bf16, 128, Causal, 2, 128, 5, 1;
+            forward_bf16_d192, Forward, Bf16, 192, None, 2, 112, 4, 1;
+            forward_bf16_d192_c2, Forward, Bf16, 192, None, 2, 112, 4, 2;
+            forward_bf16_d192_causal, Forward, Bf16, 192, Causal, 2, 112, 4, 1;
+            forward_bf16_d256, Forward, Bf16, 256, None, 2, 80, 4, 1;
+            forward_bf16_d256_c2, Forward, Bf16, 256, None, 2, 80, 4, 2;
+            forward_bf16_d256_causal, Forward, Bf16, 256, Causal, 2, 80, 4, 1;
+            piecewise_f16_d64, Piecewise, F16, 64, None, 3, 128, 6, 1;
+            piecewise_f16_d64_causal, Piecewise, F16, 64, Causal, 3, 128, 6, 1;
+            piecewise_f16_d64_m128, Piecewise, F16, 64, None, 2, 128, 6, 1;
+            piecewise_f16_d64_m128_causal, Piecewise, F16, 64, Causal, 2, 128, 6, 1;
+            piecewise_f16_d128, Piecewise, F16, 128, None, 2, 128, 4, 1;
+            piecewise_f16_d128_causal, Piecewise, F16, 128, Causal, 2, 128, 4, 1;
+            piecewise_f16_d256, Piecewise, F16, 256, None, 2, 64, 3, 1;
+            piecewise_f16_d256_causal, Piecewise, F16, 256, Causal, 2, 64, 3, 1;
+            piecewise_bf16_d64, Piecewise, Bf16, 64, None, 3, 128, 6, 1;
+            piecewise_bf16_d64_causal, Piecewise, Bf16, 64, Causal, 3, 128, 6, 1;
+            piecewise_bf16_d64_m128, Piecewise, Bf16, 64, None, 2, 128, 6, 1;
+            piecewise_bf16_d64_m128_causal, Piecewise, Bf16, 64, Causal, 2, 128, 6, 1;
+            piecewise_bf16_d128, Piecewise, Bf16, 128, None, 2, 128, 4, 1;
+            piecewise_bf16_d128_causal, Piecewise, Bf16, 128, Causal, 2, 128, 4, 1;
+            piecewise_bf16_d256, Piecewise, Bf16, 256, None, 2, 64, 3, 1;
+            piecewise_bf16_d256_causal, Piecewise, Bf16, 256, Causal, 2, 64, 3, 1;
         }
     };
 }
@@ -249,25 +269,25 @@ macro_rules! forward_variants {
 macro_rules! forward_dropout_variants {
     ($apply:ident) => {
         $apply! {
-            forward_f16_d64_dropout, Forward, F16, 64, None, 2, 128, 6;
-            forward_f16_d64_causal_dropout, Forward, F16, 64, Causal, 2, 128, 6;
-            forward_f16_d128_dropout, Forward, F16, 128, None, 2, 128, 5;
-            forward_f16_d128_causal_dropout, Forward, F16, 128, Causal, 2, 128, 5;
-            forward_f16_d256_dropout, Forward, F16, 256, None, 2, 64, 4;
-            forward_f16_d256_causal_dropout, Forward, F16, 256, Causal, 2, 64, 4;
-            forward_bf16_d64_dropout, Forward, Bf16, 64, None, 2, 128, 6;
-            forward_bf16_d64_causal_dropout, Forward, Bf16, 64, Causal, 2, 128, 6;
-            forward_bf16_d128_dropout, Forward, Bf16, 128, None, 2, 128, 5;
-            forward_bf16_d128_causal_dropout, Forward, Bf16, 128, Causal, 2, 128, 5;
-            forward_bf16_d256_dropout, Forward, Bf16, 256, None, 2, 64, 4;
-            forward_bf16_d256_causal_dropout, Forward, Bf16, 256, Causal, 2, 64, 4;
+            forward_f16_d64_dropout, Forward, F16, 64, None, 2, 128, 6, 1;
+            forward_f16_d64_causal_dropout, Forward, F16, 64, Causal, 2, 128, 6, 1;
+            forward_f16_d128_dropout, Forward, F16, 128, None, 2, 128, 5, 1;
+            forward_f16_d128_causal_dropout, Forward, F16, 128, Causal, 2, 128, 5, 1;
+            forward_f16_d256_dropout, Forward, F16, 256, None, 2, 64, 4, 1;
+            forward_f16_d256_causal_dropout, Forward, F16, 256, Causal, 2, 64, 4, 1;
+            forward_bf16_d64_dropout, Forward, Bf16, 64, None, 2, 128, 6, 1;
+            forward_bf16_d64_causal_dropout, Forward, Bf16, 64, Causal, 2, 128, 6, 1;
+            forward_bf16_d128_dropout, Forward, Bf16, 128, None, 2, 128, 5, 1;
+            forward_bf16_d128_causal_dropout, Forward, Bf16, 128, Causal, 2, 128, 5, 1;
+            forward_bf16_d256_dropout, Forward, Bf16, 256, None, 2, 64, 4, 1;
+            forward_bf16_d256_causal_dropout, Forward, Bf16, 256, Causal, 2, 64, 4, 1;
         }
     };
 }
 
 macro_rules! forward_table {
     ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
-       $stages:literal;)*) => {
+       $stages:literal, $cluster:literal;)*) => {
         &[$(
             Variant {
                 symbol: stringify!($symbol),
@@ -278,6 +298,7 @@ macro_rules! forward_table {
                 consumers: $consumers,
                 block_n: $block_n,
                 stages: $stages,
+                cluster: $cluster,
             },
         )*]
     };
@@ -287,14 +308,14 @@ pub static VARIANTS: &[Variant] = forward_variants!(forward_table);
 /// Every compiled variant with dropout.
 pub static DROPOUT_VARIANTS: &[Variant] = forward_dropout_variants!(forward_table);
 
-/// Name and CTA size of every kernel, for the launch bounds in its PTX.
+/// Every kernel: its name, the threads of a CTA and the CTAs of a cluster, for the launch bounds in its PTX.
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn launches() -> std::vec::Vec<(&'static str, u32)> {
-    let forward = VARIANTS.iter().chain(DROPOUT_VARIANTS).map(|v| (v.symbol, v.threads()));
-    let backward = BACKWARD_VARIANTS.iter().chain(BACKWARD_DROPOUT_VARIANTS).map(|v| (v.symbol, v.threads()));
+pub fn launches() -> std::vec::Vec<(&'static str, u32, u32)> {
+    let forward = VARIANTS.iter().chain(DROPOUT_VARIANTS).map(|v| (v.symbol, v.threads(), v.cluster));
+    let backward = BACKWARD_VARIANTS.iter().chain(BACKWARD_DROPOUT_VARIANTS).map(|v| (v.symbol, v.threads(), 1));
     let mut rows: std::vec::Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
     rows.sort_unstable();
     rows.dedup();
-    let total = TOTAL_VARIANTS.iter().map(|v| (v.symbol, v.threads()));
-    forward.chain(backward).chain(total).chain(rows.into_iter().map(|symbol| (symbol, ROW_KERNEL_THREADS))).collect()
+    let total = TOTAL_VARIANTS.iter().map(|v| (v.symbol, v.threads(), 1));
+    forward.chain(backward).chain(total).chain(rows.into_iter().map(|symbol| (symbol, ROW_KERNEL_THREADS, 1))).collect()
 }

@@ -46,6 +46,8 @@ pub struct ForwardSmem {
     pub stages: u32,
     /// Pairs of Q and K.
     pub pairs: u32,
+    /// CTAs of a cluster, which have the same tile in the same slot at the same time.
+    pub cluster: u32,
 }
 
 impl ForwardSmem {

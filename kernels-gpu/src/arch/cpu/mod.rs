@@ -73,7 +73,7 @@ pub unsafe fn forward<E: Element, S: Second<Strided>, R: Dropping>(
     assert!(S::Pairs::COUNT == variant.op.pairs(), "{} has other parameters", variant.symbol);
     macro_rules! dispatch {
         ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
-           $stages:literal;)*) => {
+           $stages:literal, $cluster:literal;)*) => {
             match variant.symbol {
                 $(stringify!($symbol) if const { S::Pairs::COUNT == Op::$op.pairs() } => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.

@@ -37,6 +37,23 @@ impl Mbarrier {
         }
     }
 
+    /// As [`Mbarrier::arrive_elected`], at the barrier in the same place of another CTA of the cluster. It orders nothing
+    /// that generic accesses wrote (PTX ISA, mbarrier.arrive: its scope is the CTA).
+    ///
+    /// # Safety
+    /// As [`Mbarrier::arrive_elected`], and that CTA runs.
+    #[inline(always)]
+    pub unsafe fn arrive_elected_at(self, rank: u32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            asm!(
+                "{{ .reg .pred p; .reg .b32 there; mapa.shared::cluster.u32 there, {0}, {1}; elect.sync _|p, 0xffffffff;",
+                "@p mbarrier.arrive.shared::cluster.b64 _, [there]; }}",
+                in(reg32) self.0, in(reg32) rank, options(nostack)
+            );
+        }
+    }
+
     /// As [`Mbarrier::arrive_elected`], after all that the warp's lanes have read or written.
     ///
     /// # Safety

@@ -149,7 +149,7 @@ pub fn init_barriers(smem: &ForwardSmem) {
         if _thread_idx_x() == 0 {
             for slot in 0..smem.stages {
                 Mbarrier(base + smem.full(slot)).init(1);
-                Mbarrier(base + smem.empty(slot)).init(WARPS * smem.consumers);
+                Mbarrier(base + smem.empty(slot)).init(WARPS * smem.consumers * smem.cluster);
             }
             for consumer in 0..smem.consumers {
                 Mbarrier(base + smem.q_full(consumer)).init(1);
@@ -157,7 +157,35 @@ pub fn init_barriers(smem: &ForwardSmem) {
             fence_mbarrier_init();
         }
     }
-    named_sync(CTA, (smem.consumers + 1) * WARPGROUP_THREADS);
+    match smem.cluster {
+        1 => named_sync(CTA, (smem.consumers + 1) * WARPGROUP_THREADS),
+        _ => sync_cluster(),
+    }
+}
+
+/// Waits until the whole cluster is done: until then each CTA may arrive at barriers of the other. All threads call it,
+/// last.
+#[inline(always)]
+pub fn leave(smem: &ForwardSmem) {
+    if smem.cluster > 1 {
+        sync_cluster();
+    }
+}
+
+/// Waits for all threads of the cluster.
+#[inline(always)]
+fn sync_cluster() {
+    // SAFETY: every thread of the cluster comes here.
+    unsafe { asm!("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;", options(nostack)) }
+}
+
+/// This CTA's place in its cluster.
+#[inline(always)]
+pub fn cluster_rank() -> u32 {
+    let rank: u32;
+    // SAFETY: reads a special register.
+    unsafe { asm!("mov.u32 {0}, %cluster_ctarank;", out(reg32) rank, options(pure, nomem, nostack)) }
+    rank
 }
 
 /// As [`init_barriers`], for the backward kernel's two consumers.

@@ -129,8 +129,14 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
     }
     #[inline(always)]
     fn release_kv(&mut self, slot: u32) {
-        // SAFETY: initialised before the roles parted.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.empty(slot)).arrive_elected() };
+        let empty = Mbarrier(self.base() + self.pipe.smem.empty(slot));
+        // SAFETY: initialised before the roles parted; no CTA of a cluster ends before the other.
+        unsafe {
+            empty.arrive_elected();
+            if self.pipe.smem.cluster > 1 {
+                empty.arrive_elected_at(cta::cluster_rank() ^ 1);
+            }
+        }
     }
 
     #[inline(always)]

@@ -3,8 +3,8 @@
 use core::mem::offset_of;
 
 use super::barrier::Mbarrier;
-use super::cta::{Leader, smem_base};
-use super::tma::{BoxOrigin, MapAddress, load_box, prefetch_map};
+use super::cta::{Leader, cluster_rank, smem_base};
+use super::tma::{BoxOrigin, MapAddress, load_box, load_box_for_both, prefetch_map};
 use crate::attention::block_info::KvBlocks;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
@@ -38,6 +38,8 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
     }
     let block_m = smem.consumers * crate::variants::WARPGROUP_ROWS;
     let mut position = Position::PRODUCER;
+    // Of a cluster, which CTA loads the next tile for both.
+    let mut turn = 0;
     let pairs = p.second.pairs(&p.shape);
     for tile in KvOrder::new(KvBlocks::<M, _, _>::new(&p.shape, pairs, (block_m, smem.block_n), p.order.group, tiles)) {
         let (tensor, KvBlock { batch, head, n_block, .. }) = match tile {
@@ -46,14 +48,20 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
         };
         let full = Mbarrier(base + smem.full(position.slot));
         let slot = base + smem.slot(position.slot);
-        // SAFETY: the barriers were initialised before the roles parted; the slot is empty once the wait returns,
-        // and each panel lies within it.
+        let mine = smem.cluster == 1 || turn == cluster_rank();
+        turn ^= 1;
+        // SAFETY: the barriers were initialised before the roles parted; the slot is empty once the wait returns, in both CTAs
+        // of a cluster, and each panel lies within it.
         unsafe {
             Mbarrier(base + smem.empty(position.slot)).wait(position.parity);
             full.arrive_expect(Leader::SOLE, smem.slot_bytes());
-            for panel in 0..panels(smem.head_dim) {
+            for panel in 0..if mine { panels(smem.head_dim) } else { 0 } {
                 let origin = BoxOrigin { column: panel * PANEL_COLUMNS, row: n_block * smem.block_n, head, batch };
-                load_box(Leader::SOLE, map(tensor), origin, slot + panel * smem.block_n * PANEL_ROW_BYTES, full);
+                let to = slot + panel * smem.block_n * PANEL_ROW_BYTES;
+                match smem.cluster {
+                    1 => load_box(Leader::SOLE, map(tensor), origin, to, full),
+                    _ => load_box_for_both(map(tensor), origin, to, full),
+                }
             }
         }
         position.advance(smem.stages);

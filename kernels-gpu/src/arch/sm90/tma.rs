@@ -38,6 +38,24 @@ pub unsafe fn load_box(leader: Leader, map: MapAddress, at: BoxOrigin, to: u32, 
     }
 }
 
+/// Starts the copy of one box to the same place in both CTAs of a cluster; its bytes count at the barrier in the same place
+/// of each.
+///
+/// # Safety
+/// As [`load_box`], in both; one thread calls it.
+#[inline(always)]
+pub unsafe fn load_box_for_both(map: MapAddress, at: BoxOrigin, to: u32, barrier: Mbarrier) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "{{ .reg .b16 both; mov.b16 both, 3;",
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [{0}], [{1}, {{{2}, {3}, {4}, {5}}}], [{6}], both; }}",
+            in(reg32) to, in(reg64) map.0, in(reg32) at.column, in(reg32) at.row, in(reg32) at.head, in(reg32) at.batch,
+            in(reg32) barrier.0, options(nostack)
+        );
+    }
+}
+
 /// Brings a tensor map into the descriptor cache.
 #[inline(always)]
 pub fn prefetch_map(map: MapAddress) {
