@@ -138,6 +138,7 @@ fn main() {
     trials.push(test("queued runs are timed", Box::new(queued_runs)));
     trials.push(test("captured into a graph", Box::new(graph::forward)));
     trials.push(test("captured into a graph, backward", Box::new(graph::backward)));
+    trials.push(test("exact passes on two streams", Box::new(graph::two_streams)));
     let conclusion = libtest_mimic::run(&arguments, trials);
     if let Some(cuda) = &cuda {
         cuda.synchronize().expect("no launch has failed unseen");

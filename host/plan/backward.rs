@@ -25,8 +25,8 @@ pub enum Determinism {
     #[default]
     Fast,
     /// Parts of dQ are added in the order of their keys: the same bits on every run. Slower, for tiles wait for each
-    /// other. On a GPU all CTAs of the pass must get to run at once, so two exact passes must not run at the same time on
-    /// one device, as on two streams: each could wait for CTAs that the other leaves no room for.
+    /// other. On a GPU the pass starts once all its CTAs can run at the same time (a cooperative launch), so of two exact
+    /// passes on two streams one waits where they don't fit together.
     Exact,
 }
 

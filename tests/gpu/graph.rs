@@ -50,15 +50,14 @@ pub fn forward(cuda: &Cuda) {
     }
 }
 
-/// A backward pass: three launches, and the turns of an exact pass set to zero before them. On one CTA: CTAs that wait
-/// for each other must all be running, which nobody promises beside the other tests' kernels.
+/// A backward pass: three launches, one of them cooperative, and the turns of an exact pass set to zero before them.
 pub fn backward(cuda: &Cuda) {
     // Odd seeds have a gradient of the LSE.
     let first = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
     let contents: [BackwardData<bf16>; 2] =
         [first, Case { seed: 3, ..first }].map(|case| case.backward_data(cuda).unwrap());
     let attention = Attention::new(BIG).mask(Mask::Causal).determinism(Determinism::Exact);
-    let plan = attention.plan_backward(1).unwrap();
+    let plan = attention.plan_backward(cuda.sm_count()).unwrap();
     cuda.load_backward(&plan).unwrap();
 
     let mut inputs = tensors(&contents[0]).map(|x| cuda.upload(Operand::Q, x).unwrap());
@@ -110,6 +109,52 @@ pub fn backward(cuda: &Cuda) {
         stream.run(&graph);
         assert!(outputs.each_ref().map(|x| bits16(cuda, x)) == *expected);
     }
+}
+
+/// Exact passes on two streams at once, whose CTAs do not all fit on the device together.
+pub fn two_streams(cuda: &Cuda) {
+    let case = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
+    let data: BackwardData<bf16> = case.backward_data(cuda).unwrap();
+    let attention = Attention::new(BIG).mask(Mask::Causal).determinism(Determinism::Exact);
+    let plan = attention.plan_backward(cuda.sm_count()).unwrap();
+    assert!(2 * plan.grid() > cuda.sm_count(), "{plan}");
+    cuda.load_backward(&plan).unwrap();
+    let inputs = tensors(&data).map(|x| cuda.upload(Operand::Q, x).unwrap());
+    let rows = statistics(&data).map(|x| cuda.upload(Operand::Lse, x).unwrap());
+    let [q, k, v, o, d_o] = inputs.each_ref().map(DeviceBuffer::address);
+    let [lse, d_lse] = rows.each_ref().map(DeviceBuffer::address);
+    let lens = data.inputs.each_ref().map(Vec::len);
+    let outputs = [0, 1].map(|_| lens.map(|len| cuda.upload(Operand::Dq, &vec![bf16::NAN; len]).unwrap()));
+    let workspaces = [0, 1].map(|_| cuda.upload(Operand::Workspace, &vec![0xffu8; plan.workspace_bytes()]).unwrap());
+    let streams = [0, 1].map(|_| Stream::new());
+    wait_for_default_stream();
+    for _ in 0..100 {
+        for ((outputs, workspace), stream) in outputs.iter().zip(&workspaces).zip(&streams) {
+            let [dq, dk, dv] = outputs.each_ref().map(DeviceBuffer::address);
+            let args = RawBackward {
+                q: of_q(q),
+                k: of_kv(k),
+                second: None,
+                v: of_kv(v),
+                o: of_q(o),
+                d_o: of_q(d_o),
+                lse,
+                d_lse: Some(d_lse),
+                dq: of_q(dq),
+                dk: of_kv(dk),
+                dv: of_kv(dv),
+                workspace: workspace.address(),
+                workspace_bytes: workspace.len(),
+            };
+            // SAFETY: the buffers outlive the launches, and each stream has outputs and a workspace of its own.
+            unsafe { cuda.backward_raw(&plan, &args, stream.0.cast()) }.unwrap();
+        }
+    }
+    streams.iter().for_each(Stream::wait);
+    let [first, second] = outputs.each_ref().map(|outputs| outputs.each_ref().map(|x| bits16(cuda, x)));
+    assert!(first == second, "{case}");
+    let expected = case.gradients(cuda, &data, Determinism::Exact).unwrap().bits();
+    assert!(first == expected, "{case}");
 }
 
 /// Q, K, V, O and dO.
@@ -180,6 +225,12 @@ impl Stream {
         Stream(stream)
     }
 
+    /// Until what it was given is done.
+    fn wait(&self) {
+        // SAFETY: the handle is live.
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.0) });
+    }
+
     /// What `work` launches on this stream, as a graph.
     fn capture(&self, work: impl FnOnce(RawStream)) -> Graph {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -200,10 +251,8 @@ impl Stream {
     fn run(&self, graph: &Graph) {
         wait_for_default_stream();
         // SAFETY: both handles are live.
-        unsafe {
-            check("cuGraphLaunch", sys::cuGraphLaunch(graph.0, self.0));
-            check("cuStreamSynchronize", sys::cuStreamSynchronize(self.0));
-        }
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(graph.0, self.0) });
+        self.wait();
     }
 }
 

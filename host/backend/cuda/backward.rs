@@ -13,7 +13,7 @@ use crate::operands::{
     AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawBackward, RawSecond, RawTensor, SecondTensors,
     check_backward_inputs, check_dtype, check_second,
 };
-use crate::plan::BackwardPlan;
+use crate::plan::{BackwardPlan, Determinism};
 use crate::tensor::Tensor;
 
 /// The kernels of a plan, loaded.
@@ -36,8 +36,7 @@ impl Cuda {
     }
 
     /// Runs a backward plan on raw device addresses and the caller's stream. After the kernels' first use (see
-    /// [`Cuda::load_backward`]) it neither allocates nor waits, and may be captured into a graph. No two exact passes may
-    /// run at the same time on one device ([`Determinism::Exact`](crate::Determinism::Exact)).
+    /// [`Cuda::load_backward`]) it neither allocates nor waits, and may be captured into a graph.
     ///
     /// # Errors
     /// Those of [`RawBackward::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
@@ -122,7 +121,11 @@ impl Cuda {
             let function = kernels.prepare.function;
             function.launch(plan.prepare_grid(), ROW_KERNEL_THREADS, 0, stream, &preparation)?;
             if let Some((maps, second)) = maps {
-                let (function, grid, block) = (kernels.main.function, plan.grid(), plan.block());
+                let function = match plan.determinism() {
+                    Determinism::Fast => kernels.main.function,
+                    Determinism::Exact => kernels.main.function.cooperative(),
+                };
+                let (grid, block) = (plan.grid(), plan.block());
                 let smem = plan.smem_bytes();
                 match (args.second(plan, second), plan.launched) {
                     (Some(second), _) => {

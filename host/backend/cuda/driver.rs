@@ -90,7 +90,10 @@ pub(super) unsafe fn zero_words(address: u64, words: usize, stream: sys::CUstrea
 
 /// A kernel, in the context it was loaded in.
 #[derive(Clone, Copy)]
-pub(super) struct Function(pub(super) sys::CUfunction);
+pub(super) struct Function {
+    handle: sys::CUfunction,
+    cooperative: bool,
+}
 
 // SAFETY: a function handle is a name for something in a context, not in a thread; the driver takes it from any.
 unsafe impl Send for Function {}
@@ -98,11 +101,20 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Function {
+    pub(super) fn new(handle: sys::CUfunction) -> Self {
+        Function { handle, cooperative: false }
+    }
+
+    /// As a kernel whose CTAs wait for each other: it starts once there is room for all of them at the same time.
+    pub(super) fn cooperative(self) -> Self {
+        Function { cooperative: true, ..self }
+    }
+
     /// Lets the kernel have `bytes` of dynamic shared memory.
     pub(super) fn set_shared_memory(self, bytes: u32) -> Result<()> {
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the handle is a loaded function.
-        check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(self.0, attribute, bytes as i32) })
+        check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(self.handle, attribute, bytes as i32) })
     }
 
     /// Launches the kernel with one by-value parameter; neither allocates nor waits.
@@ -119,23 +131,19 @@ impl Function {
         parameter: &P,
     ) -> Result<()> {
         let mut parameters: [*mut c_void; 1] = [ptr::from_ref(parameter).cast_mut().cast()];
+        let (f, parameters) = (self.handle, parameters.as_mut_ptr());
         // SAFETY: the caller's promise; the driver copies the parameter before it returns.
-        let code = unsafe {
-            sys::cuLaunchKernel(
-                self.0,
-                grid,
-                1,
-                1,
-                block,
-                1,
-                1,
-                shared_memory,
-                stream,
-                parameters.as_mut_ptr(),
-                ptr::null_mut(),
-            )
-        };
-        check("cuLaunchKernel", code)
+        unsafe {
+            if self.cooperative {
+                let code =
+                    sys::cuLaunchCooperativeKernel(f, grid, 1, 1, block, 1, 1, shared_memory, stream, parameters);
+                check("cuLaunchCooperativeKernel", code)
+            } else {
+                let none = ptr::null_mut();
+                let code = sys::cuLaunchKernel(f, grid, 1, 1, block, 1, 1, shared_memory, stream, parameters, none);
+                check("cuLaunchKernel", code)
+            }
+        }
     }
 }
 

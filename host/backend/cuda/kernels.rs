@@ -83,7 +83,7 @@ fn load(kernel: &Kernel, smem_bytes: u32) -> Result<Loaded> {
         None => Module::from_ptx(kernel.ptx()?, &[]).map_err(failed("cuModuleLoadData"))?,
     };
     let function = module.get_function(kernel.symbol).map_err(failed("cuModuleGetFunction"))?;
-    let function = Function(function.to_raw());
+    let function = Function::new(function.to_raw());
     function.set_shared_memory(smem_bytes)?;
     Ok(Loaded { function, load_time: start.elapsed(), _module: module })
 }
