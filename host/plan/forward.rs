@@ -258,6 +258,17 @@ mod tests {
         assert_eq!([1024, 16384].map(|seqlen| tiles(seqlen, Mask::Causal)), [128, 192]);
     }
 
+    /// Smaller blocks of keys fit the edge of a causal mask, and cost more a score.
+    #[test]
+    fn blocks_follow_the_shape() {
+        let blocks = |seqlen: usize| {
+            let problem = Problem { heads_q: 8, heads_kv: 8, seqlen_q: seqlen, seqlen_k: seqlen, ..PROBLEM };
+            let problem = Problem { batch: 32768 / seqlen, head_dim: 256, ..problem };
+            Plan::forward(&problem, Mask::Causal, None, Dropout::NONE, 132).unwrap().variant().block_n
+        };
+        assert_eq!([512, 1024, 2048, 4096, 16384].map(blocks), [64, 64, 80, 80, 80]);
+    }
+
     /// CTAs of a cluster take neighbouring work tiles, which have the same keys; short problems are not worth the wait for
     /// two CTAs.
     #[test]

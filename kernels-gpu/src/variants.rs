@@ -161,7 +161,12 @@ impl Variant {
         // Two consumers hide less of each other's softmax than three, and a step's fixed cost weighs less in a larger one.
         // Two CTAs that share K and V take half of it from L2, and start later: some 2 µs.
         let (saved, start) = if self.cluster > 1 { (20, 10_000) } else { (0, 0) };
-        let permille = if self.consumers < 3 { 1000 } else { 850 } - if block_n > 128 { 25 } else { 0 } - saved;
+        let step = match block_n {
+            129.. => -25,
+            80.. => 0,
+            _ => 65,
+        };
+        let permille = (if self.consumers < 3 { 1000 } else { 850 } + step - saved) as u64;
         (order, start + blocks.saturating_mul(block_m as u64 * block_n as u64 * permille) / 1000)
     }
 }
@@ -227,6 +232,7 @@ macro_rules! forward_variants {
             forward_f16_d256, Forward, F16, 256, None, 2, 80, 4, 1;
             forward_f16_d256_c2, Forward, F16, 256, None, 2, 80, 4, 2;
             forward_f16_d256_causal, Forward, F16, 256, Causal, 2, 80, 4, 1;
+            forward_f16_d256_n64_causal, Forward, F16, 256, Causal, 2, 64, 5, 1;
             forward_bf16_d64, Forward, Bf16, 64, None, 3, 128, 6, 1;
             forward_bf16_d64_causal, Forward, Bf16, 64, Causal, 3, 128, 6, 1;
             forward_bf16_d64_m128, Forward, Bf16, 64, None, 2, 128, 6, 1;
@@ -244,6 +250,7 @@ macro_rules! forward_variants {
             forward_bf16_d256, Forward, Bf16, 256, None, 2, 80, 4, 1;
             forward_bf16_d256_c2, Forward, Bf16, 256, None, 2, 80, 4, 2;
             forward_bf16_d256_causal, Forward, Bf16, 256, Causal, 2, 80, 4, 1;
+            forward_bf16_d256_n64_causal, Forward, Bf16, 256, Causal, 2, 64, 5, 1;
             piecewise_f16_d64, Piecewise, F16, 64, None, 3, 128, 6, 1;
             piecewise_f16_d64_causal, Piecewise, F16, 64, Causal, 3, 128, 6, 1;
             piecewise_f16_d64_m128, Piecewise, F16, 64, None, 2, 128, 6, 1;
