@@ -285,7 +285,7 @@ mod tests {
                 if plan.variant().cluster == 1 {
                     continue;
                 }
-                assert!(plan.grid() % 2 == 0 && plan.work_tiles() % 2 == 0, "{plan}");
+                assert!(plan.grid().is_multiple_of(2) && plan.work_tiles().is_multiple_of(2), "{plan}");
                 let tiles: Vec<Vec<_>> =
                     (0..plan.grid()).map(|cta| CtaTiles::new(&plan.order, cta, plan.grid()).collect()).collect();
                 for ctas in tiles.chunks_exact(2) {
