@@ -159,7 +159,7 @@ impl Variant {
             self.mask.visits(shape, dist_threshold, m_block, (block_m, block_n))
         });
         // Two consumers hide less of each other's softmax than three, and a step's fixed cost weighs less in a larger one.
-        // Two CTAs that share K and V take half of it from L2, and start later: some 2 µs.
+        // Two CTAs that share K and V take half of it from L2; short launches were slower with them.
         let (saved, start) = if self.cluster > 1 { (20, 10_000) } else { (0, 0) };
         let step = match block_n {
             129.. => -25,

@@ -65,24 +65,7 @@ pub fn backward(cuda: &Cuda) {
     let [q, k, v] = contents[0].inputs.each_ref().map(Vec::len);
     let mut outputs = [q, k, v].map(|len| cuda.upload(Operand::Dq, &vec![bf16::NAN; len]).unwrap());
     let workspace = cuda.upload(Operand::Workspace, &vec![0xffu8; plan.workspace_bytes()]).unwrap();
-    let [q, k, v, o, d_o] = inputs.each_ref().map(DeviceBuffer::address);
-    let [lse, d_lse] = rows.each_ref().map(DeviceBuffer::address);
-    let [dq, dk, dv] = outputs.each_ref().map(DeviceBuffer::address);
-    let args = RawBackward {
-        q: of_q(q),
-        k: of_kv(k),
-        second: None,
-        v: of_kv(v),
-        o: of_q(o),
-        d_o: of_q(d_o),
-        lse,
-        d_lse: Some(d_lse),
-        dq: of_q(dq),
-        dk: of_kv(dk),
-        dv: of_kv(dv),
-        workspace: workspace.address(),
-        workspace_bytes: workspace.len(),
-    };
+    let args = raw(&inputs, &rows, &outputs, &workspace);
     // Ordinary launches, which are the kernels' first use as well.
     let expected = contents.each_ref().map(|data| {
         refill(&mut inputs, tensors(data));
@@ -121,8 +104,6 @@ pub fn two_streams(cuda: &Cuda) {
     cuda.load_backward(&plan).unwrap();
     let inputs = tensors(&data).map(|x| cuda.upload(Operand::Q, x).unwrap());
     let rows = statistics(&data).map(|x| cuda.upload(Operand::Lse, x).unwrap());
-    let [q, k, v, o, d_o] = inputs.each_ref().map(DeviceBuffer::address);
-    let [lse, d_lse] = rows.each_ref().map(DeviceBuffer::address);
     let lens = data.inputs.each_ref().map(Vec::len);
     let outputs = [0, 1].map(|_| lens.map(|len| cuda.upload(Operand::Dq, &vec![bf16::NAN; len]).unwrap()));
     let workspaces = [0, 1].map(|_| cuda.upload(Operand::Workspace, &vec![0xffu8; plan.workspace_bytes()]).unwrap());
@@ -130,22 +111,7 @@ pub fn two_streams(cuda: &Cuda) {
     wait_for_default_stream();
     for _ in 0..100 {
         for ((outputs, workspace), stream) in outputs.iter().zip(&workspaces).zip(&streams) {
-            let [dq, dk, dv] = outputs.each_ref().map(DeviceBuffer::address);
-            let args = RawBackward {
-                q: of_q(q),
-                k: of_kv(k),
-                second: None,
-                v: of_kv(v),
-                o: of_q(o),
-                d_o: of_q(d_o),
-                lse,
-                d_lse: Some(d_lse),
-                dq: of_q(dq),
-                dk: of_kv(dk),
-                dv: of_kv(dv),
-                workspace: workspace.address(),
-                workspace_bytes: workspace.len(),
-            };
+            let args = raw(&inputs, &rows, outputs, workspace);
             // SAFETY: the buffers outlive the launches, and each stream has outputs and a workspace of its own.
             unsafe { cuda.backward_raw(&plan, &args, stream.0.cast()) }.unwrap();
         }
@@ -155,6 +121,33 @@ pub fn two_streams(cuda: &Cuda) {
     assert!(first == second, "{case}");
     let expected = case.gradients(cuda, &data, Determinism::Exact).unwrap().bits();
     assert!(first == expected, "{case}");
+}
+
+/// A backward pass of [`BIG`]: Q, K, V, O and dO; the LSE and its gradient; dQ, dK and dV; the workspace.
+fn raw(
+    inputs: &[DeviceBuffer<bf16>; 5],
+    rows: &[DeviceBuffer<f32>; 2],
+    outputs: &[DeviceBuffer<bf16>; 3],
+    workspace: &DeviceBuffer<u8>,
+) -> RawBackward {
+    let [q, k, v, o, d_o] = inputs.each_ref().map(DeviceBuffer::address);
+    let [lse, d_lse] = rows.each_ref().map(DeviceBuffer::address);
+    let [dq, dk, dv] = outputs.each_ref().map(DeviceBuffer::address);
+    RawBackward {
+        q: of_q(q),
+        k: of_kv(k),
+        second: None,
+        v: of_kv(v),
+        o: of_q(o),
+        d_o: of_q(d_o),
+        lse,
+        d_lse: Some(d_lse),
+        dq: of_q(dq),
+        dk: of_kv(dk),
+        dv: of_kv(dv),
+        workspace: workspace.address(),
+        workspace_bytes: workspace.len(),
+    }
 }
 
 /// Q, K, V, O and dO.
