@@ -94,7 +94,8 @@ pub fn backward(cuda: &Cuda) {
     }
 }
 
-/// Exact passes on two streams at once, whose CTAs do not all fit on the device together.
+/// Exact passes on two streams at once, whose CTAs do not all fit on the device together, give the bits of one by itself.
+/// That neither waits for ever is the cooperative launch's promise: ordinary ones have passed here as well.
 pub fn two_streams(cuda: &Cuda) {
     let case = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
     let data: BackwardData<bf16> = case.backward_data(cuda).unwrap();
