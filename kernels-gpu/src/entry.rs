@@ -160,7 +160,7 @@ fn backward<
     match role {
         Role::Producer => {
             cta::set_backward_registers(role);
-            backward_dq::produce::<E, M, S>(p, parameters, smem, tiles);
+            backward_dq::produce::<E, M, S, R>(p, parameters, smem, tiles);
         }
         Role::Consumer(index) => {
             cta::set_backward_registers(role);

@@ -12,6 +12,7 @@ use super::load::{add_global, count_turn, wait_turn};
 use super::math::{Packed, fresh};
 use super::wgmma::{self, Descriptor};
 use crate::arch::Pending;
+use crate::attention::dropping::Dropping;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block, turn_blocks};
@@ -155,6 +156,7 @@ impl Dq<'_> {
 fn loads_at<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
     match (smem.head_dim, S::Pairs::COUNT) {
         (64, 1) => 1,
+        (128, 1) => 2,
         (128, 2) => 3,
         _ => 0,
     }
@@ -162,7 +164,7 @@ fn loads_at<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
 
 /// Loads what the work tiles need, and adds dQ. `parameters` is the address of `p` in the kernel's parameter space.
 #[inline(always)]
-pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
+pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
     p: &BackwardParams<TensorMap, S>,
     parameters: u64,
     smem: &BackwardSmem,
@@ -174,7 +176,15 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>>(
     let mut dq = Dq { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, counter: 0 };
     let warp = cta::warp_of_warpgroup();
     let tile = (smem.block_m, smem.block_n);
-    for work_tile in tiles {
+    // A work tile that is taken a turn ahead lives in registers that all threads share, where what it is made from takes each
+    // thread's own; others than plain attention lack registers for it.
+    let ahead = const { S::Pairs::COUNT == 1 && !R::DROPS };
+    let mut tiles = tiles;
+    let mut next = if ahead { tiles.next() } else { None };
+    while let Some(work_tile) = if ahead { next } else { tiles.next() } {
+        if ahead {
+            next = tiles.next();
+        }
         let mut pairs_left = p.second.last() + 1;
         while pairs_left > 0 {
             pairs_left -= 1;
