@@ -64,6 +64,13 @@ fn large_logits() {
 }
 
 #[test]
+fn negative_scores() {
+    for (head_dim, mask) in [(64, Mask::None), (64, Mask::Causal), (128, Mask::None), (128, Mask::Causal)] {
+        common::negative_scores(&Cpu, head_dim, mask);
+    }
+}
+
+#[test]
 fn nan_stays_in_its_head() {
     common::nan_stays_in_its_head(&Cpu);
 }

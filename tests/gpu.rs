@@ -70,6 +70,10 @@ fn main() {
     for mask in [Mask::None, Mask::Causal] {
         trials.push(test(&format!("large logits, {mask}"), Box::new(move |cuda| common::large_logits(cuda, mask))));
         for head_dim in [64, 96, 128, 192, 256] {
+            trials.push(test(
+                &format!("negative scores, head dim {head_dim}, {mask}"),
+                Box::new(move |cuda| common::negative_scores(cuda, head_dim, mask)),
+            ));
             let problem = Problem { head_dim, ..BIG };
             let case = Case::new(problem, mask);
             trials.push(test(

@@ -132,6 +132,24 @@ pub fn large_logits<B: Backend>(backend: &B, mask: Mask) {
     assert!(live >= 2 * 149 && output.o.iter().all(|x| x.is_finite()), "{case}: {live} finite LSE");
 }
 
+/// Rows whose scores are all negative, or negative but for one key, beside rows whose scores are all positive.
+pub fn negative_scores<B: Backend>(backend: &B, head_dim: usize, mask: Mask) {
+    let problem =
+        Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 333, seqlen_k: 700, head_dim, dtype: Dtype::Bf16 };
+    let case = Case::new(problem, mask);
+    let mut inputs = case.inputs::<bf16>().unwrap();
+    // Every product has the sign of its row; key 300, and it alone, has the other one.
+    let [rows, keys, _] = &mut inputs;
+    for (row, line) in rows.chunks_exact_mut(head_dim).enumerate() {
+        line.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32().abs() * if row % 3 == 0 { 0.5 } else { -0.5 }));
+    }
+    for (key, line) in keys.chunks_exact_mut(head_dim).enumerate() {
+        line.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32().abs() * if key == 300 { -0.5 } else { 0.5 }));
+    }
+    let outcome = case.judge(backend, &inputs, &Rows::All).unwrap();
+    assert!(outcome.passed(), "{case}\n{outcome:#?}");
+}
+
 /// A NaN in one key leaves every other batch item and key head as it was, bit for bit.
 pub fn nan_stays_in_its_head<B: Backend>(backend: &B) {
     let problem =

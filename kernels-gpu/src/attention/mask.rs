@@ -9,6 +9,8 @@ use crate::params::Shape;
 
 /// Which keys a query may see.
 pub trait Mask: Copy {
+    /// Whether a query may see fewer than all keys.
+    const HIDES: bool;
     /// Query row `i` sees the keys `0..live_end(i)`, never more than seqlen_k, and never fewer than row `i − 1`.
     fn live_end(shape: &Shape, i: u32) -> u32;
     /// Key `j` is seen by the query rows from this one on, by the same rule; for j below seqlen_k.
@@ -20,6 +22,7 @@ pub trait Mask: Copy {
 pub struct Full;
 
 impl Mask for Full {
+    const HIDES: bool = false;
     #[inline(always)]
     fn live_end(shape: &Shape, _: u32) -> u32 {
         shape.seqlen_k
@@ -35,6 +38,7 @@ impl Mask for Full {
 pub struct Causal;
 
 impl Mask for Causal {
+    const HIDES: bool = true;
     #[inline(always)]
     fn live_end(shape: &Shape, i: u32) -> u32 {
         let end = i as i32 + 1 + (shape.seqlen_k as i32 - shape.seqlen_q as i32);

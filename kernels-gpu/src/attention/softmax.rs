@@ -30,12 +30,11 @@ impl<W: Warpgroup> Softmax<W> {
     }
 
     /// Turns the scores S of one block into P in place, and returns the factor that brings earlier P, and so O and l,
-    /// to the new maximum.
+    /// to the new maximum. `masked` tells that a mask may hide many of its keys.
     #[inline(always)]
-    pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>) -> W::Rows {
+    pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, masked: bool) -> W::Rows {
         let c = self.c;
-        let block = wg.reduce(wg.fold(s, f32::max), f32::max);
-        let m = wg.zip(self.m, block, f32::max);
+        let m = wg.maxima(s, self.m, masked);
         let offset = wg.zip(m, m, |m, _| exponent_offset(m, c));
         // From rounded offset to rounded offset, so that it is exactly 1 while the maximum stays.
         let correction = wg.zip(self.m, offset, |old, offset| W::exp2(old * c - offset));
@@ -51,17 +50,11 @@ impl<W: Warpgroup> Softmax<W> {
     /// The factor 1/l that normalises O, and the LSE (natural log); a row without a live key gives 0 and −∞.
     #[inline(always)]
     pub fn finish(self, wg: &W) -> (W::Rows, W::Rows) {
-        let l = wg.reduce(self.l, |a, b| a + b);
-        let normaliser = wg.zip(l, l, |l, _| if l == 0.0 { 0.0 } else { W::recip(l) });
-        let c = self.c;
-        let lse =
-            wg.zip(
-                self.m,
-                l,
-                |m, l| {
-                    if l == 0.0 { f32::NEG_INFINITY } else { (exponent_offset(m, c) + W::log2(l)) * LN_2 }
-                },
-            );
+        let (l, c) = (wg.reduce(self.l, |a, b| a + b), self.c);
+        // Computed for every row and then selected: a branch would stand between what else the end of a work tile mixes.
+        let normaliser = wg.zip(l, wg.zip(l, l, |l, _| W::recip(l)), |l, r| if l == 0.0 { 0.0 } else { r });
+        let lse = wg.zip(self.m, l, |m, l| (exponent_offset(m, c) + W::log2(l)) * LN_2);
+        let lse = wg.zip(l, lse, |l, lse| if l == 0.0 { f32::NEG_INFINITY } else { lse });
         (normaliser, lse)
     }
 }

@@ -31,12 +31,13 @@ struct InFlight<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
     v: W::Slot,
 }
 
-/// A block of scores, and the pair that they come from.
+/// A block of scores, the pair that they come from, and whether a mask may hide many of them.
 #[derive(Clone, Copy)]
 struct BlockAt {
     tile: WorkTile,
     heads_q: u32,
     visit: Visit,
+    masked: bool,
 }
 
 impl BlockAt {
@@ -69,7 +70,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         wg.release_kv(k);
         scored(wg, &mut s);
         let mut softmax = Softmax::new(wg, scale);
-        softmax.step(wg, &mut s);
+        softmax.step(wg, &mut s, at.masked);
         Mainloop { o: wg.zeros::<D8>(), p: Self::weights(wg, &s, &keep), softmax, dropping }
     }
 
@@ -101,7 +102,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         let mut s = wg.wait::<1, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
-        let correction = self.softmax.step(wg, &mut s); // S → P; m, l
+        let correction = self.softmax.step(wg, &mut s, at.masked); // S → P; m, l
         self.o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
         wg.scale_rows(&mut self.o, correction, const { Self::looks_first() });
@@ -123,7 +124,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         wg.release_kv(k);
         scored(wg, &mut s);
         let mut softmax = Softmax::new(wg, scale);
-        softmax.step(wg, &mut s);
+        softmax.step(wg, &mut s, at.masked);
         let o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
         let p = Self::weights(wg, &s, &keep);
@@ -180,7 +181,13 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
             mask(wg, s, tile, visits.at(u));
         }
     };
-    let at = |tile: WorkTile, visits: &Visits, u: u32| BlockAt { tile, heads_q: p.shape.heads_q, visit: visits.at(u) };
+    let at = |tile: WorkTile, visits: &Visits, u: u32, masked: bool| BlockAt {
+        tile,
+        heads_q: p.shape.heads_q,
+        visit: visits.at(u),
+        masked,
+    };
+    let first_masked = M::HIDES || S::Pairs::COUNT > 1;
     let mut upcoming = Upcoming { tiles, next: None };
     upcoming.load(wg);
     let Some(mut tile) = upcoming.next else { return };
@@ -188,7 +195,7 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
     wg.wait_q();
     // After the scores of a work tile's last visit, 0, Q is free for the next work tile.
     let first = visits.count - 1;
-    let block = at(tile, &visits, first);
+    let block = at(tile, &visits, first, first_masked);
     let mut mainloop = Mainloop::<W, R, D8, N8>::first(wg, p.scale, dropping, block, |wg, s| {
         if first == 0 {
             upcoming.load(wg);
@@ -200,17 +207,17 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
         for run in 0..S::Pairs::COUNT {
             let (full_start, full_end) = visits.run(run);
             for u in (full_end.max(1)..above).rev() {
-                let block = at(tile, &visits, u);
+                let block = at(tile, &visits, u, true);
                 mainloop.step(wg, block, |wg, s| mask(wg, s, &tile, block.visit));
             }
             above = above.min(full_end);
             for u in (full_start.max(1)..above).rev() {
-                mainloop.step(wg, at(tile, &visits, u), |_, _| {});
+                mainloop.step(wg, at(tile, &visits, u, false), |_, _| {});
             }
             above = above.min(full_start);
         }
         if visits.count > 1 {
-            mainloop.step(wg, at(tile, &visits, 0), |wg, s| {
+            mainloop.step(wg, at(tile, &visits, 0, false), |wg, s| {
                 upcoming.load(wg);
                 mask_if_needed(wg, s, &tile, &visits, 0);
             });
@@ -219,7 +226,7 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
         visits = visits_of(&next);
         wg.wait_q();
         let first = visits.count - 1;
-        let block = at(next, &visits, first);
+        let block = at(next, &visits, first, first_masked);
         let (following, o, softmax) = mainloop.turn_over(wg, p.scale, block, |wg, s| {
             if first == 0 {
                 upcoming.load(wg);

@@ -71,6 +71,9 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
             chains[1..].iter().fold(chains[0], |a, x| f(a, *x))
         })
     }
+    fn maxima<const N8: usize>(&self, x: &Tile<N8>, rows: Rows, _: bool) -> Rows {
+        self.zip(rows, self.fold(x, f32::max), f32::max)
+    }
     fn reduce(&self, rows: Rows, _: impl Fn(f32, f32) -> f32) -> Rows {
         rows
     }

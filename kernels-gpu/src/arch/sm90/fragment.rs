@@ -77,6 +77,33 @@ impl<const N8: usize> Fragment<N8> {
         [f(chains[0], chains[1]), f(chains[2], chains[3])]
     }
 
+    /// The largest of each of `rows` and the row's elements.
+    #[inline(always)]
+    pub fn maxima(&self, rows: Rows) -> Rows {
+        let [a, b] = self.fold(f32::max);
+        reduce([a.max(rows[0]), b.max(rows[1])], f32::max)
+    }
+
+    /// The same, soonest where no thread finds nothing but negative numbers in a row.
+    ///
+    /// The bits of floats that are not negative, taken for integers, have the order of the floats and lie above those of all
+    /// negative ones; and integers have an instruction for the largest of three, which halves the work.
+    #[inline(always)]
+    pub fn maxima_mostly_positive(&self, rows: Rows) -> Rows {
+        let bits = |x: f32| x.to_bits() as i32;
+        let mut chains = self.0[0].map(bits);
+        for registers in &self.0[1..] {
+            for (chain, x) in chains.iter_mut().zip(registers) {
+                *chain = (*chain).max(bits(*x));
+            }
+        }
+        let [a, b] = [0, 1].map(|half| chains[2 * half].max(chains[2 * half + 1]).max(bits(rows[half])));
+        let negative = math::any(a | b < 0);
+        // Before the branch, which then need not be waited for.
+        let maxima = reduce([a, b].map(|x| f32::from_bits(x as u32)), f32::max);
+        if negative { self.maxima(rows) } else { maxima }
+    }
+
     #[inline(always)]
     pub fn pack<E: Packed>(&self) -> Operand<N8> {
         self.pack_with(E::pack)

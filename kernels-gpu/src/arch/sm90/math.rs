@@ -30,8 +30,8 @@ unary!(
     log2, "lg2.approx.ftz.f32"
 );
 unary!(
-    /// 1 / x, correctly rounded.
-    recip, "rcp.rn.f32"
+    /// 1 / x on the special-function unit, within one unit in the last place (PTX ISA, rcp.approx).
+    recip, "rcp.approx.ftz.f32"
 );
 
 /// a·b + c with one rounding.

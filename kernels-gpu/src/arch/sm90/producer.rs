@@ -4,7 +4,7 @@ use core::mem::offset_of;
 
 use super::barrier::Mbarrier;
 use super::cta::{Leader, cluster_rank, smem_base};
-use super::tma::{BoxOrigin, MapAddress, load_box, load_box_for_both, prefetch_map};
+use super::tma::{BoxOrigin, MapAddress, load_box, load_box_for_both, prefetch_box, prefetch_map};
 use crate::attention::block_info::KvBlocks;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
@@ -13,6 +13,7 @@ use crate::params::{ForwardParams, Second, SecondPair, TensorMap};
 use crate::pipeline::order::{KvBlock, KvOrder, KvTile};
 use crate::pipeline::ring::Position;
 use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
+use crate::variants::WARPGROUP_ROWS;
 
 /// Loads the K and V tiles of every work tile, in the order of [`KvOrder`], as slots become empty.
 ///
@@ -36,11 +37,22 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
     if S::Pairs::COUNT > 1 {
         prefetch_map(map(second_k));
     }
-    let block_m = smem.consumers * crate::variants::WARPGROUP_ROWS;
+    let block_m = smem.consumers * WARPGROUP_ROWS;
     let mut position = Position::PRODUCER;
     // Of a cluster, which CTA loads the next tile for both.
     let mut turn = 0;
     let pairs = p.second.pairs(&p.shape);
+    // The consumers load Q, a step before they need it; here its work tile begins two steps sooner.
+    let tiles = tiles.inspect(|tile| {
+        for (part, panel) in
+            (0..smem.consumers).flat_map(|part| (0..panels(smem.head_dim)).map(move |panel| (part, panel)))
+        {
+            let row = tile.m_block * block_m + part * WARPGROUP_ROWS;
+            let at = BoxOrigin { column: panel * PANEL_COLUMNS, row, head: tile.head, batch: tile.batch };
+            // SAFETY: the host has made the map.
+            unsafe { prefetch_box(Leader::SOLE, map(offset_of!(ForwardParams<TensorMap, S>, q)), at) };
+        }
+    });
     for tile in KvOrder::new(KvBlocks::<M, _, _>::new(&p.shape, pairs, (block_m, smem.block_n), p.order.group, tiles)) {
         let (tensor, KvBlock { batch, head, n_block, .. }) = match tile {
             KvTile::K(block) => (if block.pair == 0 { k } else { second_k }, block),

@@ -56,6 +56,23 @@ pub unsafe fn load_box_for_both(map: MapAddress, at: BoxOrigin, to: u32, barrier
     }
 }
 
+/// The leader starts bringing one box into L2, from where a later copy has it sooner than from memory.
+///
+/// # Safety
+/// `map` is a tensor map.
+#[inline(always)]
+pub unsafe fn prefetch_box(leader: Leader, map: MapAddress, at: BoxOrigin) {
+    // SAFETY: the caller's promise; what is loaded goes nowhere else.
+    unsafe {
+        asm!(
+            "{{ .reg .pred p; setp.ne.u32 p, {5}, 0;",
+            "@p cp.async.bulk.prefetch.tensor.4d.L2.global.tile [{0}, {{{1}, {2}, {3}, {4}}}]; }}",
+            in(reg64) map.0, in(reg32) at.column, in(reg32) at.row, in(reg32) at.head, in(reg32) at.batch,
+            in(reg32) leader.0, options(nostack)
+        );
+    }
+}
+
 /// Brings a tensor map into the descriptor cache.
 #[inline(always)]
 pub fn prefetch_map(map: MapAddress) {
