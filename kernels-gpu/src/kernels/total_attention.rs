@@ -97,6 +97,7 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
                 wg.release_q(q);
                 mainloop.add::<M, M8>(wg, Scores { s, q }, &tile, m_block);
             }
+            wg.release_k();
             pass_over(wg, &tile);
         }
         return;

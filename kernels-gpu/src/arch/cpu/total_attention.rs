@@ -187,7 +187,6 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
             taken.0.as_flattened_mut().as_flattened_mut().copy_from_slice(k);
             self.pipe.taken = Some(*keys);
         }
-        self.release_k();
         taken
     }
     fn taken_kq<const D8: usize, const M8: usize>(&mut self, k: &Tile<D8>, q: u32) -> Pending<Tile<M8>> {

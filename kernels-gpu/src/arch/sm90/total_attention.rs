@@ -76,9 +76,7 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
         self.wait_k();
         let smem = self.pipe.smem;
         // SAFETY: the tile is full.
-        let k = unsafe { read_tile(self.base() + smem.k(self.pipe.k.slot), smem.block_n(), self.part().first_key) };
-        self.release_k();
-        k
+        unsafe { read_tile(self.base() + smem.k(self.pipe.k.slot), smem.block_n(), self.part().first_key) }
     }
     #[inline(always)]
     fn taken_kq<const D8: usize, const M8: usize>(&mut self, k: &Operand<D8>, q: Position) -> Pending<Fragment<M8>> {
