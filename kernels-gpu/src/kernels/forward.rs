@@ -187,6 +187,7 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
         visit: visits.at(u),
         masked,
     };
+    // Blocks are visited from the last one, at the mask's edge if there is one.
     let first_masked = M::HIDES || S::Pairs::COUNT > 1;
     let mut upcoming = Upcoming { tiles, next: None };
     upcoming.load(wg);

@@ -84,7 +84,7 @@ impl<const N8: usize> Fragment<N8> {
         reduce([a.max(rows[0]), b.max(rows[1])], f32::max)
     }
 
-    /// The same, soonest where no thread finds nothing but negative numbers in a row.
+    /// The same, sooner, unless a thread of the warp finds only negative numbers in a row.
     ///
     /// The bits of floats that are not negative, taken for integers, have the order of the floats and lie above those of all
     /// negative ones; and integers have an instruction for the largest of three, which halves the work.
