@@ -89,7 +89,7 @@ impl TileOrder {
         let scale = |(busiest, tried): (u64, u64)| (busiest as u128 * tiles as u128 / tried as u128) as u64;
         let group_bytes = 4 * shape.seqlen_k as u64 * shape.head_dim as u64;
         let mut best = (smallest, scale(smallest.trial(ctas, cost)));
-        for groups in [2, 3, 4, 6, 8, 12, 16, 24, 32] {
+        for groups in [2, 3, 4, 6, 7, 8, 12, 16, 24, 32] {
             let even_enough = best.1 * 100 <= even * 102;
             if even_enough || groups as u64 * group_bytes > SECTION_BYTES || groups * group > heads {
                 break;

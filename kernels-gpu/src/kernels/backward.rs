@@ -8,7 +8,7 @@
 
 use core::f32::consts::LOG2_E;
 
-use crate::arch::BackwardWarpgroup;
+use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::dropout::{Place, Rows};
 use crate::attention::dropping::Dropping;
 use crate::attention::mask::{Mask, mask_transposed};
@@ -41,18 +41,24 @@ const fn passes_early(head_dim: u32) -> bool {
     head_dim <= 64
 }
 
+/// Whether S is issued before dV and dK are there, so that products follow each other without a pause. dP has room only where
+/// P and dS were.
+const fn queues_scores(head_dim: u32) -> bool {
+    head_dim == 128
+}
+
 impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
-    /// A query block up to dS: Pᵀ and dSᵀ.
+    /// A query block from its scores, in flight, to dS: Pᵀ and dSᵀ.
     #[inline(always)]
-    fn scores<W: BackwardWarpgroup<Tensor = T>, const D8: usize, const M8: usize>(
+    fn gradients<W: BackwardWarpgroup<Tensor = T>, const D8: usize, const M8: usize>(
         &self,
         wg: &mut W,
         at: &QueryBlock,
         slot: W::Slot,
         offsets: &W::Columns<M8>,
+        s: Pending<W::Acc<M8>>,
     ) -> (W::Operand<M8>, W::Operand<M8>) {
         let early = const { passes_early(8 * D8 as u32) };
-        let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
         if early {
             wg.pass_turn();
         }
@@ -133,7 +139,8 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         wg.wait_do(slot);
         let offsets = read_early(wg, wg.offsets(slot));
         wg.take_turn();
-        let (p, ds) = step.scores::<W, D8, M8>(wg, at, slot, &offsets);
+        let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
+        let (p, ds) = step.gradients::<W, D8, M8>(wg, at, slot, &offsets, s);
         Mainloop { dk: wg.zeros::<C8>(), dv, p, ds, slot }
     }
 
@@ -149,19 +156,36 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         wg.wait_do(slot);
         let offsets = read_early(wg, wg.offsets(slot));
         wg.take_turn();
-        self.finish(wg);
-        (self.p, self.ds) = step.scores::<W, D8, M8>(wg, at, slot, &offsets);
+        let (dv, dk) = self.issue(wg);
+        let s = if const { queues_scores(8 * D8 as u32) } {
+            let s = wg.kq::<D8, M8>(slot); //                       Sᵀ = K·Qᵀ
+            (self.dv, self.dk) = (wg.wait::<2, C8>(dv), wg.wait::<1, C8>(dk));
+            wg.release(self.slot);
+            s
+        } else {
+            (self.dv, self.dk) = (wg.wait::<1, C8>(dv), wg.wait::<0, C8>(dk));
+            wg.release(self.slot);
+            wg.kq::<D8, M8>(slot)
+        };
+        (self.p, self.ds) = step.gradients::<W, D8, M8>(wg, at, slot, &offsets, s);
         self.slot = slot;
     }
 
     /// dV and dK of the query block last met.
     #[inline(always)]
     fn finish(&mut self, wg: &mut W) {
+        let (dv, dk) = self.issue(wg);
+        (self.dv, self.dk) = (wg.wait::<1, C8>(dv), wg.wait::<0, C8>(dk));
+        wg.release(self.slot);
+    }
+
+    /// The same, in flight.
+    #[inline(always)]
+    fn issue(&mut self, wg: &mut W) -> (Pending<W::Acc<C8>>, Pending<W::Acc<C8>>) {
         let dv = wg.p_do::<M8, C8>(self.dv, self.p, self.slot); //  dV = dV + Pᵀ·dO
         let dk = wg.ds_q::<M8, C8>(self.dk, self.ds, self.slot); // dK = dK + dSᵀ·Q
         wg.pass_ds(self.slot); // beside the products, because memory is slow to take it
-        (self.dv, self.dk) = (wg.wait::<1, C8>(dv), wg.wait::<0, C8>(dk));
-        wg.release(self.slot);
+        (dv, dk)
     }
 }
 
