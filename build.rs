@@ -53,7 +53,8 @@ fn compile_kernels() -> Result<(), String> {
     let compiler = compiler::find()?;
     let text = compiler.compile(&root.join("kernels-gpu"), &out.join("kernels"))?;
     let launches = variants::launches();
-    let modules = ptx::split(&text, &launches, &compiler.version)?;
+    let mut modules = ptx::split(&text, &launches, &compiler.version)?;
+    modules.sort_unstable();
 
     let folder = out.join("ptx");
     fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
@@ -66,7 +67,7 @@ fn compile_kernels() -> Result<(), String> {
         "/// The commit of the sources, empty where it is not known.\npub const COMMIT: &str = {commit:?};"
     )
     .unwrap();
-    writeln!(table, "/// Every compiled kernel.\npub static KERNELS: &[Kernel] = &[").unwrap();
+    writeln!(table, "/// Every compiled kernel, by name.\npub static KERNELS: &[Kernel] = &[").unwrap();
     let mut paths = Vec::new();
     for (symbol, text) in &modules {
         let path = folder.join(format!("{symbol}.ptx"));

@@ -28,7 +28,7 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 impl Kernel {
     /// The compiled kernel of this name.
     pub fn of(symbol: &str) -> Option<&'static Kernel> {
-        KERNELS.iter().find(|kernel| kernel.symbol == symbol)
+        KERNELS.binary_search_by(|kernel| kernel.symbol.cmp(symbol)).ok().map(|place| &KERNELS[place])
     }
 
     /// Its PTX, unpacked.
@@ -64,7 +64,7 @@ impl Modules {
     pub(super) fn get(&self, symbol: &str, smem_bytes: u32) -> Result<&Loaded> {
         let missing =
             || Error::Driver { call: "cuModuleGetFunction", message: format!("the build holds no kernel {symbol}") };
-        let place = KERNELS.iter().position(|kernel| kernel.symbol == symbol).ok_or_else(missing)?;
+        let place = KERNELS.binary_search_by(|kernel| kernel.symbol.cmp(symbol)).map_err(|_| missing())?;
         if let Some(loaded) = self.0[place].get() {
             return Ok(loaded);
         }

@@ -57,8 +57,9 @@ pub trait Warpgroup: Sized {
     fn scale_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, factors: Self::Rows, look: bool);
     /// Folds each row's elements. Partial: only [`Warpgroup::reduce`] makes it the whole row's.
     fn fold<const N8: usize>(&self, x: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
-    /// The largest of each of `rows` and the row's elements; `few` tells that many of them may be −∞.
-    fn maxima<const N8: usize>(&self, x: &Self::Acc<N8>, rows: Self::Rows, few: bool) -> Self::Rows;
+    /// The largest of each of `rows` and the row's elements. `floats` tells that integers, which find positive ones sooner, are
+    /// of no use: many may be −∞, or there is other work for them.
+    fn maxima<const N8: usize>(&self, x: &Self::Acc<N8>, rows: Self::Rows, floats: bool) -> Self::Rows;
     /// Joins the partial folds of each row.
     fn reduce(&self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     fn rows(&self, value: f32) -> Self::Rows;

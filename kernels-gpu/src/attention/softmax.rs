@@ -30,11 +30,11 @@ impl<W: Warpgroup> Softmax<W> {
     }
 
     /// Turns the scores S of one block into P in place, and returns the factor that brings earlier P, and so O and l,
-    /// to the new maximum. `masked` tells that a mask may hide many of its keys.
+    /// to the new maximum. `floats` tells how to take it ([`Warpgroup::maxima`]).
     #[inline(always)]
-    pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, masked: bool) -> W::Rows {
+    pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, floats: bool) -> W::Rows {
         let c = self.c;
-        let m = wg.maxima(s, self.m, masked);
+        let m = wg.maxima(s, self.m, floats);
         let offset = wg.zip(m, m, |m, _| exponent_offset(m, c));
         // From rounded offset to rounded offset, so that it is exactly 1 while the maximum stays.
         let correction = wg.zip(self.m, offset, |old, offset| W::exp2(old * c - offset));

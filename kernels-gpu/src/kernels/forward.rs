@@ -60,6 +60,12 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         D8 > 16 || D8 == 16 && R::DROPS
     }
 
+    /// Whether maxima are better taken as floats: where a mask may hide many scores, or integers have Philox to do.
+    #[inline(always)]
+    fn floats(at: &BlockAt) -> bool {
+        at.masked || R::DROPS
+    }
+
     /// The first block of all: there is no output to add to yet.
     #[inline(always)]
     fn first(wg: &mut W, scale: f32, dropping: R, at: BlockAt, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) -> Self {
@@ -70,7 +76,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         wg.release_kv(k);
         scored(wg, &mut s);
         let mut softmax = Softmax::new(wg, scale);
-        softmax.step(wg, &mut s, at.masked);
+        softmax.step(wg, &mut s, Self::floats(&at));
         Mainloop { o: wg.zeros::<D8>(), p: Self::weights(wg, &s, &keep), softmax, dropping }
     }
 
@@ -102,7 +108,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         let mut s = wg.wait::<1, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
-        let correction = self.softmax.step(wg, &mut s, at.masked); // S → P; m, l
+        let correction = self.softmax.step(wg, &mut s, Self::floats(&at)); // S → P; m, l
         self.o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
         wg.scale_rows(&mut self.o, correction, const { Self::looks_first() });
@@ -124,7 +130,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         wg.release_kv(k);
         scored(wg, &mut s);
         let mut softmax = Softmax::new(wg, scale);
-        softmax.step(wg, &mut s, at.masked);
+        softmax.step(wg, &mut s, Self::floats(&at));
         let o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
         let p = Self::weights(wg, &s, &keep);

@@ -79,9 +79,9 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         x.fold(f)
     }
     #[inline(always)]
-    fn maxima<const N8: usize>(&self, x: &Fragment<N8>, rows: Rows, few: bool) -> Rows {
+    fn maxima<const N8: usize>(&self, x: &Fragment<N8>, rows: Rows, floats: bool) -> Rows {
         // With fewer elements the branch costs more than integers save.
-        if few || N8 < 16 { x.maxima(rows) } else { x.maxima_mostly_positive(rows) }
+        if floats || N8 < 16 { x.maxima(rows) } else { x.maxima_mostly_positive(rows) }
     }
     #[inline(always)]
     fn reduce(&self, rows: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
