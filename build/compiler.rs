@@ -9,9 +9,12 @@ use std::{env, fs};
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 const TARGET: &str = "nvptx64-nvidia-cuda";
 
-const NONE_FOUND: &str = "the feature `cuda` compiles GPU kernels, for which a rustc with its library source is needed, \
-                          and none was found: run `rustup component add rust-src`, or `apt-get install rustc-web \
-                          rust-web-src`, or name one in the environment variable FERROFLASH_RUSTC";
+const NONE_FOUND: &str = concat!(
+    "the feature `cuda` compiles GPU kernels, for which a rustc from ",
+    env!("CARGO_PKG_RUST_VERSION"),
+    " on with its library source is needed, and none was found: run `rustup component add rust-src`, or `apt-get install \
+     rustc-web rust-web-src` where that is as new, or name one in the environment variable FERROFLASH_RUSTC"
+);
 
 /// A rustc that can compile kernels.
 pub struct Compiler {
@@ -26,9 +29,10 @@ pub fn find() -> Result<Compiler, String> {
         let rustc = PathBuf::from(rustc);
         return Compiler::probe(&rustc).ok_or_else(|| {
             format!(
-                "FERROFLASH_RUSTC is {}; what is needed is a rustc with its standard library's source in \
+                "FERROFLASH_RUSTC is {}; what is needed is a rustc from {} on with its standard library's source in \
                  <sysroot>/lib/rustlib/src/rust/library",
-                rustc.display()
+                rustc.display(),
+                env!("CARGO_PKG_RUST_VERSION")
             )
         });
     }
@@ -41,8 +45,13 @@ pub fn find() -> Result<Compiler, String> {
         .ok_or_else(|| NONE_FOUND.to_owned())
 }
 
+/// Major and minor number of a release, as far as they are there.
+fn release(text: &str) -> Vec<u32> {
+    text.split(['.', '-']).take(2).map_while(|part| part.parse().ok()).collect()
+}
+
 impl Compiler {
-    /// `rustc`, if it runs and has its source.
+    /// `rustc`, if it runs, has its source and is new enough.
     fn probe(rustc: &Path) -> Option<Compiler> {
         let ask = |arguments: &[&str]| {
             let output = Command::new(rustc).args(arguments).output().ok()?;
@@ -53,6 +62,7 @@ impl Compiler {
         library.join("core/src/lib.rs").is_file().then_some(())?;
         let verbose = ask(&["-vV"])?;
         let field = |name: &str| verbose.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("unknown").trim();
+        (release(field("release:")) >= release(env!("CARGO_PKG_RUST_VERSION"))).then_some(())?;
         let version = format!("rustc {}, LLVM {}", field("release:"), field("LLVM version:"));
         Some(Compiler { rustc: rustc.to_owned(), version })
     }

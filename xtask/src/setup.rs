@@ -30,34 +30,45 @@ pub fn cuda_tool(name: &str) -> std::path::PathBuf {
 fn kernel_compiler() -> Result {
     step("a compiler for the kernels");
     if let Ok(named) = env::var("FERROFLASH_RUSTC") {
-        return if has_library_source(&named) {
-            println!("{named} has its standard library's source");
+        return if compiles_kernels(&named) {
+            println!("{named} is new enough and has its standard library's source");
             Ok(())
         } else {
-            Err(format!("FERROFLASH_RUSTC is {named}, which is no rustc with its standard library's source"))
+            Err(format!(
+                "FERROFLASH_RUSTC is {named}, which is no rustc that is new enough and has its standard library's source"
+            ))
         };
     }
-    if let Some(rustc) = ["rustc", DEBIAN_RUSTC].into_iter().find(|rustc| has_library_source(rustc)) {
-        println!("{rustc} has its standard library's source");
+    if let Some(rustc) = ["rustc", DEBIAN_RUSTC].into_iter().find(|rustc| compiles_kernels(rustc)) {
+        println!("{rustc} is new enough and has its standard library's source");
         return Ok(());
     }
     println!("none found; trying rustup's rust-src, then Debian's rustc-web");
     let added = run(Command::new("rustup").args(["component", "add", "rust-src"]));
-    if added.is_ok() && has_library_source("rustc") {
+    if added.is_ok() && compiles_kernels("rustc") {
         return Ok(());
     }
     println!("rustup could not; Debian's rustc-web, then");
-    if apt_install(&["rustc-web", "rust-web-src"]).is_ok() && has_library_source(DEBIAN_RUSTC) {
+    if apt_install(&["rustc-web", "rust-web-src"]).is_ok() && compiles_kernels(DEBIAN_RUSTC) {
         return Ok(());
     }
     Err("neither `rustup component add rust-src` nor `apt-get install rustc-web rust-web-src` brought a rustc with its \
-         standard library's source; set FERROFLASH_RUSTC to one that has it"
+         standard library's source that is new enough; set FERROFLASH_RUSTC to one"
         .to_owned())
 }
 
-fn has_library_source(rustc: &str) -> bool {
-    output(Command::new(rustc).args(["--print", "sysroot"]))
-        .is_ok_and(|sysroot| Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file())
+/// Whether it is as new as the kernels need and has its standard library's source.
+fn compiles_kernels(rustc: &str) -> bool {
+    let release =
+        |text: &str| -> Vec<u32> { text.split(['.', '-']).take(2).map_while(|part| part.parse().ok()).collect() };
+    let new_enough = output(Command::new(rustc).arg("--version")).is_ok_and(|version| {
+        let number = version.split_whitespace().nth(1).unwrap_or_default();
+        release(number) >= release(env!("CARGO_PKG_RUST_VERSION"))
+    });
+    new_enough
+        && output(Command::new(rustc).args(["--print", "sysroot"])).is_ok_and(|sysroot| {
+            Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file()
+        })
 }
 
 /// Rust itself links with it.
