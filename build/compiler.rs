@@ -6,7 +6,7 @@ use std::process::Command;
 use std::{env, fs};
 
 /// Where Debian's rustc-web puts its compiler.
-const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+pub const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 const TARGET: &str = "nvptx64-nvidia-cuda";
 
 const NONE_FOUND: &str = concat!(
@@ -52,7 +52,7 @@ fn release(text: &str) -> Vec<u32> {
 
 impl Compiler {
     /// `rustc`, if it runs, has its source and is new enough.
-    fn probe(rustc: &Path) -> Option<Compiler> {
+    pub fn probe(rustc: &Path) -> Option<Compiler> {
         let ask = |arguments: &[&str]| {
             let output = Command::new(rustc).args(arguments).output().ok()?;
             output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())

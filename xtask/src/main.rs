@@ -1,6 +1,9 @@
 //! What people and CI run: `cargo xtask setup | demo | test | bundle`.
 
 mod bundle;
+#[path = "../../build/compiler.rs"]
+#[allow(dead_code, reason = "build.rs needs the rest of it")]
+mod compiler;
 mod driver;
 mod ptx;
 mod setup;

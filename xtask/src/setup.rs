@@ -4,14 +4,12 @@ use std::env;
 use std::path::Path;
 use std::process::Command;
 
+use crate::compiler::{Compiler, DEBIAN_RUSTC};
 use crate::driver;
-use crate::shell::{Result, apt_install, output, run, step, target, works};
+use crate::shell::{Result, apt_install, run, step, target, works};
 
 /// ptxas and nvdisasm, as NVIDIA packs them for Python; no older nvdisasm is packed.
 const CUDA_TOOLS: [&str; 2] = ["nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-nvdisasm==13.2.51"];
-
-/// Where Debian's rustc-web puts its compiler.
-const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 
 /// Every step.
 pub fn all() -> Result {
@@ -26,7 +24,7 @@ pub fn cuda_tool(name: &str) -> std::path::PathBuf {
     target("cuda-tools/nvidia/cu13/bin").join(name)
 }
 
-/// A rustc with the source of its standard library; build.rs looks in the same places.
+/// A rustc that is new enough and has the source of its standard library; build.rs looks in the same places.
 fn kernel_compiler() -> Result {
     step("a compiler for the kernels");
     if let Ok(named) = env::var("FERROFLASH_RUSTC") {
@@ -57,18 +55,9 @@ fn kernel_compiler() -> Result {
         .to_owned())
 }
 
-/// Whether it is as new as the kernels need and has its standard library's source.
+/// Whether build.rs would take it.
 fn compiles_kernels(rustc: &str) -> bool {
-    let release =
-        |text: &str| -> Vec<u32> { text.split(['.', '-']).take(2).map_while(|part| part.parse().ok()).collect() };
-    let new_enough = output(Command::new(rustc).arg("--version")).is_ok_and(|version| {
-        let number = version.split_whitespace().nth(1).unwrap_or_default();
-        release(number) >= release(env!("CARGO_PKG_RUST_VERSION"))
-    });
-    new_enough
-        && output(Command::new(rustc).args(["--print", "sysroot"])).is_ok_and(|sysroot| {
-            Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file()
-        })
+    Compiler::probe(Path::new(rustc)).is_some()
 }
 
 /// Rust itself links with it.

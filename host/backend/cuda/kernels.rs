@@ -25,10 +25,15 @@ pub struct Kernel {
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
+/// Where the kernel of this name is in [`KERNELS`].
+fn place(symbol: &str) -> Option<usize> {
+    KERNELS.binary_search_by(|kernel| kernel.symbol.cmp(symbol)).ok()
+}
+
 impl Kernel {
     /// The compiled kernel of this name.
     pub fn of(symbol: &str) -> Option<&'static Kernel> {
-        KERNELS.binary_search_by(|kernel| kernel.symbol.cmp(symbol)).ok().map(|place| &KERNELS[place])
+        place(symbol).map(|place| &KERNELS[place])
     }
 
     /// Its PTX, unpacked.
@@ -64,7 +69,7 @@ impl Modules {
     pub(super) fn get(&self, symbol: &str, smem_bytes: u32) -> Result<&Loaded> {
         let missing =
             || Error::Driver { call: "cuModuleGetFunction", message: format!("the build holds no kernel {symbol}") };
-        let place = KERNELS.binary_search_by(|kernel| kernel.symbol.cmp(symbol)).map_err(|_| missing())?;
+        let place = place(symbol).ok_or_else(missing)?;
         if let Some(loaded) = self.0[place].get() {
             return Ok(loaded);
         }
@@ -97,6 +102,7 @@ mod tests {
         for kernel in KERNELS {
             let ptx = kernel.ptx().unwrap();
             assert!(ptx.contains(&format!(".entry {}(", kernel.symbol)), "{}", kernel.symbol);
+            assert!(Kernel::of(kernel.symbol).is_some_and(|found| found.symbol == kernel.symbol), "{}", kernel.symbol);
         }
     }
 }

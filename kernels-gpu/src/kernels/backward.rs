@@ -156,15 +156,14 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         wg.wait_do(slot);
         let offsets = read_early(wg, wg.offsets(slot));
         wg.take_turn();
-        let (dv, dk) = self.issue(wg);
         let s = if const { queues_scores(8 * D8 as u32) } {
+            let (dv, dk) = self.issue(wg);
             let s = wg.kq::<D8, M8>(slot); //                       Sᵀ = K·Qᵀ
             (self.dv, self.dk) = (wg.wait::<2, C8>(dv), wg.wait::<1, C8>(dk));
             wg.release(self.slot);
             s
         } else {
-            (self.dv, self.dk) = (wg.wait::<1, C8>(dv), wg.wait::<0, C8>(dk));
-            wg.release(self.slot);
+            self.finish(wg);
             wg.kq::<D8, M8>(slot)
         };
         (self.p, self.ds) = step.gradients::<W, D8, M8>(wg, at, slot, &offsets, s);
