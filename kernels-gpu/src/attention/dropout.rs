@@ -1,15 +1,21 @@
 //! Dropout of attention weights: which are kept is a function of (seed, offset, head, query, key), and of nothing else.
 //!
-//! A weight has a random byte, of which t in 256 drop it. One call of Philox gives the bytes of sixteen weights of a 16 × 16
-//! tile, chosen so that fragments of both passes, whose rows are queries or keys, find them in few threads. The call is that
-//! of (i/16, j/16) and, within the tile, of ((i mod 8)/2, (j mod 8)/2); its word is 2·((i + j/16) mod 2) + j/8 mod 2; of that
-//! word, rotated left by one bit, the byte is 2·(j mod 2) + i/8 mod 2. As the word is, bytes 1 and 3 are then what
-//! comparisons of two f16 see when they ignore signs.
+//! A weight has a random byte, of which t in 256 drop it. One call of Philox gives four words, and so four times eight
+//! nibbles: the upper halves of the bytes of 32 weights, one each. The lower half of a weight's byte is the sum, by
+//! exclusive or, of the three nibbles that the other words have in one place. So every byte is uniform, and the bytes of any
+//! three weights are independent of each other; four can be dependent, as in the extended Hamming code, but only by what an
+//! upper half leaves open, for t in 16 weights at most.
 //!
-//! In a fragment a thread holds rows r and r + 8, and two neighbouring columns of each eight: half of what a call gives,
-//! whichever way round the tile lies. The other half is that of the next row, or the one before, four lanes away. So
-//! threads of even rows make the calls of every second tile, those of odd rows the rest, and they exchange halves: where
-//! rows are queries, always the last two words.
+//! The 32 weights are those of a tile of 16 queries × 32 keys that fragments of both passes, whose rows are queries or
+//! keys, find in few threads. The call is that of (i/16, j/32) and, within the tile, of ((i mod 8)/2, (j mod 8)/2); its
+//! word is 2·((i + j/32) mod 2) + j/8 mod 2, of which [`bytes`] takes what belongs to the half j/16 mod 2 of the tile; the
+//! byte is 2·(j mod 2) + i/8 mod 2. Words are rotated right by one, so that bytes 1 and 3 are what comparisons of two f16
+//! see when they ignore signs.
+//!
+//! In a fragment a thread holds rows r and r + 8, and two neighbouring columns of each eight: half of what a call gives, or
+//! a quarter where rows are keys. As much belongs to the next row, or the one before, four lanes away. So threads of
+//! even rows make the calls of every second tile, those of odd rows the rest, and they exchange halves: where rows are
+//! queries, always the last two words.
 
 use super::philox::Philox;
 use crate::arch::select_bytes;
@@ -18,8 +24,9 @@ use crate::tile::lane::Lane;
 /// Rounds of Philox: as many as FlashAttention has.
 pub const ROUNDS: usize = 7;
 
-/// Columns and rows of the tiles that calls belong to.
-const TILE: u32 = 16;
+/// Queries and keys of the tiles that calls belong to.
+const QUERIES: u32 = 16;
+const KEYS: u32 = 32;
 /// A byte in each byte of a word.
 const EACH_BYTE: u32 = 0x0101_0101;
 /// The top bit of each byte.
@@ -52,7 +59,8 @@ pub enum Rows {
     Keys,
 }
 
-/// Where a fragment of weights lies: the query head, counted over the batch, and the first row and column, multiples of 32.
+/// Where a fragment of weights lies: the query head, counted over the batch, and the first row and column, multiples of 64
+/// for keys and of 32 for queries.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
     pub head: u32,
@@ -85,15 +93,36 @@ impl Rows {
 /// queries, rotated right by one.
 pub type Bytes = [u32; 2];
 
-/// The call that a row or column takes part in, counted along it: four to a tile.
+/// The call that a query or key takes part in, counted along it: four to a tile.
 #[inline(always)]
-const fn call(x: u32) -> u32 {
-    x / TILE * 4 + x % 8 / 2
+const fn call(x: u32, tile: u32) -> u32 {
+    x / tile * 4 + x % 8 / 2
 }
 
-/// The word of a call that decides on a weight, and, once it is rotated left by one, the byte.
-const fn decides(i: u32, j: u32) -> (usize, usize) {
-    ((2 * ((i + j / TILE) % 2) + j / 8 % 2) as usize, (2 * (j % 2) + i / 8 % 2) as usize)
+/// The word of a call that decides on a weight, the half of the tile that it is in, and the byte.
+const fn decides(i: u32, j: u32) -> (usize, u32, usize) {
+    ((2 * ((i + j / KEYS) % 2) + j / 8 % 2) as usize, j / 16 % 2, (2 * (j % 2) + i / 8 % 2) as usize)
+}
+
+/// What a word has for one half of the keys of a tile, 0 or 1, rotated left by `turn`; `parity` is the sum of the call's
+/// words. A nibble is the upper half of a byte for one half of the keys, and in the lower ones for the other.
+#[inline(always)]
+fn bytes(word: u32, parity: u32, half: u32, turn: u32) -> u32 {
+    let lower = 0x8787_8787 ^ half.wrapping_neg();
+    (word ^ parity & lower).rotate_left(4 * half + turn)
+}
+
+/// The sum of a call's words, by exclusive or.
+#[inline(always)]
+fn parity([a, b, c, d]: [u32; 4]) -> u32 {
+    a ^ b ^ c ^ d
+}
+
+/// The bytes of 16 × 32 weights, rotated right by one, for each half of the columns, from their words and the call's
+/// parity; rows are queries.
+#[inline(always)]
+pub fn halves([a, b, parity]: [u32; 3]) -> [Bytes; 2] {
+    [0, 1].map(|half| [a, b].map(|word| bytes(word, parity, half, 0)))
 }
 
 /// `b` where a lane's rows are odd, `a` elsewhere: by arithmetic, because a branch by lane could take shuffles with it.
@@ -123,7 +152,7 @@ impl<const WORDS: usize> Call<WORDS> {
 /// have the top bit and odd ones the bit below it, or the other way round in every second tile of rows.
 #[inline(always)]
 pub fn top_bits([both]: [u32; 1], row: u32) -> Bytes {
-    let swapped = row / TILE % 2;
+    let swapped = row / KEYS % 2;
     [both << swapped, both << (1 - swapped)]
 }
 
@@ -151,17 +180,17 @@ impl Dropout {
         1.0 - self.threshold as f32 / 256.0
     }
 
-    /// The call that decides on the weight of query `i` for key `j`, and on fifteen others; `head` counts query heads over the
+    /// The call that decides on the weight of query `i` for key `j`, and on 31 others; `head` counts query heads over the
     /// batch.
     #[inline(always)]
     fn words(&self, head: u32, i: u32, j: u32) -> [u32; 4] {
-        self.philox.at([call(i), call(j), head, self.offset])
+        self.philox.at([call(i, QUERIES), call(j, KEYS), head, self.offset])
     }
 
     /// Whether the weight of query `i` for key `j` is kept, by the words of its call.
     fn kept_by(&self, words: [u32; 4], i: u32, j: u32) -> bool {
-        let (word, byte) = decides(i, j);
-        let byte = words[word].rotate_left(1).to_le_bytes()[byte];
+        let (word, half, byte) = decides(i, j);
+        let byte = bytes(words[word], parity(words), half, 1).to_le_bytes()[byte];
         (byte as u32 >= self.bound) != (self.flipped != 0)
     }
 
@@ -170,12 +199,17 @@ impl Dropout {
         self.kept_by(self.words(head, i, j), i, j)
     }
 
-    /// `f(i, j, kept)` for all that a call decides on, given the first of them, `i` and `j`: both are even, and among the first
-    /// eight of their tile.
+    /// `f(i, j, kept)` for all that a call decides on, if `i` and `j` are the first of them, and for none otherwise.
     pub fn for_call(&self, head: u32, i: u32, j: u32, mut f: impl FnMut(u32, u32, bool)) {
+        let first = |x: u32, tile| x % tile < 8 && x.is_multiple_of(2);
+        if !first(i, QUERIES) || !first(j, KEYS) {
+            return;
+        }
         let words = self.words(head, i, j);
-        for (i, j) in [i, i + 1, i + 8, i + 9].into_iter().flat_map(|i| [j, j + 1, j + 8, j + 9].map(|j| (i, j))) {
-            f(i, j, self.kept_by(words, i, j));
+        for i in [i, i + 1, i + 8, i + 9] {
+            for j in (j..j + KEYS).step_by(8).flat_map(|j| [j, j + 1]) {
+                f(i, j, self.kept_by(words, i, j));
+            }
         }
     }
 
@@ -187,27 +221,31 @@ impl Dropout {
         (bytes | lower) ^ self.flipped
     }
 
-    /// The call that the thread at `lane` makes for the columns 32·pair.. of a fragment: for the first sixteen where its rows
-    /// are even, for the next where they are odd.
+    /// The call that the thread at `lane` makes for a pair of tiles of a fragment: for the first where its rows are even, for
+    /// the second where they are odd.
     #[inline(always)]
     fn words_at(&self, at: &Place, lane: Lane, pair: u32) -> [u32; 4] {
+        let columns = if at.rows == Rows::Queries { KEYS } else { QUERIES };
         let row = at.row + lane.row(0);
-        let column = at.column + 2 * TILE * pair + TILE * (lane.row(0) % 2) + lane.column;
+        let column = at.column + columns * (2 * pair + lane.row(0) % 2) + lane.column;
         let [i, j] = if at.rows == Rows::Queries { [row, column] } else { [column, row] };
         self.words(at.head, i, j)
     }
 
-    /// That call where rows are queries.
+    /// That call where rows are queries, a pair has 64 columns: what [`halves`] takes.
     #[inline(always)]
-    pub fn call(&self, at: &Place, lane: Lane, pair: u32) -> Call<2> {
-        let [a, b, c, d] = self.words_at(at, lane, pair);
-        Call { own: [a, b], sent: [c, d] }
+    pub fn call(&self, at: &Place, lane: Lane, pair: u32) -> Call<3> {
+        let words = self.words_at(at, lane, pair);
+        let ([a, b, c, d], parity) = (words, parity(words));
+        Call { own: [a, b, parity], sent: [c, d, parity] }
     }
 
-    /// Where rows are keys, what that call decides.
+    /// Where rows are keys, and a pair has 32 columns, what that call decides.
     #[inline(always)]
     pub fn kept_call(&self, at: &Place, lane: Lane, pair: u32) -> Call<1> {
-        let [a, b, c, d] = self.words_at(at, lane, pair).map(|word| word.rotate_left(1));
+        let words = self.words_at(at, lane, pair);
+        let (parity, half) = (parity(words), (at.row + lane.row(0)) / 16 % 2);
+        let [a, b, c, d] = words.map(|word| bytes(word, parity, half, 1));
         let [even, odd] = [0x5410, 0x7632].map(|bytes| {
             let [first, second] = [select_bytes(a, b, bytes), select_bytes(c, d, bytes)].map(|x| self.compare(x));
             [first ^ (first ^ second >> 1) & !TOP_BITS]
@@ -222,7 +260,7 @@ mod tests {
     use half::f16;
     use std::vec::Vec;
 
-    const PLACES: [(u32, u32, u32); 4] = [(0, 0, 0), (5, 64, 128), (71, 4096, 32), (3, 0x7fff_ff00, 0x7fff_ff80)];
+    const PLACES: [(u32, u32, u32); 4] = [(0, 0, 0), (5, 64, 128), (71, 4096, 64), (3, 0x7fff_ff00, 0x7fff_ff80)];
 
     #[test]
     fn bytes_are_compared_one_by_one() {
@@ -246,30 +284,35 @@ mod tests {
             for rows in [Rows::Queries, Rows::Keys] {
                 let at = Place { head, row, column, rows };
                 let mut seen = 0;
-                for pair in 0..COLUMNS / 32 {
+                let tile_columns = if rows == Rows::Queries { KEYS } else { QUERIES };
+                for pair in 0..COLUMNS / (2 * tile_columns) {
                     let lanes: Vec<Lane> = (0..128).map(Lane::new).collect();
-                    // The bytes of the two tiles, where rows are keys with their top bits only.
-                    let bytes = |thread: usize| -> [Bytes; 2] {
+                    // The bytes of each sixteen columns, where rows are keys with their top bits only.
+                    let bytes = |thread: usize| -> Vec<Bytes> {
                         let (lane, neighbour) = (lanes[thread], lanes[thread ^ 4]);
                         match rows {
                             Rows::Queries => {
                                 let received = dropout.call(&at, neighbour, pair).sent;
-                                let joined = dropout.call(&at, lane, pair).joined(lane, received);
-                                joined.map(|bytes| bytes.map(|word| dropout.compare(word.rotate_left(1))))
+                                let tiles = dropout.call(&at, lane, pair).joined(lane, received).map(halves);
+                                tiles
+                                    .as_flattened()
+                                    .iter()
+                                    .map(|x| x.map(|x| dropout.compare(x.rotate_left(1))))
+                                    .collect()
                             }
                             Rows::Keys => {
                                 let received = dropout.kept_call(&at, neighbour, pair).sent;
                                 let joined = dropout.kept_call(&at, lane, pair).joined(lane, received);
-                                joined.map(|both| top_bits(both, row + lane.row(0)))
+                                joined.map(|both| top_bits(both, row + lane.row(0))).to_vec()
                             }
                         }
                     };
                     for (thread, &lane) in lanes.iter().enumerate() {
-                        for (tile, bytes) in bytes(thread).into_iter().enumerate() {
+                        for (sixteen, bytes) in bytes(thread).into_iter().enumerate() {
                             for (lower, right, odd) in (0..8usize).map(|x| (x / 4, x / 2 % 2, x % 2)) {
                                 let r = row + lane.row(lower as u32);
-                                let c =
-                                    column + 32 * pair + 16 * tile as u32 + 8 * right as u32 + lane.column + odd as u32;
+                                let c = column + 2 * tile_columns * pair + 16 * sixteen as u32;
+                                let c = c + 8 * right as u32 + lane.column + odd as u32;
                                 let (i, j) = if rows == Rows::Queries { (r, c) } else { (c, r) };
                                 let (word, byte) = rows.byte(Element { lower, right, odd });
                                 let kept = bytes[word].to_le_bytes()[byte] & 0x80 != 0;
@@ -299,16 +342,45 @@ mod tests {
         }
     }
 
-    /// Every weight of a tile has a byte of its own.
+    /// Every weight of a tile has an upper half of its own.
     #[test]
-    fn no_byte_serves_twice() {
-        let mut places: Vec<(u32, u32, usize, usize)> = (0..32 * 32)
-            .map(|x| (x / 32, x % 32))
-            .map(|(i, j)| (call(i), call(j), decides(i, j).0, decides(i, j).1))
+    fn no_nibble_serves_twice() {
+        let mut places: Vec<_> = (0..64 * 64)
+            .map(|x| (x / 64, x % 64))
+            .map(|(i, j)| (call(i, QUERIES), call(j, KEYS), decides(i, j)))
             .collect();
         places.sort_unstable();
         places.dedup();
-        assert_eq!(places.len(), 32 * 32);
+        assert_eq!(places.len(), 64 * 64);
+    }
+
+    /// The bits of the bytes of any three weights of a call are sums of its bits of which none is the sum of others: so
+    /// they are as independent as the call's own.
+    #[test]
+    fn any_three_bytes_are_independent() {
+        // What each bit of the 32 bytes is the sum of, by asking with one bit after the other.
+        let mut sums = [[0u128; 8]; 32];
+        for bit in 0..128 {
+            let words: [u32; 4] = core::array::from_fn(|word| if bit / 32 == word { 1 << (bit % 32) } else { 0 });
+            for (weight, sums) in sums.iter_mut().enumerate() {
+                let (word, half, byte) = (weight / 8, weight as u32 / 4 % 2, weight % 4);
+                let found = bytes(words[word], parity(words), half, 1).to_le_bytes()[byte];
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum |= ((found >> i & 1) as u128) << bit;
+                }
+            }
+        }
+        let independent = |weights: [usize; 3]| {
+            let mut basis: Vec<u128> = Vec::new();
+            weights.into_iter().flat_map(|weight| sums[weight]).all(|sum| {
+                let rest = basis.iter().fold(sum, |rest, &b| rest.min(rest ^ b));
+                basis.push(rest);
+                rest != 0
+            })
+        };
+        for (a, b) in (0..32).flat_map(|b| (0..b).map(move |a| (a, b))) {
+            assert!((0..a).all(|c| independent([a, b, c])), "{a}, {b}");
+        }
     }
 
     /// Neighbours in seed, offset and head have nothing to do with each other.

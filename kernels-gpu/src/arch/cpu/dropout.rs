@@ -8,11 +8,10 @@ use crate::attention::dropout::{Dropout, Place, Rows};
 pub struct Keep<const N8: usize>([[u8; N8]; ROWS]);
 
 impl<const N8: usize> Keep<N8> {
-    /// Call by call: each decides on two rows by two columns, eight apart from their likes.
+    /// Call by call: of all places, each takes the first that it decides on.
     pub fn new(dropout: &Dropout, at: &Place) -> Self {
         let mut keep = Keep([[0; N8]; ROWS]);
-        let firsts = |count: usize| (0..count as u32).filter(|x| x % 2 == 0 && x / 8 % 2 == 0);
-        for (row, column) in firsts(ROWS).flat_map(|row| firsts(8 * N8).map(move |column| (row, column))) {
+        for (row, column) in (0..ROWS as u32).flat_map(|row| (0..8 * N8 as u32).map(move |column| (row, column))) {
             let (r, c) = (at.row + row, at.column + column);
             let mut mark = |row: u32, column: u32, kept: bool| {
                 let (row, column) = ((row - at.row) as usize, (column - at.column) as usize);
@@ -54,7 +53,7 @@ mod tests {
     fn tiles_keep_what_is_kept() {
         let dropout = Dropout::new(77, 1 << 40 | 3, 9);
         for rows in [Rows::Queries, Rows::Keys] {
-            let at = Place { head: 6, row: 320, column: 96, rows };
+            let at = Place { head: 6, row: 320, column: 192, rows };
             let mut tile = Tile::<16>([[[1.0; 8]; 16]; ROWS]);
             Keep::new(&dropout, &at).for_dropped(&mut tile, |_| 0.0);
             for (row, column) in (0..ROWS).flat_map(|row| (0..128).map(move |column| (row, column))) {

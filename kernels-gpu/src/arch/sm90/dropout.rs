@@ -1,14 +1,15 @@
-//! Which weights a thread keeps: one Philox call for sixteen of them, and an exchange with the neighbouring row.
+//! Which weights a thread keeps: one Philox call for 32 of them, or sixteen where rows are keys, and an exchange with the
+//! neighbouring row.
 
 use super::fragment::{Fragment, Operand};
 use super::math::{at_least_f16x2, or_and_not, shuffle_xor};
-use crate::attention::dropout::{Bytes, Call, Dropout, Element, Place, Rows, top_bits};
+use crate::attention::dropout::{Bytes, Call, Dropout, Element, Place, Rows, halves, top_bits};
 use crate::tile::lane::Lane;
 
 /// The sign of an f32.
 const SIGN: u32 = 1 << 31;
 
-/// The bytes of each eight columns; two neighbours, which make a tile, share them. Where rows are keys, only the top bit
+/// The bytes of each eight columns; two neighbours share them. Where rows are keys, only the top bit
 /// of a byte is left, which says whether the weight is kept.
 #[derive(Clone, Copy)]
 pub struct Keep<const N8: usize> {
@@ -29,14 +30,24 @@ impl<const N8: usize> Keep<N8> {
     #[inline(always)]
     pub fn new(dropout: &Dropout, at: &Place, lane: Lane) -> Self {
         let mut bytes = [[0; 2]; N8];
-        for pair in 0..N8 / 4 {
-            let tiles = match at.rows {
-                Rows::Queries => exchange(dropout.call(at, lane, pair as u32), lane),
-                Rows::Keys => exchange(dropout.kept_call(at, lane, pair as u32), lane)
-                    .map(|kept| top_bits(kept, at.row + lane.row(0))),
-            };
-            (bytes[4 * pair], bytes[4 * pair + 1]) = (tiles[0], tiles[0]);
-            (bytes[4 * pair + 2], bytes[4 * pair + 3]) = (tiles[1], tiles[1]);
+        let mut sixteen = |index: usize, x: Bytes| (bytes[2 * index], bytes[2 * index + 1]) = (x, x);
+        match at.rows {
+            Rows::Queries => {
+                for pair in 0..N8 / 8 {
+                    let tiles = exchange(dropout.call(at, lane, pair as u32), lane).map(halves);
+                    for (i, x) in tiles.as_flattened().iter().enumerate() {
+                        sixteen(4 * pair + i, *x);
+                    }
+                }
+            }
+            Rows::Keys => {
+                for pair in 0..N8 / 4 {
+                    let tiles = exchange(dropout.kept_call(at, lane, pair as u32), lane);
+                    for (i, kept) in tiles.into_iter().enumerate() {
+                        sixteen(2 * pair + i, top_bits(kept, at.row + lane.row(0)));
+                    }
+                }
+            }
         }
         Keep { bytes, rows: at.rows, bound_f16x2: dropout.bound_f16x2, flipped: dropout.flipped }
     }
