@@ -141,7 +141,10 @@ fn main() {
     trials.push(test("raw addresses", Box::new(raw_addresses)));
     trials.push(test("queued runs are timed", Box::new(queued_runs)));
     trials.push(test("captured into a graph", Box::new(graph::forward)));
-    trials.push(test("captured into a graph, backward", Box::new(graph::backward)));
+    for determinism in [Determinism::Fast, Determinism::Exact] {
+        let name = format!("captured into a graph, backward, {determinism}");
+        trials.push(test(&name, Box::new(move |cuda| graph::backward(cuda, determinism))));
+    }
     trials.push(test("exact passes on two streams", Box::new(graph::two_streams)));
     let conclusion = libtest_mimic::run(&arguments, trials);
     if let Some(cuda) = &cuda {

@@ -173,6 +173,7 @@ impl RawBackward {
             scale: plan.scale(),
             shape: plan.problem().kernel_shape(),
             pair,
+            key_blocks: plan.key_blocks(),
         };
         let second = self.second.as_ref().map(|second| finish(1, &second.gradients.q));
         [finish(0, &self.dq)].into_iter().chain(second)

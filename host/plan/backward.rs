@@ -114,8 +114,8 @@ impl BackwardPlan {
         let variant = variants::backward(op, problem.dtype, head_dim, mask.kind(), kind(&launched))
             .ok_or(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask })?;
         let shape = problem.kernel_shape();
-        let n_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;
-        let work_tiles = problem.batch as u128 * problem.heads_kv as u128 * n_blocks;
+        let key_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;
+        let work_tiles = problem.batch as u128 * problem.heads_kv as u128 * key_blocks;
         at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
         let work_tiles = work_tiles as u32;
         let exact = determinism == Determinism::Exact;
@@ -181,6 +181,11 @@ impl BackwardPlan {
     /// Work tiles of the main kernel: blocks of keys of each batch item and key head. 0 where there is no key.
     pub fn work_tiles(&self) -> u32 {
         self.work_tiles
+    }
+
+    /// Work tiles of one key head.
+    pub(crate) fn key_blocks(&self) -> u32 {
+        (self.problem.seqlen_k as u32).div_ceil(self.variant.block_n)
     }
 
     /// CTAs of the main kernel's persistent grid. 0 where there is nothing to launch.
@@ -262,7 +267,7 @@ mod tests {
     #[test]
     fn prints_what_will_run() {
         let plan = BackwardPlan::new(&PROBLEM, Mask::Causal, None, Dropout::NONE, Determinism::Exact, 5).unwrap();
-        let workspace = 12 * 1024 * (4 + 4 + 4 * 64) + (12 * 8 * 4_usize).next_multiple_of(256);
+        let workspace = 12 * 1024 * (4 + 4 + 4 * 64) + 256 + (4 * 12 * 8_usize).next_multiple_of(256);
         assert_eq!(plan.workspace_bytes(), workspace);
         let smem = plan.smem_bytes();
         assert_eq!(
@@ -346,6 +351,7 @@ mod tests {
             let n_blocks = seqlen_k.div_ceil(plan.variant().block_n as usize);
             prop_assert_eq!(plan.work_tiles() as usize, batch * heads * n_blocks);
             prop_assert_eq!(plan.grid(), plan.work_tiles().min(sm_count.max(1)));
+            prop_assert_eq!(plan.key_blocks() as usize, n_blocks);
             if plan.work_tiles() > 0 {
                 prop_assert_eq!(plan.order.tiles(), plan.work_tiles());
             }

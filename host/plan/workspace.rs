@@ -22,6 +22,8 @@ pub(crate) struct WorkspaceLayout {
     pub(crate) delta: usize,
     /// f32 (pairs, batch, heads_q, rows, compiled head dim).
     pub(crate) dq: usize,
+    /// u32 (batch, heads_kv).
+    pub(crate) tiles: usize,
     /// u32 (pairs, batch, heads_q, query blocks, 2); `None` where order is free.
     pub(crate) turns: Option<usize>,
     /// All of it.
@@ -54,12 +56,14 @@ impl WorkspaceLayout {
         let offsets = region(row_bytes);
         let delta = region(row_bytes);
         let dq = region(pairs * row_bytes * variant.head_dim as u128);
+        let tiles = region(shape.batch as u128 * shape.heads_kv as u128 * size_of::<u32>() as u128);
         let turns = region(turns_len * size_of::<u32>() as u128);
         at_most("workspace_bytes", end, isize::MAX as u128)?;
         Ok(WorkspaceLayout {
             offsets,
             delta,
             dq,
+            tiles,
             turns: exact.then_some(turns),
             bytes: end as usize,
             turns_len: turns_len as usize,
@@ -73,6 +77,7 @@ impl WorkspaceLayout {
             offsets: address + self.offsets as u64,
             delta: address + self.delta as u64,
             dq: address + self.dq as u64,
+            tiles: address + self.tiles as u64,
             turns: self.turns.map_or(0, |turns| address + turns as u64),
             rows: self.rows,
         }
@@ -100,13 +105,15 @@ mod tests {
         let (fast, exact) = (layout(&SHAPE, false).unwrap(), layout(&SHAPE, true).unwrap());
         let rows = 12 * 1024;
         assert_eq!((fast.offsets, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
-        // Head dim 72 runs in 128.
-        assert_eq!((fast.turns, fast.bytes, fast.rows), (None, 8 * rows + 4 * 128 * rows, 1024));
+        // Head dim 72 runs in 128. There are two key heads in each of two batch items.
+        assert_eq!((fast.tiles, fast.rows), (8 * rows + 4 * 128 * rows, 1024));
+        assert_eq!((fast.turns, fast.turns_len, fast.bytes), (None, 0, fast.tiles + 256));
         assert_eq!((exact.turns, exact.turns_len), (Some(fast.bytes), 12 * (1024 / 64)));
         assert_eq!(exact.bytes, fast.bytes + (4 * exact.turns_len).next_multiple_of(256));
         let base = 0x1000;
         let at = |offset: usize| base + offset as u64;
-        let expected = Workspace { offsets: base, delta: at(fast.delta), dq: at(fast.dq), turns: 0, rows: 1024 };
+        let [delta, dq, tiles] = [fast.delta, fast.dq, fast.tiles].map(at);
+        let expected = Workspace { offsets: base, delta, dq, turns: 0, tiles, rows: 1024 };
         assert_eq!(fast.at(base), expected);
         assert_eq!(exact.at(base), Workspace { turns: at(fast.bytes), ..expected });
     }
@@ -132,9 +139,10 @@ mod tests {
     proptest! {
         #[test]
         fn regions_are_apart_aligned_and_linear(
-            batch in 1..5u32, heads in 1..80u32, seqlen_q in 0..5000u32, head_dim in 1..=32u32, exact: bool,
+            batch in 1..5u32, heads_kv in 1..40u32, group in 1..4u32, seqlen_q in 0..5000u32, head_dim in 1..=32u32, exact: bool,
         ) {
-            let shape = Shape { batch, heads_q: heads, heads_kv: 1, seqlen_q, head_dim: 8 * head_dim, ..SHAPE };
+            let heads = heads_kv * group;
+            let shape = Shape { batch, heads_q: heads, heads_kv, seqlen_q, head_dim: 8 * head_dim, ..SHAPE };
             let (head_dim, kind) = (shape.head_dim, MaskKind::Causal);
             let variant = variants::backward(Op::Forward, Dtype::Bf16, head_dim, kind, DropoutKind::None).unwrap();
             let found = WorkspaceLayout::new(variant, &shape, exact).unwrap();
@@ -143,7 +151,8 @@ mod tests {
             for (start, bytes, end) in [
                 (found.offsets, 4 * rows, found.delta),
                 (found.delta, 4 * rows, found.dq),
-                (found.dq, 4 * rows * variant.head_dim as usize, turns),
+                (found.dq, 4 * rows * variant.head_dim as usize, found.tiles),
+                (found.tiles, 4 * (batch * heads_kv) as usize, turns),
                 (turns, 4 * found.turns_len, found.bytes),
             ] {
                 prop_assert!(start.is_multiple_of(256) && start + bytes <= end && end - start < bytes + 256);

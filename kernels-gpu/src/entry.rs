@@ -153,6 +153,9 @@ fn backward<
     dropping: R,
 ) {
     cta::init_backward_barriers(smem, split);
+    // In this order: whoever starts behind this grid finds the workspace prepared.
+    cta::await_grid_before();
+    cta::let_next_grid_start();
     // SAFETY: reads special registers.
     let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
     let tiles = CtaTiles::new(&p.order, cta, ctas);

@@ -230,6 +230,8 @@ pub struct Workspace {
     pub dq: u64,
     /// u32 (pairs, batch, heads_q, query blocks, 2): how many key blocks have added to a part of dQ; 0 where order is free.
     pub turns: u64,
+    /// u32 (batch, heads_kv): how many work tiles of a key head have added all that they have to dQ.
+    pub tiles: u64,
     /// Query rows of a head, padding included.
     pub rows: u32,
 }
@@ -239,6 +241,11 @@ impl Workspace {
     #[inline(always)]
     pub fn row(&self, shape: &Shape, batch: u32, head: u32, row: u32) -> u64 {
         (batch * shape.heads_q + head) as u64 * self.rows as u64 + row as u64
+    }
+    /// Address of the counter of a key head's work tiles.
+    #[inline(always)]
+    pub fn tiles_counter(&self, shape: &Shape, batch: u32, head: u32) -> u64 {
+        self.tiles + 4 * (batch * shape.heads_kv + head) as u64
     }
 }
 
@@ -270,6 +277,8 @@ pub struct FinishParams {
     pub shape: Shape,
     /// The pair whose dQ it is.
     pub pair: u32,
+    /// Work tiles of a key head.
+    pub key_blocks: u32,
 }
 
 /// Parameters of the kernel that computes total attention.

@@ -50,13 +50,14 @@ pub fn forward(cuda: &Cuda) {
     }
 }
 
-/// A backward pass: three launches, one of them cooperative, and the turns of an exact pass set to zero before them.
-pub fn backward(cuda: &Cuda) {
+/// A backward pass: three launches, of which some may start early; in an exact pass one of them is cooperative, and its
+/// turns are set to zero before them.
+pub fn backward(cuda: &Cuda, determinism: Determinism) {
     // Odd seeds have a gradient of the LSE.
     let first = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
     let contents: [BackwardData<bf16>; 2] =
         [first, Case { seed: 3, ..first }].map(|case| case.backward_data(cuda).unwrap());
-    let attention = Attention::new(BIG).mask(Mask::Causal).determinism(Determinism::Exact);
+    let attention = Attention::new(BIG).mask(Mask::Causal).determinism(determinism);
     let plan = attention.plan_backward(cuda.sm_count()).unwrap();
     cuda.load_backward(&plan).unwrap();
 
@@ -90,8 +91,20 @@ pub fn backward(cuda: &Cuda) {
         refill(&mut rows, statistics(data));
         outputs.iter_mut().for_each(|x| poison(x, bf16::NAN));
         stream.run(&graph);
-        assert!(outputs.each_ref().map(|x| bits16(cuda, x)) == *expected);
+        assert!(same(&outputs.each_ref().map(|x| bits16(cuda, x)), expected, determinism));
     }
+}
+
+/// Whether two runs gave the same gradients: the same bits, but for dQ of a fast pass, whose parts are added as they come.
+fn same(found: &[Vec<u16>; 3], expected: &[Vec<u16>; 3], determinism: Determinism) -> bool {
+    let value = |bits: u16| bf16::from_bits(bits).to_f32();
+    let bound = expected[0].iter().map(|&x| value(x).abs()).fold(0.0, f32::max) / 128.0;
+    let close = |(&x, &y): (&u16, &u16)| (value(x) - value(y)).abs() <= bound;
+    found[1..] == expected[1..]
+        && match determinism {
+            Determinism::Fast => found[0].len() == expected[0].len() && found[0].iter().zip(&expected[0]).all(close),
+            Determinism::Exact => found[0] == expected[0],
+        }
 }
 
 /// Exact passes on two streams at once, whose CTAs do not all fit on the device together, give the bits of one by itself.

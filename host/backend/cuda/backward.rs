@@ -120,9 +120,13 @@ impl Cuda {
             }
             let function = kernels.prepare.function;
             function.launch(plan.prepare_grid(), ROW_KERNEL_THREADS, 0, stream, &preparation)?;
+            let mut finish = kernels.finish.function;
             if let Some((maps, second)) = maps {
+                // Each waits by itself for the one before: main for all of it, finish head by head.
+                let early = self.device.early_launch;
+                finish = finish.early(early);
                 let function = match plan.determinism() {
-                    Determinism::Fast => kernels.main.function,
+                    Determinism::Fast => kernels.main.function.early(early),
                     Determinism::Exact => kernels.main.function.cooperative(),
                 };
                 let (grid, block) = (plan.grid(), plan.block());
@@ -140,7 +144,9 @@ impl Cuda {
             }
             if plan.finish_grid() > 0 {
                 for params in args.finish(plan) {
-                    kernels.finish.function.launch(plan.finish_grid(), ROW_KERNEL_THREADS, 0, stream, &params)?;
+                    finish.launch(plan.finish_grid(), ROW_KERNEL_THREADS, 0, stream, &params)?;
+                    // The second pair's waits for the first's, and so for main.
+                    finish = kernels.finish.function;
                 }
             }
         }

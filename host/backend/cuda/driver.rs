@@ -9,6 +9,7 @@ use std::time::Duration;
 use cust::error::CudaError;
 use cust::sys;
 
+use super::early_launch::EarlyLaunch;
 use crate::error::{Error, Result};
 
 /// What a failed driver call becomes.
@@ -92,7 +93,18 @@ pub(super) unsafe fn zero_words(address: u64, words: usize, stream: sys::CUstrea
 #[derive(Clone, Copy)]
 pub(super) struct Function {
     handle: sys::CUfunction,
-    cooperative: bool,
+    start: Start,
+}
+
+/// When a kernel starts.
+#[derive(Clone, Copy)]
+enum Start {
+    /// After the one before it in the stream.
+    After,
+    /// After it, and once there is room for all CTAs at the same time.
+    Together,
+    /// Before it is complete.
+    Early(EarlyLaunch),
 }
 
 // SAFETY: a function handle is a name for something in a context, not in a thread; the driver takes it from any.
@@ -102,12 +114,18 @@ unsafe impl Sync for Function {}
 
 impl Function {
     pub(super) fn new(handle: sys::CUfunction) -> Self {
-        Function { handle, cooperative: false }
+        Function { handle, start: Start::After }
     }
 
     /// As a kernel whose CTAs wait for each other: it starts once there is room for all of them at the same time.
     pub(super) fn cooperative(self) -> Self {
-        Function { cooperative: true, ..self }
+        Function { start: Start::Together, ..self }
+    }
+
+    /// As a kernel that waits by itself for what it needs of the one before it in the stream, and may start before that is
+    /// complete, as far as it and the driver allow.
+    pub(super) fn early(self, launch: Option<EarlyLaunch>) -> Self {
+        Function { start: launch.map_or(Start::After, Start::Early), ..self }
     }
 
     /// Lets the kernel have `bytes` of dynamic shared memory.
@@ -121,7 +139,8 @@ impl Function {
     ///
     /// # Safety
     /// `parameter` is what the kernel takes, the addresses in it are valid until the kernel has run, `stream` is a
-    /// stream of the kernel's context or null, and the context is current.
+    /// stream of the kernel's context or null, and the context is current. One that starts early waits by itself for what
+    /// it needs of the one before it.
     pub(super) unsafe fn launch<P>(
         self,
         grid: u32,
@@ -134,14 +153,18 @@ impl Function {
         let (f, parameters) = (self.handle, parameters.as_mut_ptr());
         // SAFETY: the caller's promise; the driver copies the parameter before it returns.
         unsafe {
-            if self.cooperative {
-                let code =
-                    sys::cuLaunchCooperativeKernel(f, grid, 1, 1, block, 1, 1, shared_memory, stream, parameters);
-                check("cuLaunchCooperativeKernel", code)
-            } else {
-                let none = ptr::null_mut();
-                let code = sys::cuLaunchKernel(f, grid, 1, 1, block, 1, 1, shared_memory, stream, parameters, none);
-                check("cuLaunchKernel", code)
+            match self.start {
+                Start::After => {
+                    let none = ptr::null_mut();
+                    let code = sys::cuLaunchKernel(f, grid, 1, 1, block, 1, 1, shared_memory, stream, parameters, none);
+                    check("cuLaunchKernel", code)
+                }
+                Start::Together => {
+                    let code =
+                        sys::cuLaunchCooperativeKernel(f, grid, 1, 1, block, 1, 1, shared_memory, stream, parameters);
+                    check("cuLaunchCooperativeKernel", code)
+                }
+                Start::Early(launch) => launch.launch(f, grid, block, shared_memory, stream, parameters),
             }
         }
     }

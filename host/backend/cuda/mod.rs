@@ -7,6 +7,7 @@
 
 mod backward;
 mod driver;
+mod early_launch;
 mod kernels;
 mod memory;
 mod tensor_map;
@@ -58,6 +59,7 @@ struct Device {
     name: String,
     sm_count: u32,
     encoder: tensor_map::Encoder,
+    early_launch: Option<early_launch::EarlyLaunch>,
 }
 
 impl Device {
@@ -93,8 +95,9 @@ impl Cuda {
         let sm_count = get(DeviceAttribute::MultiprocessorCount)?;
         let context = Context::new(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
         let encoder = tensor_map::Encoder::find()?;
+        let early_launch = early_launch::EarlyLaunch::find();
         let modules = kernels::Modules::new();
-        Ok(Cuda { device: Arc::new(Device { context, device, name, sm_count, encoder, modules }) })
+        Ok(Cuda { device: Arc::new(Device { modules, context, device, name, sm_count, encoder, early_launch }) })
     }
 
     /// The device's name.

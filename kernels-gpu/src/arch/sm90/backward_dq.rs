@@ -143,6 +143,18 @@ impl Dq<'_> {
         }
     }
 
+    /// Counts a work tile of a key head, one less than `head`, unless that is 0: dQ may be read once all have been.
+    #[inline(always)]
+    fn count_tile(&self, head: &mut u32) {
+        if *head != 0 {
+            named_sync(cta::WARPGROUP, WARPGROUP_THREADS);
+            let leader = cta::converged(Leader::of_warpgroup);
+            // SAFETY: a counter of the workspace; all have issued their additions, and the leader's release is for all.
+            unsafe { count_turn(leader, self.workspace.tiles + 4 * (*head - 1) as u64) };
+            *head = 0;
+        }
+    }
+
     /// Address of the counter; there is one.
     #[inline(always)]
     fn counter_address(&self) -> u64 {
@@ -179,6 +191,9 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
     // A work tile that is taken a turn ahead lives in registers that all threads share, where what it is made from takes each
     // thread's own; others than plain attention lack registers for it.
     let ahead = const { S::Pairs::COUNT == 1 && !R::DROPS };
+    // One more than the key head whose work tile has still to be counted; 0 for none. With registers to remember it, that is
+    // beside the first loads of the next one, which so need not wait until memory has taken what was added.
+    let mut counted = 0;
     let mut tiles = tiles;
     let mut next = if ahead { tiles.next() } else { None };
     while let Some(work_tile) = if ahead { next } else { tiles.next() } {
@@ -205,6 +220,9 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
             for _ in 0..smem.stages().min(blocks.count()) {
                 load(cta::converged(Leader::of_warpgroup));
             }
+            if ahead {
+                dq.count_tile(&mut counted);
+            }
             for step in 0..blocks.count() {
                 let turn = blocks.turn(&p.shape, &at, keys.n_block, turn_blocks(smem.head_dim), tile);
                 // Beside its dQ, the consumers are past what else they need of the query block.
@@ -221,5 +239,10 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
             }
             dq.count_last();
         }
+        counted = 1 + work_tile.batch * p.shape.heads_kv + work_tile.head;
+        if !ahead {
+            dq.count_tile(&mut counted);
+        }
     }
+    dq.count_tile(&mut counted);
 }

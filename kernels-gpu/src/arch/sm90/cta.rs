@@ -15,7 +15,7 @@ core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
 const WARPS: u32 = WARPGROUP_THREADS / WARP_THREADS;
 
 /// Named barriers: 0 is the whole CTA's.
-const CTA: u32 = 0;
+pub const CTA: u32 = 0;
 /// From here on, one for each consumer's turn to issue products.
 pub const TURN: u32 = 1;
 /// From here on, one for each consumer's own threads.
@@ -235,6 +235,21 @@ pub fn init_total_barriers(smem: &TotalSmem) {
         }
     }
     named_sync(CTA, (smem.consumers + 1) * WARPGROUP_THREADS);
+}
+
+/// Waits until the grid before this one in the stream is complete, and sees all that it wrote, where this one was let
+/// start before that (PTX ISA, griddepcontrol).
+#[inline(always)]
+pub fn await_grid_before() {
+    // SAFETY: no operands.
+    unsafe { asm!("griddepcontrol.wait;", options(nostack)) }
+}
+
+/// Lets the grid behind this one in the stream start, if it may start early, as soon as all CTAs have called this.
+#[inline(always)]
+pub fn let_next_grid_start() {
+    // SAFETY: no operands.
+    unsafe { asm!("griddepcontrol.launch_dependents;", options(nostack)) }
 }
 
 /// As [`set_registers`], for the backward kernel, whose producer multiplies too.

@@ -128,6 +128,24 @@ pub unsafe fn wait_turn(address: u64, turn: u32) {
     }
 }
 
+/// As [`wait_turn`], where that may take long: sleeps in between.
+///
+/// # Safety
+/// As [`wait_turn`].
+#[inline(always)]
+pub unsafe fn await_count(address: u64, count: u32) {
+    loop {
+        let found: u32;
+        // SAFETY: the caller's promise.
+        unsafe { asm!("ld.acquire.gpu.global.u32 {0}, [{1}];", out(reg32) found, in(reg64) address, options(nostack)) }
+        if found >= count {
+            return;
+        }
+        // SAFETY: no operands but a time, in nanoseconds.
+        unsafe { asm!("nanosleep.u32 200;", options(nostack)) }
+    }
+}
+
 /// The leader increases the counter at `address`, after all that its warpgroup wrote before and synchronised on.
 ///
 /// # Safety

@@ -1,9 +1,11 @@
 //! The kernels before and after the backward kernel: what it needs of each query row, and dQ from the workspace.
 
-use core::arch::nvptx::{_block_idx_x, _thread_idx_x};
+use core::arch::nvptx::{_block_idx_x, _grid_dim_x, _thread_idx_x};
 
+use super::barrier::named_sync;
+use super::cta::{self, await_grid_before};
 use super::fragment::Fragment;
-use super::load::{load_16_bytes, load_f32};
+use super::load::{await_count, load_16_bytes, load_f32};
 use super::math::{Packed, shuffle_xor};
 use super::store::{Lines, store_16_bytes, store_f32, store_lines};
 use crate::attention::row_statistics::{delta, exponent_offset};
@@ -14,7 +16,7 @@ use crate::variants::{PREPARE_ROWS, ROW_KERNEL_THREADS, WARPGROUP_ROWS, WARPGROU
 const LANES: u32 = 8;
 const LARGEST_HEAD_DIM: u32 = 256;
 
-/// Fills the workspace's rows of one CTA: LSE, delta, and zeros for dQ.
+/// Fills the workspace's rows of one CTA: LSE, delta, and zeros for dQ; and sets counters to 0.
 #[inline(always)]
 pub fn prepare<E: Packed>(p: &PrepareParams) {
     // SAFETY: reads special registers.
@@ -24,6 +26,11 @@ pub fn prepare<E: Packed>(p: &PrepareParams) {
     let index = quotient(cta, ctas);
     let batch = quotient(index, p.shape.heads_q);
     let head = index - batch * p.shape.heads_q;
+    // There are no more key heads than query heads.
+    let counts = cta == index * ctas && head < p.shape.heads_kv && thread == 0;
+    let counter = p.workspace.tiles_counter(&p.shape, batch, head);
+    // SAFETY: a counter of the workspace, which no other CTA sets. 0.0 has the bits of 0.
+    unsafe { store_f32(counts, counter, 0.0) };
     let first = (cta - index * ctas) * PREPARE_ROWS + thread / LANES;
     for pass in 0..PREPARE_ROWS / (ROW_KERNEL_THREADS / LANES) {
         prepare_row::<E>(p, batch, head, first + pass * (ROW_KERNEL_THREADS / LANES), thread % LANES);
@@ -78,6 +85,9 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
 
 /// Turns 64 rows of the workspace's dQ into rows of the tensor; each warpgroup half of the columns, as the threads of the
 /// backward kernel added them.
+///
+/// It runs on multiprocessors that the backward kernel has left while others are still at its last work tiles. CTAs of
+/// this kernel start only when all of that one run or are done, so none of those that they wait for needs their place.
 #[inline(always)]
 pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams) {
     // SAFETY: reads special registers.
@@ -89,6 +99,7 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams) {
     let row = (cta - head_index * blocks) * WARPGROUP_ROWS;
     let batch = quotient(head_index, p.shape.heads_q);
     let head = head_index - batch * p.shape.heads_q;
+    await_dq(p, batch, head, cta);
     let first = p.workspace.row(&p.shape, batch + p.pair * p.shape.batch, head, row) * head_dim as u64;
     let address = p.workspace.dq + 4 * (first + (part * WARPGROUP_ROWS * head_dim / 2) as u64) + 16 * thread as u64;
     let mut dq = Fragment([[0.0; 4]; Q8]);
@@ -100,4 +111,21 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams) {
     let at = Lines { batch, head, row, column: part * 8 * Q8 as u32 };
     // SAFETY: the host has checked the tensor, of which these rows and columns belong to this warpgroup.
     unsafe { store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape) };
+}
+
+/// Waits until all work tiles have added what they have to a head's dQ. The last CTA waits for the whole backward kernel
+/// instead: who waits for this grid then finds dK and dV, too.
+#[inline(always)]
+fn await_dq(p: &FinishParams, batch: u32, head: u32, cta: u32) {
+    // SAFETY: reads special registers.
+    let (thread, ctas) = unsafe { (_thread_idx_x() as u32, _grid_dim_x() as u32) };
+    if cta + 1 == ctas {
+        await_grid_before();
+    } else if thread == 0 {
+        let counter = p.workspace.tiles_counter(&p.shape, batch, quotient(head, p.shape.group()));
+        // SAFETY: a counter of the workspace.
+        unsafe { await_count(counter, p.key_blocks) };
+    }
+    // What one thread has acquired is for all.
+    named_sync(cta::CTA, ROW_KERNEL_THREADS);
 }
