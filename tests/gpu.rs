@@ -6,6 +6,8 @@
 mod common;
 #[path = "gpu/graph.rs"]
 mod graph;
+#[path = "gpu/parts.rs"]
+mod parts;
 #[path = "gpu/piecewise.rs"]
 mod piecewise;
 #[path = "common/total.rs"]
@@ -108,6 +110,10 @@ fn main() {
     for head_dim in [96, 128, 192, 256] {
         let name = format!("clusters, head dim {head_dim}");
         trials.push(test(&name, Box::new(move |cuda| clusters(cuda, head_dim))));
+    }
+    for head_dim in [64, 128, 256] {
+        let name = format!("work tiles in parts, head dim {head_dim}");
+        trials.push(test(&name, Box::new(move |cuda| parts::backward(cuda, head_dim))));
     }
     trials.extend(piecewise::tests().into_iter().map(|(name, run)| test(&name, run)));
     trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));

@@ -162,11 +162,13 @@ impl RawBackward {
             scale: plan.scale(),
             shape: plan.problem().kernel_shape(),
             order: plan.order,
+            sharing: plan.sharing,
         }
     }
 
     /// Parameters of the kernel that turns the workspace's dQ into the tensor, for each pair.
     pub(crate) fn finish(&self, plan: &BackwardPlan) -> impl Iterator<Item = FinishParams> {
+        let (_, shared_head) = plan.shared();
         let finish = |pair, dq: &RawTensor| FinishParams {
             dq: dq.strided(),
             workspace: plan.workspace.at(self.workspace),
@@ -174,6 +176,11 @@ impl RawBackward {
             shape: plan.problem().kernel_shape(),
             pair,
             key_blocks: plan.key_blocks(),
+            shared_head,
+            dk: self.dk.strided(),
+            dv: self.dv.strided(),
+            order: plan.order,
+            sharing: plan.sharing,
         };
         let second = self.second.as_ref().map(|second| finish(1, &second.gradients.q));
         [finish(0, &self.dq)].into_iter().chain(second)

@@ -3,8 +3,7 @@
 use std::fmt;
 
 use kernels_gpu::{
-    attention::dropout::Dropout as Launched,
-    attention::scheduler::TileOrder,
+    attention::{dropout::Dropout as Launched, key_parts::Sharing, scheduler::TileOrder},
     variants::{self, BackwardVariant, Op, PREPARE_ROWS, WARPGROUP_ROWS},
 };
 
@@ -55,6 +54,8 @@ pub struct BackwardPlan {
     grid: u32,
     /// How CTAs take the work tiles; of no meaning where there are none.
     pub(crate) order: TileOrder,
+    /// Which of them are taken in parts.
+    pub(crate) sharing: Sharing,
     /// All zeros where there is nothing to do.
     pub(crate) workspace: WorkspaceLayout,
 }
@@ -119,9 +120,19 @@ impl BackwardPlan {
         at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
         let work_tiles = work_tiles as u32;
         let exact = determinism == Determinism::Exact;
+        // All work tiles take as long where no query is hidden from a key, and with one pair.
+        let m_blocks = shape.seqlen_q.div_ceil(variant.block_m).max(1);
+        let sharing = match (mask, dist_threshold, determinism) {
+            (Mask::None, None, Determinism::Fast) if shape.seqlen_q > 0 => {
+                Sharing::new(work_tiles, sm_count.max(1), shape.group(), m_blocks)
+            }
+            _ => Sharing::none(work_tiles, sm_count, shape.group(), m_blocks),
+        };
+        let slots = sharing.slots();
         let idle = problem.batch == 0 || problem.seqlen_q == 0 && problem.seqlen_k == 0;
-        let workspace = if idle { WorkspaceLayout::default() } else { WorkspaceLayout::new(variant, &shape, exact)? };
-        let grid = work_tiles.min(sm_count.max(1));
+        let workspace =
+            if idle { WorkspaceLayout::default() } else { WorkspaceLayout::new(variant, &shape, slots, exact)? };
+        let grid = sharing.ctas;
         let order = match determinism {
             _ if work_tiles == 0 => TileOrder::default(),
             Determinism::Fast => variant.order(&shape, dist_threshold, grid),
@@ -139,8 +150,15 @@ impl BackwardPlan {
             work_tiles,
             grid,
             order,
+            sharing,
             workspace,
         })
+    }
+
+    /// The same for a machine with another number of multiprocessors.
+    pub(crate) fn on(&self, sm_count: u32) -> Result<BackwardPlan> {
+        let extra = Extra { dist_threshold: self.dist_threshold, dropout: self.dropout };
+        Self::plan(&self.problem, self.mask, Some(self.scale), extra, self.determinism, sm_count)
     }
 
     /// The problem, validated.
@@ -188,6 +206,14 @@ impl BackwardPlan {
         (self.problem.seqlen_k as u32).div_ceil(self.variant.block_n)
     }
 
+    /// How many of them are taken in parts, and the first key head, of all batch items, that may have one of them.
+    pub(crate) fn shared(&self) -> (u32, u32) {
+        match self.work_tiles - self.sharing.from {
+            0 => (0, u32::MAX),
+            shared => (shared, self.order.first_head(self.sharing.from)),
+        }
+    }
+
     /// CTAs of the main kernel's persistent grid. 0 where there is nothing to launch.
     pub fn grid(&self) -> u32 {
         self.grid
@@ -203,7 +229,8 @@ impl BackwardPlan {
         self.variant.smem().bytes()
     }
 
-    /// Memory that the kernels need beside the tensors, in bytes: linear in seqlen_q. It starts at a multiple of 256.
+    /// Memory that the kernels need beside the tensors, in bytes: linear in seqlen_q, and a constant where a part
+    /// of the work tiles is shared out. It starts at a multiple of 256.
     pub fn workspace_bytes(&self) -> usize {
         self.workspace.bytes
     }
@@ -213,9 +240,12 @@ impl BackwardPlan {
         self.workspace_rows().div_ceil(PREPARE_ROWS)
     }
 
-    /// CTAs of the kernel that turns the workspace's dQ into the tensor, one for 64 rows. 0 where there is no query.
+    /// CTAs of the kernel that turns the workspace's dQ into the tensor, one for 64 rows, and adds up dK and dV of work
+    /// tiles that were shared out, one for 64 rows and columns. 0 where there is no query.
     pub fn finish_grid(&self) -> u32 {
-        if self.problem.seqlen_q == 0 { 0 } else { self.workspace_rows() / WARPGROUP_ROWS }
+        let BackwardVariant { block_n, head_dim, .. } = self.variant;
+        let parts = self.shared().0 * 2 * (block_n / WARPGROUP_ROWS) * (head_dim / 64);
+        if self.problem.seqlen_q == 0 { 0 } else { self.workspace_rows() / WARPGROUP_ROWS + parts }
     }
 
     /// Query rows of all heads; that they fit was checked with the workspace's layout.
@@ -238,10 +268,13 @@ impl fmt::Display for BackwardPlan {
         write_threshold(f, self.dist_threshold)?;
         writeln!(f, ", {}", self.determinism)?;
         writeln!(f, "kernels {prepare}, {symbol}, {finish}: tiles {block_m} × {block_n}, head_dim {head_dim}")?;
+        write!(f, "launch: {} work tiles", self.work_tiles)?;
+        if let (shared @ 1.., _) = self.shared() {
+            write!(f, ", the last {shared} in {} parts each,", self.sharing.parts.value)?;
+        }
         write!(
             f,
-            "launch: {} work tiles on {} CTAs of {} threads, {} bytes of shared memory, {} bytes of workspace",
-            self.work_tiles,
+            " on {} CTAs of {} threads, {} bytes of shared memory, {} bytes of workspace",
             self.grid,
             self.block(),
             self.smem_bytes(),
@@ -251,110 +284,4 @@ impl fmt::Display for BackwardPlan {
 }
 
 #[cfg(test)]
-mod tests {
-    use kernels_gpu::variants::Dtype;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const PROBLEM: Problem =
-        Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
-
-    fn plan(problem: Problem, determinism: Determinism) -> Result<BackwardPlan> {
-        BackwardPlan::new(&problem, Mask::None, None, Dropout::NONE, determinism, 132)
-    }
-
-    #[test]
-    fn prints_what_will_run() {
-        let plan = BackwardPlan::new(&PROBLEM, Mask::Causal, None, Dropout::NONE, Determinism::Exact, 5).unwrap();
-        let workspace = 12 * 1024 * (4 + 4 + 4 * 64) + 256 + (4 * 12 * 8_usize).next_multiple_of(256);
-        assert_eq!(plan.workspace_bytes(), workspace);
-        let smem = plan.smem_bytes();
-        assert_eq!(
-            plan.to_string(),
-            format!(
-                "backward bf16: batch 2, heads 6/2, seqlen 1000 × 300, head_dim 64, mask causal, scale 0.125, exact\n\
-                 kernels prepare_bf16, backward_bf16_d64_causal, finish_bf16_d64: tiles 128 × 128, head_dim 64\n\
-                 launch: 12 work tiles on 5 CTAs of 384 threads, {smem} bytes of shared memory, {workspace} bytes of \
-                 workspace"
-            )
-        );
-    }
-
-    #[test]
-    fn scale_must_be_finite_and_positive() {
-        for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
-            let error =
-                BackwardPlan::new(&PROBLEM, Mask::None, Some(scale), Dropout::NONE, Determinism::Fast, 1).unwrap_err();
-            assert_eq!(error.to_string(), format!("scale is {scale}; a finite number above 0 is needed"));
-        }
-    }
-
-    #[test]
-    fn counts_have_limits() {
-        let many =
-            Problem { batch: 1 << 24, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1 << 14, head_dim: 8, ..PROBLEM };
-        assert_eq!(
-            plan(many, Determinism::Fast),
-            Err(Error::TooLarge { field: "work_tiles", value: 1 << 31, limit: (1 << 31) - 1 })
-        );
-        assert_eq!(
-            plan(Problem { batch: (1 << 24) - 1, ..many }, Determinism::Fast).unwrap().work_tiles(),
-            i32::MAX as u32 - 127
-        );
-        let many = Problem { batch: 1 << 25, seqlen_k: 1, ..many };
-        let error = plan(many, Determinism::Fast).unwrap_err();
-        assert_eq!(error.to_string(), "workspace_rows is 4294967296; at most 2147483648 is allowed");
-        assert!(plan(Problem { heads_q: 5, ..PROBLEM }, Determinism::Fast).is_err());
-    }
-
-    #[test]
-    fn nothing_to_do_is_nothing_to_launch() {
-        for problem in [
-            Problem { batch: 0, ..PROBLEM },
-            Problem { seqlen_q: 0, seqlen_k: 0, ..PROBLEM },
-            Problem { batch: 0, heads_q: 1 << 30, heads_kv: 1, seqlen_q: 1 << 30, ..PROBLEM },
-        ] {
-            let plan = plan(problem, Determinism::Exact).unwrap();
-            assert_eq!((plan.prepare_grid(), plan.grid(), plan.finish_grid()), (0, 0, 0));
-            assert_eq!(plan.workspace_bytes(), 0);
-        }
-        // Without keys dQ is 0, without queries dK and dV are: there are zeros to write.
-        let no_keys = plan(Problem { seqlen_k: 0, ..PROBLEM }, Determinism::Fast).unwrap();
-        assert_eq!((no_keys.prepare_grid(), no_keys.grid(), no_keys.finish_grid()), (12 * 1024 / 128, 0, 12 * 16));
-        let no_queries = plan(Problem { seqlen_q: 0, ..PROBLEM }, Determinism::Fast).unwrap();
-        assert_eq!((no_queries.prepare_grid(), no_queries.grid(), no_queries.finish_grid()), (12, 12, 0));
-    }
-
-    /// Ten times the queries are at most ten times the bytes, whatever the keys.
-    #[test]
-    fn the_workspace_is_linear() {
-        let bytes = |seqlen_q, seqlen_k, determinism| {
-            plan(Problem { seqlen_q, seqlen_k, ..PROBLEM }, determinism).unwrap().workspace_bytes()
-        };
-        for determinism in [Determinism::Fast, Determinism::Exact] {
-            assert_eq!(bytes(1 << 20, 1, determinism), bytes(1 << 20, 1 << 20, determinism));
-            assert!(bytes(10 << 20, 1, determinism) <= 10 * bytes(1 << 20, 1, determinism));
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn tiles_cover_every_key_once(
-            batch in 0..4usize, heads in 1..5usize, seqlen_k in 0..2000usize, d in 1..=32usize, sm_count in 0..200u32,
-            exact: bool,
-        ) {
-            let problem = Problem { batch, heads_q: 2 * heads, heads_kv: heads, seqlen_k, head_dim: 8 * d, ..PROBLEM };
-            let determinism = if exact { Determinism::Exact } else { Determinism::Fast };
-            let plan = BackwardPlan::new(&problem, Mask::Causal, None, Dropout::NONE, determinism, sm_count).unwrap();
-            prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
-            let n_blocks = seqlen_k.div_ceil(plan.variant().block_n as usize);
-            prop_assert_eq!(plan.work_tiles() as usize, batch * heads * n_blocks);
-            prop_assert_eq!(plan.grid(), plan.work_tiles().min(sm_count.max(1)));
-            prop_assert_eq!(plan.key_blocks() as usize, n_blocks);
-            if plan.work_tiles() > 0 {
-                prop_assert_eq!(plan.order.tiles(), plan.work_tiles());
-            }
-        }
-    }
-}
+mod tests;

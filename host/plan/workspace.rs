@@ -26,6 +26,8 @@ pub(crate) struct WorkspaceLayout {
     pub(crate) tiles: usize,
     /// u32 (pairs, batch, heads_q, query blocks, 2); `None` where order is free.
     pub(crate) turns: Option<usize>,
+    /// f32 (slots, {dK, dV}, block of keys, compiled head dim).
+    pub(crate) parts: usize,
     /// All of it.
     pub(crate) bytes: usize,
     /// Numbers in `turns`; 0 where there is none.
@@ -35,12 +37,12 @@ pub(crate) struct WorkspaceLayout {
 }
 
 impl WorkspaceLayout {
-    /// The layout for a problem with something to do; `exact` passes take turns.
+    /// The layout for a problem with something to do, with so many slots for parts of work tiles; `exact` passes take turns.
     ///
     /// # Errors
     /// [`Error::TooLarge`](crate::Error::TooLarge) for more than 2³¹ rows of dQ, the padding of each head included, or for
     /// more bytes than memory can have.
-    pub(crate) fn new(variant: &BackwardVariant, shape: &Shape, exact: bool) -> Result<Self> {
+    pub(crate) fn new(variant: &BackwardVariant, shape: &Shape, slots: u32, exact: bool) -> Result<Self> {
         let rows = variant.rows(shape);
         let heads = shape.batch as u128 * shape.heads_q as u128;
         let pairs = variant.op.pairs() as u128;
@@ -58,6 +60,7 @@ impl WorkspaceLayout {
         let dq = region(pairs * row_bytes * variant.head_dim as u128);
         let tiles = region(shape.batch as u128 * shape.heads_kv as u128 * size_of::<u32>() as u128);
         let turns = region(turns_len * size_of::<u32>() as u128);
+        let parts = region(slots as u128 * variant.part_bytes() as u128);
         at_most("workspace_bytes", end, isize::MAX as u128)?;
         Ok(WorkspaceLayout {
             offsets,
@@ -65,6 +68,7 @@ impl WorkspaceLayout {
             dq,
             tiles,
             turns: exact.then_some(turns),
+            parts,
             bytes: end as usize,
             turns_len: turns_len as usize,
             rows,
@@ -79,6 +83,7 @@ impl WorkspaceLayout {
             dq: address + self.dq as u64,
             tiles: address + self.tiles as u64,
             turns: self.turns.map_or(0, |turns| address + turns as u64),
+            parts: address + self.parts as u64,
             rows: self.rows,
         }
     }
@@ -94,10 +99,12 @@ mod tests {
 
     const SHAPE: Shape = Shape { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 72 };
 
+    const SLOTS: u32 = 3;
+
     fn layout(shape: &Shape, exact: bool) -> Result<WorkspaceLayout> {
         let variant =
             variants::backward(Op::Forward, Dtype::F16, shape.head_dim, MaskKind::None, DropoutKind::None).unwrap();
-        WorkspaceLayout::new(variant, shape, exact)
+        WorkspaceLayout::new(variant, shape, SLOTS, exact)
     }
 
     #[test]
@@ -107,15 +114,19 @@ mod tests {
         assert_eq!((fast.offsets, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
         // Head dim 72 runs in 128. There are two key heads in each of two batch items.
         assert_eq!((fast.tiles, fast.rows), (8 * rows + 4 * 128 * rows, 1024));
-        assert_eq!((fast.turns, fast.turns_len, fast.bytes), (None, 0, fast.tiles + 256));
-        assert_eq!((exact.turns, exact.turns_len), (Some(fast.bytes), 12 * (1024 / 64)));
-        assert_eq!(exact.bytes, fast.bytes + (4 * exact.turns_len).next_multiple_of(256));
+        assert_eq!((fast.turns, fast.turns_len, fast.parts), (None, 0, fast.tiles + 256));
+        // dK and dV of 128 keys.
+        let parts = SLOTS as usize * 2 * 128 * 128 * 4;
+        assert_eq!(fast.bytes, fast.parts + parts);
+        assert_eq!((exact.turns, exact.turns_len), (Some(fast.parts), 12 * (1024 / 64)));
+        assert_eq!(exact.parts, fast.parts + (4 * exact.turns_len).next_multiple_of(256));
+        assert_eq!(exact.bytes, exact.parts + parts);
         let base = 0x1000;
         let at = |offset: usize| base + offset as u64;
-        let [delta, dq, tiles] = [fast.delta, fast.dq, fast.tiles].map(at);
-        let expected = Workspace { offsets: base, delta, dq, turns: 0, tiles, rows: 1024 };
+        let [delta, dq, tiles, parts] = [fast.delta, fast.dq, fast.tiles, fast.parts].map(at);
+        let expected = Workspace { offsets: base, delta, dq, turns: 0, tiles, parts, rows: 1024 };
         assert_eq!(fast.at(base), expected);
-        assert_eq!(exact.at(base), Workspace { turns: at(fast.bytes), ..expected });
+        assert_eq!(exact.at(base), Workspace { turns: parts, parts: at(exact.parts), ..expected });
     }
 
     #[test]
@@ -128,7 +139,7 @@ mod tests {
         assert_eq!(layout(&more, false), error((1 << 31) + 128));
         // dQ of a second pair has rows of its own.
         let pairs = variants::backward(Op::Piecewise, Dtype::F16, 64, MaskKind::None, DropoutKind::None).unwrap();
-        let piecewise = |batch| WorkspaceLayout::new(pairs, &Shape { batch, ..most }, false);
+        let piecewise = |batch| WorkspaceLayout::new(pairs, &Shape { batch, ..most }, 0, false);
         assert!(piecewise(1 << 23).is_ok());
         assert_eq!(piecewise((1 << 23) + 1), error((1 << 31) + 256));
         let long = Shape { batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: i32::MAX as u32, ..SHAPE };
@@ -139,21 +150,23 @@ mod tests {
     proptest! {
         #[test]
         fn regions_are_apart_aligned_and_linear(
-            batch in 1..5u32, heads_kv in 1..40u32, group in 1..4u32, seqlen_q in 0..5000u32, head_dim in 1..=32u32, exact: bool,
+            batch in 1..5u32, heads_kv in 1..40u32, group in 1..4u32, seqlen_q in 0..5000u32, head_dim in 1..=32u32,
+            slots in 0..=132u32, exact: bool,
         ) {
             let heads = heads_kv * group;
             let shape = Shape { batch, heads_q: heads, heads_kv, seqlen_q, head_dim: 8 * head_dim, ..SHAPE };
             let (head_dim, kind) = (shape.head_dim, MaskKind::Causal);
             let variant = variants::backward(Op::Forward, Dtype::Bf16, head_dim, kind, DropoutKind::None).unwrap();
-            let found = WorkspaceLayout::new(variant, &shape, exact).unwrap();
+            let found = WorkspaceLayout::new(variant, &shape, slots, exact).unwrap();
             let rows = (batch * heads * found.rows) as usize;
-            let turns = found.turns.unwrap_or(found.bytes);
+            let turns = found.turns.unwrap_or(found.parts);
             for (start, bytes, end) in [
                 (found.offsets, 4 * rows, found.delta),
                 (found.delta, 4 * rows, found.dq),
                 (found.dq, 4 * rows * variant.head_dim as usize, found.tiles),
                 (found.tiles, 4 * (batch * heads_kv) as usize, turns),
-                (turns, 4 * found.turns_len, found.bytes),
+                (turns, 4 * found.turns_len, found.parts),
+                (found.parts, (slots * variant.part_bytes()) as usize, found.bytes),
             ] {
                 prop_assert!(start.is_multiple_of(256) && start + bytes <= end && end - start < bytes + 256);
             }

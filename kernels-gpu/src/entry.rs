@@ -15,6 +15,7 @@ use crate::arch::sm90::rows;
 use crate::arch::sm90::total_offsets::produce_offsets;
 use crate::arch::sm90::total_producer;
 use crate::attention::dropping::{Dropping, NoDropout};
+use crate::attention::key_parts::{KeyParts, Sharing};
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::scheduler::CtaTiles;
 use crate::attention::shared_tiles::SharedTiles;
@@ -158,7 +159,10 @@ fn backward<
     cta::let_next_grid_start();
     // SAFETY: reads special registers.
     let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
-    let tiles = CtaTiles::new(&p.order, cta, ctas);
+    let tiles = match const { Sharing::is_for::<M, S::Pairs>() } {
+        true => KeyParts::new(&p.order, Some(&p.sharing), cta, p.sharing.ctas),
+        false => KeyParts::new(&p.order, None, cta, ctas),
+    };
     let role = cta::role();
     match role {
         Role::Producer => {
@@ -175,10 +179,10 @@ fn backward<
 
 /// The kernel that finishes is the same for every mask and operator; one row of them makes it.
 macro_rules! finish_entry {
-    (Forward, None, $finish:ident, $dtype:ident, $head_dim:literal) => {
+    (Forward, None, $finish:ident, $dtype:ident, $head_dim:literal, $block_n:literal) => {
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $finish(p: FinishParams) {
-            rows::finish::<element!($dtype), { $head_dim / 16 }>(&p);
+            rows::finish::<element!($dtype), { $head_dim / 16 }>(&p, $block_n);
         }
     };
     ($($other:tt)*) => {};
@@ -203,7 +207,7 @@ macro_rules! backward_entries {
                 { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 },
             >(&p, crate::parameter_address!($symbol), &SMEM, Split::$split, NoDropout);
         }
-        finish_entry!($op, $mask, $finish, $dtype, $head_dim);
+        finish_entry!($op, $mask, $finish, $dtype, $head_dim, $block_n);
     )*};
 }
 crate::backward_variants!(backward_entries);

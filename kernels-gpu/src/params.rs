@@ -4,6 +4,7 @@
 //! [`TensorMap`], which the copy engine reads; on the CPU executor a plain [`Strided`] address.
 
 use crate::attention::dropout::Dropout;
+use crate::attention::key_parts::Sharing;
 use crate::attention::pairs::{ByDistance, OnePair, Pairs};
 use crate::attention::scheduler::TileOrder;
 
@@ -61,6 +62,11 @@ impl Shape {
     #[inline(always)]
     pub fn group(&self) -> u32 {
         quotient(self.heads_q, self.heads_kv)
+    }
+    /// The number of a key head, counted over the batch.
+    #[inline(always)]
+    pub fn key_head(&self, batch: u32, head: u32) -> u32 {
+        batch * self.heads_kv + head
     }
 }
 
@@ -215,6 +221,8 @@ pub struct BackwardParams<T, S = ()> {
     pub shape: Shape,
     /// Of blocks of keys: `heads_q` of it are key heads.
     pub order: TileOrder,
+    /// Which of them are taken in parts.
+    pub sharing: Sharing,
 }
 
 /// What the kernels of a backward pass hand to each other, by addresses.
@@ -232,6 +240,9 @@ pub struct Workspace {
     pub turns: u64,
     /// u32 (batch, heads_kv): how many work tiles of a key head have added all that they have to dQ.
     pub tiles: u64,
+    /// f32 (slots, {dK, dV}, block of keys, compiled head_dim): what parts of work tiles contribute, each gradient in an order
+    /// of the machine's own.
+    pub parts: u64,
     /// Query rows of a head, padding included.
     pub rows: u32,
 }
@@ -242,10 +253,15 @@ impl Workspace {
     pub fn row(&self, shape: &Shape, batch: u32, head: u32, row: u32) -> u64 {
         (batch * shape.heads_q + head) as u64 * self.rows as u64 + row as u64
     }
-    /// Address of the counter of a key head's work tiles.
+    /// Address of the counter of a key head's work tiles; see [`Shape::key_head`].
     #[inline(always)]
-    pub fn tiles_counter(&self, shape: &Shape, batch: u32, head: u32) -> u64 {
-        self.tiles + 4 * (batch * shape.heads_kv + head) as u64
+    pub fn tiles_counter(&self, key_head: u32) -> u64 {
+        self.tiles + 4 * key_head as u64
+    }
+    /// Address of what the part in a slot contributes to dK, 0, or dV, 1, which have so many elements each.
+    #[inline(always)]
+    pub fn part(&self, slot: u32, gradient: u32, elements: u32) -> u64 {
+        self.parts + 4 * (2 * slot + gradient) as u64 * elements as u64
     }
 }
 
@@ -267,7 +283,7 @@ pub struct PrepareParams {
     pub pairs: u32,
 }
 
-/// Parameters of the kernel that turns the workspace's dQ into the tensor.
+/// Parameters of the kernel that turns the workspace's dQ into the tensor, and adds up parts of dK and dV.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct FinishParams {
@@ -279,6 +295,13 @@ pub struct FinishParams {
     pub pair: u32,
     /// Work tiles of a key head.
     pub key_blocks: u32,
+    /// The first key head, of all batch items, of whose work tiles some may have been taken in parts.
+    pub shared_head: u32,
+    pub dk: Strided,
+    pub dv: Strided,
+    /// Those of the main kernel.
+    pub order: TileOrder,
+    pub sharing: Sharing,
 }
 
 /// Parameters of the kernel that computes total attention.

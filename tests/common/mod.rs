@@ -70,6 +70,17 @@ pub fn named_backward() -> Vec<(String, Case)> {
             }
         }
     }
+    // Ten work tiles, of which a last round has some: few enough to be taken in parts.
+    for (head_dim, seqlen_k) in [(64, 600), (128, 600), (256, 300)] {
+        for (dtype, order) in [(Dtype::F16, Order::Bhsd), (Dtype::Bf16, Order::Bshd)] {
+            for (seqlen_q, head_dim, dropout) in [(300, head_dim, 0.0), (50, head_dim - 8, 0.0), (150, head_dim, 0.2)] {
+                let problem = Problem { batch: 1, heads_q: 6, heads_kv: 2, seqlen_q, seqlen_k, head_dim, dtype };
+                let name = format!("in parts, {seqlen_q} queries, {}, head dim {head_dim}", dtype.name());
+                let case = Case { seed: 1, order, padding: 8, dropout, ..Case::new(problem, Mask::None) };
+                cases.push((name, case));
+            }
+        }
+    }
     cases
 }
 

@@ -5,7 +5,7 @@
 
 use kernels_gpu::{
     attention::dropping::NoDropout,
-    cpu::{backward, finish, prepare},
+    cpu::{add_parts, backward, finish, prepare},
     element::Element,
 };
 use rayon::prelude::*;
@@ -21,6 +21,10 @@ use crate::{
     plan::BackwardPlan,
     tensor::Tensor,
 };
+
+/// Multiprocessors of the machine for which work tiles are shared out in parts, whatever the threads that run them: bits
+/// don't depend on those. So few that small problems, too, have both whole work tiles and parts.
+const SM_COUNT: u32 = 7;
 
 /// Checks the inputs by themselves.
 pub(super) fn check_inputs<E: Element>(
@@ -41,6 +45,7 @@ pub(super) fn run_into<E: Element>(
     outputs: Gradients<Tensor<&mut [E]>>,
     second: Option<SecondTensors<&[E], &mut [E]>>,
 ) -> Result<()> {
+    let plan = &plan.on(SM_COUNT)?;
     let outputs = outputs.map(written);
     let second = second.map(|SecondTensors { inputs, gradients }| SecondTensors {
         inputs: inputs.as_ref().map(read),
@@ -131,6 +136,9 @@ unsafe fn run_with<E: Element>(plan: &BackwardPlan, args: &RawBackward, main: im
                 }
                 for finishing in args.finish(plan) {
                     heads.clone().for_each(|head| finish::<E>(&finishing, plan.variant().head_dim, batch, head));
+                    if problem.seqlen_k > 0 {
+                        add_parts::<E>(&finishing, plan.variant(), batch, head_kv);
+                    }
                 }
             }
         })

@@ -221,4 +221,6 @@ pub trait BackwardWarpgroup: Warpgroup {
 
     /// Stores this warpgroup's part of dK or dV, in the input's dtype, as far as it is rows and columns of `shape`.
     fn store_kv<const C8: usize>(&mut self, x: &Self::Acc<C8>, to: &Strided, at: &KvBlock, shape: &Shape);
+    /// Stores this warpgroup's part of dK or dV as a part of a work tile contributes it, in f32, to the workspace at `to`.
+    fn store_part<const C8: usize>(&mut self, x: &Self::Acc<C8>, to: u64);
 }

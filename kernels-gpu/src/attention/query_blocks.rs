@@ -7,6 +7,7 @@
 
 use core::marker::PhantomData;
 
+use super::key_parts::{Part, Sharing};
 use super::mask::Mask;
 use super::pairs::{OnePair, Pairs};
 use super::scheduler::WorkTile;
@@ -102,8 +103,10 @@ pub fn key_block(shape: &Shape, block_n: u32, tile: &WorkTile) -> KvBlock {
 pub struct QueryBlocks<M, P> {
     blocks: MBlocks,
     batch: u32,
+    /// The head and the query block of the first.
     first_head: u32,
-    heads: u32,
+    first_block: u32,
+    count: u32,
     pair: u32,
     pairs: P,
     mask: PhantomData<M>,
@@ -116,23 +119,47 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
         let first_key = keys.n_block * block_n;
         let blocks = MBlocks::new::<M, P>(shape, pairs, keys.pair, first_key, block_n, block_m);
         let (heads, pair) = (shape.group(), keys.pair);
-        QueryBlocks { blocks, batch: keys.batch, first_head: keys.head * heads, heads, pair, pairs, mask: PhantomData }
+        QueryBlocks {
+            blocks,
+            batch: keys.batch,
+            first_head: keys.head * heads,
+            first_block: blocks.end.wrapping_sub(1),
+            count: heads * (blocks.end - blocks.start),
+            pair,
+            pairs,
+            mask: PhantomData,
+        }
+    }
+
+    /// Those of a part of the work tile.
+    #[inline(always)]
+    pub fn part(self, sharing: &Sharing, part: Part) -> Self {
+        if const { !Sharing::is_for::<M, P>() } {
+            return self;
+        }
+        let (head, from_last, count) = sharing.blocks(part);
+        let (first_head, first_block) = (self.first_head + head, self.first_block - from_last);
+        QueryBlocks { first_head, first_block, count, ..self }
+    }
+
+    /// The same with their end read from the parameters, for who lacks a register for it.
+    #[inline(always)]
+    pub fn end_of(self, sharing: &Sharing) -> Self {
+        if const { !Sharing::is_for::<M, P>() } {
+            return self;
+        }
+        QueryBlocks { blocks: MBlocks { end: sharing.m_blocks.value, ..self.blocks }, ..self }
     }
 
     /// How many there are; with one pair at least one.
     #[inline(always)]
     pub fn count(&self) -> u32 {
-        self.heads * (self.blocks.end - self.blocks.start)
+        self.count
     }
 
     #[inline(always)]
     pub fn first(&self) -> QueryBlock {
-        QueryBlock {
-            batch: self.batch,
-            head: self.first_head,
-            m_block: self.blocks.end.wrapping_sub(1),
-            pair: self.pair,
-        }
+        QueryBlock { batch: self.batch, head: self.first_head, m_block: self.first_block, pair: self.pair }
     }
 
     /// The one after `block`.

@@ -135,6 +135,20 @@ impl TileOrder {
         let m_block = if descending { self.m_blocks - 1 - from_last } else { from_last };
         WorkTile { batch, head, m_block }
     }
+
+    /// The index of a work tile, the other way round.
+    pub fn index(&self, tile: &WorkTile) -> u32 {
+        let (section, place) = self.section.divide(tile.batch * self.heads_q.value + tile.head);
+        let heads = if section + 1 == self.sections { self.last_section } else { self.section };
+        let descending = (self.sections - section) & 1 | self.one_way == 1;
+        let from_last = if descending { self.m_blocks - 1 - tile.m_block } else { tile.m_block };
+        section * self.section_tiles.value + from_last * heads.value + place
+    }
+
+    /// A head, of all batch items, before whose tiles come those of all heads before it, and not behind the `index`-th.
+    pub fn first_head(&self, index: u32) -> u32 {
+        self.section_tiles.divide(index).0 * self.section.value
+    }
 }
 
 /// The work tiles of one CTA of a persistent grid.
@@ -193,6 +207,7 @@ mod tests {
     fn every_tile_once_whatever_the_grid() {
         for s in [shape(1, 1, 1, 1), shape(2, 6, 2, 700), shape(3, 5, 5, 40_000), shape(1, 71, 1, 129)] {
             let (order, _) = TileOrder::balanced(&s, 128, 132, |m_block| m_block + 1);
+            assert!((0..order.tiles()).all(|index| order.index(&order.tile(index)) == index));
             for ctas in [1, 2, 7, 132].into_iter().filter(|&c| c <= order.tiles()) {
                 let mut seen: Vec<WorkTile> = (0..ctas).flat_map(|cta| CtaTiles::new(&order, cta, ctas)).collect();
                 seen.sort_by_key(|t| (t.batch, t.head, t.m_block));

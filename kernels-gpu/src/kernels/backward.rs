@@ -11,10 +11,10 @@ use core::f32::consts::LOG2_E;
 use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::dropout::{Place, Rows};
 use crate::attention::dropping::Dropping;
+use crate::attention::key_parts::KeyPart;
 use crate::attention::mask::{Mask, mask_transposed};
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
-use crate::attention::scheduler::WorkTile;
 use crate::params::{BackwardParams, BackwardSecond, Second};
 use crate::pipeline::order::KvBlock;
 
@@ -188,7 +188,8 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
     }
 }
 
-/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys. dK and dV have 8·C8 columns a warpgroup.
+/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys, or parts of them. dK and dV have 8·C8
+/// columns a warpgroup.
 #[inline(always)]
 pub fn consume<
     W: BackwardWarpgroup,
@@ -202,23 +203,25 @@ pub fn consume<
     wg: &mut W,
     p: &BackwardParams<W::Tensor, S>,
     block_n: u32,
-    tiles: impl Iterator<Item = WorkTile>,
+    tiles: impl Iterator<Item = KeyPart>,
     dropping: R,
 ) {
     let block_m = 8 * M8 as u32;
+    let elements = block_n * 8 * D8 as u32;
     let pairs = p.second.pairs(&p.shape);
     let dk_of = |pair| match p.second.dk() {
         Some(second) if pair == 1 => second,
         _ => p.dk,
     };
     let mut tiles = tiles;
-    let Some(mut tile) = tiles.next() else { return };
+    let Some(KeyPart { mut tile, mut part }) = tiles.next() else { return };
     // dK of one pair after the other, the last one first, and with all of them the same dV.
     let mut pair = p.second.last();
     let mut dv = wg.zeros::<C8>();
     loop {
         let keys = KvBlock { pair, ..key_block(&p.shape, block_n, &tile) };
         let blocks = QueryBlocks::<M, S::Pairs>::new(&p.shape, pairs, block_m, block_n, &keys);
+        let blocks = blocks.end_of(&p.sharing).part(&p.sharing, part);
         if S::Pairs::COUNT > 1 && blocks.count() == 0 {
             wg.store_kv(&wg.zeros::<C8>(), &dk_of(pair), &keys, &p.shape);
         } else {
@@ -236,15 +239,22 @@ pub fn consume<
             (dk, dv) = (mainloop.dk, mainloop.dv);
             wg.release_kv();
             wg.map_rows(&mut dk, wg.rows(p.scale), |dk, scale| dk * scale);
-            wg.store_kv(&dk, &dk_of(pair), &keys, &p.shape);
+            match part.slot() {
+                None => wg.store_kv(&dk, &dk_of(pair), &keys, &p.shape),
+                Some(slot) => wg.store_part(&dk, p.workspace.part(slot, 0, elements)),
+            }
         }
         if pair > 0 {
             pair -= 1;
             continue;
         }
         dropping.scale::<W, C8>(wg, &mut dv);
-        wg.store_kv(&dv, &p.dv, &keys, &p.shape);
+        match part.slot() {
+            None => wg.store_kv(&dv, &p.dv, &keys, &p.shape),
+            Some(slot) => wg.store_part(&dv, p.workspace.part(slot, 1, elements)),
+        }
         let Some(next) = tiles.next() else { return };
-        (tile, pair, dv) = (next, p.second.last(), wg.zeros::<C8>());
+        KeyPart { tile, part } = next;
+        (pair, dv) = (p.second.last(), wg.zeros::<C8>());
     }
 }

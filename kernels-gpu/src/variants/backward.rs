@@ -53,6 +53,10 @@ impl BackwardVariant {
     pub fn m_blocks(&self, shape: &Shape) -> u32 {
         self.rows(shape) / self.block_m
     }
+    /// Bytes of what a part of a work tile contributes to dK and dV, in f32.
+    pub const fn part_bytes(&self) -> u32 {
+        2 * self.block_n * self.head_dim * 4
+    }
     /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one key head, which
     /// in [`TileOrder`] are query tiles of one query head. Piecewise attention has a threshold.
     pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> TileOrder {

@@ -1,4 +1,4 @@
-//! [`BackwardWarpgroup`] on the CPU, and the kernels before and after it.
+//! [`BackwardWarpgroup`] on the CPU.
 //!
 //! Warpgroups run one after the other here, so none can take another's dS: each adds what its own keys contribute to dQ.
 
@@ -11,12 +11,12 @@ use super::memory::{self, for_rows};
 use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{BackwardWarpgroup, Pending, Split};
+use crate::attention::key_parts::Part;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlock, QueryBlocks};
-use crate::attention::row_statistics::{delta, exponent_offset};
 use crate::element::Element;
-use crate::params::{BackwardParams, FinishParams, PrepareParams, Second, Shape, Strided};
+use crate::params::{BackwardParams, Second, Shape, Strided};
 use crate::pipeline::order::KvBlock;
 use crate::tile::smem::BackwardSmem;
 
@@ -91,6 +91,8 @@ pub struct BackwardPipe<'a, M, S: Second<Strided>> {
     index: u32,
     /// The block of keys, and of its pairs those that are still to come: pairs below `keys.pair`.
     keys: KvBlock,
+    /// Which part of the work tile it is.
+    part: Part,
     /// This warpgroup's rows of K and V.
     k: Vec<f32>,
     v: Vec<f32>,
@@ -118,6 +120,7 @@ impl<M: Mask, S: Second<Strided>> BackwardPipe<'_, M, S> {
         while self.keys.pair > 0 {
             self.keys.pair -= 1;
             let blocks = QueryBlocks::new(shape, self.p.second.pairs(shape), smem.block_m, smem.block_n, &self.keys);
+            let blocks = blocks.part(&self.p.sharing, self.part);
             if blocks.count() > 0 {
                 return Some(blocks);
             }
@@ -140,7 +143,7 @@ impl<M: Mask, S: Second<Strided>> BackwardPipe<'_, M, S> {
 }
 
 impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'a, M, S>> {
-    /// Consumer `index` of a CTA that has `keys`.
+    /// Consumer `index` of a CTA that has `keys`, or a part of that work tile.
     ///
     /// # Safety
     /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV, the workspace)
@@ -151,10 +154,11 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
         split: Split,
         index: u32,
         keys: &KvBlock,
+        part: Part,
     ) -> Self {
         let keys = KvBlock { pair: S::Pairs::COUNT, ..*keys };
         let (k, v) = (Vec::new(), Vec::new());
-        Self::with_pipe(ROWS, BackwardPipe { p, smem, split, index, keys, k, v, q: None, d_o: None })
+        Self::with_pipe(ROWS, BackwardPipe { p, smem, split, index, keys, part, k, v, q: None, d_o: None })
     }
 
     /// This warpgroup's rows of a tensor of keys.
@@ -343,56 +347,11 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
             }
         }
     }
-}
-
-/// Fills the workspace of one query head.
-///
-/// # Safety
-/// `p` describes tensors of `E`, valid for reading, and a workspace that is valid for writing and that nobody else
-/// accesses for this head.
-pub unsafe fn prepare<E: Element>(p: &PrepareParams, batch: u32, head: u32) {
-    let shape = &p.shape;
-    let first = p.workspace.row(shape, batch, head, 0) as usize;
-    let columns = shape.head_dim as usize;
-    for row in 0..p.workspace.rows {
-        // SAFETY: the caller's promise; rows below seqlen_q are the tensors' and the arrays'.
-        unsafe {
-            let (offset, delta) = if row < shape.seqlen_q {
-                let index = ((batch * shape.heads_q + head) * shape.seqlen_q) as usize + row as usize;
-                let o = memory::row::<E>(&p.o, batch, head, row, columns);
-                let d_o = memory::row::<E>(&p.d_o, batch, head, row, columns);
-                let dot = o.iter().zip(d_o).map(|(o, d_o)| o.to_f32() * d_o.to_f32()).sum();
-                let d_lse = if p.d_lse == 0 { 0.0 } else { memory::read_f32(p.d_lse, index) };
-                (exponent_offset(memory::read_f32(p.lse, index)), delta(dot, d_lse))
-            } else {
-                (f32::NEG_INFINITY, 0.0)
-            };
-            memory::write_f32(p.workspace.offsets, first + row as usize, offset);
-            memory::write_f32(p.workspace.delta, first + row as usize, delta);
-            for pair in 0..p.pairs {
-                let first =
-                    p.workspace.row(shape, batch + pair * shape.batch, head, row) as usize * p.head_dim as usize;
-                for index in first..first + p.head_dim as usize {
-                    memory::write_f32(p.workspace.dq, index, 0.0);
-                }
-            }
-        }
-    }
-}
-
-/// Turns the workspace's dQ of one query head into the tensor.
-///
-/// # Safety
-/// As [`prepare`], with a tensor that is valid for writing.
-pub unsafe fn finish<E: Element>(p: &FinishParams, head_dim: u32, batch: u32, head: u32) {
-    let first = p.workspace.row(&p.shape, batch + p.pair * p.shape.batch, head, 0) as usize;
-    for row in 0..p.shape.seqlen_q {
-        // SAFETY: the caller's promise.
-        let line = unsafe { memory::row_mut::<E>(&p.dq, batch, head, row, p.shape.head_dim as usize) };
-        for (column, to) in line.iter_mut().enumerate() {
-            let index = (first + row as usize) * head_dim as usize + column;
-            // SAFETY: the caller's promise.
-            *to = E::from_f32(unsafe { memory::read_f32(p.workspace.dq, index) } * p.scale);
+    fn store_part<const C8: usize>(&mut self, x: &Tile<C8>, to: u64) {
+        let first = self.pipe.index as usize * ROWS * 8 * C8;
+        for (i, x) in x.0.as_flattened().as_flattened().iter().enumerate() {
+            // SAFETY: this warpgroup's part of a slot of the workspace; `backward`'s caller promised it.
+            unsafe { memory::write_f32(to, first + i, *x) };
         }
     }
 }

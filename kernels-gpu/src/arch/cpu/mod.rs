@@ -12,12 +12,13 @@ mod fragment;
 mod matmul;
 mod memory;
 mod pipeline;
+mod rows;
 mod total_attention;
 mod warpgroup;
 
-pub use backward::{finish, prepare};
 pub use dropout::select_bytes;
 pub use pipeline::Fault;
+pub use rows::{add_parts, finish, prepare};
 pub use warpgroup::CpuWarpgroup;
 
 use crate::arch::Split;
@@ -176,14 +177,15 @@ unsafe fn run_backward<
     dropping: R,
 ) {
     let n_blocks = p.shape.seqlen_k.div_ceil(variant.block_n);
-    for (m_block, consumer) in (0..n_blocks).flat_map(|m_block| [(m_block, 0), (m_block, 1)]) {
-        let tile = WorkTile { batch, head, m_block };
-        let keys = key_block(&p.shape, variant.block_n, &tile);
+    let tiles = (0..n_blocks).map(|m_block| WorkTile { batch, head, m_block });
+    let parts = tiles.flat_map(|tile| p.sharing.parts_of(&p.order, tile));
+    for (at, consumer) in parts.flat_map(|at| [(at, 0), (at, 1)]) {
+        let keys = key_block(&p.shape, variant.block_n, &at.tile);
         // SAFETY: the caller's promise; consumers own different parts of dK and dV.
         let mut warpgroup = unsafe {
-            CpuWarpgroup::<E, BackwardPipe<M, S>>::backward(p, variant.smem(), variant.split, consumer, &keys)
+            CpuWarpgroup::<E, BackwardPipe<M, S>>::backward(p, variant.smem(), variant.split, consumer, &keys, at.part)
         };
-        let tiles = core::iter::once(tile);
+        let tiles = core::iter::once(at);
         consume_backward::<_, M, S, R, D8, C8, M8>(&mut warpgroup, p, variant.block_n, tiles, dropping);
         warpgroup.finish();
     }

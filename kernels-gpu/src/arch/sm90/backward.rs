@@ -2,13 +2,13 @@
 //!
 //! Rows of a fragment are keys, columns are queries. dSᵀ goes to shared memory as it is, for [`super::backward_dq`].
 
-use super::barrier::{Mbarrier, named_arrive, named_sync};
+use super::barrier::{Mbarrier, named_arrive, named_sync, sync_warp};
 use super::consumer::Consumer;
 use super::cta;
 use super::fragment::{Fragment, Operand};
 use super::load::load_shared_pair;
 use super::math::Packed;
-use super::store::{Lines, fence_async_proxy, store_lines, write_tile};
+use super::store::{Lines, fence_async_proxy, store_16_bytes, store_lines, write_tile};
 use super::wgmma::{self, Descriptor};
 use crate::arch::{BackwardWarpgroup, Pending, Split, Warpgroup};
 use crate::attention::query_blocks::QueryBlock;
@@ -21,10 +21,12 @@ use crate::variants::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 pub struct BackwardPipe<'a> {
     smem: &'a BackwardSmem,
     split: Split,
-    kv_parity: u32,
-    /// Query blocks so far; slots and phases follow from it.
+    /// Query blocks so far; slots and phases follow from it. The top bit is the phase of K and V.
     count: u32,
 }
+
+/// The top bit of [`BackwardPipe::count`].
+const KV: u32 = 1 << 31;
 
 impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     /// Each consumer calls it once, after the barriers were made.
@@ -33,7 +35,7 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         if index == 1 {
             named_arrive(cta::TURN, 2 * WARPGROUP_THREADS);
         }
-        Self::with_pipe(index, parameters, BackwardPipe { smem, split, kv_parity: 0, count: 0 })
+        Self::with_pipe(index, parameters, BackwardPipe { smem, split, count: 0 })
     }
 
     /// The slot of the rings of Q and dO that the query block of this number has, and the parity of its phase.
@@ -123,8 +125,8 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     #[inline(always)]
     fn wait_kv(&mut self) {
         // SAFETY: initialised before the roles parted; so are all barriers below.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.kv_full()).wait(self.pipe.kv_parity) };
-        self.pipe.kv_parity ^= 1;
+        unsafe { Mbarrier(self.base() + self.pipe.smem.kv_full()).wait(self.pipe.count / KV) };
+        self.pipe.count ^= KV;
     }
     #[inline(always)]
     fn release_kv(&mut self) {
@@ -133,7 +135,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
     #[inline(always)]
     fn wait_q(&mut self) -> u32 {
-        let slot = self.pipe.count;
+        let slot = self.pipe.count & !KV;
         self.pipe.count += 1;
         // SAFETY: as above.
         unsafe { Mbarrier(self.base() + self.pipe.smem.q_full(self.slot(slot))).wait(self.parity(slot)) };
@@ -249,5 +251,16 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         let at = Lines { batch: at.batch, head: at.head, row, column };
         // SAFETY: the host has checked the tensor, of which these rows and columns belong to this warpgroup.
         unsafe { store_lines(&x.pack::<E>(), to, at, shape.seqlen_k, shape) };
+        // Behind a branch, ptxas would make one of the last predicate, too, and not know then that the warp is converged.
+        sync_warp();
+    }
+    #[inline(always)]
+    fn store_part<const C8: usize>(&mut self, x: &Fragment<C8>, to: u64) {
+        let first = self.index() * WARPGROUP_ROWS * 8 * C8 as u32 * 4 + 16 * cta::thread_of_warpgroup();
+        for (group, x) in x.0.iter().enumerate() {
+            let address = to + (first + group as u32 * 16 * WARPGROUP_THREADS) as u64;
+            // SAFETY: this thread's elements of a slot that the host has made large enough.
+            unsafe { store_16_bytes(true, address, x.map(f32::to_bits)) };
+        }
     }
 }

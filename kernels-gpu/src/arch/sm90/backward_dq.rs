@@ -13,10 +13,10 @@ use super::math::{Packed, fresh};
 use super::wgmma::{self, Descriptor};
 use crate::arch::Pending;
 use crate::attention::dropping::Dropping;
+use crate::attention::key_parts::KeyPart;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block, turn_blocks};
-use crate::attention::scheduler::WorkTile;
 use crate::params::{BackwardParams, Second, Shape, TensorMap, Workspace};
 use crate::pipeline::order::KvBlock;
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
@@ -150,7 +150,7 @@ impl Dq<'_> {
             named_sync(cta::WARPGROUP, WARPGROUP_THREADS);
             let leader = cta::converged(Leader::of_warpgroup);
             // SAFETY: a counter of the workspace; all have issued their additions, and the leader's release is for all.
-            unsafe { count_turn(leader, self.workspace.tiles + 4 * (*head - 1) as u64) };
+            unsafe { count_turn(leader, self.workspace.tiles_counter(*head - 1)) };
             *head = 0;
         }
     }
@@ -180,7 +180,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
     p: &BackwardParams<TensorMap, S>,
     parameters: u64,
     smem: &BackwardSmem,
-    tiles: impl Iterator<Item = WorkTile>,
+    tiles: impl Iterator<Item = KeyPart>,
 ) {
     let mut loads = Loads::new(p, parameters, smem);
     let loads_at = loads_at::<S>(smem);
@@ -196,7 +196,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
     let mut counted = 0;
     let mut tiles = tiles;
     let mut next = if ahead { tiles.next() } else { None };
-    while let Some(work_tile) = if ahead { next } else { tiles.next() } {
+    while let Some(KeyPart { tile: work_tile, part }) = if ahead { next } else { tiles.next() } {
         if ahead {
             next = tiles.next();
         }
@@ -208,6 +208,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
             let pairs = p.second.pairs(&shape);
             let keys = KvBlock { pair: pairs_left, ..key_block(&shape, smem.block_n, &work_tile) };
             let blocks = QueryBlocks::<M, S::Pairs>::new(&shape, pairs, smem.block_m, smem.block_n, &keys);
+            let blocks = blocks.part(&p.sharing, part);
             if S::Pairs::COUNT > 1 && blocks.count() == 0 {
                 continue;
             }
@@ -239,7 +240,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
             }
             dq.count_last();
         }
-        counted = 1 + work_tile.batch * p.shape.heads_kv + work_tile.head;
+        counted = 1 + p.shape.key_head(work_tile.batch, work_tile.head);
         if !ahead {
             dq.count_tile(&mut counted);
         }

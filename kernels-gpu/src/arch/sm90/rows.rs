@@ -1,15 +1,17 @@
 //! The kernels before and after the backward kernel: what it needs of each query row, and dQ from the workspace.
 
+use core::arch::asm;
 use core::arch::nvptx::{_block_idx_x, _grid_dim_x, _thread_idx_x};
 
 use super::barrier::named_sync;
 use super::cta::{self, await_grid_before};
 use super::fragment::Fragment;
 use super::load::{await_count, load_16_bytes, load_f32};
-use super::math::{Packed, shuffle_xor};
+use super::math::{Packed, fresh, shuffle_xor};
 use super::store::{Lines, store_16_bytes, store_f32, store_lines};
+use crate::attention::query_blocks::key_block;
 use crate::attention::row_statistics::{delta, exponent_offset};
-use crate::params::{FinishParams, PrepareParams, quotient};
+use crate::params::{FinishParams, PrepareParams, Strided, quotient};
 use crate::variants::{PREPARE_ROWS, ROW_KERNEL_THREADS, WARPGROUP_ROWS, WARPGROUP_THREADS};
 
 /// Lanes that share a row, each with eight elements at a time.
@@ -28,7 +30,7 @@ pub fn prepare<E: Packed>(p: &PrepareParams) {
     let head = index - batch * p.shape.heads_q;
     // There are no more key heads than query heads.
     let counts = cta == index * ctas && head < p.shape.heads_kv && thread == 0;
-    let counter = p.workspace.tiles_counter(&p.shape, batch, head);
+    let counter = p.workspace.tiles_counter(p.shape.key_head(batch, head));
     // SAFETY: a counter of the workspace, which no other CTA sets. 0.0 has the bits of 0.
     unsafe { store_f32(counts, counter, 0.0) };
     let first = (cta - index * ctas) * PREPARE_ROWS + thread / LANES;
@@ -84,17 +86,21 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
 }
 
 /// Turns 64 rows of the workspace's dQ into rows of the tensor; each warpgroup half of the columns, as the threads of the
-/// backward kernel added them.
+/// backward kernel added them. CTAs behind those for dQ add up parts of dK and dV.
 ///
 /// It runs on multiprocessors that the backward kernel has left while others are still at its last work tiles. CTAs of
 /// this kernel start only when all of that one run or are done, so none of those that they wait for needs their place.
 #[inline(always)]
-pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams) {
+pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
     // SAFETY: reads special registers.
     let (thread, cta) = unsafe { (_thread_idx_x() as u32, _block_idx_x() as u32) };
     let (part, thread) = (thread / WARPGROUP_THREADS, thread % WARPGROUP_THREADS);
     let head_dim = 2 * 8 * Q8 as u32;
     let blocks = quotient(p.workspace.rows, WARPGROUP_ROWS);
+    let ctas = p.shape.batch * p.shape.heads_q * blocks;
+    if cta >= ctas {
+        return add_parts::<E>(p, (head_dim, block_n), cta - ctas);
+    }
     let head_index = quotient(cta, blocks);
     let row = (cta - head_index * blocks) * WARPGROUP_ROWS;
     let batch = quotient(head_index, p.shape.heads_q);
@@ -113,18 +119,83 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams) {
     unsafe { store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape) };
 }
 
-/// Waits until all work tiles have added what they have to a head's dQ. The last CTA waits for the whole backward kernel
-/// instead: who waits for this grid then finds dK and dV, too.
+/// Columns that a warpgroup adds up parts of, eights.
+const PART_N8: usize = 4;
+
+/// Adds up the parts of 64 rows of dK or dV, of a work tile that was taken in parts, in their order: of each half of the
+/// columns as many as a warpgroup takes.
+#[inline(always)]
+fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index: u32) {
+    // SAFETY: reads a special register.
+    let thread = unsafe { _thread_idx_x() } as u32;
+    let (half, thread) = (thread / WARPGROUP_THREADS, thread % WARPGROUP_THREADS);
+    let columns = 8 * PART_N8 as u32;
+    let (chunks, blocks) = (head_dim / 2 / columns, block_n / WARPGROUP_ROWS);
+    let (index, chunk) = (index / chunks, index % chunks);
+    let (index, block) = (index / blocks, index % blocks);
+    let (tile, gradient) = (index / 2, index % 2);
+    let keys = key_block(&p.shape, block_n, &p.order.tile(p.sharing.from + tile));
+    let column = half * head_dim / 2 + chunk * columns;
+    // Of 64 rows, eight columns lie after eight, sixteen bytes of each thread in turn.
+    let first = block * WARPGROUP_ROWS * head_dim + column * WARPGROUP_ROWS;
+    let elements = block_n * head_dim;
+    let address = p.workspace.part(tile * p.sharing.parts.value, gradient, elements) + (4 * first + 16 * thread) as u64;
+    await_grid_before();
+    let load = |part: u32| {
+        let address = address + part as u64 * (2 * 4 * elements) as u64;
+        // SAFETY: this thread's elements of a slot, which the backward kernel has filled.
+        [0, 1, 2, 3].map(|group| unsafe { load_16_bytes(address + group * (16 * WARPGROUP_THREADS) as u64) })
+    };
+    let mut sum = Fragment([[0.0; 4]; PART_N8]);
+    let parts = p.sharing.parts.value;
+    for first in (0..parts).step_by(2) {
+        // Two at once. ptxas would take more, and for them registers from all CTAs.
+        // SAFETY: no instruction.
+        unsafe { asm!(".pragma \"nounroll\";", options(nostack)) };
+        let second = first + 1;
+        let [x, y] = [load(first), load(second.min(parts - 1))];
+        for group in 0..PART_N8 {
+            for i in 0..4 {
+                sum.0[group][i] += f32::from_bits(x[group][i]);
+                if second < parts {
+                    sum.0[group][i] += f32::from_bits(y[group][i]);
+                }
+            }
+        }
+    }
+    let to = choose(gradient, &p.dk, &p.dv);
+    let row = keys.n_block * block_n + block * WARPGROUP_ROWS;
+    let at = Lines { batch: keys.batch, head: keys.head, row, column };
+    // SAFETY: the host has checked the tensors, of which these rows and columns belong to this warpgroup.
+    unsafe { store_lines(&sum.pack::<E>(), &to, at, p.shape.seqlen_k, &p.shape) };
+}
+
+/// The first, 0, or the second, 1, of two tensors, by arithmetic: a choice between two addresses of parameters would have them
+/// copied to memory.
+#[inline(always)]
+fn choose(second: u32, a: &Strided, b: &Strided) -> Strided {
+    let mask = fresh(second.wrapping_neg()) as i32 as i64;
+    let of = |a: i64, b: i64| a ^ (a ^ b) & mask;
+    Strided {
+        address: of(a.address as i64, b.address as i64) as u64,
+        stride_batch: of(a.stride_batch, b.stride_batch),
+        stride_head: of(a.stride_head, b.stride_head),
+        stride_row: of(a.stride_row, b.stride_row),
+    }
+}
+
+/// Waits until all work tiles have added what they have to a head's dQ. Where some may have been taken in parts, and in the
+/// last CTA, it waits for the whole backward kernel instead: who waits for this grid then finds dK and dV, too.
 #[inline(always)]
 fn await_dq(p: &FinishParams, batch: u32, head: u32, cta: u32) {
     // SAFETY: reads special registers.
     let (thread, ctas) = unsafe { (_thread_idx_x() as u32, _grid_dim_x() as u32) };
-    if cta + 1 == ctas {
+    let key_head = p.shape.key_head(batch, quotient(head, p.shape.group()));
+    if cta + 1 == ctas || key_head >= p.shared_head {
         await_grid_before();
     } else if thread == 0 {
-        let counter = p.workspace.tiles_counter(&p.shape, batch, quotient(head, p.shape.group()));
         // SAFETY: a counter of the workspace.
-        unsafe { await_count(counter, p.key_blocks) };
+        unsafe { await_count(p.workspace.tiles_counter(key_head), p.key_blocks) };
     }
     // What one thread has acquired is for all.
     named_sync(cta::CTA, ROW_KERNEL_THREADS);
