@@ -8,7 +8,7 @@
 //!
 //! The 32 weights are those of a tile of 16 queries × 32 keys that fragments of both passes, whose rows are queries or
 //! keys, find in few threads. The call is that of (i/16, j/32) and, within the tile, of ((i mod 8)/2, (j mod 8)/2); its
-//! word is 2·((i + j/32) mod 2) + j/8 mod 2, of which [`bytes`] takes what belongs to the half j/16 mod 2 of the tile; the
+//! word is 2·((i + j/32) mod 2) + j/8 mod 2, of which `bytes` takes what belongs to the half j/16 mod 2 of the tile; the
 //! byte is 2·(j mod 2) + i/8 mod 2. Words are rotated right by one, so that bytes 1 and 3 are what comparisons of two f16
 //! see when they ignore signs.
 //!
