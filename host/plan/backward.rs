@@ -51,7 +51,6 @@ pub struct BackwardPlan {
     determinism: Determinism,
     variant: &'static BackwardVariant,
     work_tiles: u32,
-    grid: u32,
     /// How CTAs take the work tiles; of no meaning where there are none.
     pub(crate) order: TileOrder,
     /// Which of them are taken in parts.
@@ -132,11 +131,10 @@ impl BackwardPlan {
         let idle = problem.batch == 0 || problem.seqlen_q == 0 && problem.seqlen_k == 0;
         let workspace =
             if idle { WorkspaceLayout::default() } else { WorkspaceLayout::new(variant, &shape, slots, exact)? };
-        let grid = sharing.ctas;
         let order = match determinism {
             _ if work_tiles == 0 => TileOrder::default(),
-            Determinism::Fast => variant.order(&shape, dist_threshold, grid),
-            Determinism::Exact => variant.exact_order(&shape, grid),
+            Determinism::Fast => variant.order(&shape, dist_threshold, sharing.ctas),
+            Determinism::Exact => variant.exact_order(&shape, sharing.ctas),
         };
         Ok(BackwardPlan {
             problem: *problem,
@@ -148,7 +146,6 @@ impl BackwardPlan {
             determinism,
             variant,
             work_tiles,
-            grid,
             order,
             sharing,
             workspace,
@@ -216,7 +213,7 @@ impl BackwardPlan {
 
     /// CTAs of the main kernel's persistent grid. 0 where there is nothing to launch.
     pub fn grid(&self) -> u32 {
-        self.grid
+        self.sharing.ctas
     }
 
     /// Threads of a CTA of the main kernel.
@@ -275,7 +272,7 @@ impl fmt::Display for BackwardPlan {
         write!(
             f,
             " on {} CTAs of {} threads, {} bytes of shared memory, {} bytes of workspace",
-            self.grid,
+            self.grid(),
             self.block(),
             self.smem_bytes(),
             self.workspace_bytes(),

@@ -3,8 +3,8 @@
 //! A weight has a random byte, of which t in 256 drop it. One call of Philox gives four words, and so four times eight
 //! nibbles: the upper halves of the bytes of 32 weights, one each. The lower half of a weight's byte is the sum, by
 //! exclusive or, of the three nibbles that the other words have in one place. So every byte is uniform, and the bytes of any
-//! three weights are independent of each other; four can be dependent, as in the extended Hamming code, but only by what an
-//! upper half leaves open, for t in 16 weights at most.
+//! three weights are independent of each other; four can be dependent, as in the extended Hamming code, but only where an
+//! upper half leaves open whether its weight is kept: for one of its sixteen values.
 //!
 //! The 32 weights are those of a tile of 16 queries × 32 keys that fragments of both passes, whose rows are queries or
 //! keys, find in few threads. The call is that of (i/16, j/32) and, within the tile, of ((i mod 8)/2, (j mod 8)/2); its

@@ -127,21 +127,29 @@ impl TileOrder {
     #[inline(always)]
     pub fn tile(&self, index: u32) -> WorkTile {
         let (section, within) = self.section_tiles.divide(index);
-        let heads = if section + 1 == self.sections { self.last_section } else { self.section };
+        let heads = self.heads_of(section);
         let (from_last, place) = heads.divide(within);
         let (batch, head) = self.heads_q.divide(section * self.section.value + place);
-        // The last section runs from its last m_block to the first, the one before it the other way, and so on.
-        let descending = (self.sections - section) & 1 | self.one_way == 1;
-        let m_block = if descending { self.m_blocks - 1 - from_last } else { from_last };
+        let m_block = if self.descends(section) { self.m_blocks - 1 - from_last } else { from_last };
         WorkTile { batch, head, m_block }
+    }
+
+    #[inline(always)]
+    fn heads_of(&self, section: u32) -> Divisor {
+        if section + 1 == self.sections { self.last_section } else { self.section }
+    }
+
+    /// The last section runs from its last m_block to the first, the one before it the other way, and so on.
+    #[inline(always)]
+    fn descends(&self, section: u32) -> bool {
+        (self.sections - section) & 1 | self.one_way == 1
     }
 
     /// The index of a work tile, the other way round.
     pub fn index(&self, tile: &WorkTile) -> u32 {
         let (section, place) = self.section.divide(tile.batch * self.heads_q.value + tile.head);
-        let heads = if section + 1 == self.sections { self.last_section } else { self.section };
-        let descending = (self.sections - section) & 1 | self.one_way == 1;
-        let from_last = if descending { self.m_blocks - 1 - tile.m_block } else { tile.m_block };
+        let heads = self.heads_of(section);
+        let from_last = if self.descends(section) { self.m_blocks - 1 - tile.m_block } else { tile.m_block };
         section * self.section_tiles.value + from_last * heads.value + place
     }
 

@@ -9,8 +9,8 @@ use crate::tile::lane::Lane;
 /// The sign of an f32.
 const SIGN: u32 = 1 << 31;
 
-/// The bytes of each eight columns; two neighbours share them. Where rows are keys, only the top bit
-/// of a byte is left, which says whether the weight is kept.
+/// The bytes of each eight columns; two neighbours share them. Where rows are keys, only the top bit of a byte is left, which
+/// says whether the weight is kept.
 #[derive(Clone, Copy)]
 pub struct Keep<const N8: usize> {
     bytes: [Bytes; N8],

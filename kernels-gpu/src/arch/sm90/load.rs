@@ -124,8 +124,20 @@ pub unsafe fn wait_turn(address: u64, turn: u32) {
     let mut count = 0u32;
     while count < turn {
         // SAFETY: the caller's promise.
-        unsafe { asm!("ld.acquire.gpu.global.u32 {0}, [{1}];", out(reg32) count, in(reg64) address, options(nostack)) }
+        count = unsafe { count_at(address) };
     }
+}
+
+/// The counter at `address`; what was written before it was increased is visible then.
+///
+/// # Safety
+/// As [`wait_turn`].
+#[inline(always)]
+unsafe fn count_at(address: u64) -> u32 {
+    let count: u32;
+    // SAFETY: the caller's promise.
+    unsafe { asm!("ld.acquire.gpu.global.u32 {0}, [{1}];", out(reg32) count, in(reg64) address, options(nostack)) }
+    count
 }
 
 /// As [`wait_turn`], where that may take long: sleeps in between.
@@ -134,13 +146,8 @@ pub unsafe fn wait_turn(address: u64, turn: u32) {
 /// As [`wait_turn`].
 #[inline(always)]
 pub unsafe fn await_count(address: u64, count: u32) {
-    loop {
-        let found: u32;
-        // SAFETY: the caller's promise.
-        unsafe { asm!("ld.acquire.gpu.global.u32 {0}, [{1}];", out(reg32) found, in(reg64) address, options(nostack)) }
-        if found >= count {
-            return;
-        }
+    // SAFETY: the caller's promise.
+    while unsafe { count_at(address) } < count {
         // SAFETY: no operands but a time, in nanoseconds.
         unsafe { asm!("nanosleep.u32 200;", options(nostack)) }
     }

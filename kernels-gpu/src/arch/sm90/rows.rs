@@ -1,4 +1,5 @@
-//! The kernels before and after the backward kernel: what it needs of each query row, and dQ from the workspace.
+//! The kernels before and after the backward kernel: what it needs of each query row, and dQ from the
+//! workspace, with the parts of dK and dV that are there.
 
 use core::arch::asm;
 use core::arch::nvptx::{_block_idx_x, _grid_dim_x, _thread_idx_x};
