@@ -155,7 +155,9 @@ impl Variant {
     /// scores that the busiest one computes. Piecewise attention has a threshold.
     pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> (TileOrder, u64) {
         let (block_m, block_n) = (self.block_m(), self.block_n);
-        let (order, blocks) = TileOrder::balanced(shape, block_m, ctas, |m_block| {
+        // K and V.
+        let group_bytes = 2 * 2 * shape.seqlen_k as u64 * shape.head_dim as u64;
+        let (order, blocks) = TileOrder::balanced(shape, block_m, ctas, group_bytes, |m_block| {
             self.mask.visits(shape, dist_threshold, m_block, (block_m, block_n))
         });
         // Two consumers hide less of each other's softmax than three, and a step's fixed cost weighs less in a larger one.

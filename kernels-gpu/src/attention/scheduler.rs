@@ -10,7 +10,7 @@
 use super::divisor::Divisor;
 use crate::params::Shape;
 
-/// Bytes of K and V that a section may hold, when it is more than one group of heads: most of an H200's 60 MB of L2.
+/// Bytes that a section may want in L2, when it is more than one group of heads: most of an H200's 60 MB.
 const SECTION_BYTES: u64 = 40 << 20;
 /// Tiles that are dealt out on trial; what more of them would show is small beside it.
 const TRIAL_TILES: u32 = 8192;
@@ -69,9 +69,15 @@ impl TileOrder {
         TileOrder { one_way: 1, ..self }
     }
 
-    /// The order in which `ctas` CTAs finish soonest, where m_block i takes `blocks(i)` steps of the mainloop; and how many
-    /// steps the busiest one takes.
-    pub fn balanced(shape: &Shape, block_m: u32, ctas: u32, blocks: impl Fn(u32) -> u32) -> (Self, u64) {
+    /// The order in which `ctas` CTAs finish soonest, where m_block i takes `blocks(i)` steps of the mainloop, and the work
+    /// tiles of a group of heads have `group_bytes` in common; and how many steps the busiest one takes.
+    pub fn balanced(
+        shape: &Shape,
+        block_m: u32,
+        ctas: u32,
+        group_bytes: u64,
+        blocks: impl Fn(u32) -> u32,
+    ) -> (Self, u64) {
         let group = shape.group().max(1);
         let smallest = Self::new(shape, block_m, group);
         let tiles = smallest.tiles() as u64;
@@ -87,7 +93,6 @@ impl TileOrder {
         let heads = shape.batch * shape.heads_q;
         let even = (all as u128 * heads as u128 / ctas as u128) as u64;
         let scale = |(busiest, tried): (u64, u64)| (busiest as u128 * tiles as u128 / tried as u128) as u64;
-        let group_bytes = 4 * shape.seqlen_k as u64 * shape.head_dim as u64;
         let mut best = (smallest, scale(smallest.trial(ctas, cost)));
         for groups in [2, 3, 4, 6, 7, 8, 12, 16, 24, 32] {
             let even_enough = best.1 * 100 <= even * 102;
@@ -210,11 +215,14 @@ mod tests {
     fn shape(batch: u32, heads_q: u32, heads_kv: u32, seqlen: u32) -> Shape {
         Shape { batch, heads_q, heads_kv, seqlen_q: seqlen, seqlen_k: seqlen, head_dim: 128 }
     }
+    fn kv_bytes(shape: &Shape) -> u64 {
+        4 * shape.seqlen_k as u64 * shape.head_dim as u64
+    }
 
     #[test]
     fn every_tile_once_whatever_the_grid() {
         for s in [shape(1, 1, 1, 1), shape(2, 6, 2, 700), shape(3, 5, 5, 40_000), shape(1, 71, 1, 129)] {
-            let (order, _) = TileOrder::balanced(&s, 128, 132, |m_block| m_block + 1);
+            let (order, _) = TileOrder::balanced(&s, 128, 132, kv_bytes(&s), |m_block| m_block + 1);
             assert!((0..order.tiles()).all(|index| order.index(&order.tile(index)) == index));
             for ctas in [1, 2, 7, 132].into_iter().filter(|&c| c <= order.tiles()) {
                 let mut seen: Vec<WorkTile> = (0..ctas).flat_map(|cta| CtaTiles::new(&order, cta, ctas)).collect();
@@ -243,7 +251,7 @@ mod tests {
         for (batch, heads, seqlen, block_m) in [(2, 8, 16384, 128), (8, 32, 4096, 192), (8, 16, 4096, 128)] {
             let s = shape(batch, heads, heads, seqlen);
             let blocks = |m_block: u32| ((m_block + 1) * block_m).div_ceil(128);
-            let (order, time) = TileOrder::balanced(&s, block_m, 132, blocks);
+            let (order, time) = TileOrder::balanced(&s, block_m, 132, kv_bytes(&s), blocks);
             let loads: Vec<u64> = (0..132)
                 .map(|cta| CtaTiles::new(&order, cta, 132).map(|tile| blocks(tile.m_block) as u64 + 1).sum())
                 .collect();

@@ -61,7 +61,9 @@ impl BackwardVariant {
     /// in [`TileOrder`] are query tiles of one query head. Piecewise attention has a threshold.
     pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> TileOrder {
         let n_blocks = shape.seqlen_k.div_ceil(self.block_n);
-        TileOrder::balanced(&self.keys(shape), self.block_n, ctas, |index| {
+        // Q and dO, and in f32 dQ.
+        let group_bytes = (2 + 2 + 4) * shape.group() as u64 * shape.seqlen_q as u64 * shape.head_dim as u64;
+        TileOrder::balanced(&self.keys(shape), self.block_n, ctas, group_bytes, |index| {
             self.mask.met(shape, dist_threshold, n_blocks - 1 - index, (self.block_m, self.block_n)) * shape.group()
         })
         .0

@@ -44,7 +44,8 @@ impl TotalVariant {
         let n_blocks = shape.seqlen_k.div_ceil(block_n);
         // The keys in the place of the queries.
         let keys = Shape { seqlen_q: shape.seqlen_k, ..*shape };
-        TileOrder::balanced(&keys, block_n, ctas, |index| {
+        let q_bytes = 2 * shape.group() as u64 * shape.seqlen_q as u64 * shape.head_dim as u64;
+        TileOrder::balanced(&keys, block_n, ctas, q_bytes, |index| {
             let first_key = (n_blocks - 1 - index) * block_n;
             let blocks = match self.mask {
                 MaskKind::None => MBlocks::plain::<Full>(shape, first_key, block_n, self.block_m),
