@@ -53,10 +53,20 @@ pub trait Warpgroup: Sized {
     fn zip_with<const N8: usize>(&self, x: &mut Self::Acc<N8>, y: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32);
     /// `f(x, r)` for every element x and its row's r.
     fn map_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, rows: Self::Rows, f: impl Fn(f32, f32) -> f32);
+    /// The same for the left or right half of the columns, 0 or 1.
+    fn map_half<const N8: usize>(
+        &self,
+        x: &mut Self::Acc<N8>,
+        half: usize,
+        rows: Self::Rows,
+        f: impl Fn(f32, f32) -> f32,
+    );
     /// Multiplies each row by its factor; looks first whether any is not 1, where told to.
     fn scale_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, factors: Self::Rows, look: bool);
     /// Folds each row's elements. Partial: only [`Warpgroup::reduce`] makes it the whole row's.
     fn fold<const N8: usize>(&self, x: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
+    /// Folds the elements of the left or right half of each row.
+    fn fold_half<const N8: usize>(&self, x: &Self::Acc<N8>, half: usize, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     /// The largest of each of `rows` and the row's elements. `floats` tells that integers, which find positive ones sooner, are
     /// of no use: many may be −∞, or there is other work for them.
     fn maxima<const N8: usize>(&self, x: &Self::Acc<N8>, rows: Self::Rows, floats: bool) -> Self::Rows;

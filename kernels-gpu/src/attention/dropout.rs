@@ -90,7 +90,7 @@ impl Rows {
 }
 
 /// The random bytes of what a thread holds of a 16 × 16 tile, in the places that [`Rows::byte`] names; where rows are
-/// queries, rotated right by one.
+/// queries, as [`in_sight`] takes them.
 pub type Bytes = [u32; 2];
 
 /// The call that a query or key takes part in, counted along it: four to a tile.
@@ -108,8 +108,14 @@ const fn decides(i: u32, j: u32) -> (usize, u32, usize) {
 /// words. A nibble is the upper half of a byte for one half of the keys, and in the lower ones for the other.
 #[inline(always)]
 fn bytes(word: u32, parity: u32, half: u32, turn: u32) -> u32 {
+    nibbles(word, parity, half).rotate_left(4 * half + turn)
+}
+
+/// The same, not rotated.
+#[inline(always)]
+fn nibbles(word: u32, parity: u32, half: u32) -> u32 {
     let lower = 0x8787_8787 ^ half.wrapping_neg();
-    (word ^ parity & lower).rotate_left(4 * half + turn)
+    word ^ parity & lower
 }
 
 /// The sum of a call's words, by exclusive or.
@@ -118,11 +124,24 @@ fn parity([a, b, c, d]: [u32; 4]) -> u32 {
     a ^ b ^ c ^ d
 }
 
-/// The bytes of 16 × 32 weights, rotated right by one, for each half of the columns, from their words and the call's
+/// The bytes of 16 × 32 weights for each half of the columns, as [`in_sight`] takes them, from their words and the call's
 /// parity; rows are queries.
 #[inline(always)]
 pub fn halves([a, b, parity]: [u32; 3]) -> [Bytes; 2] {
-    [0, 1].map(|half| [a, b].map(|word| bytes(word, parity, half, 0)))
+    [0, 1].map(|half| [a, b].map(|word| nibbles(word, parity, half)))
+}
+
+/// What one of the [`halves`] has for the upper rows or the lower, in bits 7 to 14 of each half word, where comparisons see
+/// it. A shift does for one of the rotations: what it loses is not compared, and it is a product, which integer units
+/// need not do.
+#[inline(always)]
+pub fn in_sight(nibbles: u32, half: usize, lower: usize) -> u32 {
+    match (half, lower) {
+        (0, 0) => nibbles.rotate_left(8),
+        (0, _) => nibbles,
+        (_, 0) => nibbles.rotate_left(12),
+        (_, _) => nibbles << 4,
+    }
 }
 
 /// `b` where a lane's rows are odd, `a` elsewhere: by arithmetic, because a branch by lane could take shuffles with it.
@@ -225,11 +244,15 @@ impl Dropout {
     /// the second where they are odd.
     #[inline(always)]
     fn words_at(&self, at: &Place, lane: Lane, pair: u32) -> [u32; 4] {
-        let columns = if at.rows == Rows::Queries { KEYS } else { QUERIES };
+        if at.rows == Rows::Queries {
+            // Calls are counted along rows and columns as lanes are: eight lanes share two rows, and so a call's, and their
+            // calls are all that two tiles have there.
+            let [i, j] = [at.row / 4 + lane.thread / 8, at.column / 8 + 8 * pair + lane.thread % 8];
+            return self.philox.at([i, j, at.head, self.offset]);
+        }
         let row = at.row + lane.row(0);
-        let column = at.column + columns * (2 * pair + lane.row(0) % 2) + lane.column;
-        let [i, j] = if at.rows == Rows::Queries { [row, column] } else { [column, row] };
-        self.words(at.head, i, j)
+        let column = at.column + QUERIES * (2 * pair + lane.row(0) % 2) + lane.column;
+        self.words(at.head, column, row)
     }
 
     /// That call where rows are queries, a pair has 64 columns: what [`halves`] takes.
@@ -275,6 +298,12 @@ mod tests {
         }
     }
 
+    /// The four bytes that comparisons see.
+    fn joined(nibbles: u32, half: usize) -> u32 {
+        let [upper, lower] = [0, 1].map(|lower| in_sight(nibbles, half, lower) >> 7 & 0x00ff_00ff);
+        upper | lower << 8
+    }
+
     /// All 128 threads of a warpgroup, exchange included, against the definition.
     #[test]
     fn threads_find_what_is_kept() {
@@ -297,7 +326,9 @@ mod tests {
                                 tiles
                                     .as_flattened()
                                     .iter()
-                                    .map(|x| x.map(|x| dropout.compare(x.rotate_left(1))))
+                                    .enumerate()
+                                    .map(|(sixteen, x)| x.map(|x| joined(x, sixteen % 2)))
+                                    .map(|x| x.map(|x| dropout.compare(x)))
                                     .collect()
                             }
                             Rows::Keys => {

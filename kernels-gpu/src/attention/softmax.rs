@@ -17,6 +17,21 @@ pub struct Softmax<W: Warpgroup> {
     c: f32,
 }
 
+/// What a new maximum changes: what exponents take away, and the factor for earlier P.
+pub struct Raised<W: Warpgroup> {
+    offset: W::Rows,
+    pub correction: W::Rows,
+}
+
+impl<W: Warpgroup> Clone for Raised<W> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W: Warpgroup> Copy for Raised<W> {}
+
 /// m·c, or 0 for a row without a live key.
 #[inline(always)]
 fn exponent_offset(m: f32, c: f32) -> f32 {
@@ -33,18 +48,50 @@ impl<W: Warpgroup> Softmax<W> {
     /// to the new maximum. `floats` tells how to take it ([`Warpgroup::maxima`]).
     #[inline(always)]
     pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, floats: bool) -> W::Rows {
+        let raised = self.raise(wg, s, floats);
+        self.exponents(wg, s, raised);
+        raised.correction
+    }
+
+    /// The first half of [`Softmax::step`].
+    #[inline(always)]
+    pub fn raise<const N8: usize>(&mut self, wg: &W, s: &W::Acc<N8>, floats: bool) -> Raised<W> {
         let c = self.c;
         let m = wg.maxima(s, self.m, floats);
         let offset = wg.zip(m, m, |m, _| exponent_offset(m, c));
         // From rounded offset to rounded offset, so that it is exactly 1 while the maximum stays.
         let correction = wg.zip(self.m, offset, |old, offset| W::exp2(old * c - offset));
+        self.m = m;
+        Raised { offset, correction }
+    }
+
+    /// The second half of [`Softmax::step`]: S → P, and l.
+    #[inline(always)]
+    pub fn exponents<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, Raised { offset, correction }: Raised<W>) {
+        let c = self.c;
         wg.map_rows(s, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
         // The block by itself first: a long row's l is too large to take small terms one by one.
         let block = wg.fold(s, |a, p| a + p);
         let l = wg.zip(self.l, correction, |l, a| l * a);
         self.l = wg.zip(l, block, |l, b| l + b);
-        self.m = m;
-        correction
+    }
+
+    /// As [`Softmax::exponents`], for the left half of the columns, and then, by another call, for the right.
+    #[inline(always)]
+    pub fn half_the_exponents<const N8: usize>(
+        &mut self,
+        wg: &W,
+        s: &mut W::Acc<N8>,
+        Raised { offset, correction }: Raised<W>,
+        half: usize,
+    ) {
+        let c = self.c;
+        wg.map_half(s, half, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
+        let part = wg.fold_half(s, half, |a, p| a + p);
+        if half == 0 {
+            self.l = wg.zip(self.l, correction, |l, a| l * a);
+        }
+        self.l = wg.zip(self.l, part, |l, b| l + b);
     }
 
     /// The factor 1/l that normalises O, and the LSE (natural log); a row without a live key gives 0 and −∞.

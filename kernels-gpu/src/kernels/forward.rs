@@ -57,7 +57,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
     /// Whether a look at the corrections, which are 1 where no row's maximum has moved, costs less than what it saves: it
     /// stands between instructions that would mix without it.
     const fn looks_first() -> bool {
-        D8 > 16 || D8 == 16 && R::DROPS
+        D8 > 16 || R::DROPS
     }
 
     /// Whether maxima are better taken as floats: where a mask may hide many scores, or integers have Philox to do.
@@ -108,10 +108,21 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         let mut s = wg.wait::<1, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
-        let correction = self.softmax.step(wg, &mut s, Self::floats(&at)); // S → P; m, l
-        self.o = wg.wait::<0, D8>(o);
-        wg.release_kv(v);
-        wg.scale_rows(&mut self.o, correction, const { Self::looks_first() });
+        if R::DROPS {
+            let raised = self.softmax.raise(wg, &s, Self::floats(&at)); // S → P; m, l
+            // The look at the corrections keeps apart what ptxas would put last otherwise: half the exponentials go with the
+            // calls, half with what they decide.
+            self.softmax.half_the_exponents(wg, &mut s, raised, 0);
+            self.o = wg.wait::<0, D8>(o);
+            wg.release_kv(v);
+            wg.scale_rows(&mut self.o, raised.correction, const { Self::looks_first() });
+            self.softmax.half_the_exponents(wg, &mut s, raised, 1);
+        } else {
+            let correction = self.softmax.step(wg, &mut s, Self::floats(&at)); // S → P; m, l
+            self.o = wg.wait::<0, D8>(o);
+            wg.release_kv(v);
+            wg.scale_rows(&mut self.o, correction, const { Self::looks_first() });
+        }
         self.p = Self::weights(wg, &s, &keep);
     }
 

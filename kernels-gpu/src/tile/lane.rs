@@ -6,6 +6,8 @@
 /// A thread's place in its warpgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lane {
+    /// Which of the 128 threads of a warpgroup it is.
+    pub thread: u32,
     first_row: u32,
     /// Its first column in every group of eight; the second is the next.
     pub column: u32,
@@ -15,7 +17,7 @@ impl Lane {
     /// Of thread `0..128` of a warpgroup.
     #[inline(always)]
     pub fn new(thread: u32) -> Self {
-        Lane { first_row: thread / 32 * 16 + thread % 32 / 4, column: thread % 4 * 2 }
+        Lane { thread, first_row: thread / 32 * 16 + thread % 32 / 4, column: thread % 4 * 2 }
     }
 
     /// The upper (0) or lower (1) of its two rows.

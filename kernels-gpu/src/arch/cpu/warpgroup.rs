@@ -56,6 +56,14 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
             }
         }
     }
+    fn map_half<const N8: usize>(&self, x: &mut Tile<N8>, half: usize, rows: Rows, f: impl Fn(f32, f32) -> f32) {
+        let groups = [0..N8 / 2, N8 / 2..N8][half].clone();
+        for (row, value) in rows.into_iter().enumerate().take(self.live) {
+            for x in x.0[row][groups.clone()].as_flattened_mut() {
+                *x = f(*x, value);
+            }
+        }
+    }
     fn scale_rows<const N8: usize>(&self, x: &mut Tile<N8>, factors: Rows, _: bool) {
         if factors.iter().any(|factor| *factor != 1.0) {
             self.map_rows(x, factors, |x, factor| x * factor);
@@ -69,6 +77,13 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
                 chains
             });
             chains[1..].iter().fold(chains[0], |a, x| f(a, *x))
+        })
+    }
+    fn fold_half<const N8: usize>(&self, x: &Tile<N8>, half: usize, f: impl Fn(f32, f32) -> f32) -> Rows {
+        let groups = [0..N8 / 2, N8 / 2..N8][half].clone();
+        core::array::from_fn(|row| {
+            let x = x.0[row][groups.clone()].as_flattened();
+            x[1..].iter().fold(x[0], |a, x| f(a, *x))
         })
     }
     fn maxima<const N8: usize>(&self, x: &Tile<N8>, rows: Rows, _: bool) -> Rows {

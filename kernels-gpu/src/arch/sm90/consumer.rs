@@ -69,6 +69,20 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         x.map_rows(rows, f);
     }
     #[inline(always)]
+    fn map_half<const N8: usize>(
+        &self,
+        x: &mut Fragment<N8>,
+        half: usize,
+        rows: Rows,
+        f: impl Fn(f32, f32) -> f32,
+    ) {
+        x.map_half(half, rows, f);
+    }
+    #[inline(always)]
+    fn fold_half<const N8: usize>(&self, x: &Fragment<N8>, half: usize, f: impl Fn(f32, f32) -> f32) -> Rows {
+        x.fold_half(half, f)
+    }
+    #[inline(always)]
     fn scale_rows<const N8: usize>(&self, x: &mut Fragment<N8>, factors: Rows, look: bool) {
         if !look || math::any(factors[0] != 1.0 || factors[1] != 1.0) {
             x.map_rows(factors, |x, factor| x * factor);

@@ -3,7 +3,7 @@
 
 use super::fragment::{Fragment, Operand};
 use super::math::{at_least_f16x2, or_and_not, shuffle_xor};
-use crate::attention::dropout::{Bytes, Call, Dropout, Element, Place, Rows, halves, top_bits};
+use crate::attention::dropout::{Bytes, Call, Dropout, Element, Place, Rows, halves, in_sight, top_bits};
 use crate::tile::lane::Lane;
 
 /// The sign of an f32.
@@ -71,8 +71,7 @@ impl<const N8: usize> Keep<N8> {
         for (group, registers) in x.0.iter_mut().enumerate() {
             for (lower, x) in registers.iter_mut().enumerate() {
                 let (word, byte) = self.rows.byte(Element { lower, right: group % 2, odd: 0 });
-                // Bytes 1 and 3 of what lacks a rotation by one are where comparisons see them; 0 and 2 get there by eight.
-                let word = self.bytes[group][word].rotate_left(8 * (1 - byte as u32));
+                let word = in_sight(self.bytes[group][word], group / 2 % 2, byte);
                 *x &= at_least_f16x2(word, self.bound_f16x2) ^ self.flipped;
             }
         }

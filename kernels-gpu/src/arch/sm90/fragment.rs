@@ -65,6 +65,33 @@ impl<const N8: usize> Fragment<N8> {
         }
     }
 
+    /// The same for the left or right half of the columns.
+    #[inline(always)]
+    pub fn map_half(&mut self, half: usize, rows: Rows, f: impl Fn(f32, f32) -> f32) {
+        for (group, registers) in self.0.iter_mut().enumerate() {
+            if (group >= N8 / 2) == (half == 1) {
+                for (i, x) in registers.iter_mut().enumerate() {
+                    *x = f(*x, rows[i / 2]);
+                }
+            }
+        }
+    }
+
+    /// As [`Fragment::fold`], of the left or right half of the columns.
+    #[inline(always)]
+    pub fn fold_half(&self, half: usize, f: impl Fn(f32, f32) -> f32) -> Rows {
+        let first = half * (N8 / 2);
+        let mut chains = self.0[first];
+        for (group, registers) in self.0.iter().enumerate() {
+            if (group >= N8 / 2) == (half == 1) && group != first {
+                for (chain, x) in chains.iter_mut().zip(registers) {
+                    *chain = f(*chain, *x);
+                }
+            }
+        }
+        [f(chains[0], chains[1]), f(chains[2], chains[3])]
+    }
+
     /// Four independent chains, so that none waits for its own last result.
     #[inline(always)]
     pub fn fold(&self, f: impl Fn(f32, f32) -> f32) -> Rows {
