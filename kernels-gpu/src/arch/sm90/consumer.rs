@@ -69,13 +69,7 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         x.map_rows(rows, f);
     }
     #[inline(always)]
-    fn map_half<const N8: usize>(
-        &self,
-        x: &mut Fragment<N8>,
-        half: usize,
-        rows: Rows,
-        f: impl Fn(f32, f32) -> f32,
-    ) {
+    fn map_half<const N8: usize>(&self, x: &mut Fragment<N8>, half: usize, rows: Rows, f: impl Fn(f32, f32) -> f32) {
         x.map_half(half, rows, f);
     }
     #[inline(always)]
