@@ -5,7 +5,7 @@
 //! it the other way, so that lengths never jump. CTAs of the grid take them in turn, in alternating direction: the one
 //! that got the longest tile of a round gets the shortest of the next.
 //!
-//! Small sections keep K and V in L2; which of them also deal the work out evenly is found by trying.
+//! Small sections keep in L2 what their tiles share; which of them also deal the work out evenly is found by trying.
 
 use super::divisor::Divisor;
 use crate::params::Shape;
