@@ -260,4 +260,16 @@ mod tests {
             assert!(time.abs_diff(most) * 20 < most, "{s:?}: {time} estimated, {most} in fact");
         }
     }
+
+    /// A section of more than one group wants no more of L2 than there is, whatever the balance.
+    #[test]
+    fn sections_stay_in_l2() {
+        let s = shape(32, 8, 8, 1024);
+        let sections = [1, 2, 8, 48].map(|mb| {
+            let (order, _) = TileOrder::balanced(&s, 64, 132, mb << 20, |m_block| m_block + 1);
+            assert!(order.section.value == 1 || order.section.value as u64 * (mb << 20) <= SECTION_BYTES, "{mb} MB");
+            order.section.value
+        });
+        assert!(sections[0] > sections[3] && sections[3] == 1, "{sections:?}");
+    }
 }
