@@ -104,18 +104,18 @@ const fn decides(i: u32, j: u32) -> (usize, u32, usize) {
     ((2 * ((i + j / KEYS) % 2) + j / 8 % 2) as usize, j / 16 % 2, (2 * (j % 2) + i / 8 % 2) as usize)
 }
 
-/// What a word has for one half of the keys of a tile, 0 or 1, rotated left by `turn`; `parity` is the sum of the call's
+/// What a word has for one half of the keys of a tile, 0 or 1: bytes, once they are turned; `parity` is the sum of the call's
 /// words. A nibble is the upper half of a byte for one half of the keys, and in the lower ones for the other.
-#[inline(always)]
-fn bytes(word: u32, parity: u32, half: u32, turn: u32) -> u32 {
-    nibbles(word, parity, half).rotate_left(4 * half + turn)
-}
-
-/// The same, not rotated.
 #[inline(always)]
 fn nibbles(word: u32, parity: u32, half: u32) -> u32 {
     let lower = 0x8787_8787 ^ half.wrapping_neg();
     word ^ parity & lower
+}
+
+/// The same, turned to where bytes begin.
+#[inline(always)]
+fn bytes(word: u32, parity: u32, half: u32) -> u32 {
+    nibbles(word, parity, half).rotate_left(4 * half + 1)
 }
 
 /// The sum of a call's words, by exclusive or.
@@ -209,7 +209,7 @@ impl Dropout {
     /// Whether the weight of query `i` for key `j` is kept, by the words of its call.
     fn kept_by(&self, words: [u32; 4], i: u32, j: u32) -> bool {
         let (word, half, byte) = decides(i, j);
-        let byte = bytes(words[word], parity(words), half, 1).to_le_bytes()[byte];
+        let byte = bytes(words[word], parity(words), half).to_le_bytes()[byte];
         (byte as u32 >= self.bound) != (self.flipped != 0)
     }
 
@@ -268,7 +268,7 @@ impl Dropout {
     pub fn kept_call(&self, at: &Place, lane: Lane, pair: u32) -> Call<1> {
         let words = self.words_at(at, lane, pair);
         let (parity, half) = (parity(words), (at.row + lane.row(0)) / 16 % 2);
-        let [a, b, c, d] = words.map(|word| bytes(word, parity, half, 1));
+        let [a, b, c, d] = words.map(|word| bytes(word, parity, half));
         let [even, odd] = [0x5410, 0x7632].map(|bytes| {
             let [first, second] = [select_bytes(a, b, bytes), select_bytes(c, d, bytes)].map(|x| self.compare(x));
             [first ^ (first ^ second >> 1) & !TOP_BITS]

@@ -18,19 +18,7 @@ pub struct Softmax<W: Warpgroup> {
 }
 
 /// What a new maximum changes: what exponents take away, and the factor for earlier P.
-pub struct Raised<W: Warpgroup> {
-    offset: W::Rows,
-    pub correction: W::Rows,
-}
-
-impl<W: Warpgroup> Clone for Raised<W> {
-    #[inline(always)]
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<W: Warpgroup> Copy for Raised<W> {}
+type Raised<W> = (<W as Warpgroup>::Rows, <W as Warpgroup>::Rows);
 
 /// m·c, or 0 for a row without a live key.
 #[inline(always)]
@@ -50,7 +38,7 @@ impl<W: Warpgroup> Softmax<W> {
     pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, floats: bool) -> W::Rows {
         let raised = self.raise(wg, s, floats);
         self.exponents(wg, s, raised);
-        raised.correction
+        raised.1
     }
 
     /// The first half of [`Softmax::step`].
@@ -62,12 +50,12 @@ impl<W: Warpgroup> Softmax<W> {
         // From rounded offset to rounded offset, so that it is exactly 1 while the maximum stays.
         let correction = wg.zip(self.m, offset, |old, offset| W::exp2(old * c - offset));
         self.m = m;
-        Raised { offset, correction }
+        (offset, correction)
     }
 
     /// The second half of [`Softmax::step`]: S → P, and l.
     #[inline(always)]
-    pub fn exponents<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, Raised { offset, correction }: Raised<W>) {
+    pub fn exponents<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, (offset, correction): Raised<W>) {
         let c = self.c;
         wg.map_rows(s, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
         // The block by itself first: a long row's l is too large to take small terms one by one.
@@ -82,7 +70,7 @@ impl<W: Warpgroup> Softmax<W> {
         &mut self,
         wg: &W,
         s: &mut W::Acc<N8>,
-        Raised { offset, correction }: Raised<W>,
+        (offset, correction): Raised<W>,
         half: usize,
     ) {
         let c = self.c;

@@ -108,20 +108,19 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         let mut s = wg.wait::<1, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
+        let raised = self.softmax.raise(wg, &s, Self::floats(&at)); // S → P; m, l
         if R::DROPS {
-            let raised = self.softmax.raise(wg, &s, Self::floats(&at)); // S → P; m, l
-            // The look at the corrections keeps apart what ptxas would put last otherwise: half the exponentials go with the
-            // calls, half with what they decide.
             self.softmax.half_the_exponents(wg, &mut s, raised, 0);
-            self.o = wg.wait::<0, D8>(o);
-            wg.release_kv(v);
-            wg.scale_rows(&mut self.o, raised.correction, const { Self::looks_first() });
-            self.softmax.half_the_exponents(wg, &mut s, raised, 1);
         } else {
-            let correction = self.softmax.step(wg, &mut s, Self::floats(&at)); // S → P; m, l
-            self.o = wg.wait::<0, D8>(o);
-            wg.release_kv(v);
-            wg.scale_rows(&mut self.o, correction, const { Self::looks_first() });
+            self.softmax.exponents(wg, &mut s, raised);
+        }
+        self.o = wg.wait::<0, D8>(o);
+        wg.release_kv(v);
+        wg.scale_rows(&mut self.o, raised.1, const { Self::looks_first() });
+        if R::DROPS {
+            // The look keeps apart what ptxas would put last otherwise: half the exponentials go with the Philox calls, half
+            // with what they decide.
+            self.softmax.half_the_exponents(wg, &mut s, raised, 1);
         }
         self.p = Self::weights(wg, &s, &keep);
     }

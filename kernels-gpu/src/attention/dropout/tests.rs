@@ -112,7 +112,7 @@ fn any_three_bytes_are_independent() {
         let words: [u32; 4] = core::array::from_fn(|word| if bit / 32 == word { 1 << (bit % 32) } else { 0 });
         for (weight, sums) in sums.iter_mut().enumerate() {
             let (word, half, byte) = (weight / 8, weight as u32 / 4 % 2, weight % 4);
-            let found = bytes(words[word], parity(words), half, 1).to_le_bytes()[byte];
+            let found = bytes(words[word], parity(words), half).to_le_bytes()[byte];
             for (i, sum) in sums.iter_mut().enumerate() {
                 *sum |= ((found >> i & 1) as u128) << bit;
             }
