@@ -4,6 +4,8 @@
 //! `cargo test --features cuda --no-run`, the binary also runs on a machine without Rust.
 
 mod common;
+#[path = "gpu/first_tiles.rs"]
+mod first_tiles;
 #[path = "gpu/graph.rs"]
 mod graph;
 #[path = "gpu/parts.rs"]
@@ -115,6 +117,10 @@ fn main() {
         let name = format!("work tiles in parts, head dim {head_dim}");
         trials.push(test(&name, Box::new(move |cuda| parts::backward(cuda, head_dim))));
     }
+    for head_dim in [128, 256] {
+        let name = format!("work tiles that store dQ, head dim {head_dim}");
+        trials.push(test(&name, Box::new(move |cuda| first_tiles::backward(cuda, head_dim))));
+    }
     trials.extend(piecewise::tests().into_iter().map(|(name, run)| test(&name, run)));
     trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));
     trials.push(test("random cases backward", Box::new(random_cases_backward)));
@@ -152,6 +158,7 @@ fn main() {
         trials.push(test(&name, Box::new(move |cuda| graph::backward(cuda, determinism))));
     }
     trials.push(test("exact passes on two streams", Box::new(graph::two_streams)));
+    trials.push(test("work tiles that store dQ, beside another launch", Box::new(graph::beside_another)));
     let conclusion = libtest_mimic::run(&arguments, trials);
     if let Some(cuda) = &cuda {
         cuda.synchronize().expect("no launch has failed unseen");

@@ -138,6 +138,7 @@ impl RawBackward {
             shape: plan.problem().kernel_shape(),
             head_dim: plan.variant().head_dim,
             pairs: plan.variant().op.pairs(),
+            zeroed_heads: plan.first.zeroed,
         }
     }
 
@@ -163,6 +164,7 @@ impl RawBackward {
             shape: plan.problem().kernel_shape(),
             order: plan.order,
             sharing: plan.sharing,
+            first: plan.first,
         }
     }
 
@@ -181,6 +183,7 @@ impl RawBackward {
             dv: self.dv.strided(),
             order: plan.order,
             sharing: plan.sharing,
+            first: plan.first,
         };
         let second = self.second.as_ref().map(|second| finish(1, &second.gradients.q));
         [finish(0, &self.dq)].into_iter().chain(second)

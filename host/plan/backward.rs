@@ -3,7 +3,7 @@
 use std::fmt;
 
 use kernels_gpu::{
-    attention::{dropout::Dropout as Launched, key_parts::Sharing, scheduler::TileOrder},
+    attention::{dropout::Dropout as Launched, first_tiles::FirstTiles, key_parts::Sharing, scheduler::TileOrder},
     variants::{self, BackwardVariant, Op, PREPARE_ROWS, WARPGROUP_ROWS},
 };
 
@@ -55,6 +55,8 @@ pub struct BackwardPlan {
     pub(crate) order: TileOrder,
     /// Which of them are taken in parts.
     pub(crate) sharing: Sharing,
+    /// Which of them store dQ.
+    pub(crate) first: FirstTiles,
     /// All zeros where there is nothing to do.
     pub(crate) workspace: WorkspaceLayout,
 }
@@ -136,6 +138,10 @@ impl BackwardPlan {
             Determinism::Fast => variant.order(&shape, dist_threshold, sharing.ctas),
             Determinism::Exact => variant.exact_order(&shape, sharing.ctas),
         };
+        let first = match (dist_threshold, launched, determinism) {
+            (None, None, Determinism::Fast) => variant.first_tiles(&shape, &order, sharing.ctas),
+            _ => FirstTiles::none(shape.batch * shape.heads_kv),
+        };
         Ok(BackwardPlan {
             problem: *problem,
             mask,
@@ -148,6 +154,7 @@ impl BackwardPlan {
             work_tiles,
             order,
             sharing,
+            first,
             workspace,
         })
     }
@@ -268,6 +275,9 @@ impl fmt::Display for BackwardPlan {
         write!(f, "launch: {} work tiles", self.work_tiles)?;
         if let (shared @ 1.., _) = self.shared() {
             write!(f, ", the last {shared} in {} parts each,", self.sharing.parts.value)?;
+        }
+        if self.first.zeroed < self.first.heads {
+            write!(f, ", zeros for dQ of the first {} of {} key heads,", self.first.zeroed, self.first.heads)?;
         }
         write!(
             f,

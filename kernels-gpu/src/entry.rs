@@ -15,6 +15,7 @@ use crate::arch::sm90::rows;
 use crate::arch::sm90::total_offsets::produce_offsets;
 use crate::arch::sm90::total_producer;
 use crate::attention::dropping::{Dropping, NoDropout};
+use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::{KeyParts, Sharing};
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::scheduler::CtaTiles;
@@ -159,9 +160,10 @@ fn backward<
     cta::let_next_grid_start();
     // SAFETY: reads special registers.
     let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
+    let first = if const { FirstTiles::is_for::<S::Pairs, R>(8 * D8 as u32) } { Some(&p.first) } else { None };
     let tiles = match const { Sharing::is_for::<M, S::Pairs>() } {
-        true => KeyParts::new(&p.order, Some(&p.sharing), cta, p.sharing.ctas),
-        false => KeyParts::new(&p.order, None, cta, ctas),
+        true => KeyParts::new(&p.order, Some(&p.sharing), first, cta, p.sharing.ctas),
+        false => KeyParts::new(&p.order, None, first, cta, ctas),
     };
     let role = cta::role();
     match role {

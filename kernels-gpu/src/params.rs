@@ -4,6 +4,7 @@
 //! [`TensorMap`], which the copy engine reads; on the CPU executor a plain [`Strided`] address.
 
 use crate::attention::dropout::Dropout;
+use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::Sharing;
 use crate::attention::pairs::{ByDistance, OnePair, Pairs};
 use crate::attention::scheduler::TileOrder;
@@ -223,6 +224,8 @@ pub struct BackwardParams<T, S = ()> {
     pub order: TileOrder,
     /// Which of them are taken in parts.
     pub sharing: Sharing,
+    /// Which of them store dQ.
+    pub first: FirstTiles,
 }
 
 /// What the kernels of a backward pass hand to each other, by addresses.
@@ -240,6 +243,8 @@ pub struct Workspace {
     pub turns: u64,
     /// u32 (batch, heads_kv): how many work tiles of a key head have added all that they have to dQ.
     pub tiles: u64,
+    /// u32 (batch, heads_kv): who gives dQ of a key head its first values, in a code of the machine's own.
+    pub first: u64,
     /// f32 (slots, {dK, dV}, block of keys, compiled head_dim): what parts of work tiles contribute, each gradient in an order
     /// of the machine's own.
     pub parts: u64,
@@ -257,6 +262,11 @@ impl Workspace {
     #[inline(always)]
     pub fn tiles_counter(&self, key_head: u32) -> u64 {
         self.tiles + 4 * key_head as u64
+    }
+    /// Address of what says who gives a key head's dQ its first values.
+    #[inline(always)]
+    pub fn first_values(&self, key_head: u32) -> u64 {
+        self.first + 4 * key_head as u64
     }
     /// Address of what the part in a slot contributes to dK, 0, or dV, 1, which have so many elements each.
     #[inline(always)]
@@ -281,6 +291,8 @@ pub struct PrepareParams {
     pub head_dim: u32,
     /// Pairs of Q and K.
     pub pairs: u32,
+    /// Key heads, of all batch items, whose dQ is filled with zeros, the first ones.
+    pub zeroed_heads: u32,
 }
 
 /// Parameters of the kernel that turns the workspace's dQ into the tensor, and adds up parts of dK and dV.
@@ -302,6 +314,7 @@ pub struct FinishParams {
     /// Those of the main kernel.
     pub order: TileOrder,
     pub sharing: Sharing,
+    pub first: FirstTiles,
 }
 
 /// Parameters of the kernel that computes total attention.

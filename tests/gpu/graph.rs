@@ -9,7 +9,7 @@ use cust::sys;
 use ferroflash::cases::{BackwardData, Case};
 use ferroflash::cuda::{Cuda, DeviceBuffer, RawStream};
 use ferroflash::{
-    Attention, Backend, Determinism, Element, Layout, Mask, Operand, RawBackward, RawForward, RawTensor, bf16,
+    Attention, Backend, Determinism, Element, Layout, Mask, Operand, Problem, RawBackward, RawForward, RawTensor, bf16,
 };
 
 use crate::BIG;
@@ -29,11 +29,11 @@ pub fn forward(cuda: &Cuda) {
     let mut lse = cuda.upload(Operand::Lse, &vec![f32::NAN; expected[0].1.len()]).unwrap();
     let [q, k, v] = inputs.each_ref().map(DeviceBuffer::address);
     let args = RawForward {
-        q: of_q(q),
-        k: of_kv(k),
+        q: of_q(&BIG, q),
+        k: of_kv(&BIG, k),
         second: None,
-        v: of_kv(v),
-        o: of_q(o.address()),
+        v: of_kv(&BIG, v),
+        o: of_q(&BIG, o.address()),
         lse: Some(lse.address()),
     };
     let stream = Stream::new();
@@ -66,7 +66,7 @@ pub fn backward(cuda: &Cuda, determinism: Determinism) {
     let [q, k, v] = contents[0].inputs.each_ref().map(Vec::len);
     let mut outputs = [q, k, v].map(|len| cuda.upload(Operand::Dq, &vec![bf16::NAN; len]).unwrap());
     let workspace = cuda.upload(Operand::Workspace, &vec![0xffu8; plan.workspace_bytes()]).unwrap();
-    let args = raw(&inputs, &rows, &outputs, &workspace);
+    let args = raw(&BIG, &inputs, &rows, &outputs, &workspace);
     // Ordinary launches, which are the kernels' first use as well.
     let expected = contents.each_ref().map(|data| {
         refill(&mut inputs, tensors(data));
@@ -125,7 +125,7 @@ pub fn two_streams(cuda: &Cuda) {
     wait_for_default_stream();
     for _ in 0..100 {
         for ((outputs, workspace), stream) in outputs.iter().zip(&workspaces).zip(&streams) {
-            let args = raw(&inputs, &rows, outputs, workspace);
+            let args = raw(&BIG, &inputs, &rows, outputs, workspace);
             // SAFETY: the buffers outlive the launches, and each stream has outputs and a workspace of its own.
             unsafe { cuda.backward_raw(&plan, &args, stream.0.cast()) }.unwrap();
         }
@@ -137,8 +137,58 @@ pub fn two_streams(cuda: &Cuda) {
     assert!(first == expected, "{case}");
 }
 
-/// A backward pass of [`BIG`]: Q, K, V, O and dO; the LSE and its gradient; dQ, dK and dV; the workspace.
+/// A fast pass whose CTAs can't all run at first, because another launch holds some of the multiprocessors: work tiles that
+/// add find no dQ stored by those that are to come, wait for none of them, and dQ is the same.
+pub fn beside_another(cuda: &Cuda) {
+    let problem = Problem { batch: 6, heads_q: 100, heads_kv: 100, seqlen_q: 200, seqlen_k: 256, ..BIG };
+    let case = Case { seed: 1, ..Case::new(problem, Mask::Causal) };
+    let data: BackwardData<bf16> = case.backward_data(cuda).unwrap();
+    let expected = case.gradients(cuda, &data, Determinism::Fast).unwrap().bits();
+    let plan = Attention::new(problem).mask(Mask::Causal).plan_backward(cuda.sm_count()).unwrap();
+    assert!(cuda.sm_count() != 132 || plan.to_string().contains("zeros for dQ of the first"), "{plan}");
+    cuda.load_backward(&plan).unwrap();
+    let inputs = tensors(&data).map(|x| cuda.upload(Operand::Q, x).unwrap());
+    let rows = statistics(&data).map(|x| cuda.upload(Operand::Lse, x).unwrap());
+    let mut outputs = data.inputs.each_ref().map(|x| cuda.upload(Operand::Dq, &vec![bf16::NAN; x.len()]).unwrap());
+    let mut workspace = cuda.upload(Operand::Workspace, &vec![0xffu8; plan.workspace_bytes()]).unwrap();
+
+    // Few work tiles, each of which takes longer than the pass.
+    let other = Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 7000, seqlen_k: 100_000, ..BIG };
+    let other_plan = Attention::new(other).plan(cuda.sm_count()).unwrap();
+    assert!(other_plan.grid() < cuda.sm_count(), "{other_plan}");
+    cuda.load(&other_plan).unwrap();
+    let [q, k, o] = [7000, 100_000, 7000].map(|rows| {
+        let x: Vec<bf16> = (0..rows * 128).map(|i| bf16::from_f32((i % 251) as f32 / 251.0)).collect();
+        cuda.upload(Operand::Q, &x).unwrap()
+    });
+    let other_args = RawForward {
+        q: of_q(&other, q.address()),
+        k: of_kv(&other, k.address()),
+        second: None,
+        v: of_kv(&other, k.address()),
+        o: of_q(&other, o.address()),
+        lse: None,
+    };
+    let streams = [0, 1].map(|_| Stream::new());
+    for run in 0..20 {
+        outputs.iter_mut().for_each(|x| poison(x, bf16::NAN));
+        poison(&mut workspace, 0xff);
+        wait_for_default_stream();
+        let args = raw(&problem, &inputs, &rows, &outputs, &workspace);
+        // SAFETY: the buffers outlive the launches, which write to different ones.
+        unsafe {
+            cuda.forward_raw(&other_plan, &other_args, streams[0].0.cast()).unwrap();
+            cuda.backward_raw(&plan, &args, streams[1].0.cast()).unwrap();
+        }
+        streams.iter().for_each(Stream::wait);
+        let found = outputs.each_ref().map(|x| bits16(cuda, x));
+        assert!(same(&found, &expected, Determinism::Fast), "{case}: run {run}");
+    }
+}
+
+/// A backward pass of a problem: Q, K, V, O and dO; the LSE and its gradient; dQ, dK and dV; the workspace.
 fn raw(
+    problem: &Problem,
     inputs: &[DeviceBuffer<bf16>; 5],
     rows: &[DeviceBuffer<f32>; 2],
     outputs: &[DeviceBuffer<bf16>; 3],
@@ -148,17 +198,17 @@ fn raw(
     let [lse, d_lse] = rows.each_ref().map(DeviceBuffer::address);
     let [dq, dk, dv] = outputs.each_ref().map(DeviceBuffer::address);
     RawBackward {
-        q: of_q(q),
-        k: of_kv(k),
+        q: of_q(problem, q),
+        k: of_kv(problem, k),
         second: None,
-        v: of_kv(v),
-        o: of_q(o),
-        d_o: of_q(d_o),
+        v: of_kv(problem, v),
+        o: of_q(problem, o),
+        d_o: of_q(problem, d_o),
         lse,
         d_lse: Some(d_lse),
-        dq: of_q(dq),
-        dk: of_kv(dk),
-        dv: of_kv(dv),
+        dq: of_q(problem, dq),
+        dk: of_kv(problem, dk),
+        dv: of_kv(problem, dv),
         workspace: workspace.address(),
         workspace_bytes: workspace.len(),
     }
@@ -175,12 +225,12 @@ fn statistics(data: &BackwardData<bf16>) -> [&Vec<f32>; 2] {
     [&data.lse, data.d_lse.as_ref().expect("odd seeds have one")]
 }
 
-fn of_q(address: u64) -> RawTensor {
-    RawTensor { address, layout: Layout::bhsd(BIG.q_shape()) }
+fn of_q(problem: &Problem, address: u64) -> RawTensor {
+    RawTensor { address, layout: Layout::bhsd(problem.q_shape()) }
 }
 
-fn of_kv(address: u64) -> RawTensor {
-    RawTensor { address, layout: Layout::bhsd(BIG.kv_shape()) }
+fn of_kv(problem: &Problem, address: u64) -> RawTensor {
+    RawTensor { address, layout: Layout::bhsd(problem.kv_shape()) }
 }
 
 /// Other contents in the same memory.

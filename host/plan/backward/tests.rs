@@ -13,7 +13,7 @@ fn plan(problem: Problem, determinism: Determinism) -> Result<BackwardPlan> {
 #[test]
 fn prints_what_will_run() {
     let plan = BackwardPlan::new(&PROBLEM, Mask::Causal, None, Dropout::NONE, Determinism::Exact, 5).unwrap();
-    let workspace = 12 * 1024 * (4 + 4 + 4 * 64) + 256 + (4 * 12 * 8_usize).next_multiple_of(256);
+    let workspace = 12 * 1024 * (4 + 4 + 4 * 64) + 2 * 256 + (4 * 12 * 8_usize).next_multiple_of(256);
     assert_eq!(plan.workspace_bytes(), workspace);
     let smem = plan.smem_bytes();
     assert_eq!(
@@ -79,7 +79,7 @@ fn shares_what_the_last_round_leaves() {
         BackwardPlan::new(&PROBLEM, mask, None, Dropout::NONE, determinism, sm_count).unwrap()
     };
     let fast = |sm_count| on(Mask::None, Determinism::Fast, sm_count);
-    let whole = 12 * 1024 * (4 + 4 + 4 * 64) + 256;
+    let whole = 12 * 1024 * (4 + 4 + 4 * 64) + 2 * 256;
     for (sm_count, shared, first_head, parts, grid) in
         [(132, 12, 0, 8, 96), (31, 12, 0, 2, 24), (10, 2, 3, 5, 10), (5, 2, 3, 2, 5), (11, 1, 3, 8, 11)]
     {

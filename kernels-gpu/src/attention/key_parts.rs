@@ -5,6 +5,7 @@
 //! leaves what it contributes to dK and dV; the kernel that finishes adds parts up in their order.
 
 use super::divisor::Divisor;
+use super::first_tiles::FirstTiles;
 use super::mask::Mask;
 use super::pairs::Pairs;
 use super::scheduler::{CtaTiles, TileOrder, WorkTile};
@@ -34,14 +35,17 @@ pub struct KeyPart {
 }
 
 impl KeyPart {
-    /// The `index`-th; without a sharing all are whole.
+    /// The `index`-th; without a sharing all are whole, and without first tiles none comes earlier.
     #[inline(always)]
-    pub fn new(order: &TileOrder, sharing: Option<&Sharing>, index: u32) -> Self {
-        let Some(sharing) = sharing else { return KeyPart { tile: order.tile(index), part: Part::WHOLE } };
+    pub fn new(order: &TileOrder, sharing: Option<&Sharing>, first: Option<&FirstTiles>, index: u32) -> Self {
+        let tile = |index| match first {
+            Some(first) => first.tile(order, index),
+            None => order.tile(index),
+        };
+        let Some(sharing) = sharing else { return KeyPart { tile: tile(index), part: Part::WHOLE } };
         // Without a branch: whole ones as the first part of a tile that is none.
         let (whole, slot) = (index.min(sharing.from), index.saturating_sub(sharing.from));
-        let part = if index < sharing.from { Part::WHOLE } else { Part(slot) };
-        KeyPart { tile: order.tile(whole + sharing.parts.divide(slot).0), part }
+        KeyPart { tile: tile(whole + sharing.parts.divide(slot).0), part: sharing.part(index) }
     }
 }
 
@@ -102,6 +106,12 @@ impl Sharing {
         }
     }
 
+    /// The part of the `index`-th.
+    #[inline(always)]
+    fn part(&self, index: u32) -> Part {
+        if index < self.from { Part::WHOLE } else { Part(index - self.from) }
+    }
+
     /// Parts of all work tiles, for which there are slots in the workspace.
     pub fn slots(&self) -> u32 {
         self.count - self.from
@@ -114,7 +124,7 @@ impl Sharing {
             None => (index, 1),
             Some(shared) => (self.from + shared * self.parts.value, self.parts.value),
         };
-        (first..first + parts).map(|index| KeyPart::new(order, Some(self), index))
+        (first..first + parts).map(move |index| KeyPart { tile, part: self.part(index) })
     }
 
     /// Of a part of a work tile: the head and the place in it, from its last query block on, where the part starts; and how
@@ -133,13 +143,20 @@ impl Sharing {
 pub struct KeyParts<'a> {
     tiles: CtaTiles<'a>,
     sharing: Option<&'a Sharing>,
+    first: Option<&'a FirstTiles>,
 }
 
 impl<'a> KeyParts<'a> {
-    /// For CTA `cta` of `ctas`; without a sharing all are whole.
+    /// For CTA `cta` of `ctas`; see [`KeyPart::new`].
     #[inline(always)]
-    pub fn new(order: &'a TileOrder, sharing: Option<&'a Sharing>, cta: u32, ctas: u32) -> Self {
-        KeyParts { tiles: CtaTiles::new(order, cta, ctas), sharing }
+    pub fn new(
+        order: &'a TileOrder,
+        sharing: Option<&'a Sharing>,
+        first: Option<&'a FirstTiles>,
+        cta: u32,
+        ctas: u32,
+    ) -> Self {
+        KeyParts { tiles: CtaTiles::new(order, cta, ctas), sharing, first }
     }
 }
 
@@ -150,7 +167,7 @@ impl Iterator for KeyParts<'_> {
     fn next(&mut self) -> Option<KeyPart> {
         let order = self.tiles.order();
         let count = self.sharing.map_or(order.tiles(), |sharing| sharing.count);
-        self.tiles.next_index(count).map(|index| KeyPart::new(order, self.sharing, index))
+        self.tiles.next_index(count).map(|index| KeyPart::new(order, self.sharing, self.first, index))
     }
 }
 
@@ -179,7 +196,7 @@ mod tests {
             let count = sharing.count;
             let (ctas, mut met) = (sharing.ctas, Vec::new());
             for cta in 0..ctas {
-                let taken: Vec<KeyPart> = KeyParts::new(&order, Some(&sharing), cta, ctas).collect();
+                let taken: Vec<KeyPart> = KeyParts::new(&order, Some(&sharing), None, cta, ctas).collect();
                 assert!(taken.len() as u32 <= count.div_ceil(ctas));
                 assert!(taken.iter().filter(|at| at.part != Part::WHOLE).count() <= 1);
                 for at in taken {

@@ -122,6 +122,11 @@ impl TileOrder {
         (busiest, tried.max(1))
     }
 
+    /// Heads of a section.
+    pub fn section(&self) -> u32 {
+        self.section.value
+    }
+
     /// Number of work tiles.
     #[inline(always)]
     pub fn tiles(&self) -> u32 {
@@ -131,11 +136,32 @@ impl TileOrder {
     /// The `index`-th work tile: batch item, query head, m_block.
     #[inline(always)]
     pub fn tile(&self, index: u32) -> WorkTile {
+        let (head, m_block) = self.place(index);
+        self.work_tile(head, m_block)
+    }
+
+    /// The same where the last m_block of each head has the place that belongs to the head `lead` before it, of `heads` that
+    /// follow each other in a circle.
+    #[inline(always)]
+    pub fn tile_ahead(&self, index: u32, lead: u32, heads: u32) -> WorkTile {
+        let (head, m_block) = self.place(index);
+        let head = if m_block + 1 == self.m_blocks { head + lead } else { head };
+        self.work_tile(if head >= heads { head - heads } else { head }, m_block)
+    }
+
+    /// The head, of all batch items, and the m_block of the `index`-th work tile.
+    #[inline(always)]
+    fn place(&self, index: u32) -> (u32, u32) {
         let (section, within) = self.section_tiles.divide(index);
         let heads = self.heads_of(section);
         let (from_last, place) = heads.divide(within);
-        let (batch, head) = self.heads_q.divide(section * self.section.value + place);
         let m_block = if self.descends(section) { self.m_blocks - 1 - from_last } else { from_last };
+        (section * self.section.value + place, m_block)
+    }
+
+    #[inline(always)]
+    fn work_tile(&self, head: u32, m_block: u32) -> WorkTile {
+        let (batch, head) = self.heads_q.divide(head);
         WorkTile { batch, head, m_block }
     }
 

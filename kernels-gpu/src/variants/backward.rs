@@ -2,6 +2,8 @@
 
 use super::{DropoutKind, Dtype, MaskKind, Op, WARPGROUP_THREADS};
 use crate::arch::Split;
+use crate::attention::dropping::NoDropout;
+use crate::attention::first_tiles::FirstTiles;
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::{ByDistance, OnePair, Pairs};
 use crate::attention::query_blocks::{MBlocks, turn_blocks};
@@ -80,6 +82,16 @@ impl BackwardVariant {
         };
         let section = (ctas * (turn_blocks(self.head_dim) + 1)).div_ceil(steps).max(fewest);
         TileOrder::new(&self.keys(shape), self.block_n, section).one_way()
+    }
+    /// Which work tiles of a fast pass of plain attention store dQ, on `ctas` CTAs that take them in this order.
+    pub fn first_tiles(&self, shape: &Shape, order: &TileOrder, ctas: u32) -> FirstTiles {
+        let (heads, key_blocks) = (shape.batch * shape.heads_kv, shape.seqlen_k.div_ceil(self.block_n));
+        let all = shape.seqlen_q.div_ceil(self.block_m);
+        let knows = FirstTiles::is_for::<OnePair, NoDropout>(self.head_dim);
+        if !knows || key_blocks == 0 || self.mask.met(shape, None, 0, (self.block_m, self.block_n)) < all {
+            return FirstTiles::none(heads);
+        }
+        FirstTiles::new(heads, key_blocks, order.section(), ctas)
     }
     /// The keys in the place of the queries.
     fn keys(&self, shape: &Shape) -> Shape {

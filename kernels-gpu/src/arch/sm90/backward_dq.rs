@@ -7,12 +7,15 @@
 use super::backward_loads::Loads;
 use super::barrier::{Mbarrier, named_sync, sync_warp};
 use super::cta::{self, Leader, smem_base, thread_of_warpgroup};
+use super::first_values;
 use super::fragment::Fragment;
 use super::load::{add_global, count_turn, wait_turn};
 use super::math::{Packed, fresh};
+use super::store::store_16_bytes;
 use super::wgmma::{self, Descriptor};
 use crate::arch::Pending;
 use crate::attention::dropping::Dropping;
+use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::KeyPart;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
@@ -43,9 +46,27 @@ struct Dq<'a> {
 }
 
 impl Dq<'_> {
-    /// dQ = dQ + dS·K of a query block; `load` runs while the tile [`Dq::loads_at`] of it is in flight.
+    /// dQ of all query blocks of a work tile; `beside` runs in the course of each, with its number.
     #[inline(always)]
-    fn add<E: Packed>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32, load: impl FnOnce()) {
+    fn add_all<E: Packed, M: Mask, P: Pairs, const STORES: bool>(
+        &mut self,
+        shape: &Shape,
+        blocks: &QueryBlocks<M, P>,
+        n_block: u32,
+        mut beside: impl FnMut(u32),
+    ) {
+        let smem = self.smem;
+        let mut at = blocks.first();
+        for step in 0..blocks.count() {
+            let turn = blocks.turn(shape, &at, n_block, turn_blocks(smem.head_dim), (smem.block_m, smem.block_n));
+            self.add::<E, STORES>(shape, &QueryBlock { batch: fresh(at.batch), ..at }, turn, || beside(step));
+            at = blocks.after(&at);
+        }
+    }
+
+    /// dQ = dQ + dS·K of a query block, or dS·K where it `STORES`; `load` runs while the tile [`Dq::loads_at`] of it is in flight.
+    #[inline(always)]
+    fn add<E: Packed, const STORES: bool>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32, load: impl FnOnce()) {
         let smem = self.smem;
         let count = cta::uniform(self.count);
         let (slot, parity) = (count % BackwardSmem::DS_STAGES, count / BackwardSmem::DS_STAGES & 1);
@@ -67,7 +88,7 @@ impl Dq<'_> {
                 // SAFETY: as above.
                 unsafe { Mbarrier(smem_base() + smem.ds_empty(slot)).arrive_elected() };
             }
-            self.add_global(&dq, shape, at, tile);
+            self.add_global::<STORES>(&dq, shape, at, tile);
             // ptxas moves no access across it: the registers are free before the next product needs them.
             sync_warp();
         }
@@ -92,9 +113,9 @@ impl Dq<'_> {
         unsafe { wgmma::multiply::<E, N8>(smem.block_n / 16, |step| [a, b].map(|x| x.offset(rows_step(step)))) }
     }
 
-    /// Adds a tile of a query block's dQ to the workspace.
+    /// Adds a tile of a query block's dQ to the workspace, or stores it there.
     #[inline(always)]
-    fn add_global(&mut self, dq: &Fragment<N8>, shape: &Shape, at: &QueryBlock, tile: u32) {
+    fn add_global<const STORES: bool>(&mut self, dq: &Fragment<N8>, shape: &Shape, at: &QueryBlock, tile: u32) {
         if tile == 0 {
             let row = self.workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * self.smem.block_m) as u32;
             // Not before the product was waited for: by then memory has taken the last additions. The host has checked that
@@ -108,8 +129,14 @@ impl Dq<'_> {
         for group in 0..N8 {
             let group = if (tile + self.loads_at).is_multiple_of(2) { group } else { N8 - 1 - group };
             let place = tile * N8 as u32 + group as u32;
+            let to = self.address + (place * 16 * WARPGROUP_THREADS) as u64;
             // SAFETY: part of the query block in the workspace, which the host has made large enough.
-            unsafe { add_global(self.address + (place * 16 * WARPGROUP_THREADS) as u64, dq.0[group]) };
+            unsafe {
+                match STORES {
+                    true => store_16_bytes(true, to, dq.0[group].map(f32::to_bits)),
+                    false => add_global(to, dq.0[group]),
+                }
+            }
         }
     }
 
@@ -143,14 +170,19 @@ impl Dq<'_> {
         }
     }
 
-    /// Counts a work tile of a key head, one less than `head`, unless that is 0: dQ may be read once all have been.
+    /// Counts a work tile of a key head, one less than `head`, unless that is 0: dQ may be read once all have been, and added to
+    /// once what was `stored` is there.
     #[inline(always)]
-    fn count_tile(&self, head: &mut u32) {
+    fn count_tile(&self, head: &mut u32, stored: &mut bool) {
         if *head != 0 {
             named_sync(cta::WARPGROUP, WARPGROUP_THREADS);
             let leader = cta::converged(Leader::of_warpgroup);
             // SAFETY: a counter of the workspace; all have issued their additions, and the leader's release is for all.
             unsafe { count_turn(leader, self.workspace.tiles_counter(*head - 1)) };
+            if *stored {
+                first_values::make_ready(self.workspace.first_values(*head - 1));
+                *stored = false;
+            }
             *head = 0;
         }
     }
@@ -187,13 +219,14 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
     let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
     let mut dq = Dq { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, counter: 0 };
     let warp = cta::warp_of_warpgroup();
-    let tile = (smem.block_m, smem.block_n);
     // A work tile that is taken a turn ahead lives in registers that all threads share, where what it is made from takes each
     // thread's own; others than plain attention lack registers for it.
     let ahead = const { S::Pairs::COUNT == 1 && !R::DROPS };
     // One more than the key head whose work tile has still to be counted; 0 for none. With registers to remember it, that is
     // beside the first loads of the next one, which so need not wait until memory has taken what was added.
     let mut counted = 0;
+    let mut stored = false;
+    let knows_first = FirstTiles::is_for::<S::Pairs, R>(smem.head_dim);
     let mut tiles = tiles;
     let mut next = if ahead { tiles.next() } else { None };
     while let Some(KeyPart { tile: work_tile, part }) = if ahead { next } else { tiles.next() } {
@@ -213,7 +246,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
                 continue;
             }
             loads.keys(&keys);
-            let (mut at, mut upcoming) = (blocks.first(), blocks.first());
+            let mut upcoming = blocks.first();
             let mut load = |leader: Leader| {
                 loads.queries(&upcoming, leader);
                 upcoming = blocks.after(&upcoming);
@@ -222,28 +255,30 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
                 load(cta::converged(Leader::of_warpgroup));
             }
             if ahead {
-                dq.count_tile(&mut counted);
+                dq.count_tile(&mut counted, &mut stored);
             }
-            for step in 0..blocks.count() {
-                let turn = blocks.turn(&p.shape, &at, keys.n_block, turn_blocks(smem.head_dim), tile);
-                // Beside its dQ, the consumers are past what else they need of the query block.
-                dq.add::<E>(&p.shape, &QueryBlock { batch: fresh(at.batch), ..at }, turn, || {
-                    if step + smem.stages() < blocks.count() {
-                        // After the product ptxas knows by itself that the warp is converged, at the cost of registers.
-                        load(match loads_at {
-                            0 => Leader::of_first_warp(warp),
-                            _ => cta::converged(Leader::of_warpgroup),
-                        });
-                    }
-                });
-                at = blocks.after(&at);
+            // Beside its dQ, the consumers are past what else they need of the query block.
+            let mut beside = |step| {
+                if step + smem.stages() < blocks.count() {
+                    // After the product ptxas knows by itself that the warp is converged, at the cost of registers.
+                    load(match loads_at {
+                        0 => Leader::of_first_warp(warp),
+                        _ => cta::converged(Leader::of_warpgroup),
+                    });
+                }
+            };
+            stored = knows_first && first_values::stores(&p.workspace, &p.shape, smem.head_dim, &keys);
+            if stored {
+                dq.add_all::<E, M, S::Pairs, true>(&p.shape, &blocks, keys.n_block, &mut beside);
+            } else {
+                dq.add_all::<E, M, S::Pairs, false>(&p.shape, &blocks, keys.n_block, &mut beside);
             }
             dq.count_last();
         }
         counted = 1 + p.shape.key_head(work_tile.batch, work_tile.head);
         if !ahead {
-            dq.count_tile(&mut counted);
+            dq.count_tile(&mut counted, &mut stored);
         }
     }
-    dq.count_tile(&mut counted);
+    dq.count_tile(&mut counted, &mut stored);
 }

@@ -41,6 +41,12 @@ impl Leader {
     /// The thread that is alone here.
     pub const SOLE: Leader = Leader(1);
 
+    /// The first thread of each warp.
+    #[inline(always)]
+    pub fn first_of_warp() -> Self {
+        Leader((thread_of_warpgroup() % WARP_THREADS == 0) as u32)
+    }
+
     /// One thread of each warp, always the same.
     #[inline(always)]
     pub fn of_warp() -> Self {

@@ -133,7 +133,7 @@ pub unsafe fn wait_turn(address: u64, turn: u32) {
 /// # Safety
 /// As [`wait_turn`].
 #[inline(always)]
-unsafe fn count_at(address: u64) -> u32 {
+pub unsafe fn count_at(address: u64) -> u32 {
     let count: u32;
     // SAFETY: the caller's promise.
     unsafe { asm!("ld.acquire.gpu.global.u32 {0}, [{1}];", out(reg32) count, in(reg64) address, options(nostack)) }
@@ -164,4 +164,19 @@ pub unsafe fn count_turn(leader: Leader, address: u64) {
         asm!("{{ .reg .pred p; setp.ne.u32 p, {1}, 0; @p red.release.gpu.global.add.u32 [{0}], 1; }}",
              in(reg64) address, in(reg32) leader.0, options(nostack));
     }
+}
+
+/// Where `leader`, sets the word at `address` to `owner` if it is 0, and tells what it is then; others get nothing of meaning.
+///
+/// # Safety
+/// The address is a word that others change by this alone while it is 0.
+#[inline(always)]
+pub unsafe fn claim(leader: Leader, address: u64, owner: u32) -> u32 {
+    let mut found = 0u32;
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("{{ .reg .pred p; setp.ne.u32 p, {2}, 0; @p atom.acquire.gpu.global.cas.b32 {0}, [{1}], 0, {3}; }}",
+             inout(reg32) found, in(reg64) address, in(reg32) leader.0, in(reg32) owner, options(nostack));
+    }
+    if found == 0 { owner } else { found }
 }

@@ -10,6 +10,7 @@ pub mod barrier;
 pub mod consumer;
 pub mod cta;
 pub mod dropout;
+pub mod first_values;
 pub mod forward;
 pub mod fragment;
 pub mod load;

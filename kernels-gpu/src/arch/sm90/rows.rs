@@ -6,6 +6,7 @@ use core::arch::nvptx::{_block_idx_x, _grid_dim_x, _thread_idx_x};
 
 use super::barrier::named_sync;
 use super::cta::{self, await_grid_before};
+use super::first_values::{FREE, READY};
 use super::fragment::Fragment;
 use super::load::{await_count, load_16_bytes, load_f32};
 use super::math::{Packed, fresh, shuffle_xor};
@@ -19,7 +20,7 @@ use crate::variants::{PREPARE_ROWS, ROW_KERNEL_THREADS, WARPGROUP_ROWS, WARPGROU
 const LANES: u32 = 8;
 const LARGEST_HEAD_DIM: u32 = 256;
 
-/// Fills the workspace's rows of one CTA: LSE, delta, and zeros for dQ; and sets counters to 0.
+/// Fills the workspace's rows of one CTA: LSE, delta, and zeros for dQ where no work tile stores it; and sets counters to 0.
 #[inline(always)]
 pub fn prepare<E: Packed>(p: &PrepareParams) {
     // SAFETY: reads special registers.
@@ -32,8 +33,12 @@ pub fn prepare<E: Packed>(p: &PrepareParams) {
     // There are no more key heads than query heads.
     let counts = cta == index * ctas && head < p.shape.heads_kv && thread == 0;
     let counter = p.workspace.tiles_counter(p.shape.key_head(batch, head));
-    // SAFETY: a counter of the workspace, which no other CTA sets. 0.0 has the bits of 0.
-    unsafe { store_f32(counts, counter, 0.0) };
+    let first_values = if p.shape.key_head(batch, head) < p.zeroed_heads { READY } else { FREE };
+    // SAFETY: words of the workspace, which no other CTA sets. 0.0 has the bits of 0.
+    unsafe {
+        store_f32(counts, counter, 0.0);
+        store_f32(counts, p.workspace.first_values(p.shape.key_head(batch, head)), f32::from_bits(first_values));
+    }
     let first = (cta - index * ctas) * PREPARE_ROWS + thread / LANES;
     for pass in 0..PREPARE_ROWS / (ROW_KERNEL_THREADS / LANES) {
         prepare_row::<E>(p, batch, head, first + pass * (ROW_KERNEL_THREADS / LANES), thread % LANES);
@@ -75,7 +80,8 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
     unsafe {
         store_f32(lane == 0, p.workspace.offsets + 4 * index, offset);
         store_f32(lane == 0, p.workspace.delta + 4 * index, statistic);
-        for pair in 0..p.pairs {
+        let zeroed = p.shape.key_head(batch, quotient(head, p.shape.group())) < p.zeroed_heads;
+        for pair in 0..if zeroed { p.pairs } else { 0 } {
             let index = p.workspace.row(&p.shape, batch + pair * p.shape.batch, head, row);
             let line = p.workspace.dq + index * p.head_dim as u64 * 4;
             for chunk in 0..LARGEST_HEAD_DIM / (LANES * 4) {
@@ -102,11 +108,18 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
     if cta >= ctas {
         return add_parts::<E>(p, (head_dim, block_n), cta - ctas);
     }
-    let head_index = quotient(cta, blocks);
-    let row = (cta - head_index * blocks) * WARPGROUP_ROWS;
+    let place = quotient(cta, blocks);
+    let row = (cta - place * blocks) * WARPGROUP_ROWS;
+    // Heads that were filled with zeros come last: so do the work tiles of their first keys.
+    let heads = p.shape.batch * p.shape.heads_q;
+    let head_index = place + p.first.zeroed * p.shape.group();
+    let head_index = if head_index >= heads { head_index - heads } else { head_index };
     let batch = quotient(head_index, p.shape.heads_q);
     let head = head_index - batch * p.shape.heads_q;
     await_dq(p, batch, head, cta);
+    if row >= p.shape.seqlen_q {
+        return;
+    }
     let first = p.workspace.row(&p.shape, batch + p.pair * p.shape.batch, head, row) * head_dim as u64;
     let address = p.workspace.dq + 4 * (first + (part * WARPGROUP_ROWS * head_dim / 2) as u64) + 16 * thread as u64;
     let mut dq = Fragment([[0.0; 4]; Q8]);
@@ -135,7 +148,7 @@ fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index
     let (index, chunk) = (index / chunks, index % chunks);
     let (index, block) = (index / blocks, index % blocks);
     let (tile, gradient) = (index / 2, index % 2);
-    let keys = key_block(&p.shape, block_n, &p.order.tile(p.sharing.from + tile));
+    let keys = key_block(&p.shape, block_n, &p.first.tile(&p.order, p.sharing.from + tile));
     let column = half * head_dim / 2 + chunk * columns;
     // Of 64 rows, eight columns lie after eight, sixteen bytes of each thread in turn.
     let first = block * WARPGROUP_ROWS * head_dim + column * WARPGROUP_ROWS;
@@ -192,7 +205,7 @@ fn await_dq(p: &FinishParams, batch: u32, head: u32, cta: u32) {
     // SAFETY: reads special registers.
     let (thread, ctas) = unsafe { (_thread_idx_x() as u32, _grid_dim_x() as u32) };
     let key_head = p.shape.key_head(batch, quotient(head, p.shape.group()));
-    if cta + 1 == ctas || key_head >= p.shared_head {
+    if cta + 1 == ctas || key_head.max(p.first.place(key_head)) >= p.shared_head {
         await_grid_before();
     } else if thread == 0 {
         // SAFETY: a counter of the workspace.
