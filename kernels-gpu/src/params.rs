@@ -291,7 +291,7 @@ pub struct PrepareParams {
     pub head_dim: u32,
     /// Pairs of Q and K.
     pub pairs: u32,
-    /// Key heads, of all batch items, whose dQ is filled with zeros, the first ones.
+    /// How many key heads, counted over the batch, get a dQ of zeros: the first ones, or all where no work tile stores it.
     pub zeroed_heads: u32,
 }
 

@@ -12,7 +12,7 @@ use crate::element::Element;
 use crate::params::{FinishParams, PrepareParams};
 use crate::variants::BackwardVariant;
 
-/// Fills the workspace of one query head.
+/// Fills the workspace of one query head, dQ with zeros whatever the head: nobody stores it here.
 ///
 /// # Safety
 /// `p` describes tensors of `E`, valid for reading, and a workspace that is valid for writing and that nobody else
