@@ -117,6 +117,7 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
     let batch = quotient(head_index, p.shape.heads_q);
     let head = head_index - batch * p.shape.heads_q;
     await_dq(p, batch, head, cta);
+    // Nobody may have stored rows of padding.
     if row >= p.shape.seqlen_q {
         return;
     }
