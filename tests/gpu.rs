@@ -14,13 +14,14 @@ mod parts;
 mod piecewise;
 #[path = "common/total.rs"]
 mod total;
+#[path = "gpu/total_attention.rs"]
+mod total_attention;
 
 use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
 use ferroflash::reference::Rows;
 use ferroflash::{
-    Attention, Backend, Determinism, Dtype, Layout, Mask, Operand, Problem, RawBackward, RawForward, RawTensor,
-    RawTotalAttention, bf16,
+    Attention, Backend, Determinism, Dtype, Layout, Mask, Operand, Problem, RawBackward, RawForward, RawTensor, bf16,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use proptest::prelude::*;
@@ -140,9 +141,9 @@ fn main() {
     trials.push(test("total: nan stays in its head", Box::new(total::nan_stays_in_its_head)));
     trials.push(test("total: an infinite key without weight", Box::new(total::infinite_key)));
     trials.push(test("total: padding is never read", Box::new(total::padding_is_never_read)));
-    trials.push(test("total: many work tiles a CTA", Box::new(many_tiles_total)));
+    trials.push(test("total: many work tiles a CTA", Box::new(total_attention::many_tiles)));
     trials.push(test("total: random cases", Box::new(random_cases_total)));
-    trials.push(test("total: raw addresses", Box::new(raw_addresses_total)));
+    trials.push(test("total: raw addresses", Box::new(total_attention::raw_addresses)));
     trials.push(test("nan stays in its head", Box::new(common::nan_stays_in_its_head)));
     trials.push(test("padding is never read", Box::new(common::padding_is_never_read)));
     trials.push(test("inputs may repeat a head", Box::new(repeated_heads)));
@@ -375,55 +376,4 @@ fn queued_runs(cuda: &Cuda) {
     assert!([&cache, &target].into_iter().all(|x| cuda.download(x).unwrap().iter().all(|&x| x == 0)));
     assert!(cuda.time_each(0, || Ok(()), || Ok(())).unwrap().is_empty());
     assert!(cuda.allocate(Operand::Total, 0, 0u32).unwrap().set_zero().is_ok());
-}
-
-/// More work tiles than a CTA takes at once, of one query block and of many: the ring runs on from one into the next.
-fn many_tiles_total(cuda: &Cuda) {
-    for (seqlen_q, seqlen_k, head_dim) in [(100, 4000, 64), (700, 700, 128), (60, 1000, 256), (300, 20, 64)] {
-        for mask in [Mask::None, Mask::Causal] {
-            let problem = Problem { batch: 9, heads_q: 12, heads_kv: 4, seqlen_q, seqlen_k, head_dim, ..BIG };
-            let case = Case::new(problem, mask);
-            total::pass(cuda, &case);
-            total::repeats(cuda, &case, 20);
-        }
-    }
-}
-
-/// Total attention from addresses, the LSE and the result with the least alignment; and zeros where there is no query.
-fn raw_addresses_total(cuda: &Cuda) {
-    let case = Case::new(BIG, Mask::Causal);
-    let data = case.total_data::<_, bf16>(cuda).unwrap();
-    let expected = case.total(cuda, &data).unwrap();
-    let plan = Attention::new(BIG).mask(Mask::Causal).plan_total_attention(cuda.sm_count()).unwrap();
-    cuda.load_total_attention(&plan).unwrap();
-    let [q, k, _] = data.inputs.each_ref().map(|x| cuda.upload(Operand::Q, x).unwrap());
-    let shifted: Vec<f32> = [f32::NAN].into_iter().chain(data.lse.iter().copied()).collect();
-    let lse = cuda.upload(Operand::Lse, &shifted).unwrap();
-    let total = cuda.upload(Operand::Total, &vec![f32::NAN; 1 + expected.total.len()]).unwrap();
-    let tensor = |address, shape| RawTensor { address, layout: Layout::bhsd(shape) };
-    let args = RawTotalAttention {
-        q: tensor(q.address(), BIG.q_shape()),
-        k: tensor(k.address(), BIG.kv_shape()),
-        lse: lse.address() + 4,
-        total: total.address() + 4,
-    };
-    let bad = RawTotalAttention { lse: args.lse + 2, ..args };
-    let overlap = RawTotalAttention { total: args.lse, ..args };
-    let stream = std::ptr::null_mut();
-    // SAFETY: the buffers outlive the launches, and the default stream is this device's.
-    unsafe {
-        assert!(cuda.total_attention_raw(&plan, &bad, stream).is_err());
-        assert!(cuda.total_attention_raw(&plan, &overlap, stream).is_err());
-        cuda.total_attention_raw(&plan, &args, stream).unwrap();
-    }
-    let found = cuda.download(&total).unwrap();
-    assert!(found[0].is_nan() && found[1..] == expected.total);
-    // No queries: all of it is 0, whatever it held.
-    let problem = Problem { seqlen_q: 0, ..BIG };
-    let plan = Attention::new(problem).plan_total_attention(cuda.sm_count()).unwrap();
-    let args = RawTotalAttention { q: tensor(0, problem.q_shape()), lse: 0, ..args };
-    // SAFETY: as above.
-    unsafe { cuda.total_attention_raw(&plan, &args, stream) }.unwrap();
-    let found = cuda.download(&total).unwrap();
-    assert!(found[0].is_nan() && found[1..].iter().all(|&x| x == 0.0));
 }
