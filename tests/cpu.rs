@@ -105,7 +105,7 @@ fn same_gradients_whatever_the_threads() {
         let problem =
             Problem { batch: 2, heads_q: 6, heads_kv: 3, seqlen_q: 300, seqlen_k: 200, head_dim, dtype: Dtype::Bf16 };
         let case = Case { seed: 1, ..Case::new(problem, mask) };
-        common::repeats_backward(&Cpu, &case, 2);
+        common::repeats_backward(&Cpu, &case, Determinism::Exact, 2);
         let data = case.backward_data::<_, bf16>(&Cpu).unwrap();
         let on = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

@@ -91,14 +91,14 @@ fn main() {
         let case = Case { seed: 1, ..Case::new(Problem { head_dim, ..BIG }, mask) };
         trials.push(test(
             &format!("100 exact repeats backward, head dim {head_dim}, {mask}"),
-            Box::new(move |cuda| common::repeats_backward(cuda, &case, 100)),
+            Box::new(move |cuda| common::repeats_backward(cuda, &case, Determinism::Exact, 100)),
         ));
     }
     for (head_dim, mask) in [64, 128, 256].into_iter().flat_map(|d| [(d, Mask::None), (d, Mask::Causal)]) {
         let case = Case { seed: 1, dropout: 0.1, ..Case::new(Problem { head_dim, ..BIG }, mask) };
         let repeat = move |cuda: &Cuda| {
             common::repeats(cuda, &case, 20);
-            common::repeats_backward(cuda, &case, 20);
+            common::repeats_backward(cuda, &case, Determinism::Exact, 20);
         };
         trials.push(test(&format!("20 exact repeats with dropout, head dim {head_dim}, {mask}"), Box::new(repeat)));
     }
@@ -107,7 +107,7 @@ fn main() {
         let case = Case { seed: 1, ..Case::new(problem, Mask::Causal) };
         trials.push(test(
             &format!("250 exact repeats backward, {seqlen_q} by {seqlen_k}"),
-            Box::new(move |cuda| common::repeats_backward(cuda, &case, 250)),
+            Box::new(move |cuda| common::repeats_backward(cuda, &case, Determinism::Exact, 250)),
         ));
     }
     for head_dim in [96, 128, 192, 256] {

@@ -138,7 +138,7 @@ impl RawBackward {
             shape: plan.problem().kernel_shape(),
             head_dim: plan.variant().head_dim,
             pairs: plan.variant().op.pairs(),
-            zeroed_heads: plan.first.zeroed,
+            first: plan.first,
         }
     }
 

@@ -25,7 +25,7 @@ pub(crate) struct WorkspaceLayout {
     /// u32 (batch, heads_kv).
     pub(crate) tiles: usize,
     /// u32 (batch, heads_kv).
-    pub(crate) first: usize,
+    pub(crate) first_values: usize,
     /// u32 (pairs, batch, heads_q, query blocks, 2); `None` where order is free.
     pub(crate) turns: Option<usize>,
     /// f32 (slots, {dK, dV}, block of keys, compiled head dim).
@@ -61,7 +61,7 @@ impl WorkspaceLayout {
         let delta = region(row_bytes);
         let dq = region(pairs * row_bytes * variant.head_dim as u128);
         let key_heads = shape.batch as u128 * shape.heads_kv as u128;
-        let [tiles, first] = [(); 2].map(|()| region(key_heads * size_of::<u32>() as u128));
+        let [tiles, first_values] = [(); 2].map(|()| region(key_heads * size_of::<u32>() as u128));
         let turns = region(turns_len * size_of::<u32>() as u128);
         let parts = region(slots as u128 * variant.part_bytes() as u128);
         at_most("workspace_bytes", end, isize::MAX as u128)?;
@@ -70,7 +70,7 @@ impl WorkspaceLayout {
             delta,
             dq,
             tiles,
-            first,
+            first_values,
             turns: exact.then_some(turns),
             parts,
             bytes: end as usize,
@@ -86,7 +86,7 @@ impl WorkspaceLayout {
             delta: address + self.delta as u64,
             dq: address + self.dq as u64,
             tiles: address + self.tiles as u64,
-            first: address + self.first as u64,
+            first_values: address + self.first_values as u64,
             turns: self.turns.map_or(0, |turns| address + turns as u64),
             parts: address + self.parts as u64,
             rows: self.rows,
@@ -119,8 +119,8 @@ mod tests {
         assert_eq!((fast.offsets, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
         // Head dim 72 runs in 128. There are two key heads in each of two batch items.
         assert_eq!((fast.tiles, fast.rows), (8 * rows + 4 * 128 * rows, 1024));
-        assert_eq!((fast.turns, fast.turns_len, fast.parts), (None, 0, fast.first + 256));
-        assert_eq!(fast.first, fast.tiles + 256);
+        assert_eq!((fast.turns, fast.turns_len, fast.parts), (None, 0, fast.first_values + 256));
+        assert_eq!(fast.first_values, fast.tiles + 256);
         // dK and dV of 128 keys.
         let parts = SLOTS as usize * 2 * 128 * 128 * 4;
         assert_eq!(fast.bytes, fast.parts + parts);
@@ -129,8 +129,9 @@ mod tests {
         assert_eq!(exact.bytes, exact.parts + parts);
         let base = 0x1000;
         let at = |offset: usize| base + offset as u64;
-        let [delta, dq, tiles, first, parts] = [fast.delta, fast.dq, fast.tiles, fast.first, fast.parts].map(at);
-        let expected = Workspace { offsets: base, delta, dq, turns: 0, tiles, first, parts, rows: 1024 };
+        let [delta, dq, tiles, first_values, parts] =
+            [fast.delta, fast.dq, fast.tiles, fast.first_values, fast.parts].map(at);
+        let expected = Workspace { offsets: base, delta, dq, turns: 0, tiles, first_values, parts, rows: 1024 };
         assert_eq!(fast.at(base), expected);
         assert_eq!(exact.at(base), Workspace { turns: parts, parts: at(exact.parts), ..expected });
     }
@@ -170,8 +171,8 @@ mod tests {
                 (found.offsets, 4 * rows, found.delta),
                 (found.delta, 4 * rows, found.dq),
                 (found.dq, 4 * rows * variant.head_dim as usize, found.tiles),
-                (found.tiles, 4 * (batch * heads_kv) as usize, found.first),
-                (found.first, 4 * (batch * heads_kv) as usize, turns),
+                (found.tiles, 4 * (batch * heads_kv) as usize, found.first_values),
+                (found.first_values, 4 * (batch * heads_kv) as usize, turns),
                 (turns, 4 * found.turns_len, found.parts),
                 (found.parts, (slots * variant.part_bytes()) as usize, found.bytes),
             ] {

@@ -244,7 +244,7 @@ pub struct Workspace {
     /// u32 (batch, heads_kv): how many work tiles of a key head have added all that they have to dQ.
     pub tiles: u64,
     /// u32 (batch, heads_kv): who gives dQ of a key head its first values, in a code of the machine's own.
-    pub first: u64,
+    pub first_values: u64,
     /// f32 (slots, {dK, dV}, block of keys, compiled head_dim): what parts of work tiles contribute, each gradient in an order
     /// of the machine's own.
     pub parts: u64,
@@ -265,8 +265,8 @@ impl Workspace {
     }
     /// Address of what says who gives a key head's dQ its first values.
     #[inline(always)]
-    pub fn first_values(&self, key_head: u32) -> u64 {
-        self.first + 4 * key_head as u64
+    pub fn first_values_word(&self, key_head: u32) -> u64 {
+        self.first_values + 4 * key_head as u64
     }
     /// Address of what the part in a slot contributes to dK, 0, or dV, 1, which have so many elements each.
     #[inline(always)]
@@ -291,8 +291,8 @@ pub struct PrepareParams {
     pub head_dim: u32,
     /// Pairs of Q and K.
     pub pairs: u32,
-    /// How many key heads, counted over the batch, get a dQ of zeros: the first ones, or all where no work tile stores it.
-    pub zeroed_heads: u32,
+    /// Which work tiles store dQ: the others' heads get zeros.
+    pub first: FirstTiles,
 }
 
 /// Parameters of the kernel that turns the workspace's dQ into the tensor, and adds up parts of dK and dV.
@@ -314,6 +314,7 @@ pub struct FinishParams {
     /// Those of the main kernel.
     pub order: TileOrder,
     pub sharing: Sharing,
+    /// Likewise.
     pub first: FirstTiles,
 }
 

@@ -2,7 +2,7 @@
 
 use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
-use ferroflash::{Backend, Determinism, Dtype, Mask, Problem, bf16};
+use ferroflash::{Backend, Determinism, Dtype, Mask, Problem};
 
 use crate::common;
 
@@ -35,10 +35,5 @@ pub fn backward(cuda: &Cuda, head_dim: usize) {
         }
     }
     let case = Case { seed: 1, ..Case::new(grouped, Mask::Causal) };
-    let data = case.backward_data::<_, bf16>(cuda).unwrap();
-    let [_, dk, dv] = case.gradients(cuda, &data, Determinism::Fast).unwrap().bits();
-    for run in 1..50 {
-        let bits = case.gradients(cuda, &data, Determinism::Fast).unwrap().bits();
-        assert!(bits[1..] == [dk.clone(), dv.clone()], "{case}: run {run} differs");
-    }
+    common::repeats_backward(cuda, &case, Determinism::Fast, 50);
 }

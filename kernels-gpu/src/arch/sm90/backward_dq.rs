@@ -180,7 +180,7 @@ impl Dq<'_> {
             // SAFETY: a counter of the workspace; all have issued their additions, and the leader's release is for all.
             unsafe { count_turn(leader, self.workspace.tiles_counter(*head - 1)) };
             if *stored {
-                first_values::make_ready(self.workspace.first_values(*head - 1));
+                first_values::make_ready(self.workspace.first_values_word(*head - 1));
                 *stored = false;
             }
             *head = 0;

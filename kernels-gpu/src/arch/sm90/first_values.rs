@@ -24,7 +24,7 @@ pub const READY: u32 = u32::MAX;
 /// warpgroup.
 #[inline(always)]
 pub fn stores(workspace: &Workspace, shape: &Shape, head_dim: u32, keys: &KvBlock) -> bool {
-    let address = workspace.first_values(shape.key_head(keys.batch, keys.head));
+    let address = workspace.first_values_word(shape.key_head(keys.batch, keys.head));
     // SAFETY: reads a special register.
     let own = 1 + unsafe { _block_idx_x() } as u32;
     // SAFETY: a word of the workspace. All warps find the same: what this CTA has claimed it alone makes ready.
@@ -45,7 +45,7 @@ pub fn stores(workspace: &Workspace, shape: &Shape, head_dim: u32, keys: &KvBloc
 }
 
 /// Says that the first values are there, which all threads of the warpgroup have stored. `address` is
-/// [`Workspace::first_values`].
+/// [`Workspace::first_values_word`].
 #[inline(always)]
 pub fn make_ready(address: u64) {
     named_sync(cta::WARPGROUP, WARPGROUP_THREADS);

@@ -32,12 +32,12 @@ pub fn prepare<E: Packed>(p: &PrepareParams) {
     let head = index - batch * p.shape.heads_q;
     // There are no more key heads than query heads.
     let counts = cta == index * ctas && head < p.shape.heads_kv && thread == 0;
-    let counter = p.workspace.tiles_counter(p.shape.key_head(batch, head));
-    let first_values = if p.shape.key_head(batch, head) < p.zeroed_heads { READY } else { FREE };
+    let key_head = p.shape.key_head(batch, head);
+    let first_values = if key_head < p.first.zeroed { READY } else { FREE };
     // SAFETY: words of the workspace, which no other CTA sets. 0.0 has the bits of 0.
     unsafe {
-        store_f32(counts, counter, 0.0);
-        store_f32(counts, p.workspace.first_values(p.shape.key_head(batch, head)), f32::from_bits(first_values));
+        store_f32(counts, p.workspace.tiles_counter(key_head), 0.0);
+        store_f32(counts, p.workspace.first_values_word(key_head), f32::from_bits(first_values));
     }
     let first = (cta - index * ctas) * PREPARE_ROWS + thread / LANES;
     for pass in 0..PREPARE_ROWS / (ROW_KERNEL_THREADS / LANES) {
@@ -80,7 +80,7 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
     unsafe {
         store_f32(lane == 0, p.workspace.offsets + 4 * index, offset);
         store_f32(lane == 0, p.workspace.delta + 4 * index, statistic);
-        let zeroed = p.shape.key_head(batch, quotient(head, p.shape.group())) < p.zeroed_heads;
+        let zeroed = p.shape.key_head(batch, quotient(head, p.shape.group())) < p.first.zeroed;
         for pair in 0..if zeroed { p.pairs } else { 0 } {
             let index = p.workspace.row(&p.shape, batch + pair * p.shape.batch, head, row);
             let line = p.workspace.dq + index * p.head_dim as u64 * 4;
