@@ -18,9 +18,11 @@ use crate::attention::dropping::{Dropping, NoDropout};
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::{KeyParts, Sharing};
 use crate::attention::mask::{Causal, Full, Mask};
+use crate::attention::pairs::Pairs;
 use crate::attention::scheduler::CtaTiles;
 use crate::attention::shared_tiles::SharedTiles;
 use crate::kernels::backward::consume as consume_backward;
+use crate::kernels::backward_gradients::{consume_dk, consume_dv};
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
 use crate::params::{
@@ -139,22 +141,13 @@ crate::forward_dropout_variants!(forward_dropout_entries);
 
 /// A backward CTA: a warpgroup that loads and multiplies dQ, two consumers.
 #[inline(always)]
-fn backward<
-    E: Packed,
-    M: Mask,
-    S: BackwardSecond<TensorMap>,
-    R: Dropping,
-    const D8: usize,
-    const C8: usize,
-    const M8: usize,
->(
+fn backward<E: Packed, M: Mask, S: BackwardSecond<TensorMap>, R: Dropping, const D8: usize, const M8: usize>(
     p: &BackwardParams<TensorMap, S>,
     parameters: u64,
     smem: &BackwardSmem,
-    split: Split,
     dropping: R,
 ) {
-    cta::init_backward_barriers(smem, split);
+    cta::init_backward_barriers(smem);
     // In this order: whoever starts behind this grid finds the workspace prepared.
     cta::await_grid_before();
     cta::let_next_grid_start();
@@ -168,13 +161,27 @@ fn backward<
     let role = cta::role();
     match role {
         Role::Producer => {
-            cta::set_backward_registers(role);
-            backward_dq::produce::<E, M, S, R>(p, parameters, smem, tiles);
+            cta::set_backward_registers(role, smem.split);
+            // With two pairs there are registers for fewer columns.
+            match (smem.split, S::Pairs::COUNT) {
+                (Split::Gradients, 1) => backward_dq::produce::<E, M, S, R, 8>(p, parameters, smem, tiles),
+                _ => backward_dq::produce::<E, M, S, R, 4>(p, parameters, smem, tiles),
+            }
         }
         Role::Consumer(index) => {
-            cta::set_backward_registers(role);
-            let mut consumer = Consumer::<E, _>::backward(smem, split, index, parameters);
-            consume_backward::<_, M, S, R, D8, C8, M8>(&mut consumer, p, smem.block_n, tiles, dropping);
+            cta::set_backward_registers(role, smem.split);
+            let mut consumer = Consumer::<E, _>::backward(smem, index, parameters);
+            match (smem.split, index) {
+                (Split::Keys, _) => {
+                    consume_backward::<_, M, S, R, D8, M8>(&mut consumer, p, smem.block_n, tiles, dropping)
+                }
+                (Split::Gradients, 0) => {
+                    consume_dv::<_, M, S, R, D8, M8>(&mut consumer, p, smem.block_n, tiles, dropping)
+                }
+                (Split::Gradients, _) => {
+                    consume_dk::<_, M, S, R, D8, M8>(&mut consumer, p, smem.block_n, tiles, dropping)
+                }
+            }
         }
     }
 }
@@ -203,11 +210,11 @@ macro_rules! backward_entries {
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $symbol(p: BackwardParams<TensorMap, backward_second!($op)>) {
             const SMEM: BackwardSmem =
-                BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n };
+                BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n, split: Split::$split };
             backward::<
                 element!($dtype), mask!($mask), backward_second!($op), NoDropout, { $head_dim / 8 },
-                { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 },
-            >(&p, crate::parameter_address!($symbol), &SMEM, Split::$split, NoDropout);
+                { $block_m / 8 },
+            >(&p, crate::parameter_address!($symbol), &SMEM, NoDropout);
         }
         finish_entry!($op, $mask, $finish, $dtype, $head_dim, $block_n);
     )*};
@@ -220,11 +227,11 @@ macro_rules! backward_dropout_entries {
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<BackwardParams<TensorMap>>) {
             const SMEM: BackwardSmem =
-                BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n };
+                BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n, split: Split::$split };
             backward::<
                 element!($dtype), mask!($mask), (), _, { $head_dim / 8 },
-                { Split::$split.columns($head_dim) as usize / 8 }, { $block_m / 8 },
-            >(&p.params, crate::parameter_address!($symbol), &SMEM, Split::$split, p.dropout);
+                { $block_m / 8 },
+            >(&p.params, crate::parameter_address!($symbol), &SMEM, p.dropout);
         }
     )*};
 }

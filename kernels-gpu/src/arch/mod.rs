@@ -25,6 +25,7 @@ use crate::attention::query_blocks::QueryBlock;
 use crate::attention::scheduler::WorkTile;
 use crate::params::{Output, Shape, Strided};
 use crate::pipeline::order::KvBlock;
+use crate::variants::WARPGROUP_ROWS;
 
 /// A fragment that a product still in flight is writing.
 #[must_use = "a product must be waited for"]
@@ -143,23 +144,24 @@ pub trait ForwardWarpgroup: Warpgroup {
 pub enum Split {
     /// Each has half of the keys.
     Keys,
-    /// Each has half of the columns of dK and dV, and computes the scores of all keys.
-    Columns,
+    /// One has dV and computes the weights of all keys, which it passes on; the other has dK and dS.
+    Gradients,
 }
 
 impl Split {
-    /// How many warpgroups write dSᵀ: with the same keys both have the same.
+    /// How many warpgroups write dSᵀ.
     pub const fn writers(self) -> u32 {
         match self {
             Split::Keys => 2,
-            Split::Columns => 1,
+            Split::Gradients => 1,
         }
     }
-    /// Columns of a warpgroup's part of dK and dV.
-    pub const fn columns(self, head_dim: u32) -> u32 {
+    /// The first key of a consumer within the block of keys.
+    #[inline(always)]
+    pub const fn first_key(self, consumer: u32) -> u32 {
         match self {
-            Split::Keys => head_dim,
-            Split::Columns => head_dim / 2,
+            Split::Keys => consumer * WARPGROUP_ROWS,
+            Split::Gradients => 0,
         }
     }
 }
@@ -210,27 +212,31 @@ pub trait BackwardWarpgroup: Warpgroup {
     fn kq<const D8: usize, const M8: usize>(&mut self, slot: Self::Slot) -> Pending<Self::Acc<M8>>;
     /// dPᵀ = V·dOᵀ, in flight.
     fn v_do<const D8: usize, const M8: usize>(&mut self, slot: Self::Slot) -> Pending<Self::Acc<M8>>;
-    /// dV + Pᵀ·dO, in flight: this warpgroup's columns.
-    fn p_do<const M8: usize, const C8: usize>(
+    /// dV + Pᵀ·dO, in flight.
+    fn p_do<const M8: usize, const D8: usize>(
         &mut self,
-        dv: Self::Acc<C8>,
+        dv: Self::Acc<D8>,
         p: Self::Operand<M8>,
         slot: Self::Slot,
-    ) -> Pending<Self::Acc<C8>>;
-    /// dK + dSᵀ·Q, in flight: this warpgroup's columns.
-    fn ds_q<const M8: usize, const C8: usize>(
+    ) -> Pending<Self::Acc<D8>>;
+    /// dK + dSᵀ·Q, in flight.
+    fn ds_q<const M8: usize, const D8: usize>(
         &mut self,
-        dk: Self::Acc<C8>,
+        dk: Self::Acc<D8>,
         ds: Self::Operand<M8>,
         slot: Self::Slot,
-    ) -> Pending<Self::Acc<C8>>;
+    ) -> Pending<Self::Acc<D8>>;
+    /// Passes the query block's weights to the warpgroup that has dK, once it has taken those before.
+    fn pass_weights<const M8: usize>(&mut self, p: &Self::Acc<M8>, slot: Self::Slot);
+    /// Takes them.
+    fn take_weights<const M8: usize>(&mut self, slot: Self::Slot) -> Self::Acc<M8>;
     /// Adds dS·K to dQ of the query block: now, or leaves it to another warpgroup, which may from [`Self::pass_ds`] on.
     fn add_dq<const M8: usize>(&mut self, ds: &Self::Operand<M8>, slot: Self::Slot, at: &QueryBlock);
     /// Waits until what was left is in memory, and passes it on.
     fn pass_ds(&mut self, slot: Self::Slot);
 
     /// Stores this warpgroup's part of dK or dV, in the input's dtype, as far as it is rows and columns of `shape`.
-    fn store_kv<const C8: usize>(&mut self, x: &Self::Acc<C8>, to: &Strided, at: &KvBlock, shape: &Shape);
+    fn store_kv<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: &Strided, at: &KvBlock, shape: &Shape);
     /// Stores this warpgroup's part of dK or dV as a part of a work tile contributes it, in f32, to the workspace at `to`.
-    fn store_part<const C8: usize>(&mut self, x: &Self::Acc<C8>, to: u64);
+    fn store_part<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: u64);
 }

@@ -19,21 +19,21 @@ use crate::params::{BackwardParams, BackwardSecond, Second};
 use crate::pipeline::order::KvBlock;
 
 /// The gradients of a block of keys, and what of the query block last met is still to go into them.
-struct Mainloop<W: BackwardWarpgroup, const C8: usize, const M8: usize> {
-    dk: W::Acc<C8>,
-    dv: W::Acc<C8>,
+struct Mainloop<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
+    dk: W::Acc<D8>,
+    dv: W::Acc<D8>,
     p: W::Operand<M8>,
     ds: W::Operand<M8>,
     slot: W::Slot,
 }
 
 /// What a step needs to know of where it is.
-struct Step<'a, T, S: Second<T>, M, R> {
-    p: &'a BackwardParams<T, S>,
-    first_key: u32,
-    block_m: u32,
-    blocks: &'a QueryBlocks<M, S::Pairs>,
-    dropping: R,
+pub(super) struct Step<'a, T, S: Second<T>, M, R> {
+    pub p: &'a BackwardParams<T, S>,
+    pub first_key: u32,
+    pub block_m: u32,
+    pub blocks: &'a QueryBlocks<M, S::Pairs>,
+    pub dropping: R,
 }
 
 /// Whether the other warpgroup may issue beside dP already: where exponentials take as long as products.
@@ -79,7 +79,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
 
     /// Sᵀ → Pᵀ; weights that are dropped are marked.
     #[inline(always)]
-    fn weights<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
+    pub fn weights<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
         &self,
         wg: &W,
         at: &QueryBlock,
@@ -106,7 +106,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
 
     /// dSᵀ = Pᵀ∘(dPᵀ − delta).
     #[inline(always)]
-    fn score_gradients<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
+    pub fn score_gradients<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
         &self,
         wg: &W,
         p: &W::Acc<M8>,
@@ -126,14 +126,14 @@ fn read_early<W: BackwardWarpgroup, const M8: usize>(wg: &W, columns: W::Columns
     if const { M8 <= 8 } { wg.read(columns) } else { columns }
 }
 
-impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8> {
+impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8> {
     /// The first query block that meets a pair's keys, up to dS.
     #[inline(always)]
-    fn new<const D8: usize, M: Mask, S: Second<W::Tensor>, R: Dropping>(
+    fn new<M: Mask, S: Second<W::Tensor>, R: Dropping>(
         wg: &mut W,
         step: &Step<W::Tensor, S, M, R>,
         at: &QueryBlock,
-        dv: W::Acc<C8>,
+        dv: W::Acc<D8>,
     ) -> Self {
         let slot = wg.wait_q();
         wg.wait_do(slot);
@@ -141,12 +141,12 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         wg.take_turn();
         let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
         let (p, ds) = step.gradients::<W, D8, M8>(wg, at, slot, &offsets, s);
-        Mainloop { dk: wg.zeros::<C8>(), dv, p, ds, slot }
+        Mainloop { dk: wg.zeros::<D8>(), dv, p, ds, slot }
     }
 
     /// dV and dK of the query block last met, and the next one up to dS.
     #[inline(always)]
-    fn step<const D8: usize, M: Mask, S: Second<W::Tensor>, R: Dropping>(
+    fn step<M: Mask, S: Second<W::Tensor>, R: Dropping>(
         &mut self,
         wg: &mut W,
         step: &Step<W::Tensor, S, M, R>,
@@ -159,7 +159,7 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
         let s = if const { queues_scores(8 * D8 as u32) } {
             let (dv, dk) = self.issue(wg);
             let s = wg.kq::<D8, M8>(slot); //                       Sᵀ = K·Qᵀ
-            (self.dv, self.dk) = (wg.wait::<2, C8>(dv), wg.wait::<1, C8>(dk));
+            (self.dv, self.dk) = (wg.wait::<2, D8>(dv), wg.wait::<1, D8>(dk));
             wg.release(self.slot);
             s
         } else {
@@ -174,22 +174,21 @@ impl<W: BackwardWarpgroup, const C8: usize, const M8: usize> Mainloop<W, C8, M8>
     #[inline(always)]
     fn finish(&mut self, wg: &mut W) {
         let (dv, dk) = self.issue(wg);
-        (self.dv, self.dk) = (wg.wait::<1, C8>(dv), wg.wait::<0, C8>(dk));
+        (self.dv, self.dk) = (wg.wait::<1, D8>(dv), wg.wait::<0, D8>(dk));
         wg.release(self.slot);
     }
 
     /// The same, in flight.
     #[inline(always)]
-    fn issue(&mut self, wg: &mut W) -> (Pending<W::Acc<C8>>, Pending<W::Acc<C8>>) {
-        let dv = wg.p_do::<M8, C8>(self.dv, self.p, self.slot); //  dV = dV + Pᵀ·dO
-        let dk = wg.ds_q::<M8, C8>(self.dk, self.ds, self.slot); // dK = dK + dSᵀ·Q
+    fn issue(&mut self, wg: &mut W) -> (Pending<W::Acc<D8>>, Pending<W::Acc<D8>>) {
+        let dv = wg.p_do::<M8, D8>(self.dv, self.p, self.slot); //  dV = dV + Pᵀ·dO
+        let dk = wg.ds_q::<M8, D8>(self.dk, self.ds, self.slot); // dK = dK + dSᵀ·Q
         wg.pass_ds(self.slot); // beside the products, because memory is slow to take it
         (dv, dk)
     }
 }
 
-/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys, or parts of them. dK and dV have 8·C8
-/// columns a warpgroup.
+/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys, or parts of them; it has half of the keys.
 #[inline(always)]
 pub fn consume<
     W: BackwardWarpgroup,
@@ -197,7 +196,6 @@ pub fn consume<
     S: BackwardSecond<W::Tensor>,
     R: Dropping,
     const D8: usize,
-    const C8: usize,
     const M8: usize,
 >(
     wg: &mut W,
@@ -217,22 +215,22 @@ pub fn consume<
     let Some(KeyPart { mut tile, mut part }) = tiles.next() else { return };
     // dK of one pair after the other, the last one first, and with all of them the same dV.
     let mut pair = p.second.last();
-    let mut dv = wg.zeros::<C8>();
+    let mut dv = wg.zeros::<D8>();
     loop {
         let keys = KvBlock { pair, ..key_block(&p.shape, block_n, &tile) };
         let blocks = QueryBlocks::<M, S::Pairs>::new(&p.shape, pairs, block_m, block_n, &keys);
         let blocks = blocks.end_of(&p.sharing).part(&p.sharing, part);
         if S::Pairs::COUNT > 1 && blocks.count() == 0 {
-            wg.store_kv(&wg.zeros::<C8>(), &dk_of(pair), &keys, &p.shape);
+            wg.store_kv(&wg.zeros::<D8>(), &dk_of(pair), &keys, &p.shape);
         } else {
             let first_key = keys.n_block * block_n + wg.first_key();
             let step = Step { p, first_key, block_m, blocks: &blocks, dropping };
             wg.wait_kv();
             let mut at = blocks.first();
-            let mut mainloop = Mainloop::<W, C8, M8>::new::<D8, M, S, R>(wg, &step, &at, dv);
+            let mut mainloop = Mainloop::<W, D8, M8>::new::<M, S, R>(wg, &step, &at, dv);
             for _ in 1..blocks.count() {
                 at = blocks.after(&at);
-                mainloop.step::<D8, M, S, R>(wg, &step, &at);
+                mainloop.step(wg, &step, &at);
             }
             mainloop.finish(wg);
             let mut dk;
@@ -248,13 +246,13 @@ pub fn consume<
             pair -= 1;
             continue;
         }
-        dropping.scale::<W, C8>(wg, &mut dv);
+        dropping.scale::<W, D8>(wg, &mut dv);
         match part.slot() {
             None => wg.store_kv(&dv, &p.dv, &keys, &p.shape),
             Some(slot) => wg.store_part(&dv, p.workspace.part(slot, 1, elements)),
         }
         let Some(next) = tiles.next() else { return };
         KeyPart { tile, part } = next;
-        (pair, dv) = (p.second.last(), wg.zeros::<C8>());
+        (pair, dv) = (p.second.last(), wg.zeros::<D8>());
     }
 }

@@ -4,6 +4,8 @@
 //! swizzle (PTX ISA, "Shared memory matrix layout"): what one box of the copy engine writes and what wgmma reads.
 //! Panels start on 1024-byte boundaries, the period of the swizzle, because R is a multiple of 8.
 
+use crate::arch::Split;
+
 /// Columns of a panel: 128 bytes of 16-bit elements.
 pub const PANEL_COLUMNS: u32 = 64;
 /// Bytes of a panel's row.
@@ -95,13 +97,14 @@ impl ForwardSmem {
     }
 }
 
-/// Offsets of a backward CTA's shared memory: K, V, the rings of Q, dO and dSᵀ, the statistics of the query rows in the
-/// rings, the barriers.
+/// Offsets of a backward CTA's shared memory: K, V, the rings of Q, dO and dSᵀ, weights that are passed on, the statistics of the
+/// query rows in the rings, the barriers.
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardSmem {
     pub head_dim: u32,
     pub block_m: u32,
     pub block_n: u32,
+    pub split: Split,
 }
 
 impl BackwardSmem {
@@ -142,8 +145,18 @@ impl BackwardSmem {
     pub const fn ds(&self, slot: u32) -> u32 {
         self.d_o(self.stages()) + slot * self.ds_bytes()
     }
+    /// Weights of a query block, in f32, where one warpgroup passes them to the other.
+    pub const fn weights(&self) -> u32 {
+        self.ds(Self::DS_STAGES)
+    }
+    const fn weights_bytes(&self) -> u32 {
+        match self.split {
+            Split::Keys => 0,
+            Split::Gradients => self.block_n * self.block_m * 4,
+        }
+    }
     pub const fn offsets(&self, slot: u32) -> u32 {
-        self.ds(Self::DS_STAGES) + slot * self.row_bytes()
+        self.weights() + self.weights_bytes() + slot * self.row_bytes()
     }
     pub const fn delta(&self, slot: u32) -> u32 {
         self.offsets(self.stages()) + slot * self.row_bytes()
@@ -174,9 +187,16 @@ impl BackwardSmem {
     pub const fn ds_empty(&self, slot: u32) -> u32 {
         self.q_full(3 * self.stages() + Self::DS_STAGES + slot)
     }
+    /// The barriers that say that weights are there, and that they have been taken.
+    pub const fn weights_full(&self) -> u32 {
+        self.q_full(3 * self.stages() + 2 * Self::DS_STAGES)
+    }
+    pub const fn weights_empty(&self) -> u32 {
+        self.q_full(3 * self.stages() + 2 * Self::DS_STAGES + 1)
+    }
     /// All of it.
     pub const fn bytes(&self) -> u32 {
-        self.q_full(3 * self.stages() + 2 * Self::DS_STAGES)
+        self.q_full(3 * self.stages() + 2 * Self::DS_STAGES + 2)
     }
 }
 
@@ -242,7 +262,7 @@ mod tests {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
             // K and V and the ring of dS have a barrier for full and one for empty; Q and dO share the latter.
-            let barriers = 2 * (1 + BackwardSmem::DS_STAGES) + 3 * smem.stages();
+            let barriers = 2 * (2 + BackwardSmem::DS_STAGES) + 3 * smem.stages();
             assert_eq!(smem.bytes(), smem.kv_full() + barriers * BARRIER_BYTES, "{}", variant.symbol);
         }
     }

@@ -45,7 +45,7 @@ impl BackwardVariant {
     }
     /// Where everything lies in a CTA's shared memory.
     pub const fn smem(&self) -> BackwardSmem {
-        BackwardSmem { head_dim: self.head_dim, block_m: self.block_m, block_n: self.block_n }
+        BackwardSmem { head_dim: self.head_dim, block_m: self.block_m, block_n: self.block_n, split: self.split }
     }
     /// Query rows of a head in the workspace.
     pub fn rows(&self, shape: &Shape) -> u32 {
@@ -137,26 +137,26 @@ macro_rules! backward_variants {
             backward_f16_d64_causal, prepare_f16, finish_f16_d64, Forward, F16, 64, Causal, 128, 128, Keys;
             backward_f16_d128, prepare_f16, finish_f16_d128, Forward, F16, 128, None, 64, 128, Keys;
             backward_f16_d128_causal, prepare_f16, finish_f16_d128, Forward, F16, 128, Causal, 64, 128, Keys;
-            backward_f16_d256, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Columns;
-            backward_f16_d256_causal, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Columns;
+            backward_f16_d256, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Gradients;
+            backward_f16_d256_causal, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Gradients;
             backward_bf16_d64, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, None, 128, 128, Keys;
             backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, Causal, 128, 128, Keys;
             backward_bf16_d128, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, None, 64, 128, Keys;
             backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, Causal, 64, 128, Keys;
-            backward_bf16_d256, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Columns;
-            backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Columns;
+            backward_bf16_d256, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Gradients;
+            backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Gradients;
             piecewise_backward_f16_d64, prepare_f16, finish_f16_d64, Piecewise, F16, 64, None, 64, 128, Keys;
             piecewise_backward_f16_d64_causal, prepare_f16, finish_f16_d64, Piecewise, F16, 64, Causal, 64, 128, Keys;
             piecewise_backward_f16_d128, prepare_f16, finish_f16_d128, Piecewise, F16, 128, None, 64, 128, Keys;
             piecewise_backward_f16_d128_causal, prepare_f16, finish_f16_d128, Piecewise, F16, 128, Causal, 64, 128, Keys;
-            piecewise_backward_f16_d256, prepare_f16, finish_f16_d256, Piecewise, F16, 256, None, 64, 64, Columns;
-            piecewise_backward_f16_d256_causal, prepare_f16, finish_f16_d256, Piecewise, F16, 256, Causal, 64, 64, Columns;
+            piecewise_backward_f16_d256, prepare_f16, finish_f16_d256, Piecewise, F16, 256, None, 64, 64, Gradients;
+            piecewise_backward_f16_d256_causal, prepare_f16, finish_f16_d256, Piecewise, F16, 256, Causal, 64, 64, Gradients;
             piecewise_backward_bf16_d64, prepare_bf16, finish_bf16_d64, Piecewise, Bf16, 64, None, 64, 128, Keys;
             piecewise_backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Piecewise, Bf16, 64, Causal, 64, 128, Keys;
             piecewise_backward_bf16_d128, prepare_bf16, finish_bf16_d128, Piecewise, Bf16, 128, None, 64, 128, Keys;
             piecewise_backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Piecewise, Bf16, 128, Causal, 64, 128, Keys;
-            piecewise_backward_bf16_d256, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, None, 64, 64, Columns;
-            piecewise_backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, Causal, 64, 64, Columns;
+            piecewise_backward_bf16_d256, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, None, 64, 64, Gradients;
+            piecewise_backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, Causal, 64, 64, Gradients;
         }
     };
 }
@@ -170,14 +170,14 @@ macro_rules! backward_dropout_variants {
             backward_f16_d64_causal_dropout, prepare_f16, finish_f16_d64, Forward, F16, 64, Causal, 64, 128, Keys;
             backward_f16_d128_dropout, prepare_f16, finish_f16_d128, Forward, F16, 128, None, 64, 128, Keys;
             backward_f16_d128_causal_dropout, prepare_f16, finish_f16_d128, Forward, F16, 128, Causal, 64, 128, Keys;
-            backward_f16_d256_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Columns;
-            backward_f16_d256_causal_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Columns;
+            backward_f16_d256_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Gradients;
+            backward_f16_d256_causal_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Gradients;
             backward_bf16_d64_dropout, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, None, 64, 128, Keys;
             backward_bf16_d64_causal_dropout, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, Causal, 64, 128, Keys;
             backward_bf16_d128_dropout, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, None, 64, 128, Keys;
             backward_bf16_d128_causal_dropout, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, Causal, 64, 128, Keys;
-            backward_bf16_d256_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Columns;
-            backward_bf16_d256_causal_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Columns;
+            backward_bf16_d256_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Gradients;
+            backward_bf16_d256_causal_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Gradients;
         }
     };
 }

@@ -2,6 +2,7 @@
 //!
 //! Warpgroups run one after the other here, so none can take another's dS: each adds what its own keys contribute to dQ.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::vec::Vec;
 
@@ -20,9 +21,12 @@ use crate::params::{BackwardParams, Second, Shape, Strided};
 use crate::pipeline::order::KvBlock;
 use crate::tile::smem::BackwardSmem;
 
+/// Weights of query blocks, passed from one consumer to the other.
+pub type Weights = RefCell<VecDeque<Vec<f32>>>;
+
 /// A query block in a ring: rows of Q or dO with their statistics.
 struct QueryTile {
-    /// Rows × this warpgroup's columns.
+    /// Rows × columns.
     rows: Vec<f32>,
     /// All columns × rows.
     transposed: Vec<f32>,
@@ -87,8 +91,9 @@ impl<M: Mask, P: Pairs> QueryRing<M, P> {
 pub struct BackwardPipe<'a, M, S: Second<Strided>> {
     p: &'a BackwardParams<Strided, S>,
     smem: BackwardSmem,
-    split: Split,
     index: u32,
+    /// Weights that the consumer with dV, which runs first, has passed to the one with dK.
+    weights: &'a Weights,
     /// The block of keys, and of its pairs those that are still to come: pairs below `keys.pair`.
     keys: KvBlock,
     /// Which part of the work tile it is.
@@ -102,18 +107,6 @@ pub struct BackwardPipe<'a, M, S: Second<Strided>> {
 }
 
 impl<M: Mask, S: Second<Strided>> BackwardPipe<'_, M, S> {
-    /// This warpgroup's columns of dK, dV and what it adds to dQ.
-    fn columns(&self) -> core::ops::Range<usize> {
-        let head_dim = self.smem.head_dim as usize;
-        match self.split {
-            Split::Keys => 0..head_dim,
-            Split::Columns => {
-                let half = head_dim / 2;
-                self.index as usize * half..(self.index as usize + 1) * half
-            }
-        }
-    }
-
     /// The query blocks of the next pair that has any.
     fn next_pair(&mut self) -> Option<QueryBlocks<M, S::Pairs>> {
         let (shape, smem) = (&self.p.shape, &self.smem);
@@ -151,14 +144,14 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
     pub unsafe fn backward(
         p: &'a BackwardParams<Strided, S>,
         smem: BackwardSmem,
-        split: Split,
         index: u32,
         keys: &KvBlock,
         part: Part,
+        weights: &'a Weights,
     ) -> Self {
         let keys = KvBlock { pair: S::Pairs::COUNT, ..*keys };
         let (k, v) = (Vec::new(), Vec::new());
-        Self::with_pipe(ROWS, BackwardPipe { p, smem, split, index, keys, part, k, v, q: None, d_o: None })
+        Self::with_pipe(ROWS, BackwardPipe { p, smem, index, weights, keys, part, k, v, q: None, d_o: None })
     }
 
     /// This warpgroup's rows of a tensor of keys.
@@ -179,7 +172,9 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
 
     /// Checks that the pipeline was left as it was found.
     pub fn finish(mut self) {
-        if self.pipe.q.is_some() || self.pipe.d_o.is_some() || self.pipe.next_pair().is_some() {
+        let left =
+            self.pipe.smem.split == Split::Gradients && self.pipe.index == 1 && !self.pipe.weights.borrow().is_empty();
+        if left || self.pipe.q.is_some() || self.pipe.d_o.is_some() || self.pipe.next_pair().is_some() {
             Fault::Unfinished.raise();
         }
     }
@@ -187,16 +182,14 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
     /// Rows of `tensor` that `block` names, and their statistics from the array at `statistics`.
     fn load(&self, tensor: &Strided, statistics: u64, block: &QueryBlock) -> QueryTile {
         let BackwardPipe { p, smem, .. } = &self.pipe;
-        let (block_m, head_dim, own) = (smem.block_m as usize, smem.head_dim as usize, self.pipe.columns());
+        let (block_m, head_dim) = (smem.block_m as usize, smem.head_dim as usize);
         let first = block.m_block * smem.block_m;
-        let mut rows = std::vec![0.0; block_m * own.len()];
+        let mut rows = std::vec![0.0; block_m * head_dim];
         let mut transposed = std::vec![0.0; head_dim * block_m];
         let copy = |i: usize, row: &[E]| {
             for (d, x) in row.iter().enumerate() {
                 transposed[d * block_m + i] = x.to_f32();
-                if own.contains(&d) {
-                    rows[i * own.len() + d - own.start] = x.to_f32();
-                }
+                rows[i * head_dim + d] = x.to_f32();
             }
         };
         let range = first..first + smem.block_m;
@@ -220,10 +213,7 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
     type Columns<const M8: usize> = [[f32; 8]; M8];
 
     fn first_key(&self) -> u32 {
-        match self.pipe.split {
-            Split::Keys => self.pipe.index * ROWS as u32,
-            Split::Columns => 0,
-        }
+        self.pipe.smem.split.first_key(self.pipe.index)
     }
     fn wait_kv(&mut self) {
         let Some(blocks) = self.pipe.next_pair() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
@@ -292,21 +282,21 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
         multiply_add(ROWS, &self.pipe.v, 8 * D8, &self.pipe.held_do(slot).transposed, &mut dp);
         Pending(dp)
     }
-    fn p_do<const M8: usize, const C8: usize>(
+    fn p_do<const M8: usize, const D8: usize>(
         &mut self,
-        mut dv: Tile<C8>,
+        mut dv: Tile<D8>,
         p: Tile<M8>,
         slot: u32,
-    ) -> Pending<Tile<C8>> {
+    ) -> Pending<Tile<D8>> {
         multiply_add(ROWS, p.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.held_do(slot).rows, &mut dv);
         Pending(dv)
     }
-    fn ds_q<const M8: usize, const C8: usize>(
+    fn ds_q<const M8: usize, const D8: usize>(
         &mut self,
-        mut dk: Tile<C8>,
+        mut dk: Tile<D8>,
         ds: Tile<M8>,
         slot: u32,
-    ) -> Pending<Tile<C8>> {
+    ) -> Pending<Tile<D8>> {
         multiply_add(ROWS, ds.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.held_q(slot).rows, &mut dk);
         Pending(dk)
     }
@@ -315,40 +305,47 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
     fn wait_ds(&mut self, _: u32) {}
     fn add_dq<const M8: usize>(&mut self, ds: &Tile<M8>, _: u32, at: &QueryBlock) {
         let BackwardPipe { p, smem, k, .. } = &self.pipe;
-        let (own, head_dim) = (self.pipe.columns(), smem.head_dim as usize);
-        let mut dq = std::vec![0.0; 8 * M8 * own.len()];
+        let head_dim = smem.head_dim as usize;
+        let mut dq = std::vec![0.0; 8 * M8 * head_dim];
         for (row, k) in k.chunks_exact(head_dim).enumerate() {
-            for (ds, dq) in ds.row(row).iter().zip(dq.chunks_exact_mut(own.len())) {
-                for (dq, k) in dq.iter_mut().zip(&k[own.clone()]) {
+            for (ds, dq) in ds.row(row).iter().zip(dq.chunks_exact_mut(head_dim)) {
+                for (dq, k) in dq.iter_mut().zip(k) {
                     *dq += ds * k;
                 }
             }
         }
         let first = p.workspace.row(&p.shape, at.dq_batch(&p.shape), at.head, at.m_block * smem.block_m) as usize;
-        for (i, dq) in dq.chunks_exact(own.len()).enumerate() {
-            for (d, x) in own.clone().zip(dq) {
-                // SAFETY: `backward`'s caller promised this head's workspace.
-                unsafe { memory::add_f32(p.workspace.dq, (first + i) * head_dim + d, *x) };
-            }
+        for (i, x) in dq.into_iter().enumerate() {
+            // SAFETY: `backward`'s caller promised this head's workspace.
+            unsafe { memory::add_f32(p.workspace.dq, first * head_dim + i, x) };
         }
     }
 
     fn pass_ds(&mut self, _: u32) {}
+    fn pass_weights<const M8: usize>(&mut self, p: &Tile<M8>, _: u32) {
+        self.pipe.weights.borrow_mut().push_back(p.0.as_flattened().as_flattened().to_vec());
+    }
+    fn take_weights<const M8: usize>(&mut self, slot: u32) -> Tile<M8> {
+        let weights = self.pipe.weights.borrow_mut().pop_front();
+        let weights = weights.unwrap_or_else(|| Fault::WaitWithoutLoad { slot }.raise());
+        let mut p = Tile::ZEROS;
+        p.0.as_flattened_mut().as_flattened_mut().copy_from_slice(&weights);
+        p
+    }
 
-    fn store_kv<const C8: usize>(&mut self, x: &Tile<C8>, to: &Strided, at: &KvBlock, shape: &Shape) {
+    fn store_kv<const D8: usize>(&mut self, x: &Tile<D8>, to: &Strided, at: &KvBlock, shape: &Shape) {
         let first = at.n_block * self.pipe.smem.block_n + self.first_key();
-        let own = self.pipe.columns();
         for row in 0..ROWS.min(shape.seqlen_k.saturating_sub(first) as usize) {
             let columns = shape.head_dim as usize;
             // SAFETY: the row is the tensor's and, in these columns, this warpgroup's; `backward`'s caller promised it.
             let line = unsafe { memory::row_mut::<E>(to, at.batch, at.head, first + row as u32, columns) };
-            for (to, x) in line.iter_mut().skip(own.start).zip(x.row(row)) {
+            for (to, x) in line.iter_mut().zip(x.row(row)) {
                 *to = E::from_f32(*x);
             }
         }
     }
-    fn store_part<const C8: usize>(&mut self, x: &Tile<C8>, to: u64) {
-        let first = self.pipe.index as usize * ROWS * 8 * C8;
+    fn store_part<const D8: usize>(&mut self, x: &Tile<D8>, to: u64) {
+        let first = self.first_key() as usize * 8 * D8;
         for (i, x) in x.0.as_flattened().as_flattened().iter().enumerate() {
             // SAFETY: this warpgroup's part of a slot of the workspace; `backward`'s caller promised it.
             unsafe { memory::write_f32(to, first + i, *x) };

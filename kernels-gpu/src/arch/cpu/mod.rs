@@ -31,13 +31,14 @@ use crate::attention::scheduler::{CtaTiles, TileOrder, WorkTile};
 use crate::attention::shared_tiles::SharedTiles;
 use crate::element::Element;
 use crate::kernels::backward::consume as consume_backward;
+use crate::kernels::backward_gradients::{consume_dk, consume_dv};
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
 use crate::params::{BackwardParams, BackwardSecond, ForwardParams, Second, Shape, Strided, TotalParams};
 use crate::pipeline::order::KvOrder;
 use crate::tile::smem::ForwardSmem;
 use crate::variants::{BackwardVariant, Op, TotalVariant, Variant};
-use backward::BackwardPipe;
+use backward::{BackwardPipe, Weights};
 use total_attention::TotalPipe;
 
 macro_rules! mask {
@@ -144,7 +145,6 @@ pub unsafe fn backward<E: Element, S: BackwardSecond<Strided>, R: Dropping>(
                             S,
                             _,
                             { $head_dim / 8 },
-                            { Split::$split.columns($head_dim) as usize / 8 },
                             { $block_m / 8 },
                         >(variant, p, batch, head, dropping)
                     }
@@ -167,7 +167,6 @@ unsafe fn run_backward<
     S: BackwardSecond<Strided>,
     R: Dropping,
     const D8: usize,
-    const C8: usize,
     const M8: usize,
 >(
     variant: &BackwardVariant,
@@ -179,14 +178,20 @@ unsafe fn run_backward<
     let n_blocks = p.shape.seqlen_k.div_ceil(variant.block_n);
     let tiles = (0..n_blocks).map(|m_block| WorkTile { batch, head, m_block });
     let parts = tiles.flat_map(|tile| p.sharing.parts_of(&p.order, tile));
+    let weights = Weights::default();
     for (at, consumer) in parts.flat_map(|at| [(at, 0), (at, 1)]) {
         let keys = key_block(&p.shape, variant.block_n, &at.tile);
         // SAFETY: the caller's promise; consumers own different parts of dK and dV.
         let mut warpgroup = unsafe {
-            CpuWarpgroup::<E, BackwardPipe<M, S>>::backward(p, variant.smem(), variant.split, consumer, &keys, at.part)
+            CpuWarpgroup::<E, BackwardPipe<M, S>>::backward(p, variant.smem(), consumer, &keys, at.part, &weights)
         };
         let tiles = core::iter::once(at);
-        consume_backward::<_, M, S, R, D8, C8, M8>(&mut warpgroup, p, variant.block_n, tiles, dropping);
+        let block_n = variant.block_n;
+        match (variant.split, consumer) {
+            (Split::Keys, _) => consume_backward::<_, M, S, R, D8, M8>(&mut warpgroup, p, block_n, tiles, dropping),
+            (Split::Gradients, 0) => consume_dv::<_, M, S, R, D8, M8>(&mut warpgroup, p, block_n, tiles, dropping),
+            (Split::Gradients, _) => consume_dk::<_, M, S, R, D8, M8>(&mut warpgroup, p, block_n, tiles, dropping),
+        }
         warpgroup.finish();
     }
 }

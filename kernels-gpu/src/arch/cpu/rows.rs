@@ -2,9 +2,7 @@
 
 use std::vec::Vec;
 
-use super::fragment::ROWS;
 use super::memory;
-use crate::arch::Split;
 use crate::attention::query_blocks::key_block;
 use crate::attention::row_statistics::{delta, exponent_offset};
 use crate::attention::scheduler::WorkTile;
@@ -83,21 +81,12 @@ pub unsafe fn add_parts<E: Element>(p: &FinishParams, variant: &BackwardVariant,
                 // SAFETY: the caller's promise.
                 let line = unsafe { memory::row_mut::<E>(to, batch, head, first + row, shape.head_dim as usize) };
                 for (column, to) in (0..).zip(line) {
-                    let index = place(variant, row, column) as usize;
+                    let index = (row * variant.head_dim + column) as usize;
                     // SAFETY: the caller's promise.
                     let sum = slots.iter().map(|slot| unsafe { memory::read_f32(part(*slot), index) }).sum();
                     *to = E::from_f32(sum);
                 }
             }
         }
-    }
-}
-
-/// Where an element of a part of dK or dV lies: each warpgroup's rows one after the other.
-fn place(variant: &BackwardVariant, row: u32, column: u32) -> u32 {
-    let columns = variant.split.columns(variant.head_dim);
-    match variant.split {
-        Split::Keys => row * columns + column,
-        Split::Columns => (column / columns * ROWS as u32 + row) * columns + column % columns,
     }
 }

@@ -6,21 +6,20 @@ use super::barrier::{Mbarrier, named_arrive, named_sync, sync_warp};
 use super::consumer::Consumer;
 use super::cta;
 use super::fragment::{Fragment, Operand};
-use super::load::load_shared_pair;
+use super::load::{load_shared_16_bytes, load_shared_pair};
 use super::math::Packed;
-use super::store::{Lines, fence_async_proxy, store_16_bytes, store_lines, write_tile};
+use super::store::{Lines, fence_async_proxy, store_16_bytes, store_lines, store_shared_16_bytes, write_tile};
 use super::wgmma::{self, Descriptor};
 use crate::arch::{BackwardWarpgroup, Pending, Split, Warpgroup};
 use crate::attention::query_blocks::QueryBlock;
 use crate::params::{Shape, Strided};
 use crate::pipeline::order::KvBlock;
-use crate::tile::smem::{BackwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, columns_step, rows_step};
-use crate::variants::{WARPGROUP_ROWS, WARPGROUP_THREADS};
+use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
+use crate::variants::WARPGROUP_THREADS;
 
 /// The consumer's end of the backward pipeline.
 pub struct BackwardPipe<'a> {
     smem: &'a BackwardSmem,
-    split: Split,
     /// Query blocks so far; slots and phases follow from it. The top bit is the phase of K and V.
     count: u32,
 }
@@ -31,11 +30,11 @@ const KV: u32 = 1 << 31;
 impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     /// Each consumer calls it once, after the barriers were made.
     #[inline(always)]
-    pub fn backward(smem: &'a BackwardSmem, split: Split, index: u32, parameters: u64) -> Self {
-        if index == 1 {
+    pub fn backward(smem: &'a BackwardSmem, index: u32, parameters: u64) -> Self {
+        if smem.split == Split::Keys && index == 1 {
             named_arrive(cta::TURN, 2 * WARPGROUP_THREADS);
         }
-        Self::with_pipe(index, parameters, BackwardPipe { smem, split, count: 0 })
+        Self::with_pipe(index, parameters, BackwardPipe { smem, count: 0 })
     }
 
     /// The slot of the rings of Q and dO that the query block of this number has, and the parity of its phase.
@@ -73,22 +72,25 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         }
     }
 
-    /// acc + x·B for this warpgroup's columns of a tile B of query rows.
+    /// acc + x·B for a tile B of query rows.
     #[inline(always)]
-    fn accumulate<const M8: usize, const C8: usize>(
+    fn accumulate<const M8: usize, const D8: usize>(
         &self,
-        acc: Fragment<C8>,
+        acc: Fragment<D8>,
         x: Operand<M8>,
         queries: u32,
-    ) -> Pending<Fragment<C8>> {
-        let panel = self.pipe.smem.block_m * PANEL_ROW_BYTES;
-        let first_panel = match self.pipe.split {
-            Split::Keys => 0,
-            Split::Columns => self.index() * (C8 as u32 * 8 / PANEL_COLUMNS),
-        };
-        let b = Descriptor::mn_major(self.base() + queries + first_panel * panel, panel);
+    ) -> Pending<Fragment<D8>> {
+        let b = Descriptor::mn_major(self.base() + queries, self.pipe.smem.block_m * PANEL_ROW_BYTES);
         // SAFETY: the tile is full, and stays so until this product is waited for.
-        unsafe { wgmma::accumulate::<E, M8, C8>(acc, x, |step| b.offset(rows_step(step))) }
+        unsafe { wgmma::accumulate::<E, M8, D8>(acc, x, |step| b.offset(rows_step(step))) }
+    }
+
+    /// Shared address of what this thread passes on of a group of eight columns, or takes: both have the same place in their
+    /// warpgroups.
+    #[inline(always)]
+    fn weights(&self, group: usize) -> u32 {
+        let first = self.base() + self.pipe.smem.weights() + 16 * cta::thread_of_warpgroup();
+        first + group as u32 * 16 * WARPGROUP_THREADS
     }
 }
 
@@ -117,10 +119,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
 
     #[inline(always)]
     fn first_key(&self) -> u32 {
-        match self.pipe.split {
-            Split::Keys => self.index() * WARPGROUP_ROWS,
-            Split::Columns => 0,
-        }
+        self.pipe.smem.split.first_key(self.index())
     }
     #[inline(always)]
     fn wait_kv(&mut self) {
@@ -200,41 +199,34 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         self.scores::<D8, M8>(self.pipe.smem.v(), self.pipe.smem.d_o(self.slot(slot)))
     }
     #[inline(always)]
-    fn p_do<const M8: usize, const C8: usize>(
+    fn p_do<const M8: usize, const D8: usize>(
         &mut self,
-        dv: Fragment<C8>,
+        dv: Fragment<D8>,
         p: Operand<M8>,
         slot: u32,
-    ) -> Pending<Fragment<C8>> {
+    ) -> Pending<Fragment<D8>> {
         self.accumulate(dv, p, self.pipe.smem.d_o(self.slot(slot)))
     }
     #[inline(always)]
-    fn ds_q<const M8: usize, const C8: usize>(
+    fn ds_q<const M8: usize, const D8: usize>(
         &mut self,
-        dk: Fragment<C8>,
+        dk: Fragment<D8>,
         ds: Operand<M8>,
         slot: u32,
-    ) -> Pending<Fragment<C8>> {
+    ) -> Pending<Fragment<D8>> {
         self.accumulate(dk, ds, self.pipe.smem.q(self.slot(slot)))
     }
     #[inline(always)]
     fn add_dq<const M8: usize>(&mut self, ds: &Operand<M8>, slot: u32, _: &QueryBlock) {
         let (smem, (slot, _)) = (self.pipe.smem, self.ds_slot(slot));
-        // Where both have the same keys, one writes for both.
-        if self.pipe.split == Split::Columns && self.index() == 1 {
-            return;
-        }
         // SAFETY: the slot is empty, and of it these rows are this warpgroup's.
         unsafe {
-            let first_key = self.short_lived_index() * WARPGROUP_ROWS;
+            let first_key = smem.split.first_key(self.short_lived_index());
             write_tile(ds, self.base() + smem.ds(slot), smem.block_n, first_key);
         }
     }
     #[inline(always)]
     fn pass_ds(&mut self, slot: u32) {
-        if self.pipe.split == Split::Columns && self.index() == 1 {
-            return;
-        }
         let (slot, _) = self.ds_slot(slot);
         fence_async_proxy();
         // SAFETY: initialised before the roles parted.
@@ -242,21 +234,45 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
 
     #[inline(always)]
-    fn store_kv<const C8: usize>(&mut self, x: &Fragment<C8>, to: &Strided, at: &KvBlock, shape: &Shape) {
-        let column = match self.pipe.split {
-            Split::Keys => 0,
-            Split::Columns => self.index() * 8 * C8 as u32,
-        };
+    fn pass_weights<const M8: usize>(&mut self, p: &Fragment<M8>, slot: u32) {
+        let smem = self.pipe.smem;
+        // SAFETY: initialised before the roles parted; each thread writes what one thread of the other warpgroup has read, and
+        // is to read.
+        unsafe {
+            Mbarrier(self.base() + smem.weights_empty()).wait(slot & 1 ^ 1);
+            for (group, p) in p.0.iter().enumerate() {
+                store_shared_16_bytes(self.weights(group), p.map(f32::to_bits));
+            }
+            Mbarrier(self.base() + smem.weights_full()).arrive();
+        }
+    }
+    #[inline(always)]
+    fn take_weights<const M8: usize>(&mut self, slot: u32) -> Fragment<M8> {
+        let smem = self.pipe.smem;
+        let mut p = Fragment([[0.0; 4]; M8]);
+        // SAFETY: as above.
+        unsafe {
+            Mbarrier(self.base() + smem.weights_full()).wait(slot & 1);
+            for (group, p) in p.0.iter_mut().enumerate() {
+                *p = load_shared_16_bytes(self.weights(group)).map(f32::from_bits);
+            }
+            Mbarrier(self.base() + smem.weights_empty()).arrive();
+        }
+        p
+    }
+
+    #[inline(always)]
+    fn store_kv<const D8: usize>(&mut self, x: &Fragment<D8>, to: &Strided, at: &KvBlock, shape: &Shape) {
         let row = at.n_block * self.pipe.smem.block_n + self.first_key();
-        let at = Lines { batch: at.batch, head: at.head, row, column };
+        let at = Lines { batch: at.batch, head: at.head, row, column: 0 };
         // SAFETY: the host has checked the tensor, of which these rows and columns belong to this warpgroup.
         unsafe { store_lines(&x.pack::<E>(), to, at, shape.seqlen_k, shape) };
         // Behind a branch, ptxas would make one of the last predicate, too, and not know then that the warp is converged.
         sync_warp();
     }
     #[inline(always)]
-    fn store_part<const C8: usize>(&mut self, x: &Fragment<C8>, to: u64) {
-        let first = self.index() * WARPGROUP_ROWS * 8 * C8 as u32 * 4 + 16 * cta::thread_of_warpgroup();
+    fn store_part<const D8: usize>(&mut self, x: &Fragment<D8>, to: u64) {
+        let first = self.first_key() * 8 * D8 as u32 * 4 + 16 * cta::thread_of_warpgroup();
         for (group, x) in x.0.iter().enumerate() {
             let address = to + (first + group as u32 * 16 * WARPGROUP_THREADS) as u64;
             // SAFETY: this thread's elements of a slot that the host has made large enough.

@@ -25,11 +25,8 @@ use crate::pipeline::order::KvBlock;
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
 use crate::variants::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 
-/// Columns of a product, eights: so few because the consumers need the registers.
-const N8: usize = 4;
-
-/// The end of the ring of dSᵀ that multiplies.
-struct Dq<'a> {
+/// The end of the ring of dSᵀ that multiplies, 8·N8 columns at a time: few, because the consumers need the registers.
+struct Dq<'a, const N8: usize> {
     workspace: &'a Workspace,
     smem: &'a BackwardSmem,
     /// Query blocks so far; a slot and its phase follow from it.
@@ -45,7 +42,7 @@ struct Dq<'a> {
     counter: u32,
 }
 
-impl Dq<'_> {
+impl<const N8: usize> Dq<'_, N8> {
     /// dQ of all query blocks of a work tile; `beside` runs in the course of each, with its number.
     #[inline(always)]
     fn add_all<E: Packed, M: Mask, P: Pairs, const STORES: bool>(
@@ -202,13 +199,14 @@ fn loads_at<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
         (64, 1) => 1,
         (128, 1) => 2,
         (128, 2) => 3,
+        (256, 1) => 2,
         _ => 0,
     }
 }
 
 /// Loads what the work tiles need, and adds dQ. `parameters` is the address of `p` in the kernel's parameter space.
 #[inline(always)]
-pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
+pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: usize>(
     p: &BackwardParams<TensorMap, S>,
     parameters: u64,
     smem: &BackwardSmem,
@@ -217,7 +215,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping>(
     let mut loads = Loads::new(p, parameters, smem);
     let loads_at = loads_at::<S>(smem);
     let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
-    let mut dq = Dq { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, counter: 0 };
+    let mut dq = Dq::<N8> { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, counter: 0 };
     let warp = cta::warp_of_warpgroup();
     // A work tile that is taken a turn ahead lives in registers that all threads share, where what it is made from takes each
     // thread's own; others than plain attention lack registers for it.

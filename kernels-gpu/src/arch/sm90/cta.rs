@@ -196,7 +196,7 @@ pub fn cluster_rank() -> u32 {
 
 /// As [`init_barriers`], for the backward kernel's two consumers.
 #[inline(always)]
-pub fn init_backward_barriers(smem: &BackwardSmem, split: Split) {
+pub fn init_backward_barriers(smem: &BackwardSmem) {
     let base = smem_base();
     // SAFETY: as in `init_barriers`.
     unsafe {
@@ -210,8 +210,11 @@ pub fn init_backward_barriers(smem: &BackwardSmem, split: Split) {
                 Mbarrier(base + smem.empty(slot)).init(2 * WARPGROUP_THREADS);
             }
             for slot in 0..BackwardSmem::DS_STAGES {
-                Mbarrier(base + smem.ds_full(slot)).init(split.writers() * WARPS);
+                Mbarrier(base + smem.ds_full(slot)).init(smem.split.writers() * WARPS);
                 Mbarrier(base + smem.ds_empty(slot)).init(WARPS);
+            }
+            for barrier in [smem.weights_full(), smem.weights_empty()] {
+                Mbarrier(base + barrier).init(WARPGROUP_THREADS);
             }
             fence_mbarrier_init();
         }
@@ -260,12 +263,14 @@ pub fn let_next_grid_start() {
 
 /// As [`set_registers`], for the backward kernel, whose producer multiplies too.
 #[inline(always)]
-pub fn set_backward_registers(role: Role) {
-    // SAFETY: as in `set_registers`; 128·56 + 256·224.
+pub fn set_backward_registers(role: Role, split: Split) {
+    // SAFETY: as in `set_registers`; 128·56 + 256·224, or 128·72 + 256·216.
     unsafe {
-        match role {
-            Role::Producer => asm!("setmaxnreg.dec.sync.aligned.u32 56;", options(nostack)),
-            Role::Consumer(_) => asm!("setmaxnreg.inc.sync.aligned.u32 224;", options(nostack)),
+        match (role, split) {
+            (Role::Producer, Split::Keys) => asm!("setmaxnreg.dec.sync.aligned.u32 56;", options(nostack)),
+            (Role::Producer, Split::Gradients) => asm!("setmaxnreg.dec.sync.aligned.u32 72;", options(nostack)),
+            (Role::Consumer(_), Split::Keys) => asm!("setmaxnreg.inc.sync.aligned.u32 224;", options(nostack)),
+            (Role::Consumer(_), Split::Gradients) => asm!("setmaxnreg.inc.sync.aligned.u32 216;", options(nostack)),
         }
     }
 }

@@ -21,6 +21,21 @@ pub unsafe fn load_shared_pair(address: u32) -> [f32; 2] {
     [a, b]
 }
 
+/// 16 bytes of shared memory.
+///
+/// # Safety
+/// As [`load_shared_pair`], 16-byte aligned.
+#[inline(always)]
+pub unsafe fn load_shared_16_bytes(address: u32) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("ld.shared.v4.b32 {{{0}, {1}, {2}, {3}}}, [{4}];", out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d,
+             in(reg32) address, options(nostack));
+    }
+    [a, b, c, d]
+}
+
 /// Reads the rows of a tile of `rows` rows in shared memory, at `tile`, from row `first_row` on, as a left operand; each
 /// warp its own sixteen, as [`super::store::write_tile`] would write them.
 ///

@@ -42,6 +42,19 @@ pub unsafe fn store_f32(live: bool, address: u64, x: f32) {
     }
 }
 
+/// Stores 16 bytes to shared memory at `address`.
+///
+/// # Safety
+/// The address is 16-byte aligned and nobody else accesses it.
+#[inline(always)]
+pub unsafe fn store_shared_16_bytes(address: u32, x: [u32; 4]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("st.shared.v4.b32 [{0}], {{{1}, {2}, {3}, {4}}};", in(reg32) address, in(reg32) x[0], in(reg32) x[1],
+             in(reg32) x[2], in(reg32) x[3], options(nostack));
+    }
+}
+
 /// Stores an f32 to shared memory at `address` where `live`.
 ///
 /// # Safety

@@ -1,0 +1,238 @@
+//! Backward attention where a warpgroup's registers hold one gradient of a block of keys, and not two: one warpgroup has dV
+//! and computes the weights, which the other takes for dS and dK. So no product is computed twice, as it would be if each had
+//! half of the columns of both.
+
+use super::backward::Step;
+use crate::arch::BackwardWarpgroup;
+use crate::attention::dropping::Dropping;
+use crate::attention::key_parts::KeyPart;
+use crate::attention::mask::Mask;
+use crate::attention::pairs::Pairs;
+use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
+use crate::params::{BackwardParams, BackwardSecond, Second};
+use crate::pipeline::order::KvBlock;
+
+/// dV of a block of keys, and the weights of the query block last met, which are still to go into it.
+struct Dv<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
+    dv: W::Acc<D8>,
+    p: W::Operand<M8>,
+    slot: W::Slot,
+}
+
+impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
+    /// The first query block, up to P.
+    #[inline(always)]
+    fn new<M: Mask, S: Second<W::Tensor>, R: Dropping>(
+        wg: &mut W,
+        step: &Step<W::Tensor, S, M, R>,
+        at: &QueryBlock,
+        dv: W::Acc<D8>,
+    ) -> Self {
+        let slot = wg.wait_q();
+        let s = wg.kq::<D8, M8>(slot); //                            Sᵀ = K·Qᵀ
+        let offsets = wg.offsets(slot);
+        let s = wg.wait::<0, M8>(s);
+        let p = step.weights(wg, at, &offsets, s); //                Pᵀ = exp(scale·Sᵀ − LSE)
+        wg.pass_weights(&p, slot);
+        wg.wait_do(slot);
+        Dv { dv, p: R::pack_unmarked::<W, M8>(wg, &p), slot }
+    }
+
+    /// dV of the query block last met, beside which the next one's exponentials run.
+    #[inline(always)]
+    fn step<M: Mask, S: Second<W::Tensor>, R: Dropping>(
+        &mut self,
+        wg: &mut W,
+        step: &Step<W::Tensor, S, M, R>,
+        at: &QueryBlock,
+    ) {
+        let slot = wg.wait_q();
+        let s = wg.kq::<D8, M8>(slot); //                            Sᵀ = K·Qᵀ
+        let dv = wg.p_do::<M8, D8>(self.dv, self.p, self.slot); //   dV = dV + Pᵀ·dO
+        let offsets = wg.offsets(slot);
+        let s = wg.wait::<1, M8>(s);
+        let p = step.weights(wg, at, &offsets, s); //                Pᵀ = exp(scale·Sᵀ − LSE)
+        wg.pass_weights(&p, slot);
+        wg.wait_do(slot);
+        self.dv = wg.wait::<0, D8>(dv);
+        wg.release(self.slot);
+        (self.p, self.slot) = (R::pack_unmarked::<W, M8>(wg, &p), slot);
+    }
+
+    #[inline(always)]
+    fn finish(self, wg: &mut W) -> W::Acc<D8> {
+        let dv = wg.p_do::<M8, D8>(self.dv, self.p, self.slot); //   dV = dV + Pᵀ·dO
+        let dv = wg.wait::<0, D8>(dv);
+        wg.release(self.slot);
+        dv
+    }
+}
+
+/// dK of a block of keys, and dS of the query block last met, which is still to go into it.
+struct Dk<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
+    dk: W::Acc<D8>,
+    ds: W::Operand<M8>,
+    slot: W::Slot,
+}
+
+impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dk<W, D8, M8> {
+    /// The first query block, up to dS.
+    #[inline(always)]
+    fn new<M: Mask, S: Second<W::Tensor>, R: Dropping>(
+        wg: &mut W,
+        step: &Step<W::Tensor, S, M, R>,
+        at: &QueryBlock,
+    ) -> Self {
+        let slot = wg.wait_q();
+        wg.wait_do(slot);
+        let dp = wg.v_do::<D8, M8>(slot); //                         dPᵀ = V·dOᵀ
+        let p = wg.take_weights::<M8>(slot);
+        let dp = wg.wait::<0, M8>(dp);
+        let ds = step.score_gradients(wg, &p, dp, &wg.delta(slot)); // dSᵀ = Pᵀ∘(dPᵀ − delta)
+        Dk { dk: wg.zeros::<D8>(), ds: leave_ds(wg, &ds, slot, at), slot }
+    }
+
+    /// dK of the query block last met, beside which the next one's dS is computed.
+    #[inline(always)]
+    fn step<M: Mask, S: Second<W::Tensor>, R: Dropping>(
+        &mut self,
+        wg: &mut W,
+        step: &Step<W::Tensor, S, M, R>,
+        at: &QueryBlock,
+    ) {
+        let slot = wg.wait_q();
+        wg.wait_do(slot);
+        let dp = wg.v_do::<D8, M8>(slot); //                         dPᵀ = V·dOᵀ
+        let dk = wg.ds_q::<M8, D8>(self.dk, self.ds, self.slot); //  dK = dK + dSᵀ·Q
+        let p = wg.take_weights::<M8>(slot);
+        let dp = wg.wait::<1, M8>(dp);
+        let mut ds = step.score_gradients(wg, &p, dp, &wg.delta(slot)); // dSᵀ = Pᵀ∘(dPᵀ − delta)
+        wg.compute(&mut ds);
+        self.dk = wg.wait::<0, D8>(dk);
+        wg.release(self.slot);
+        (self.ds, self.slot) = (leave_ds(wg, &ds, slot, at), slot); // dQ = dQ + dS·K
+    }
+
+    #[inline(always)]
+    fn finish(self, wg: &mut W) -> W::Acc<D8> {
+        let dk = wg.ds_q::<M8, D8>(self.dk, self.ds, self.slot); //  dK = dK + dSᵀ·Q
+        let dk = wg.wait::<0, D8>(dk);
+        wg.release(self.slot);
+        dk
+    }
+}
+
+/// Leaves dS of a query block to the warpgroup that adds dQ, and packs it for dK.
+#[inline(always)]
+fn leave_ds<W: BackwardWarpgroup, const M8: usize>(
+    wg: &mut W,
+    ds: &W::Acc<M8>,
+    slot: W::Slot,
+    at: &QueryBlock,
+) -> W::Operand<M8> {
+    wg.wait_ds(slot);
+    let ds = wg.pack(ds);
+    wg.add_dq(&ds, slot, at);
+    wg.pass_ds(slot);
+    ds
+}
+
+/// What the warpgroup with dV does with the work tiles of its CTA, blocks of keys or parts of them.
+#[inline(always)]
+pub fn consume_dv<
+    W: BackwardWarpgroup,
+    M: Mask,
+    S: BackwardSecond<W::Tensor>,
+    R: Dropping,
+    const D8: usize,
+    const M8: usize,
+>(
+    wg: &mut W,
+    p: &BackwardParams<W::Tensor, S>,
+    block_n: u32,
+    tiles: impl Iterator<Item = KeyPart>,
+    dropping: R,
+) {
+    let (block_m, pairs) = (8 * M8 as u32, p.second.pairs(&p.shape));
+    for KeyPart { tile, part } in tiles {
+        let mut dv = wg.zeros::<D8>();
+        // The last pair comes first.
+        let mut left = p.second.last() + 1;
+        let mut keys = key_block(&p.shape, block_n, &tile);
+        while left > 0 {
+            left -= 1;
+            keys = KvBlock { pair: left, ..keys };
+            let blocks = QueryBlocks::<M, S::Pairs>::new(&p.shape, pairs, block_m, block_n, &keys);
+            let blocks = blocks.end_of(&p.sharing).part(&p.sharing, part);
+            if S::Pairs::COUNT > 1 && blocks.count() == 0 {
+                continue;
+            }
+            let step = Step { p, first_key: keys.n_block * block_n, block_m, blocks: &blocks, dropping };
+            wg.wait_kv();
+            let mut at = blocks.first();
+            let mut mainloop = Dv::<W, D8, M8>::new::<M, S, R>(wg, &step, &at, dv);
+            for _ in 1..blocks.count() {
+                at = blocks.after(&at);
+                mainloop.step(wg, &step, &at);
+            }
+            dv = mainloop.finish(wg);
+            wg.release_kv();
+        }
+        dropping.scale::<W, D8>(wg, &mut dv);
+        match part.slot() {
+            None => wg.store_kv(&dv, &p.dv, &keys, &p.shape),
+            Some(slot) => wg.store_part(&dv, p.workspace.part(slot, 1, block_n * 8 * D8 as u32)),
+        }
+    }
+}
+
+/// What the warpgroup with dK does with them: dK of one pair after the other.
+#[inline(always)]
+pub fn consume_dk<
+    W: BackwardWarpgroup,
+    M: Mask,
+    S: BackwardSecond<W::Tensor>,
+    R: Dropping,
+    const D8: usize,
+    const M8: usize,
+>(
+    wg: &mut W,
+    p: &BackwardParams<W::Tensor, S>,
+    block_n: u32,
+    tiles: impl Iterator<Item = KeyPart>,
+    dropping: R,
+) {
+    let (block_m, pairs) = (8 * M8 as u32, p.second.pairs(&p.shape));
+    for KeyPart { tile, part } in tiles {
+        let mut left = p.second.last() + 1;
+        while left > 0 {
+            left -= 1;
+            let keys = KvBlock { pair: left, ..key_block(&p.shape, block_n, &tile) };
+            let blocks = QueryBlocks::<M, S::Pairs>::new(&p.shape, pairs, block_m, block_n, &keys);
+            let blocks = blocks.end_of(&p.sharing).part(&p.sharing, part);
+            let to = match p.second.dk() {
+                Some(second) if left == 1 => second,
+                _ => p.dk,
+            };
+            if S::Pairs::COUNT > 1 && blocks.count() == 0 {
+                wg.store_kv(&wg.zeros::<D8>(), &to, &keys, &p.shape);
+                continue;
+            }
+            let step = Step { p, first_key: keys.n_block * block_n, block_m, blocks: &blocks, dropping };
+            wg.wait_kv();
+            let mut at = blocks.first();
+            let mut mainloop = Dk::<W, D8, M8>::new::<M, S, R>(wg, &step, &at);
+            for _ in 1..blocks.count() {
+                at = blocks.after(&at);
+                mainloop.step(wg, &step, &at);
+            }
+            let mut dk = mainloop.finish(wg);
+            wg.release_kv();
+            wg.map_rows(&mut dk, wg.rows(p.scale), |dk, scale| dk * scale);
+            match part.slot() {
+                None => wg.store_kv(&dk, &to, &keys, &p.shape),
+                Some(slot) => wg.store_part(&dk, p.workspace.part(slot, 0, block_n * 8 * D8 as u32)),
+            }
+        }
+    }
+}
