@@ -67,7 +67,7 @@ impl MBlocks {
 /// Query blocks that share a turn in an exact pass. Blocks of keys of one head follow each other at that distance; fewer
 /// turns cost less to wait for and to count.
 pub const fn turn_blocks(head_dim: u32) -> u32 {
-    if head_dim <= 128 { 4 } else { 1 }
+    if head_dim <= 128 { 4 } else { 2 }
 }
 
 /// One query block of one head.
