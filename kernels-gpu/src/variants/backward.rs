@@ -75,15 +75,19 @@ impl BackwardVariant {
     /// a launch is small beside the work tile; with fewer, more of Q, dO and dQ stays in L2.
     pub fn exact_order(&self, shape: &Shape, ctas: u32) -> TileOrder {
         let steps = shape.seqlen_q.div_ceil(self.block_m) * shape.group();
-        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next. Heads of 256
-        // columns are too large for as many of them.
-        let large = self.head_dim > 128;
-        let (steps, fewest) = match self.mask {
-            MaskKind::None => (steps.max(1), 1),
-            MaskKind::Causal => ((steps / 2).max(8), if large { 4 } else { 16 }),
+        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next.
+        let (causal, steps) = match self.mask {
+            MaskKind::None => (false, steps.max(1)),
+            MaskKind::Causal => (true, (steps / 2).max(8)),
         };
-        let behind = turn_blocks(self.head_dim) + if large { 0 } else { 1 };
-        let section = (ctas * behind).div_ceil(steps).max(fewest);
+        let turn = ctas * turn_blocks(self.head_dim);
+        let section = match (self.head_dim, causal) {
+            (..=128, false) => (turn + ctas).div_ceil(steps),
+            (..=128, true) => (turn + ctas).div_ceil(steps).max(16),
+            // So large are the heads that fewer stay in L2.
+            (_, false) => ((turn + steps / 2) / steps).max(2),
+            (_, true) => ((turn + steps / 2) / steps).max(4),
+        };
         TileOrder::new(&self.keys(shape), self.block_n, section).one_way()
     }
     /// Which work tiles of a fast pass of plain attention store dQ, on `ctas` CTAs that take them in this order.
