@@ -1,6 +1,7 @@
 //! [`BackwardWarpgroup`] on the CPU.
 //!
-//! Warpgroups run one after the other here, so none can take another's dS: each adds what its own keys contribute to dQ.
+//! Warpgroups run one after the other here, so none can take another's dS: each adds what its own keys contribute to dQ. What
+//! the first passes to the second is kept until that one runs.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -11,7 +12,7 @@ use super::matmul::multiply_add;
 use super::memory::{self, for_rows};
 use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
-use crate::arch::{BackwardWarpgroup, Pending, Split};
+use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::key_parts::Part;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
@@ -172,9 +173,8 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
 
     /// Checks that the pipeline was left as it was found.
     pub fn finish(mut self) {
-        let left =
-            self.pipe.smem.split == Split::Gradients && self.pipe.index == 1 && !self.pipe.weights.borrow().is_empty();
-        if left || self.pipe.q.is_some() || self.pipe.d_o.is_some() || self.pipe.next_pair().is_some() {
+        let weights_left = self.pipe.index == 1 && !self.pipe.weights.borrow().is_empty();
+        if weights_left || self.pipe.q.is_some() || self.pipe.d_o.is_some() || self.pipe.next_pair().is_some() {
             Fault::Unfinished.raise();
         }
     }
