@@ -11,11 +11,11 @@ use core::f32::consts::LOG2_E;
 use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::dropout::{Place, Rows};
 use crate::attention::dropping::Dropping;
-use crate::attention::key_parts::KeyPart;
+use crate::attention::key_parts::{KeyPart, Part};
 use crate::attention::mask::{Mask, mask_transposed};
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
-use crate::params::{BackwardParams, BackwardSecond, Second};
+use crate::params::{BackwardParams, BackwardSecond, Second, Strided};
 use crate::pipeline::order::KvBlock;
 
 /// The gradients of a block of keys, and what of the query block last met is still to go into them.
@@ -188,6 +188,27 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
     }
 }
 
+/// The query blocks that a part of a work tile meets, through the pair of `keys`.
+#[inline(always)]
+pub(super) fn blocks_met<T, S: BackwardSecond<T>, M: Mask>(
+    p: &BackwardParams<T, S>,
+    (block_m, block_n): (u32, u32),
+    keys: &KvBlock,
+    part: Part,
+) -> QueryBlocks<M, S::Pairs> {
+    let blocks = QueryBlocks::new(&p.shape, p.second.pairs(&p.shape), block_m, block_n, keys);
+    blocks.end_of(&p.sharing).part(&p.sharing, part)
+}
+
+/// Where dK of a pair goes.
+#[inline(always)]
+pub(super) fn dk_of<T, S: BackwardSecond<T>>(p: &BackwardParams<T, S>, pair: u32) -> Strided {
+    match p.second.dk() {
+        Some(second) if pair == 1 => second,
+        _ => p.dk,
+    }
+}
+
 /// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys, or parts of them; it has half of the keys.
 #[inline(always)]
 pub fn consume<
@@ -206,11 +227,6 @@ pub fn consume<
 ) {
     let block_m = 8 * M8 as u32;
     let elements = block_n * 8 * D8 as u32;
-    let pairs = p.second.pairs(&p.shape);
-    let dk_of = |pair| match p.second.dk() {
-        Some(second) if pair == 1 => second,
-        _ => p.dk,
-    };
     let mut tiles = tiles;
     let Some(KeyPart { mut tile, mut part }) = tiles.next() else { return };
     // dK of one pair after the other, the last one first, and with all of them the same dV.
@@ -218,10 +234,9 @@ pub fn consume<
     let mut dv = wg.zeros::<D8>();
     loop {
         let keys = KvBlock { pair, ..key_block(&p.shape, block_n, &tile) };
-        let blocks = QueryBlocks::<M, S::Pairs>::new(&p.shape, pairs, block_m, block_n, &keys);
-        let blocks = blocks.end_of(&p.sharing).part(&p.sharing, part);
+        let blocks = blocks_met::<_, _, M>(p, (block_m, block_n), &keys, part);
         if S::Pairs::COUNT > 1 && blocks.count() == 0 {
-            wg.store_kv(&wg.zeros::<D8>(), &dk_of(pair), &keys, &p.shape);
+            wg.store_kv(&wg.zeros::<D8>(), &dk_of(p, pair), &keys, &p.shape);
         } else {
             let first_key = keys.n_block * block_n + wg.first_key();
             let step = Step { p, first_key, block_m, blocks: &blocks, dropping };
@@ -238,7 +253,7 @@ pub fn consume<
             wg.release_kv();
             wg.map_rows(&mut dk, wg.rows(p.scale), |dk, scale| dk * scale);
             match part.slot() {
-                None => wg.store_kv(&dk, &dk_of(pair), &keys, &p.shape),
+                None => wg.store_kv(&dk, &dk_of(p, pair), &keys, &p.shape),
                 Some(slot) => wg.store_part(&dk, p.workspace.part(slot, 0, elements)),
             }
         }

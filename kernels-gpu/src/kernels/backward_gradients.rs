@@ -2,13 +2,13 @@
 //! and computes the weights, which the other takes for dS and dK. So no product is computed twice, as it would be if each had
 //! half of the columns of both.
 
-use super::backward::Step;
+use super::backward::{Step, blocks_met, dk_of};
 use crate::arch::BackwardWarpgroup;
 use crate::attention::dropping::Dropping;
 use crate::attention::key_parts::KeyPart;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
-use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
+use crate::attention::query_blocks::{QueryBlock, key_block};
 use crate::params::{BackwardParams, BackwardSecond, Second};
 use crate::pipeline::order::KvBlock;
 
@@ -153,7 +153,7 @@ pub fn consume_dv<
     tiles: impl Iterator<Item = KeyPart>,
     dropping: R,
 ) {
-    let (block_m, pairs) = (8 * M8 as u32, p.second.pairs(&p.shape));
+    let block_m = 8 * M8 as u32;
     for KeyPart { tile, part } in tiles {
         let mut dv = wg.zeros::<D8>();
         // The last pair comes first.
@@ -162,8 +162,7 @@ pub fn consume_dv<
         while left > 0 {
             left -= 1;
             keys = KvBlock { pair: left, ..keys };
-            let blocks = QueryBlocks::<M, S::Pairs>::new(&p.shape, pairs, block_m, block_n, &keys);
-            let blocks = blocks.end_of(&p.sharing).part(&p.sharing, part);
+            let blocks = blocks_met::<_, _, M>(p, (block_m, block_n), &keys, part);
             if S::Pairs::COUNT > 1 && blocks.count() == 0 {
                 continue;
             }
@@ -202,20 +201,15 @@ pub fn consume_dk<
     tiles: impl Iterator<Item = KeyPart>,
     dropping: R,
 ) {
-    let (block_m, pairs) = (8 * M8 as u32, p.second.pairs(&p.shape));
+    let block_m = 8 * M8 as u32;
     for KeyPart { tile, part } in tiles {
         let mut left = p.second.last() + 1;
         while left > 0 {
             left -= 1;
             let keys = KvBlock { pair: left, ..key_block(&p.shape, block_n, &tile) };
-            let blocks = QueryBlocks::<M, S::Pairs>::new(&p.shape, pairs, block_m, block_n, &keys);
-            let blocks = blocks.end_of(&p.sharing).part(&p.sharing, part);
-            let to = match p.second.dk() {
-                Some(second) if left == 1 => second,
-                _ => p.dk,
-            };
+            let blocks = blocks_met::<_, _, M>(p, (block_m, block_n), &keys, part);
             if S::Pairs::COUNT > 1 && blocks.count() == 0 {
-                wg.store_kv(&wg.zeros::<D8>(), &to, &keys, &p.shape);
+                wg.store_kv(&wg.zeros::<D8>(), &dk_of(p, left), &keys, &p.shape);
                 continue;
             }
             let step = Step { p, first_key: keys.n_block * block_n, block_m, blocks: &blocks, dropping };
@@ -230,7 +224,7 @@ pub fn consume_dk<
             wg.release_kv();
             wg.map_rows(&mut dk, wg.rows(p.scale), |dk, scale| dk * scale);
             match part.slot() {
-                None => wg.store_kv(&dk, &to, &keys, &p.shape),
+                None => wg.store_kv(&dk, &dk_of(p, left), &keys, &p.shape),
                 Some(slot) => wg.store_part(&dk, p.workspace.part(slot, 0, block_n * 8 * D8 as u32)),
             }
         }
