@@ -206,11 +206,16 @@ macro_rules! backward_second {
 }
 macro_rules! backward_entries {
     ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
-       $block_m:literal, $block_n:literal, $split:ident;)*) => {$(
+       $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $symbol(p: BackwardParams<TensorMap, backward_second!($op)>) {
-            const SMEM: BackwardSmem =
-                BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n, split: Split::$split };
+            const SMEM: BackwardSmem = BackwardSmem {
+                head_dim: $head_dim,
+                block_m: $block_m,
+                block_n: $block_n,
+                split: Split::$split,
+                k_stages: $k_stages,
+            };
             backward::<
                 element!($dtype), mask!($mask), backward_second!($op), NoDropout, { $head_dim / 8 },
                 { $block_m / 8 },
@@ -223,11 +228,16 @@ crate::backward_variants!(backward_entries);
 
 macro_rules! backward_dropout_entries {
     ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
-       $block_m:literal, $block_n:literal, $split:ident;)*) => {$(
+       $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<BackwardParams<TensorMap>>) {
-            const SMEM: BackwardSmem =
-                BackwardSmem { head_dim: $head_dim, block_m: $block_m, block_n: $block_n, split: Split::$split };
+            const SMEM: BackwardSmem = BackwardSmem {
+                head_dim: $head_dim,
+                block_m: $block_m,
+                block_n: $block_n,
+                split: Split::$split,
+                k_stages: $k_stages,
+            };
             backward::<
                 element!($dtype), mask!($mask), (), _, { $head_dim / 8 },
                 { $block_m / 8 },

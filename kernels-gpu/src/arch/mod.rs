@@ -177,9 +177,11 @@ pub trait BackwardWarpgroup: Warpgroup {
 
     /// This warpgroup's first key within the block of keys.
     fn first_key(&self) -> u32;
-    /// Waits for K and V of the next work tile.
-    fn wait_kv(&mut self);
-    /// Gives K and V back; every product that reads them must have been waited for.
+    /// Waits for K of the next work tile.
+    fn wait_k(&mut self);
+    /// Waits for V of the same.
+    fn wait_v(&mut self);
+    /// Gives K and V back; every product that reads them must have been waited for, and the last dS been passed on.
     fn release_kv(&mut self);
     /// Waits for the next query block's Q and what its exponents add.
     fn wait_q(&mut self) -> Self::Slot;

@@ -140,6 +140,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
         let offsets = read_early(wg, wg.offsets(slot));
         wg.take_turn();
         let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
+        wg.wait_v();
         let (p, ds) = step.gradients::<W, D8, M8>(wg, at, slot, &offsets, s);
         Mainloop { dk: wg.zeros::<D8>(), dv, p, ds, slot }
     }
@@ -240,7 +241,7 @@ pub fn consume<
         } else {
             let first_key = keys.n_block * block_n + wg.first_key();
             let step = Step { p, first_key, block_m, blocks: &blocks, dropping };
-            wg.wait_kv();
+            wg.wait_k();
             let mut at = blocks.first();
             let mut mainloop = Mainloop::<W, D8, M8>::new::<M, S, R>(wg, &step, &at, dv);
             for _ in 1..blocks.count() {

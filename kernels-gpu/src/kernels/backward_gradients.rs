@@ -167,7 +167,7 @@ pub fn consume_dv<
                 continue;
             }
             let step = Step { p, first_key: keys.n_block * block_n, block_m, blocks: &blocks, dropping };
-            wg.wait_kv();
+            wg.wait_k();
             let mut at = blocks.first();
             let mut mainloop = Dv::<W, D8, M8>::new::<M, S, R>(wg, &step, &at, dv);
             for _ in 1..blocks.count() {
@@ -213,7 +213,8 @@ pub fn consume_dk<
                 continue;
             }
             let step = Step { p, first_key: keys.n_block * block_n, block_m, blocks: &blocks, dropping };
-            wg.wait_kv();
+            wg.wait_k();
+            wg.wait_v();
             let mut at = blocks.first();
             let mut mainloop = Dk::<W, D8, M8>::new::<M, S, R>(wg, &step, &at);
             for _ in 1..blocks.count() {

@@ -105,6 +105,8 @@ pub struct BackwardSmem {
     pub block_m: u32,
     pub block_n: u32,
     pub split: Split,
+    /// Buffers of K.
+    pub k_stages: u32,
 }
 
 impl BackwardSmem {
@@ -130,14 +132,14 @@ impl BackwardSmem {
     pub const fn row_bytes(&self) -> u32 {
         self.block_m * 4
     }
-    pub const fn k(&self) -> u32 {
-        0
+    pub const fn k(&self, buffer: u32) -> u32 {
+        buffer * self.kv_bytes()
     }
     pub const fn v(&self) -> u32 {
-        self.kv_bytes()
+        self.k(self.k_stages)
     }
     pub const fn q(&self, slot: u32) -> u32 {
-        2 * self.kv_bytes() + slot * self.q_bytes()
+        self.v() + self.kv_bytes() + slot * self.q_bytes()
     }
     pub const fn d_o(&self, slot: u32) -> u32 {
         self.q(self.stages()) + slot * self.q_bytes()
@@ -164,11 +166,12 @@ impl BackwardSmem {
     const fn barrier(&self, index: u32) -> u32 {
         self.delta(self.stages()) + index * BARRIER_BYTES
     }
-    /// The barriers that say that K and V are there, and that they are no longer needed.
-    pub const fn kv_full(&self) -> u32 {
-        self.barrier(0)
+    /// The barriers that say that K and V are there. That they are no longer needed, a work tile's last dS says.
+    pub const fn k_full(&self, buffer: u32) -> u32 {
+        // That of the second buffer is the last of all.
+        self.barrier(buffer * (2 + 3 * self.stages() + 2 * Self::DS_STAGES + 2))
     }
-    pub const fn kv_empty(&self) -> u32 {
+    pub const fn v_full(&self) -> u32 {
         self.barrier(1)
     }
     pub const fn q_full(&self, slot: u32) -> u32 {
@@ -196,7 +199,7 @@ impl BackwardSmem {
     }
     /// All of it.
     pub const fn bytes(&self) -> u32 {
-        self.q_full(3 * self.stages() + 2 * Self::DS_STAGES + 2)
+        self.k_full(1) + BARRIER_BYTES
     }
 }
 
@@ -261,9 +264,9 @@ mod tests {
             for panel in [smem.v(), smem.q(1), smem.d_o(0), smem.d_o(1), smem.ds(0), smem.ds(1)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
-            // K and V and the ring of dS have a barrier for full and one for empty; Q and dO share the latter.
-            let barriers = 2 * (2 + BackwardSmem::DS_STAGES) + 3 * smem.stages();
-            assert_eq!(smem.bytes(), smem.kv_full() + barriers * BARRIER_BYTES, "{}", variant.symbol);
+            // The ring of dS and what is passed on have a barrier for full and one for empty; Q and dO share the latter.
+            let barriers = 3 + 3 * smem.stages() + 2 * (BackwardSmem::DS_STAGES + 1);
+            assert_eq!(smem.bytes(), smem.k_full(0) + barriers * BARRIER_BYTES, "{}", variant.symbol);
         }
     }
 }

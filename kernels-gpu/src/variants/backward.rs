@@ -31,6 +31,9 @@ pub struct BackwardVariant {
     pub block_n: u32,
     /// How the warpgroups share the work.
     pub split: Split,
+    /// Buffers of K: with two, the next work tile's is loaded beside this one's steps. They want a register of the consumers
+    /// at head dim 64, one of the third warpgroup with dropout, and at head dim 256 more room than there is.
+    pub k_stages: u32,
 }
 
 /// Threads of a CTA of the kernels that prepare and finish.
@@ -45,7 +48,13 @@ impl BackwardVariant {
     }
     /// Where everything lies in a CTA's shared memory.
     pub const fn smem(&self) -> BackwardSmem {
-        BackwardSmem { head_dim: self.head_dim, block_m: self.block_m, block_n: self.block_n, split: self.split }
+        BackwardSmem {
+            head_dim: self.head_dim,
+            block_m: self.block_m,
+            block_n: self.block_n,
+            split: self.split,
+            k_stages: self.k_stages,
+        }
     }
     /// Query rows of a head in the workspace.
     pub fn rows(&self, shape: &Shape) -> u32 {
@@ -135,35 +144,35 @@ impl MaskKind {
 }
 
 /// Calls `$apply!` with one row a variant:
-/// `symbol, prepare, finish, op, dtype, head_dim, mask, block_m, block_n, split;`
+/// `symbol, prepare, finish, op, dtype, head_dim, mask, block_m, block_n, split, k_stages;`
 #[macro_export]
 macro_rules! backward_variants {
     ($apply:ident) => {
         $apply! {
-            backward_f16_d64, prepare_f16, finish_f16_d64, Forward, F16, 64, None, 128, 128, Keys;
-            backward_f16_d64_causal, prepare_f16, finish_f16_d64, Forward, F16, 64, Causal, 128, 128, Keys;
-            backward_f16_d128, prepare_f16, finish_f16_d128, Forward, F16, 128, None, 64, 128, Keys;
-            backward_f16_d128_causal, prepare_f16, finish_f16_d128, Forward, F16, 128, Causal, 64, 128, Keys;
-            backward_f16_d256, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Gradients;
-            backward_f16_d256_causal, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Gradients;
-            backward_bf16_d64, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, None, 128, 128, Keys;
-            backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, Causal, 128, 128, Keys;
-            backward_bf16_d128, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, None, 64, 128, Keys;
-            backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, Causal, 64, 128, Keys;
-            backward_bf16_d256, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Gradients;
-            backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Gradients;
-            piecewise_backward_f16_d64, prepare_f16, finish_f16_d64, Piecewise, F16, 64, None, 64, 128, Keys;
-            piecewise_backward_f16_d64_causal, prepare_f16, finish_f16_d64, Piecewise, F16, 64, Causal, 64, 128, Keys;
-            piecewise_backward_f16_d128, prepare_f16, finish_f16_d128, Piecewise, F16, 128, None, 64, 128, Keys;
-            piecewise_backward_f16_d128_causal, prepare_f16, finish_f16_d128, Piecewise, F16, 128, Causal, 64, 128, Keys;
-            piecewise_backward_f16_d256, prepare_f16, finish_f16_d256, Piecewise, F16, 256, None, 64, 64, Gradients;
-            piecewise_backward_f16_d256_causal, prepare_f16, finish_f16_d256, Piecewise, F16, 256, Causal, 64, 64, Gradients;
-            piecewise_backward_bf16_d64, prepare_bf16, finish_bf16_d64, Piecewise, Bf16, 64, None, 64, 128, Keys;
-            piecewise_backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Piecewise, Bf16, 64, Causal, 64, 128, Keys;
-            piecewise_backward_bf16_d128, prepare_bf16, finish_bf16_d128, Piecewise, Bf16, 128, None, 64, 128, Keys;
-            piecewise_backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Piecewise, Bf16, 128, Causal, 64, 128, Keys;
-            piecewise_backward_bf16_d256, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, None, 64, 64, Gradients;
-            piecewise_backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, Causal, 64, 64, Gradients;
+            backward_f16_d64, prepare_f16, finish_f16_d64, Forward, F16, 64, None, 128, 128, Keys, 1;
+            backward_f16_d64_causal, prepare_f16, finish_f16_d64, Forward, F16, 64, Causal, 128, 128, Keys, 1;
+            backward_f16_d128, prepare_f16, finish_f16_d128, Forward, F16, 128, None, 64, 128, Keys, 2;
+            backward_f16_d128_causal, prepare_f16, finish_f16_d128, Forward, F16, 128, Causal, 64, 128, Keys, 2;
+            backward_f16_d256, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Gradients, 1;
+            backward_f16_d256_causal, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Gradients, 1;
+            backward_bf16_d64, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, None, 128, 128, Keys, 1;
+            backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, Causal, 128, 128, Keys, 1;
+            backward_bf16_d128, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, None, 64, 128, Keys, 2;
+            backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, Causal, 64, 128, Keys, 2;
+            backward_bf16_d256, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Gradients, 1;
+            backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Gradients, 1;
+            piecewise_backward_f16_d64, prepare_f16, finish_f16_d64, Piecewise, F16, 64, None, 64, 128, Keys, 1;
+            piecewise_backward_f16_d64_causal, prepare_f16, finish_f16_d64, Piecewise, F16, 64, Causal, 64, 128, Keys, 1;
+            piecewise_backward_f16_d128, prepare_f16, finish_f16_d128, Piecewise, F16, 128, None, 64, 128, Keys, 1;
+            piecewise_backward_f16_d128_causal, prepare_f16, finish_f16_d128, Piecewise, F16, 128, Causal, 64, 128, Keys, 1;
+            piecewise_backward_f16_d256, prepare_f16, finish_f16_d256, Piecewise, F16, 256, None, 64, 64, Gradients, 1;
+            piecewise_backward_f16_d256_causal, prepare_f16, finish_f16_d256, Piecewise, F16, 256, Causal, 64, 64, Gradients, 1;
+            piecewise_backward_bf16_d64, prepare_bf16, finish_bf16_d64, Piecewise, Bf16, 64, None, 64, 128, Keys, 1;
+            piecewise_backward_bf16_d64_causal, prepare_bf16, finish_bf16_d64, Piecewise, Bf16, 64, Causal, 64, 128, Keys, 1;
+            piecewise_backward_bf16_d128, prepare_bf16, finish_bf16_d128, Piecewise, Bf16, 128, None, 64, 128, Keys, 1;
+            piecewise_backward_bf16_d128_causal, prepare_bf16, finish_bf16_d128, Piecewise, Bf16, 128, Causal, 64, 128, Keys, 1;
+            piecewise_backward_bf16_d256, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, None, 64, 64, Gradients, 1;
+            piecewise_backward_bf16_d256_causal, prepare_bf16, finish_bf16_d256, Piecewise, Bf16, 256, Causal, 64, 64, Gradients, 1;
         }
     };
 }
@@ -173,25 +182,25 @@ macro_rules! backward_variants {
 macro_rules! backward_dropout_variants {
     ($apply:ident) => {
         $apply! {
-            backward_f16_d64_dropout, prepare_f16, finish_f16_d64, Forward, F16, 64, None, 64, 128, Keys;
-            backward_f16_d64_causal_dropout, prepare_f16, finish_f16_d64, Forward, F16, 64, Causal, 64, 128, Keys;
-            backward_f16_d128_dropout, prepare_f16, finish_f16_d128, Forward, F16, 128, None, 64, 128, Keys;
-            backward_f16_d128_causal_dropout, prepare_f16, finish_f16_d128, Forward, F16, 128, Causal, 64, 128, Keys;
-            backward_f16_d256_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Gradients;
-            backward_f16_d256_causal_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Gradients;
-            backward_bf16_d64_dropout, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, None, 64, 128, Keys;
-            backward_bf16_d64_causal_dropout, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, Causal, 64, 128, Keys;
-            backward_bf16_d128_dropout, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, None, 64, 128, Keys;
-            backward_bf16_d128_causal_dropout, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, Causal, 64, 128, Keys;
-            backward_bf16_d256_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Gradients;
-            backward_bf16_d256_causal_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Gradients;
+            backward_f16_d64_dropout, prepare_f16, finish_f16_d64, Forward, F16, 64, None, 64, 128, Keys, 1;
+            backward_f16_d64_causal_dropout, prepare_f16, finish_f16_d64, Forward, F16, 64, Causal, 64, 128, Keys, 1;
+            backward_f16_d128_dropout, prepare_f16, finish_f16_d128, Forward, F16, 128, None, 64, 128, Keys, 1;
+            backward_f16_d128_causal_dropout, prepare_f16, finish_f16_d128, Forward, F16, 128, Causal, 64, 128, Keys, 1;
+            backward_f16_d256_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, None, 64, 64, Gradients, 1;
+            backward_f16_d256_causal_dropout, prepare_f16, finish_f16_d256, Forward, F16, 256, Causal, 64, 64, Gradients, 1;
+            backward_bf16_d64_dropout, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, None, 64, 128, Keys, 1;
+            backward_bf16_d64_causal_dropout, prepare_bf16, finish_bf16_d64, Forward, Bf16, 64, Causal, 64, 128, Keys, 1;
+            backward_bf16_d128_dropout, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, None, 64, 128, Keys, 1;
+            backward_bf16_d128_causal_dropout, prepare_bf16, finish_bf16_d128, Forward, Bf16, 128, Causal, 64, 128, Keys, 1;
+            backward_bf16_d256_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, None, 64, 64, Gradients, 1;
+            backward_bf16_d256_causal_dropout, prepare_bf16, finish_bf16_d256, Forward, Bf16, 256, Causal, 64, 64, Gradients, 1;
         }
     };
 }
 
 macro_rules! backward_table {
     ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
-       $block_m:literal, $block_n:literal, $split:ident;)*) => {
+       $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {
         &[$(
             BackwardVariant {
                 symbol: stringify!($symbol),
@@ -204,6 +213,7 @@ macro_rules! backward_table {
                 block_m: $block_m,
                 block_n: $block_n,
                 split: Split::$split,
+                k_stages: $k_stages,
             },
         )*]
     };

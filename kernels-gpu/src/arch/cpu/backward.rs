@@ -215,7 +215,7 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
     fn first_key(&self) -> u32 {
         self.pipe.smem.split.first_key(self.pipe.index)
     }
-    fn wait_kv(&mut self) {
+    fn wait_k(&mut self) {
         let Some(blocks) = self.pipe.next_pair() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
         let p = self.pipe.p;
         let k = match p.second.tensors() {
@@ -227,6 +227,11 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
             Fault::WaitWithoutRelease { slot: 0 }.raise();
         }
         self.pipe.d_o = Some(QueryRing::new(blocks, self.pipe.smem.stages()));
+    }
+    fn wait_v(&mut self) {
+        if self.pipe.d_o.is_none() {
+            Fault::WaitWithoutLoad { slot: 0 }.raise();
+        }
     }
     fn release_kv(&mut self) {
         for ring in [&mut self.pipe.q, &mut self.pipe.d_o] {

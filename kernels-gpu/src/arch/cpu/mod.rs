@@ -134,7 +134,7 @@ pub unsafe fn backward<E: Element, S: BackwardSecond<Strided>, R: Dropping>(
     assert!(S::Pairs::COUNT == variant.op.pairs(), "{} has other parameters", variant.symbol);
     macro_rules! dispatch {
         ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
-           $block_m:literal, $block_n:literal, $split:ident;)*) => {
+           $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {
             match variant.symbol {
                 $(stringify!($symbol) if const { S::Pairs::COUNT == Op::$op.pairs() } => {
                     // SAFETY: the caller's promise; the assertion above says that `E` is this row's dtype.

@@ -20,12 +20,12 @@ use crate::variants::WARPGROUP_THREADS;
 /// The consumer's end of the backward pipeline.
 pub struct BackwardPipe<'a> {
     smem: &'a BackwardSmem,
-    /// Query blocks so far; slots and phases follow from it. The top bit is the phase of K and V.
+    /// Query blocks so far, and in the top two bits work tiles; slots and phases follow from it.
     count: u32,
 }
 
-/// The top bit of [`BackwardPipe::count`].
-const KV: u32 = 1 << 31;
+/// One work tile in [`BackwardPipe::count`].
+const KV: u32 = 1 << 30;
 
 impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     /// Each consumer calls it once, after the barriers were made.
@@ -122,19 +122,25 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         self.pipe.smem.split.first_key(self.index())
     }
     #[inline(always)]
-    fn wait_kv(&mut self) {
+    fn wait_k(&mut self) {
+        let (smem, tile) = (self.pipe.smem, self.pipe.count / KV);
+        let (buffer, parity) = (tile % smem.k_stages, tile / smem.k_stages & 1);
         // SAFETY: initialised before the roles parted; so are all barriers below.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.kv_full()).wait(self.pipe.count / KV) };
-        self.pipe.count ^= KV;
+        unsafe { Mbarrier(self.base() + smem.k_full(buffer)).wait(parity) };
+        self.pipe.count = self.pipe.count.wrapping_add(KV);
+    }
+    #[inline(always)]
+    fn wait_v(&mut self) {
+        // SAFETY: as above.
+        unsafe { Mbarrier(self.base() + self.pipe.smem.v_full()).wait(self.pipe.count / KV & 1 ^ 1) };
     }
     #[inline(always)]
     fn release_kv(&mut self) {
-        // SAFETY: as above.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.kv_empty()).arrive_elected() };
+        // The last dS that was passed on has said so.
     }
     #[inline(always)]
     fn wait_q(&mut self) -> u32 {
-        let slot = self.pipe.count & !KV;
+        let slot = self.pipe.count % KV;
         self.pipe.count += 1;
         // SAFETY: as above.
         unsafe { Mbarrier(self.base() + self.pipe.smem.q_full(self.slot(slot))).wait(self.parity(slot)) };
@@ -192,7 +198,9 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
 
     #[inline(always)]
     fn kq<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Fragment<M8>> {
-        self.scores::<D8, M8>(self.pipe.smem.k(), self.pipe.smem.q(self.slot(slot)))
+        let smem = self.pipe.smem;
+        let buffer = (self.pipe.count / KV).wrapping_sub(1) % smem.k_stages;
+        self.scores::<D8, M8>(smem.k(buffer), smem.q(self.slot(slot)))
     }
     #[inline(always)]
     fn v_do<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Fragment<M8>> {

@@ -40,6 +40,8 @@ struct Dq<'a, const N8: usize> {
     row: u32,
     /// One more than the counter where an exact pass has still to count the last additions; 0 for none.
     counter: u32,
+    /// The buffer that K is in.
+    k: u32,
 }
 
 impl<const N8: usize> Dq<'_, N8> {
@@ -105,7 +107,7 @@ impl<const N8: usize> Dq<'_, N8> {
         let panel = smem.block_n * PANEL_ROW_BYTES;
         let a = Descriptor::mn_major(base + smem.ds(slot) + tile / self.columns() * panel, panel);
         let b = columns_step(smem.block_n, tile % self.columns() * (N8 as u32 / 2));
-        let b = Descriptor::mn_major(base + smem.k() + b, panel);
+        let b = Descriptor::mn_major(base + smem.k(self.k) + b, panel);
         // SAFETY: dSᵀ has been written, K is full, and both stay so until this product is waited for.
         unsafe { wgmma::multiply::<E, N8>(smem.block_n / 16, |step| [a, b].map(|x| x.offset(rows_step(step)))) }
     }
@@ -215,7 +217,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
     let mut loads = Loads::new(p, parameters, smem);
     let loads_at = loads_at::<S>(smem);
     let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
-    let mut dq = Dq::<N8> { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, counter: 0 };
+    let mut dq = Dq::<N8> { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, counter: 0, k: 0 };
     let warp = cta::warp_of_warpgroup();
     // A work tile that is taken a turn ahead lives in registers that all threads share, where what it is made from takes each
     // thread's own; others than plain attention lack registers for it.
@@ -227,6 +229,8 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
     let knows_first = FirstTiles::is_for::<S::Pairs, R>(smem.head_dim);
     let mut tiles = tiles;
     let mut next = if ahead { tiles.next() } else { None };
+    // Whether K of the work tile is on its way already.
+    let mut k_loaded = false;
     while let Some(KeyPart { tile: work_tile, part }) = if ahead { next } else { tiles.next() } {
         if ahead {
             next = tiles.next();
@@ -243,14 +247,24 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
             if S::Pairs::COUNT > 1 && blocks.count() == 0 {
                 continue;
             }
-            loads.keys(&keys);
+            let leader = cta::converged(Leader::of_warpgroup);
+            if !k_loaded {
+                loads.k(&keys, dq.k, leader);
+            }
+            loads.v(&keys, leader);
             let mut upcoming = blocks.first();
-            let mut load = |leader: Leader| {
+            let mut load = |loads: &mut Loads<S>, leader: Leader| {
                 loads.queries(&upcoming, leader);
                 upcoming = blocks.after(&upcoming);
             };
             for _ in 0..smem.stages().min(blocks.count()) {
-                load(cta::converged(Leader::of_warpgroup));
+                load(&mut loads, cta::converged(Leader::of_warpgroup));
+            }
+            k_loaded = ahead && smem.k_stages == 2 && next.is_some();
+            if k_loaded && let Some(KeyPart { tile, .. }) = next {
+                // Into the buffer of the work tile before, whose dQ is done.
+                let leader = cta::converged(Leader::of_warpgroup);
+                loads.k(&key_block(&p.shape, smem.block_n, &tile), dq.k ^ 1, leader);
             }
             if ahead {
                 dq.count_tile(&mut counted, &mut stored);
@@ -259,10 +273,11 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
             let mut beside = |step| {
                 if step + smem.stages() < blocks.count() {
                     // After the product ptxas knows by itself that the warp is converged, at the cost of registers.
-                    load(match loads_at {
+                    let leader = match loads_at {
                         0 => Leader::of_first_warp(warp),
                         _ => cta::converged(Leader::of_warpgroup),
-                    });
+                    };
+                    load(&mut loads, leader);
                 }
             };
             stored = knows_first && first_values::stores(&p.workspace, &p.shape, smem.head_dim, &keys);
@@ -272,6 +287,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
                 dq.add_all::<E, M, S::Pairs, false>(&p.shape, &blocks, keys.n_block, &mut beside);
             }
             dq.count_last();
+            dq.k = (dq.k + 1) % smem.k_stages;
         }
         counted = 1 + p.shape.key_head(work_tile.batch, work_tile.head);
         if !ahead {

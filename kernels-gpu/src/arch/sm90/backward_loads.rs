@@ -18,17 +18,14 @@ pub struct Loads<'a, S: Second<TensorMap>> {
     /// Address of `p` in the kernel's parameter space.
     parameters: u64,
     smem: &'a BackwardSmem,
-    /// Query blocks so far; a slot and its phase follow from it. The top bit is the phase of K and V.
+    /// Query blocks so far; a slot and its phase follow from it.
     count: u32,
 }
-
-/// The top bit of [`Loads::count`].
-const KV: u32 = 1 << 31;
 
 impl<'a, S: Second<TensorMap>> Loads<'a, S> {
     #[inline(always)]
     pub fn new(p: &'a BackwardParams<TensorMap, S>, parameters: u64, smem: &'a BackwardSmem) -> Self {
-        Loads { p, parameters, smem, count: KV }
+        Loads { p, parameters, smem, count: 0 }
     }
 
     /// Loads the panels of a tile of a tensor, which lies so many bytes into the parameters.
@@ -42,24 +39,32 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
         }
     }
 
-    /// Loads K and V of a block of keys, once nobody needs those before.
+    /// Loads K of a block of keys into a buffer that nobody needs any more.
     #[inline(always)]
-    pub fn keys(&mut self, keys: &KvBlock) {
-        let (smem, base, leader) = (self.smem, smem_base(), cta::converged(Leader::of_warpgroup));
-        let full = Mbarrier(base + smem.kv_full());
-        // SAFETY: the barriers were initialised before the roles parted.
-        unsafe {
-            Mbarrier(base + smem.kv_empty()).wait(self.count / KV);
-            full.arrive_expect(leader, 2 * smem.kv_bytes());
-        }
-        let k = match keys.pair {
+    pub fn k(&self, keys: &KvBlock, buffer: u32, leader: Leader) {
+        let (smem, base) = (self.smem, fresh(smem_base()));
+        let tensor = match keys.pair {
             0 => offset_of!(BackwardParams<TensorMap, S>, k),
             _ => offset_of!(BackwardParams<TensorMap, S>, second) + offset_of!(SecondPair<TensorMap>, k),
         };
-        let at = BoxOrigin { column: 0, row: keys.n_block * smem.block_n, head: keys.head, batch: keys.batch };
-        self.tile(leader, k, smem.block_n, at, base + smem.k(), full);
-        self.tile(leader, offset_of!(BackwardParams<TensorMap, S>, v), smem.block_n, at, base + smem.v(), full);
-        self.count ^= KV;
+        self.keys(leader, tensor, keys, base + smem.k(buffer), Mbarrier(base + smem.k_full(buffer)));
+    }
+
+    /// Loads V of a block of keys, where nobody needs the one before any more.
+    #[inline(always)]
+    pub fn v(&self, keys: &KvBlock, leader: Leader) {
+        let (smem, base) = (self.smem, fresh(smem_base()));
+        let tensor = offset_of!(BackwardParams<TensorMap, S>, v);
+        self.keys(leader, tensor, keys, base + smem.v(), Mbarrier(base + smem.v_full()));
+    }
+
+    #[inline(always)]
+    fn keys(&self, leader: Leader, tensor: usize, keys: &KvBlock, to: u32, full: Mbarrier) {
+        // SAFETY: the barriers were initialised before the roles parted.
+        unsafe { full.arrive_expect(leader, self.smem.kv_bytes()) };
+        let row = keys.n_block * self.smem.block_n;
+        let at = BoxOrigin { column: 0, row, head: fresh(keys.head), batch: fresh(keys.batch) };
+        self.tile(leader, tensor, self.smem.block_n, at, to, full);
     }
 
     /// Loads Q, dO and the statistics of a query block into the next slots, once they are empty; the leader is one thread of
@@ -69,7 +74,7 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
         let (p, smem, base) = (self.p, self.smem, fresh(smem_base()));
         let QueryBlock { batch, head, m_block, pair } = *block;
         let batch = fresh(batch);
-        let count = cta::uniform(self.count & !KV);
+        let count = cta::uniform(self.count);
         let (slot, parity) = (count % smem.stages(), !(count / smem.stages()) & 1);
         let at = BoxOrigin { column: 0, row: m_block * smem.block_m, head, batch };
         let statistics = 4 * p.workspace.row(&p.shape, batch, head, at.row);

@@ -201,8 +201,9 @@ pub fn init_backward_barriers(smem: &BackwardSmem) {
     // SAFETY: as in `init_barriers`.
     unsafe {
         if _thread_idx_x() == 0 {
-            Mbarrier(base + smem.kv_full()).init(1);
-            Mbarrier(base + smem.kv_empty()).init(2 * WARPS);
+            for full in [smem.k_full(0), smem.k_full(1), smem.v_full()] {
+                Mbarrier(base + full).init(1);
+            }
             for slot in 0..smem.stages() {
                 Mbarrier(base + smem.q_full(slot)).init(1);
                 Mbarrier(base + smem.do_full(slot)).init(1);
