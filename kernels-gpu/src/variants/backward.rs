@@ -97,6 +97,8 @@ impl BackwardVariant {
             (_, false) => ((turn + steps / 2) / steps).max(2),
             (_, true) => ((turn + steps / 2) / steps).max(4),
         };
+        // Under a causal mask a whole fraction of the CTAs, so that blocks of keys that follow each other start together.
+        let section = if causal { ctas / ((2 * ctas + section - 1) / (2 * section)).max(1) } else { section };
         TileOrder::new(&self.keys(shape), self.block_n, section).one_way()
     }
     /// Which work tiles of a fast pass of plain attention store dQ, on `ctas` CTAs that take them in this order.
