@@ -196,6 +196,17 @@ macro_rules! finish_entry {
     };
     ($($other:tt)*) => {};
 }
+macro_rules! backward_smem {
+    ($head_dim:literal, $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal) => {
+        BackwardSmem {
+            head_dim: $head_dim,
+            block_m: $block_m,
+            block_n: $block_n,
+            split: Split::$split,
+            k_stages: $k_stages,
+        }
+    };
+}
 macro_rules! backward_second {
     (Forward) => {
         ()
@@ -209,13 +220,7 @@ macro_rules! backward_entries {
        $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $symbol(p: BackwardParams<TensorMap, backward_second!($op)>) {
-            const SMEM: BackwardSmem = BackwardSmem {
-                head_dim: $head_dim,
-                block_m: $block_m,
-                block_n: $block_n,
-                split: Split::$split,
-                k_stages: $k_stages,
-            };
+            const SMEM: BackwardSmem = backward_smem!($head_dim, $block_m, $block_n, $split, $k_stages);
             backward::<
                 element!($dtype), mask!($mask), backward_second!($op), NoDropout, { $head_dim / 8 },
                 { $block_m / 8 },
@@ -231,13 +236,7 @@ macro_rules! backward_dropout_entries {
        $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {$(
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<BackwardParams<TensorMap>>) {
-            const SMEM: BackwardSmem = BackwardSmem {
-                head_dim: $head_dim,
-                block_m: $block_m,
-                block_n: $block_n,
-                split: Split::$split,
-                k_stages: $k_stages,
-            };
+            const SMEM: BackwardSmem = backward_smem!($head_dim, $block_m, $block_n, $split, $k_stages);
             backward::<
                 element!($dtype), mask!($mask), (), _, { $head_dim / 8 },
                 { $block_m / 8 },

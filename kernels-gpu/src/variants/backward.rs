@@ -84,21 +84,20 @@ impl BackwardVariant {
     /// a launch is small beside the work tile; with fewer, more of Q, dO and dQ stays in L2.
     pub fn exact_order(&self, shape: &Shape, ctas: u32) -> TileOrder {
         let steps = shape.seqlen_q.div_ceil(self.block_m) * shape.group();
-        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next.
-        let (causal, steps) = match self.mask {
-            MaskKind::None => (false, steps.max(1)),
-            MaskKind::Causal => (true, (steps / 2).max(8)),
+        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next. The heads of the
+        // largest head dim are so large that fewer stay in L2.
+        let large = self.head_dim > 128;
+        let (steps, fewest) = match self.mask {
+            MaskKind::None => (steps.max(1), if large { 2 } else { 1 }),
+            MaskKind::Causal => ((steps / 2).max(8), if large { 4 } else { 16 }),
         };
         let turn = ctas * turn_blocks(self.head_dim);
-        let section = match (self.head_dim, causal) {
-            (..=128, false) => (turn + ctas).div_ceil(steps),
-            (..=128, true) => (turn + ctas).div_ceil(steps).max(16),
-            // So large are the heads that fewer stay in L2.
-            (_, false) => ((turn + steps / 2) / steps).max(2),
-            (_, true) => ((turn + steps / 2) / steps).max(4),
+        let section = if large { (turn + steps / 2) / steps } else { (turn + ctas).div_ceil(steps) }.max(fewest);
+        let section = match self.mask {
+            MaskKind::None => section,
+            // A whole fraction of the CTAs, the nearest: blocks of keys that follow each other then start together.
+            MaskKind::Causal => ctas / ((2 * ctas + section - 1) / (2 * section)).max(1),
         };
-        // Under a causal mask a whole fraction of the CTAs, so that blocks of keys that follow each other start together.
-        let section = if causal { ctas / ((2 * ctas + section - 1) / (2 * section)).max(1) } else { section };
         TileOrder::new(&self.keys(shape), self.block_n, section).one_way()
     }
     /// Which work tiles of a fast pass of plain attention store dQ, on `ctas` CTAs that take them in this order.
@@ -224,3 +223,29 @@ macro_rules! backward_table {
 pub static BACKWARD_VARIANTS: &[BackwardVariant] = backward_variants!(backward_table);
 /// Every compiled backward variant with dropout.
 pub static BACKWARD_DROPOUT_VARIANTS: &[BackwardVariant] = backward_dropout_variants!(backward_table);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The sections of exact passes that were measured best on 132 CTAs, heads = 2048 / D and batch = 32768 / S.
+    #[test]
+    fn exact_sections() {
+        for (head_dim, mask, sections) in [
+            (64, MaskKind::None, [83, 21, 6]),
+            (64, MaskKind::Causal, [66, 44, 16]),
+            (128, MaskKind::None, [42, 11, 3]),
+            (128, MaskKind::Causal, [66, 22, 16]),
+            (256, MaskKind::None, [17, 4, 2]),
+            (256, MaskKind::Causal, [33, 8, 4]),
+        ] {
+            let variant = backward(Op::Forward, Dtype::Bf16, head_dim, mask, DropoutKind::None).unwrap();
+            for (seqlen, section) in [1024, 4096, 16384].into_iter().zip(sections) {
+                let heads = 2048 / head_dim;
+                let (batch, seqlen_q, seqlen_k) = (32768 / seqlen, seqlen, seqlen);
+                let shape = Shape { batch, heads_q: heads, heads_kv: heads, seqlen_q, seqlen_k, head_dim };
+                assert_eq!(variant.exact_order(&shape, 132).section(), section, "{head_dim} {mask:?} {seqlen}");
+            }
+        }
+    }
+}

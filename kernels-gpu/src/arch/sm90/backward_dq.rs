@@ -247,6 +247,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
             if S::Pairs::COUNT > 1 && blocks.count() == 0 {
                 continue;
             }
+            // All dS of the work tile before has come, and been multiplied: its consumers need K and V no more, nor does dQ.
             let leader = cta::converged(Leader::of_warpgroup);
             if !k_loaded {
                 loads.k(&keys, dq.k, leader);
