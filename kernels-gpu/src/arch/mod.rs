@@ -94,6 +94,8 @@ pub trait Warpgroup: Sized {
     fn log2(x: f32) -> f32;
     /// a·b + c with one rounding.
     fn fma(a: f32, b: f32, c: f32) -> f32;
+    /// The larger of two; NaN if one is.
+    fn larger(a: f32, b: f32) -> f32;
     /// 1 / x.
     fn recip(x: f32) -> f32;
 

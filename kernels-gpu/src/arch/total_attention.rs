@@ -38,9 +38,12 @@ pub trait TotalWarpgroup: Warpgroup {
     /// Sᵀ = K·Qᵀ, in flight.
     fn kq<const D8: usize, const M8: usize>(&mut self, q: Self::Slot) -> Pending<Self::Acc<M8>>;
 
-    /// `f(x, o)` for every element x and its query's o = −LSE·log₂e, what exponents add to a scaled score of the block in
-    /// `q`: −∞ for a query without a live key and for what is not a query.
-    fn map_offsets<const M8: usize>(&self, q: Self::Slot, x: &mut Self::Acc<M8>, f: impl Fn(f32, f32) -> f32);
+    /// `f(x, o, by_polynomial)` for every element x and its query's o = −LSE·log₂e, what exponents add to a scaled score of
+    /// the block in `q`: −∞ for a query without a live key and for what is not a query. For a few queries, always the same
+    /// of a block, the weight is to be computed without the special-function unit ([`TotalSmem::by_polynomial`]).
+    ///
+    /// [`TotalSmem::by_polynomial`]: crate::tile::smem_total::TotalSmem::by_polynomial
+    fn map_offsets<const M8: usize>(&self, q: Self::Slot, x: &mut Self::Acc<M8>, f: impl Fn(f32, f32, bool) -> f32);
     /// The same number, of which compilers know nothing: a branch that depends on it stays where it is.
     fn unknown(x: u32) -> u32;
 

@@ -5,6 +5,7 @@ pub mod divisor;
 pub mod dropout;
 pub mod dropping;
 pub mod epilogue;
+pub mod exponential;
 pub mod first_tiles;
 pub mod key_parts;
 pub mod mask;

@@ -9,6 +9,7 @@
 use core::f32::consts::LOG2_E;
 
 use crate::arch::TotalWarpgroup;
+use crate::attention::exponential::exp2_polynomial;
 use crate::attention::mask::{Mask, mask_transposed};
 use crate::attention::pairs::OnePair;
 use crate::attention::shared_tiles::TilePart;
@@ -64,7 +65,11 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
             wg.fill_outside(&mut s, f32::NEG_INFINITY, |_| (0, p.shape.seqlen_q as i32 - first_row as i32));
         }
         let c = p.scale * LOG2_E;
-        wg.map_offsets(q, &mut s, |s, offset| W::exp2(W::fma(s, c, offset))); // Sᵀ → Pᵀ
+        // Sᵀ → Pᵀ
+        wg.map_offsets(q, &mut s, |s, offset, by_polynomial| {
+            let x = W::fma(s, c, offset);
+            if by_polynomial { exp2_polynomial::<W>(x) } else { W::exp2(x) }
+        });
         // The block by itself first: a long column's sum is too large to take small terms one by one.
         self.total = wg.zip(self.total, wg.fold(&s, |a, p| a + p), |total, block| total + block);
         // A branch that may need the sums keeps the exponentials before it. Without one, in the steps that are never the

@@ -33,6 +33,12 @@ impl TotalSmem {
         if self.many_consumers() { self.consumers } else { 1 }
     }
 
+    /// Whether the weights of a block's query `column` are computed without the special-function unit: one in sixteen, where
+    /// exponentials are the limit. With more of them other units cost more than that one saves.
+    pub const fn by_polynomial(&self, column: u32) -> bool {
+        self.many_consumers() && column % 2 == 1 && column + 16 >= self.block_m
+    }
+
     /// Keys of a work tile: 64 for each consumer.
     pub const fn block_n(&self) -> u32 {
         self.consumers * WARPGROUP_ROWS

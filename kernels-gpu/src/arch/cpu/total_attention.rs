@@ -212,11 +212,15 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
         Pending(s)
     }
 
-    fn map_offsets<const M8: usize>(&self, q: u32, x: &mut Tile<M8>, f: impl Fn(f32, f32) -> f32) {
+    fn map_offsets<const M8: usize>(&self, q: u32, x: &mut Tile<M8>, f: impl Fn(f32, f32, bool) -> f32) {
         let Some(tile) = self.pipe.q.iter().find(|tile| tile.count == q) else {
             Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise()
         };
-        x.map_columns(self.live, &tile.offsets, f);
+        for row in 0..self.live {
+            for (column, (x, offset)) in x.row_mut(row).iter_mut().zip(&tile.offsets).enumerate() {
+                *x = f(*x, *offset, self.pipe.smem.by_polynomial(column as u32));
+            }
+        }
     }
     fn unknown(x: u32) -> u32 {
         x
@@ -267,7 +271,7 @@ mod tests {
             let mut s = wg.wait::<0, 16>(s);
             wg.release_q(q);
             wg.release_k();
-            wg.map_offsets(q, &mut s, |s, offset| s + offset);
+            wg.map_offsets(q, &mut s, |s, offset, _| s + offset);
             assert_eq!((s.row(0)[0], s.row(0)[1]), (0.0, f32::NEG_INFINITY));
             wg.finish();
         });

@@ -136,6 +136,9 @@ impl<E: Element, P> Warpgroup for CpuWarpgroup<E, P> {
     fn fma(a: f32, b: f32, c: f32) -> f32 {
         a * b + c
     }
+    fn larger(a: f32, b: f32) -> f32 {
+        if a.is_nan() || a > b { a } else { b }
+    }
     fn recip(x: f32) -> f32 {
         x.recip()
     }

@@ -141,6 +141,10 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         math::fma(a, b, c)
     }
     #[inline(always)]
+    fn larger(a: f32, b: f32) -> f32 {
+        math::larger(a, b)
+    }
+    #[inline(always)]
     fn recip(x: f32) -> f32 {
         math::recip(x)
     }

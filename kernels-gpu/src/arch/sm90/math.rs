@@ -46,6 +46,17 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     d
 }
 
+/// The larger of two; NaN if one is.
+#[inline(always)]
+pub fn larger(a: f32, b: f32) -> f32 {
+    let c: f32;
+    // SAFETY: register arithmetic without side effects.
+    unsafe {
+        asm!("max.NaN.f32 {0}, {1}, {2};", out(reg32) c, in(reg32) a, in(reg32) b, options(pure, nomem, nostack));
+    }
+    c
+}
+
 /// `a` where `choose` is not negative, otherwise `b`. One instruction, which LLVM cannot turn into a branch.
 #[inline(always)]
 pub fn select(choose: i32, a: u32, b: u32) -> u32 {

@@ -100,13 +100,15 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
 
     #[inline(always)]
-    fn map_offsets<const M8: usize>(&self, q: Position, x: &mut Fragment<M8>, f: impl Fn(f32, f32) -> f32) {
+    fn map_offsets<const M8: usize>(&self, q: Position, x: &mut Fragment<M8>, f: impl Fn(f32, f32, bool) -> f32) {
         let first = self.base() + self.pipe.smem.offsets(q.slot, q.parity) + 4 * self.lane().column;
         for (group, registers) in x.0.iter_mut().enumerate() {
             // SAFETY: the array has as many elements as the tile columns, and was full when Q was.
             let offsets = unsafe { load_shared_pair(first + 32 * group as u32) };
             for (i, x) in registers.iter_mut().enumerate() {
-                *x = f(*x, offsets[i % 2]);
+                // Columns of a lane differ by an even number from these.
+                let by_polynomial = self.pipe.smem.by_polynomial((8 * group + i % 2) as u32);
+                *x = f(*x, offsets[i % 2], by_polynomial);
             }
         }
     }
