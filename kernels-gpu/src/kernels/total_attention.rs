@@ -3,8 +3,8 @@
 //!
 //! A consumer warpgroup owns 64 keys of one query head and walks over the query blocks that see them. Scores are computed
 //! transposed, so that a key is a row and its sum stays in registers until its work tile ends. Exponentials run beside
-//! products: those of other consumers where there are many, which have room for their keys in registers too, otherwise that
-//! of this consumer's own next block, be it of the next work tile.
+//! products: those of other consumers where there are many, otherwise that of this consumer's own next block, be it of the
+//! next work tile.
 
 use core::f32::consts::LOG2_E;
 
@@ -94,10 +94,16 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     let mut mainloop = Mainloop { p, total: wg.rows(0.0) };
     if smem.many_consumers() {
         for tile in tiles {
-            let k = wg.take_k::<D8>();
+            let k = smem.keys_in_registers().then(|| wg.take_k::<D8>());
+            if k.is_none() {
+                wg.wait_k();
+            }
             for m_block in (tile.start..tile.end).rev() {
                 let q = wg.wait_q();
-                let s = wg.taken_kq::<D8, M8>(&k, q);
+                let s = match &k {
+                    Some(k) => wg.taken_kq::<D8, M8>(k, q),
+                    None => wg.kq::<D8, M8>(q),
+                };
                 let s = wg.wait::<0, M8>(s);
                 wg.release_q(q);
                 mainloop.add::<M, M8>(wg, Scores { s, q }, &tile, m_block);

@@ -24,9 +24,13 @@ impl TotalSmem {
     pub const K_STAGES: u32 = 2;
 
     /// Whether so many consumers work beside each other's products, with one fragment of scores each, that none has to work
-    /// beside its own. Where exponentials are the limit, that keeps more of them going.
+    /// beside its own.
     pub const fn many_consumers(&self) -> bool {
         self.consumers >= 4
+    }
+    /// Whether such a consumer has registers for its keys.
+    pub const fn keys_in_registers(&self) -> bool {
+        self.many_consumers() && self.head_dim <= 64
     }
     /// Parts that a work tile can be shared out in: only many consumers can do without some of them.
     pub const fn parts(&self) -> u32 {
@@ -36,7 +40,7 @@ impl TotalSmem {
     /// Whether the weights of a block's query `column` are computed without the special-function unit: one in sixteen, where
     /// exponentials are the limit. With more of them other units cost more than that one saves.
     pub const fn by_polynomial(&self, column: u32) -> bool {
-        self.many_consumers() && column % 2 == 1 && column + 16 >= self.block_m
+        self.head_dim <= 64 && column % 2 == 1 && column + 16 >= self.block_m
     }
 
     /// Keys of a work tile: 64 for each consumer.

@@ -73,14 +73,14 @@ macro_rules! total_variants {
         $apply! {
             total_f16_d64, F16, 64, None, 4, 128, 6;
             total_f16_d64_causal, F16, 64, Causal, 4, 128, 6;
-            total_f16_d128, F16, 128, None, 3, 128, 3;
-            total_f16_d128_causal, F16, 128, Causal, 3, 128, 3;
+            total_f16_d128, F16, 128, None, 4, 128, 2;
+            total_f16_d128_causal, F16, 128, Causal, 4, 128, 2;
             total_f16_d256, F16, 256, None, 2, 96, 2;
             total_f16_d256_causal, F16, 256, Causal, 2, 96, 2;
             total_bf16_d64, Bf16, 64, None, 4, 128, 6;
             total_bf16_d64_causal, Bf16, 64, Causal, 4, 128, 6;
-            total_bf16_d128, Bf16, 128, None, 3, 128, 3;
-            total_bf16_d128_causal, Bf16, 128, Causal, 3, 128, 3;
+            total_bf16_d128, Bf16, 128, None, 4, 128, 2;
+            total_bf16_d128_causal, Bf16, 128, Causal, 4, 128, 2;
             total_bf16_d256, Bf16, 256, None, 2, 96, 2;
             total_bf16_d256_causal, Bf16, 256, Causal, 2, 96, 2;
         }
