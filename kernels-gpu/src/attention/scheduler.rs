@@ -17,6 +17,20 @@ const TRIAL_TILES: u32 = 8192;
 /// What starting and storing a tile costs, in blocks of the mainloop.
 const TILE_OVERHEAD: u64 = 1;
 
+/// What the work tiles of a group of heads have in common.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupBytes {
+    pub all: u64,
+    /// Less than all of it where a work tile goes through one head of the group after the other.
+    pub at_once: u64,
+}
+
+impl From<u64> for GroupBytes {
+    fn from(bytes: u64) -> Self {
+        GroupBytes { all: bytes, at_once: bytes }
+    }
+}
+
 /// One m_block of one query head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkTile {
@@ -70,15 +84,15 @@ impl TileOrder {
     }
 
     /// The order in which `ctas` CTAs finish soonest, where m_block i takes `blocks(i)` steps of the mainloop, and the work
-    /// tiles of a group of heads have `group_bytes` in common; and how many steps the busiest one takes.
+    /// tiles of a group of heads have `bytes` in common; and how many steps the busiest one takes.
     pub fn balanced(
         shape: &Shape,
         block_m: u32,
         ctas: u32,
-        group_bytes: u64,
+        bytes: impl Into<GroupBytes>,
         blocks: impl Fn(u32) -> u32,
     ) -> (Self, u64) {
-        let group = shape.group().max(1);
+        let (group, bytes) = (shape.group().max(1), bytes.into());
         let smallest = Self::new(shape, block_m, group);
         let tiles = smallest.tiles() as u64;
         if tiles == 0 || ctas == 0 {
@@ -96,13 +110,14 @@ impl TileOrder {
         let mut best = (smallest, scale(smallest.trial(ctas, cost)));
         for groups in [2, 3, 4, 6, 7, 8, 12, 16, 24, 32] {
             let even_enough = best.1 * 100 <= even * 102;
-            if even_enough || groups as u64 * group_bytes > SECTION_BYTES || groups * group > heads {
+            if even_enough || groups as u64 * bytes.at_once > SECTION_BYTES || groups * group > heads {
                 break;
             }
             let order = Self::new(shape, block_m, groups * group);
             let time = scale(order.trial(ctas, cost));
-            // A larger section has to be worth what it costs in L2.
-            if time * 101 < best.1 * 100 {
+            // A larger section has to be worth what it costs in L2, 1 %, or more where it will not stay there.
+            let worth = if groups as u64 * bytes.all > SECTION_BYTES { 40 } else { 100 };
+            if time * (worth + 1) < best.1 * worth {
                 best = (order, time);
             }
         }

@@ -7,7 +7,7 @@ use crate::attention::first_tiles::FirstTiles;
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::{ByDistance, OnePair, Pairs};
 use crate::attention::query_blocks::{MBlocks, turn_blocks};
-use crate::attention::scheduler::TileOrder;
+use crate::attention::scheduler::{GroupBytes, TileOrder};
 use crate::params::{ROW_PADDING, Shape};
 use crate::tile::smem::BackwardSmem;
 
@@ -72,9 +72,10 @@ impl BackwardVariant {
     /// in [`TileOrder`] are query tiles of one query head. Piecewise attention has a threshold.
     pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> TileOrder {
         let n_blocks = shape.seqlen_k.div_ceil(self.block_n);
-        // Q and dO, and in f32 dQ.
-        let group_bytes = (2 + 2 + 4) * shape.group() as u64 * shape.seqlen_q as u64 * shape.head_dim as u64;
-        TileOrder::balanced(&self.keys(shape), self.block_n, ctas, group_bytes, |index| {
+        // Q and dO, and in f32 dQ. A work tile goes through the query heads of its group one after the other.
+        let at_once = (2 + 2 + 4) * shape.seqlen_q as u64 * shape.head_dim as u64;
+        let bytes = GroupBytes { all: at_once * shape.group() as u64, at_once };
+        TileOrder::balanced(&self.keys(shape), self.block_n, ctas, bytes, |index| {
             self.mask.met(shape, dist_threshold, n_blocks - 1 - index, (self.block_m, self.block_n)) * shape.group()
         })
         .0
@@ -83,12 +84,13 @@ impl BackwardVariant {
     /// the one before. With more heads in a section fewer of a head run at once, and what they wait for at the start of
     /// a launch is small beside the work tile; with fewer, more of Q, dO and dQ stays in L2.
     pub fn exact_order(&self, shape: &Shape, ctas: u32) -> TileOrder {
-        let steps = shape.seqlen_q.div_ceil(self.block_m) * shape.group();
-        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next. The heads of the
-        // largest head dim are so large that fewer stay in L2.
+        let steps = shape.seqlen_q.div_ceil(self.block_m);
+        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next; of grouped
+        // queries those of one head count, by measurement. The heads of the largest head dim are so large that fewer stay in
+        // L2.
         let large = self.head_dim > 128;
         let (steps, fewest) = match self.mask {
-            MaskKind::None => (steps.max(1), if large { 2 } else { 1 }),
+            MaskKind::None => ((steps * shape.group()).max(1), if large { 2 } else { 1 }),
             MaskKind::Causal => ((steps / 2).max(8), if large { 4 } else { 16 }),
         };
         let turn = ctas * turn_blocks(self.head_dim);
@@ -227,6 +229,28 @@ pub static BACKWARD_DROPOUT_VARIANTS: &[BackwardVariant] = backward_dropout_vari
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The sections of fast passes that were measured best with four query heads for each key head, batch = 32768 / S:
+    /// long sequences want 256 work tiles in a section although they do not stay in L2, short ones do not.
+    #[test]
+    fn sections_of_grouped_queries() {
+        for (head_dim, heads_q, seqlen, section) in [
+            (64, 32, 1024, 1),
+            (64, 32, 16384, 2),
+            (128, 32, 1024, 1),
+            (128, 32, 2048, 1),
+            (128, 32, 4096, 8),
+            (128, 32, 8192, 4),
+            (128, 32, 16384, 2),
+            (256, 16, 4096, 4),
+            (256, 16, 16384, 1),
+        ] {
+            let variant = backward(Op::Forward, Dtype::Bf16, head_dim, MaskKind::Causal, DropoutKind::None).unwrap();
+            let (batch, seqlen_q, seqlen_k) = (32768 / seqlen, seqlen, seqlen);
+            let shape = Shape { batch, heads_q, heads_kv: heads_q / 4, seqlen_q, seqlen_k, head_dim };
+            assert_eq!(variant.order(&shape, None, 132).section(), section, "{head_dim} {seqlen}");
+        }
+    }
 
     /// The sections of exact passes that were measured best on 132 CTAs, heads = 2048 / D and batch = 32768 / S.
     #[test]
