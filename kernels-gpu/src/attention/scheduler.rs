@@ -17,11 +17,11 @@ const TRIAL_TILES: u32 = 8192;
 /// What starting and storing a tile costs, in blocks of the mainloop.
 const TILE_OVERHEAD: u64 = 1;
 
-/// What the work tiles of a group of heads have in common.
+/// What the work tiles of a group of heads have in common, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupBytes {
     pub all: u64,
-    /// Less than all of it where a work tile goes through one head of the group after the other.
+    /// What they read and write at a time; less than all of it where a work tile goes through one head after the other.
     pub at_once: u64,
 }
 
