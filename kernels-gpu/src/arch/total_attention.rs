@@ -25,7 +25,7 @@ pub trait TotalWarpgroup: Warpgroup {
     /// [`TotalWarpgroup::map_offsets`] until its slot's next block is given back.
     fn release_q(&mut self, q: Self::Slot);
 
-    /// Waits for K of the next work tile and takes this warpgroup's into registers. It is not given back here: loads may
+    /// Takes this warpgroup's part of K, which has been waited for, into registers. It is not given back here: loads may
     /// still be reading it, until a product with these registers has been waited for.
     fn take_k<const D8: usize>(&mut self) -> Self::Operand<D8>;
     /// Sᵀ = K·Qᵀ with K in registers, in flight.

@@ -37,7 +37,7 @@ mod tests {
     #[test]
     fn error() {
         let mut worst = 0.0f64;
-        for step in -126_499_000..=0 {
+        for step in (-126_499_000..=0).step_by(29) {
             let x = step as f32 / 1e6;
             worst = worst.max((exp2(x) as f64 / (x as f64).exp2() - 1.0).abs());
         }

@@ -94,10 +94,8 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     let mut mainloop = Mainloop { p, total: wg.rows(0.0) };
     if smem.many_consumers() {
         for tile in tiles {
+            wg.wait_k();
             let k = smem.keys_in_registers().then(|| wg.take_k::<D8>());
-            if k.is_none() {
-                wg.wait_k();
-            }
             for m_block in (tile.start..tile.end).rev() {
                 let q = wg.wait_q();
                 let s = match &k {

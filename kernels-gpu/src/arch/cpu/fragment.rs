@@ -19,7 +19,7 @@ impl<const N8: usize> Tile<N8> {
     }
 
     /// `f(x, c)` for every element x of the first rows and its column's c.
-    pub fn map_columns(&mut self, rows: usize, columns: &[f32], f: impl Fn(f32, f32) -> f32) {
+    pub fn map_columns<C: Copy>(&mut self, rows: usize, columns: &[C], f: impl Fn(f32, C) -> f32) {
         for row in 0..rows {
             for (x, column) in self.row_mut(row).iter_mut().zip(columns) {
                 *x = f(*x, *column);

@@ -181,7 +181,6 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
     }
 
     fn take_k<const D8: usize>(&mut self) -> Tile<D8> {
-        self.wait_k();
         let mut taken = Tile::ZEROS;
         if let Some((keys, k)) = &self.pipe.k {
             taken.0.as_flattened_mut().as_flattened_mut().copy_from_slice(k);
@@ -216,11 +215,9 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
         let Some(tile) = self.pipe.q.iter().find(|tile| tile.count == q) else {
             Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise()
         };
-        for row in 0..self.live {
-            for (column, (x, offset)) in x.row_mut(row).iter_mut().zip(&tile.offsets).enumerate() {
-                *x = f(*x, *offset, self.pipe.smem.by_polynomial(column as u32));
-            }
-        }
+        let by_polynomial = (0..).map(|column| self.pipe.smem.by_polynomial(column));
+        let columns: Vec<(f32, bool)> = tile.offsets.iter().copied().zip(by_polynomial).collect();
+        x.map_columns(self.live, &columns, |x, (offset, by_polynomial)| f(x, offset, by_polynomial));
     }
     fn unknown(x: u32) -> u32 {
         x

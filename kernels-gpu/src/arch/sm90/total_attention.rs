@@ -73,7 +73,6 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
 
     #[inline(always)]
     fn take_k<const D8: usize>(&mut self) -> Operand<D8> {
-        self.wait_k();
         let smem = self.pipe.smem;
         // SAFETY: the tile is full.
         unsafe { read_tile(self.base() + smem.k(self.pipe.k.slot), smem.block_n(), self.part().first_key) }
