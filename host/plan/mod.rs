@@ -15,6 +15,7 @@ use crate::{
 
 mod backward;
 mod forward;
+mod run;
 mod total_attention;
 mod workspace;
 

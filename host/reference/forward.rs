@@ -1,7 +1,7 @@
 //! Forward attention by its definition, one query row at a time.
 
+use crate::element::Element;
 use kernels_gpu::attention::dropout::Dropout as Launched;
-use kernels_gpu::element::Element;
 use rayon::prelude::*;
 
 use super::scores::{Scores, score};

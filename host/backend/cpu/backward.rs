@@ -6,14 +6,14 @@
 use kernels_gpu::{
     attention::dropping::NoDropout,
     cpu::{add_parts, backward, finish, prepare},
-    element::Element,
 };
 use rayon::prelude::*;
 
 use super::{Cpu, catch};
 use crate::{
-    backend::Backend,
-    error::{Operand, Result},
+    backend::Workspace,
+    element::Element,
+    error::Result,
     operands::{
         AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawBackward, RawTensor, SecondTensors,
         check_backward_inputs, check_dtype, check_second,
@@ -38,12 +38,13 @@ pub(super) fn check_inputs<E: Element>(
     check_backward_inputs(plan, &inputs.map(|x| memory(x), |x| memory(x)), second.as_ref(), AddressSpace::Host)
 }
 
-/// Checks everything, takes memory for the workspace and runs the plan.
+/// Checks everything and runs the plan in the caller's workspace.
 pub(super) fn run_into<E: Element>(
     plan: &BackwardPlan,
     inputs: BackwardInputs<&[E], &[f32]>,
     outputs: Gradients<Tensor<&mut [E]>>,
     second: Option<SecondTensors<&[E], &mut [E]>>,
+    workspace: &mut Workspace<Cpu>,
 ) -> Result<()> {
     let plan = &plan.on(SM_COUNT)?;
     let outputs = outputs.map(written);
@@ -53,11 +54,11 @@ pub(super) fn run_into<E: Element>(
     });
     let inputs = inputs.map(|x| memory(x), |x| memory(x));
     let mut args = RawBackward::lower(plan, E::DTYPE, AddressSpace::Host, &inputs, &outputs, second.as_ref())?;
-    let mut workspace = Cpu.allocate(Operand::Workspace, plan.workspace_bytes() / size_of::<f32>(), 0.0f32)?;
+    let workspace = workspace.reserve(&Cpu, plan.workspace_bytes())?;
     args.workspace = workspace.as_mut_ptr().expose_provenance() as u64;
     args.workspace_bytes = plan.workspace_bytes();
     // SAFETY: the arguments were validated against the plan; they come from slices that are borrowed by the caller until
-    // this function returns, those of the outputs mutably, and the workspace is this function's own.
+    // this function returns, those of the outputs and of the workspace mutably.
     unsafe { run::<E>(plan, &args) }
 }
 

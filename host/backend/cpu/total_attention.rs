@@ -3,14 +3,12 @@
 //! A work tile is a block of keys of one query head, and its sums are formed in one order: the bits do not depend on the
 //! number of threads.
 
-use kernels_gpu::{
-    element::Element,
-    params::{Strided, TotalParams},
-};
+use kernels_gpu::params::{Strided, TotalParams};
 use rayon::prelude::*;
 
 use super::{CTAS_PER_THREAD, catch};
 use crate::{
+    element::Element,
     error::Result,
     operands::{AddressSpace, Memory, RawTotalAttention, check_dtype, check_total_inputs},
     plan::TotalPlan,
