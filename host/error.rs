@@ -316,6 +316,8 @@ pub enum Operand {
     Total,
     /// Which weights dropout keeps.
     DropoutMask,
+    /// The copy of a backend's buffer in host memory.
+    HostCopy,
 }
 
 impl fmt::Display for Operand {
@@ -338,6 +340,7 @@ impl fmt::Display for Operand {
             Operand::Workspace => "workspace",
             Operand::Total => "total",
             Operand::DropoutMask => "dropout_mask",
+            Operand::HostCopy => "the host\'s copy",
         })
     }
 }
