@@ -10,8 +10,7 @@ use std::{
 };
 
 use bytemuck::Pod;
-use kernels_gpu::{attention::dropping::NoDropout, cpu::forward};
-use rayon::prelude::*;
+use kernels_gpu::cpu::forward;
 
 use crate::{
     backend::{Backend, Workspace, sealed::Sealed},
@@ -26,6 +25,7 @@ use crate::{
 };
 
 mod backward;
+mod pool;
 mod total_attention;
 
 /// The CPU. Tensors are slices, of any alignment; work tiles run on the current rayon thread pool.
@@ -40,7 +40,7 @@ impl Backend for Cpu {
     type Buffer<T: Pod> = Vec<T>;
 
     fn sm_count(&self) -> u32 {
-        u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX)
+        pool::threads()
     }
 
     /// All zeros.
@@ -100,31 +100,9 @@ impl Backend for Cpu {
             o: raw(o.data.as_mut_ptr(), o.layout),
             lse: lse.as_mut().map(|lse| lse.as_mut_ptr().expose_provenance() as u64),
         };
-        args.validate_buffers(plan, AddressSpace::Host, &buffers)?;
-        if plan.work_tiles() == 0 {
-            return Ok(());
-        }
-        let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
-        let second = args.second.map(|pair| pair.as_ref().map(RawTensor::strided));
-        // SAFETY: the arguments were validated against the plan, whose variant and tile count these are; they come from
-        // slices that are borrowed until this function returns, those of `o` and `lse` mutably. Outputs alias nothing, and
-        // each row of them belongs to one work tile of one CTA, so CTAs may run at the same time.
-        unsafe {
-            match (second_pair(plan.dist_threshold(), second), plan.launched) {
-                (Some(second), _) => {
-                    let params = args.params(plan, tensors, second);
-                    run(plan, |cta, ctas| forward::<E, _, _>(plan.variant(), &params, NoDropout, cta, ctas))
-                }
-                (None, None) => {
-                    let params = args.params(plan, tensors, ());
-                    run(plan, |cta, ctas| forward::<E, _, _>(plan.variant(), &params, NoDropout, cta, ctas))
-                }
-                (None, Some(dropout)) => {
-                    let params = args.params(plan, tensors, ());
-                    run(plan, |cta, ctas| forward::<E, _, _>(plan.variant(), &params, dropout, cta, ctas))
-                }
-            }
-        }
+        // SAFETY: the arguments come from slices that are borrowed until this function returns, those of `o` and `lse`
+        // mutably, and the lengths are theirs.
+        unsafe { run(plan, &args, &buffers) }
     }
 
     fn check_backward_inputs<E: Element>(
@@ -182,17 +160,28 @@ fn raw<T>(data: *const T, layout: Layout) -> RawTensor {
     RawTensor { address: data.expose_provenance() as u64, layout }
 }
 
-/// CTAs for each thread of the pool: enough that threads can steal what a causal mask leaves to the end, few enough that
-/// work tiles follow one another in a CTA as they do on a GPU.
-const CTAS_PER_THREAD: u32 = 8;
-
-/// Runs every CTA of `plan` by `forward(cta, ctas)`, in parallel; stops at the first fault.
-fn run(plan: &Plan, forward: impl Fn(u32, u32) + Sync) -> Result<()> {
-    let threads = u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX);
-    let ctas = plan.work_tiles().min(threads.saturating_mul(CTAS_PER_THREAD));
-    (0..ctas).into_par_iter().with_max_len(1).try_for_each(|cta| {
+/// Checks the arguments and runs every CTA of `plan`, in parallel; stops at the first fault.
+///
+/// # Safety
+/// The buffers are where `args` says and as long as `buffers` says; they are valid for writing (O, LSE) and for reading (the
+/// rest) until this function returns.
+unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
+    args.validate_buffers(plan, AddressSpace::Host, buffers)?;
+    let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
+    let second = args.second.map(|pair| pair.as_ref().map(RawTensor::strided));
+    let ctas = pool::ctas(plan.work_tiles());
+    if ctas == 0 {
+        return Ok(());
+    }
+    let params = args.params(plan, tensors, second_pair(plan.dist_threshold(), second));
+    pool::for_each(ctas, |cta| {
         // A CTA that panics leaves behind nothing but its rows of the output, which the error calls unspecified.
-        catch(plan.variant().symbol, cta, || forward(cta, ctas))
+        catch(plan.variant().symbol, cta, || {
+            // SAFETY: the arguments were validated against the plan, whose variant and tile count these are; the caller
+            // promised the memory. Outputs alias nothing, and each row of them belongs to one work tile of one CTA, so CTAs
+            // may run at the same time.
+            unsafe { forward(plan.variant(), &params, plan.launched, cta, ctas) }
+        })
     })
 }
 
