@@ -94,7 +94,7 @@ pub use kernels_gpu::{
 pub use operands::{BackwardInputs, Gradients, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention};
 #[doc(hidden)]
 pub use operands::{ForwardInputs, SecondTensors};
-pub use plan::{BackwardPlan, Determinism, Plan, TotalPlan};
+pub use plan::{BackwardPlan, Determinism, Needs, Pass, Plan, TotalPlan};
 pub use problem::{Mask, Problem};
 pub use tensor::{Layout, Tensor};
 

@@ -1,0 +1,152 @@
+//! Plans of the most extreme problems that are valid: each is made, or refused by [`Error::TooLarge`], and nothing overflows.
+
+use std::{hint::black_box, panic::catch_unwind};
+
+use kernels_gpu::{attention::scheduler::TileOrder, variants::Dtype};
+use proptest::prelude::*;
+
+use super::{BackwardPlan, Determinism, Plan, TotalPlan};
+use crate::{
+    dropout::Dropout,
+    error::{Error, Result},
+    problem::{Mask, Problem},
+};
+
+const MOST: usize = i32::MAX as usize;
+
+/// Lengths and numbers of batch items.
+fn extent() -> impl Strategy<Value = usize> {
+    prop::sample::select(vec![0, 1, 2, 127, 128, 129, 65535, 65536, 65537, 1 << 30, MOST - 128, MOST - 1, MOST])
+}
+
+fn problem() -> impl Strategy<Value = Problem> {
+    let heads = || prop::sample::select(vec![1, 2, 3, 127, 128, 65535, 65536, 65537, (1 << 30) - 1, 1 << 30, MOST]);
+    let head_dim = prop::sample::select(vec![8, 64, 72, 96, 128, 136, 192, 256]);
+    (extent(), heads(), heads(), extent(), extent(), head_dim)
+        .prop_map(|(batch, heads_kv, group, seqlen_q, seqlen_k, head_dim)| Problem {
+            batch,
+            heads_q: heads_kv.saturating_mul(group),
+            heads_kv,
+            seqlen_q,
+            seqlen_k,
+            head_dim,
+            dtype: Dtype::F16,
+        })
+        .prop_filter("invalid", |problem| problem.validate().is_ok())
+}
+
+fn sm_count() -> impl Strategy<Value = u32> {
+    prop::sample::select(vec![0, 1, 2, 7, 132, 1 << 20, (1 << 20) + 1, u32::MAX])
+}
+
+fn mask() -> impl Strategy<Value = Mask> {
+    prop::sample::select(vec![Mask::None, Mask::Causal])
+}
+
+fn threshold() -> impl Strategy<Value = i32> {
+    prop::sample::select(vec![i32::MIN, i32::MIN + 1, -1, 0, 1, 1 << 30, i32::MAX - 1, i32::MAX])
+}
+
+fn determinism() -> impl Strategy<Value = Determinism> {
+    prop::sample::select(vec![Determinism::Fast, Determinism::Exact])
+}
+
+fn dropout() -> impl Strategy<Value = Dropout> {
+    prop::sample::select(vec![0.0, 0.5]).prop_map(|p| Dropout { p, seed: u64::MAX, offset: u64::MAX })
+}
+
+/// The plan, unless a number of it is too large.
+fn planned<P>(plan: Result<P>) -> Option<P> {
+    match plan {
+        Ok(plan) => Some(plan),
+        Err(Error::TooLarge { value, limit, .. }) if value > limit => None,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The first and the last work tile of an order, and the way back from them.
+fn check_order(order: &TileOrder, tiles: u32) {
+    if tiles > 0 {
+        assert_eq!(order.tiles(), tiles);
+        for index in [0, tiles / 2, tiles - 1] {
+            assert_eq!(order.index(&order.tile(index)), index);
+        }
+    }
+}
+
+fn check_forward(plan: Result<Plan>) {
+    let Some(plan) = planned(plan) else { return };
+    check_order(&plan.order, plan.work_tiles());
+    assert!(plan.grid() <= plan.work_tiles());
+    assert!(plan.grid() > 0 || plan.work_tiles() == 0);
+    plan.to_string();
+}
+
+fn check_backward(plan: Result<BackwardPlan>) {
+    let Some(plan) = planned(plan) else { return };
+    check_order(&plan.order, plan.work_tiles());
+    assert!(plan.grid() > 0 || plan.work_tiles() == 0);
+    let problem = plan.problem();
+    let rows = problem.batch as u128 * problem.heads_q as u128 * problem.seqlen_q as u128;
+    assert!(plan.prepare_grid() as u128 * 128 >= rows);
+    assert!(plan.finish_grid() as u128 * 64 >= rows);
+    assert!(plan.workspace_bytes() as u128 >= 8 * rows);
+    plan.workspace.at(0);
+    for index in [0, plan.sharing.count / 2, plan.sharing.count.saturating_sub(1)] {
+        if plan.work_tiles() > 0 {
+            plan.first.tile(&plan.order, index.min(plan.work_tiles() - 1));
+        }
+    }
+    let (shared, _) = plan.shared();
+    assert!(shared <= plan.grid());
+    plan.to_string();
+}
+
+fn check_total(plan: Result<TotalPlan>) {
+    let Some(plan) = planned(plan) else { return };
+    check_order(&plan.order, plan.work_tiles());
+    assert!(plan.grid() > 0 || plan.work_tiles() == 0);
+    assert!(plan.shared_from <= plan.work_tiles());
+    let problem = plan.problem();
+    let len = problem.batch as u128 * problem.heads_q as u128 * problem.seqlen_k as u128;
+    assert_eq!(problem.total_len() as u128, len);
+    plan.to_string();
+}
+
+/// What the tests here would not show without them.
+#[test]
+fn tests_have_overflow_checks() {
+    assert!(catch_unwind(|| black_box(u32::MAX) + black_box(1)).is_err());
+}
+
+proptest! {
+    #[test]
+    fn forward(problem in problem(), mask in mask(), dropout in dropout(), sm_count in sm_count()) {
+        check_forward(Plan::forward(&problem, mask, None, dropout, sm_count));
+    }
+
+    #[test]
+    fn piecewise(problem in problem(), mask in mask(), threshold in threshold(), sm_count in sm_count()) {
+        check_forward(Plan::piecewise(&problem, mask, None, threshold, sm_count));
+    }
+
+    #[test]
+    fn backward(
+        problem in problem(), mask in mask(), dropout in dropout(), determinism in determinism(), sm_count in sm_count(),
+    ) {
+        check_backward(BackwardPlan::new(&problem, mask, None, dropout, determinism, sm_count));
+    }
+
+    #[test]
+    fn piecewise_backward(
+        problem in problem(), mask in mask(), threshold in threshold(), determinism in determinism(),
+        sm_count in sm_count(),
+    ) {
+        check_backward(BackwardPlan::piecewise(&problem, mask, None, threshold, determinism, sm_count));
+    }
+
+    #[test]
+    fn total(problem in problem(), mask in mask(), sm_count in sm_count()) {
+        check_total(TotalPlan::new(&problem, mask, None, sm_count));
+    }
+}
