@@ -91,7 +91,7 @@ fn check_backward(plan: Result<BackwardPlan>) {
     assert!(plan.prepare_grid() as u128 * 128 >= rows);
     assert!(plan.finish_grid() as u128 * 64 >= rows);
     assert!(plan.workspace_bytes() as u128 >= 8 * rows);
-    plan.workspace.at(0);
+    plan.workspace.at((plan.workspace_bytes() as u64).wrapping_neg());
     for index in [0, plan.sharing.count / 2, plan.sharing.count.saturating_sub(1)] {
         if plan.work_tiles() > 0 {
             plan.first.tile(&plan.order, index.min(plan.work_tiles() - 1));
@@ -113,13 +113,57 @@ fn check_total(plan: Result<TotalPlan>) {
     plan.to_string();
 }
 
-/// What the tests here would not show without them.
+/// Checks that this build panics on overflow. Without that the tests here would show nothing.
 #[test]
 fn tests_have_overflow_checks() {
     assert!(catch_unwind(|| black_box(u32::MAX) + black_box(1)).is_err());
 }
 
+const PROBLEM: Problem =
+    Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1, head_dim: 64, dtype: Dtype::F16 };
+
+fn fast(problem: &Problem, sm_count: u32) -> Result<BackwardPlan> {
+    BackwardPlan::new(problem, Mask::None, None, Dropout::NONE, Determinism::Fast, sm_count)
+}
+
+/// More key heads than 32 bits count, and nothing to do for any of them.
+#[test]
+fn heads_without_work_are_not_counted() {
+    let problem = Problem { batch: 1 << 16, heads_q: 1 << 16, heads_kv: 1 << 16, seqlen_q: 0, seqlen_k: 0, ..PROBLEM };
+    let plan = fast(&problem, 132).unwrap();
+    assert_eq!((plan.prepare_grid(), plan.grid(), plan.finish_grid(), plan.workspace_bytes()), (0, 0, 0, 0));
+}
+
+/// The consumers of a CTA count its query blocks in 30 bits.
+#[test]
+fn query_blocks_of_a_cta_have_a_limit() {
+    // 2²³ heads with one query block each, and 128 blocks of keys on one CTA.
+    let problem = Problem { batch: 1 << 23, seqlen_k: 128 * 128, head_dim: 8, ..PROBLEM };
+    let (limit, field) = ((1 << 30) - 1, "query blocks of a CTA");
+    let error = |value| Err(Error::TooLarge { field, value, limit });
+    assert_eq!(fast(&problem, 1), error(1 << 30));
+    assert_eq!(fast(&problem, 0), error(1 << 30));
+    assert!(fast(&Problem { batch: (1 << 23) - 1, ..problem }, 1).is_ok());
+    assert!(fast(&problem, 2).is_ok());
+    // Each pair counts.
+    let piecewise = |sm_count| BackwardPlan::piecewise(&problem, Mask::Causal, None, 0, Determinism::Exact, sm_count);
+    assert_eq!(piecewise(2), error(1 << 30));
+    assert!(piecewise(3).is_ok());
+}
+
+#[test]
+fn multiprocessors_have_a_limit() {
+    let error = "sm_count is 1048577; at most 1048576 is allowed";
+    let many = (1 << 20) + 1;
+    assert_eq!(Plan::forward(&PROBLEM, Mask::None, None, Dropout::NONE, many).unwrap_err().to_string(), error);
+    assert_eq!(fast(&PROBLEM, many).unwrap_err().to_string(), error);
+    assert_eq!(TotalPlan::new(&PROBLEM, Mask::None, None, many).unwrap_err().to_string(), error);
+    assert_eq!(fast(&PROBLEM, 0), fast(&PROBLEM, 1));
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
     #[test]
     fn forward(problem in problem(), mask in mask(), dropout in dropout(), sm_count in sm_count()) {
         check_forward(Plan::forward(&problem, mask, None, dropout, sm_count));
