@@ -7,7 +7,7 @@ use std::fmt;
 
 use kernels_gpu::variants::{Dtype, Op};
 
-use crate::problem::Mask;
+use crate::plan::Needs;
 
 /// What this crate's functions return.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -70,15 +70,11 @@ pub enum Error {
         /// The text.
         value: String,
     },
-    /// No kernel was compiled for the problem.
-    #[error("no kernel is compiled for dtype {}, head_dim {head_dim}, mask {mask}", dtype.name())]
+    /// No kernel was compiled for the pass.
+    #[error("no kernel is compiled for {needs}")]
     NoVariant {
-        /// Element type of the problem.
-        dtype: Dtype,
-        /// Head dim of the problem.
-        head_dim: usize,
-        /// Mask of the problem.
-        mask: Mask,
+        /// All that the kernel needs.
+        needs: Needs,
     },
     /// A plan of piecewise attention was given one pair of Q and K, or another plan two.
     #[error("second is {}; a plan of {} needs {}", if *.given { "given" } else { "missing" }, op.name(),

@@ -95,7 +95,7 @@ pub use operands::{
     BackwardInputs, ForwardInputs, Gradients, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention,
     SecondTensors,
 };
-pub use plan::{BackwardPlan, Determinism, Plan, TotalPlan};
+pub use plan::{BackwardPlan, Determinism, Needs, Pass, Plan, TotalPlan};
 pub use problem::{Mask, Problem};
 pub use tensor::{Layout, Tensor};
 
