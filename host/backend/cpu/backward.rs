@@ -5,14 +5,14 @@
 
 use kernels_gpu::{
     cpu::{add_parts, backward, finish, prepare},
-    element::Element,
     variants::Dtype,
 };
 
 use super::{Cpu, catch, pool};
 use crate::{
-    backend::Backend,
-    error::{Operand, Result},
+    backend::Workspace,
+    element::Element,
+    error::Result,
     operands::{
         AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawBackward, RawTensor, SecondTensors,
         check_backward_inputs, check_dtype, check_second,
@@ -46,12 +46,13 @@ fn check(
     check_backward_inputs(plan, inputs, second, AddressSpace::Host)
 }
 
-/// Checks everything, takes memory for the workspace and runs the plan.
+/// Checks everything and runs the plan in the caller's workspace.
 pub(super) fn run_into<E: Element>(
     plan: &BackwardPlan,
     inputs: BackwardInputs<&[E], &[f32]>,
     outputs: Gradients<Tensor<&mut [E]>>,
     second: Option<SecondTensors<&[E], &mut [E]>>,
+    workspace: &mut Workspace<Cpu>,
 ) -> Result<()> {
     let outputs = outputs.map(written);
     let second = second.map(|SecondTensors { inputs, gradients }| SecondTensors {
@@ -61,7 +62,7 @@ pub(super) fn run_into<E: Element>(
     let inputs = inputs.map(|x| memory(x), |x| memory(x));
     // SAFETY: all of this is memory of slices that are borrowed by the caller until this function returns, those of the
     // outputs mutably.
-    unsafe { run(plan, E::DTYPE, &inputs, &outputs, second.as_ref()) }
+    unsafe { run(plan, E::DTYPE, &inputs, &outputs, second.as_ref(), workspace) }
 }
 
 /// A tensor that is read.
@@ -80,8 +81,7 @@ fn memory<T>(data: &[T]) -> Memory {
     Memory { address: data.as_ptr().expose_provenance() as u64, len: Some(data.len()) }
 }
 
-/// Checks everything, takes memory for the workspace and runs every key head of `plan`, in parallel; stops at the first
-/// fault.
+/// Checks everything and runs every key head of `plan` in the caller's workspace, in parallel; stops at the first fault.
 ///
 /// # Safety
 /// The memory is valid, for writing the outputs and for reading the inputs, until this function returns.
@@ -91,10 +91,11 @@ unsafe fn run(
     inputs: &BackwardInputs<Memory, Memory>,
     outputs: &Gradients<Tensor<Memory>>,
     second: Option<&SecondTensors<Memory, Memory>>,
+    workspace: &mut Workspace<Cpu>,
 ) -> Result<()> {
     let plan = &plan.on(SM_COUNT)?;
     let mut args = RawBackward::lower(plan, dtype, AddressSpace::Host, inputs, outputs, second)?;
-    let mut workspace = Cpu.allocate(Operand::Workspace, plan.workspace_bytes() / size_of::<f32>(), 0.0f32)?;
+    let workspace = workspace.reserve(&Cpu, plan.workspace_bytes())?;
     args.workspace = workspace.as_mut_ptr().expose_provenance() as u64;
     args.workspace_bytes = plan.workspace_bytes();
     // Nothing to do, and so no workspace to work in.
@@ -111,7 +112,7 @@ unsafe fn run(
         let heads = head_kv * shape.group()..(head_kv + 1) * shape.group();
         catch(variant.symbol, unit, || {
             // SAFETY: the caller promised the memory, and its layouts were checked against the plan, whose variant this is;
-            // the workspace is this function's own. Outputs and workspace alias nothing, and what is written belongs to this
+            // the workspace is borrowed mutably. Outputs and workspace alias nothing, and what is written belongs to this
             // key head or to one of its query heads, so units may run at the same time. The workspace is filled before it is
             // used, and the main kernel runs only if there is a key.
             unsafe {

@@ -9,10 +9,12 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-use kernels_gpu::{cpu::forward, element::Element};
+use bytemuck::Pod;
+use kernels_gpu::cpu::forward;
 
 use crate::{
-    backend::{Backend, sealed::Sealed},
+    backend::{Backend, Workspace, sealed::Sealed},
+    element::Element,
     error::{Error, Operand, Result},
     operands::{
         AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
@@ -33,35 +35,33 @@ pub struct Cpu;
 impl Sealed for Cpu {}
 
 impl Backend for Cpu {
-    type Slice<'a, T: Copy + Send + Sync + 'static> = &'a [T];
-    type SliceMut<'a, T: Copy + Send + Sync + 'static> = &'a mut [T];
-    type Buffer<T: Copy + Send + Sync + 'static> = Vec<T>;
+    type Slice<'a, T: Pod> = &'a [T];
+    type SliceMut<'a, T: Pod> = &'a mut [T];
+    type Buffer<T: Pod> = Vec<T>;
 
     fn sm_count(&self) -> u32 {
         pool::threads()
     }
 
-    fn allocate<T: Copy + Send + Sync + 'static>(&self, operand: Operand, len: usize, fill: T) -> Result<Vec<T>> {
-        let mut buffer = reserve(operand, len)?;
-        buffer.resize(len, fill);
-        Ok(buffer)
+    /// All zeros.
+    fn allocate<T: Pod>(&self, operand: Operand, len: usize) -> Result<Vec<T>> {
+        bytemuck::allocation::try_zeroed_vec(len)
+            .map_err(|()| Error::OutOfMemory { operand, bytes: len as u128 * size_of::<T>() as u128 })
     }
 
-    fn upload<T: Copy + Send + Sync + 'static>(&self, operand: Operand, from: &[T]) -> Result<Vec<T>> {
-        let mut buffer = reserve(operand, from.len())?;
-        buffer.extend_from_slice(from);
-        Ok(buffer)
+    fn upload<T: Pod>(&self, operand: Operand, from: &[T]) -> Result<Vec<T>> {
+        copy(operand, from)
     }
 
-    fn download<T: Copy + Send + Sync + 'static>(&self, from: &Vec<T>) -> Result<Vec<T>> {
-        self.upload(Operand::HostCopy, from)
+    fn download<T: Pod>(&self, from: &Vec<T>) -> Result<Vec<T>> {
+        copy(Operand::Download, from)
     }
 
-    fn slice<T: Copy + Send + Sync + 'static>(buffer: &Vec<T>) -> &[T] {
+    fn slice<T: Pod>(buffer: &Vec<T>) -> &[T] {
         buffer
     }
 
-    fn slice_mut<T: Copy + Send + Sync + 'static>(buffer: &mut Vec<T>, range: Range<usize>) -> &mut [T] {
+    fn slice_mut<T: Pod>(buffer: &mut Vec<T>, range: Range<usize>) -> &mut [T] {
         buffer.get_mut(range).unwrap_or_default()
     }
 
@@ -120,8 +120,9 @@ impl Backend for Cpu {
         inputs: BackwardInputs<&[E], &[f32]>,
         outputs: Gradients<Tensor<&mut [E]>>,
         second: Option<SecondTensors<&[E], &mut [E]>>,
+        workspace: &mut Workspace<Self>,
     ) -> Result<()> {
-        backward::run_into(plan, inputs, outputs, second)
+        backward::run_into(plan, inputs, outputs, second, workspace)
     }
 
     fn check_total_inputs<E: Element>(
@@ -146,12 +147,12 @@ impl Backend for Cpu {
     }
 }
 
-/// A vector with memory for `len` elements.
-fn reserve<T>(operand: Operand, len: usize) -> Result<Vec<T>> {
-    let mut buffer = Vec::new();
-    let bytes = len as u128 * size_of::<T>() as u128;
-    buffer.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { operand, bytes })?;
-    Ok(buffer)
+/// A copy of host memory.
+fn copy<T: Pod>(operand: Operand, from: &[T]) -> Result<Vec<T>> {
+    let mut to = Vec::new();
+    to.try_reserve_exact(from.len()).map_err(|_| Error::OutOfMemory { operand, bytes: size_of_val(from) as u128 })?;
+    to.extend_from_slice(from);
+    Ok(to)
 }
 
 /// A slice's address and layout.
@@ -235,7 +236,7 @@ mod tests {
 
     #[test]
     fn memory_that_can_not_be_had_is_an_error() {
-        let error = Cpu.allocate(Operand::O, usize::MAX, 0u16).unwrap_err();
+        let error = Cpu.allocate::<u16>(Operand::O, usize::MAX).unwrap_err();
         assert_eq!(error, Error::OutOfMemory { operand: Operand::O, bytes: 2 * usize::MAX as u128 });
     }
 }

@@ -3,10 +3,11 @@
 //! A work tile is a block of keys of one query head, and its sums are formed in one order: the bits do not depend on the
 //! number of threads.
 
-use kernels_gpu::{element::Element, variants::Dtype};
+use kernels_gpu::variants::Dtype;
 
 use super::{catch, pool};
 use crate::{
+    element::Element,
     error::Result,
     operands::{AddressSpace, Memory, RawTotalAttention, check_dtype, check_total_inputs},
     plan::TotalPlan,

@@ -1,13 +1,9 @@
-//! The compiled kernels, each a module of its own that is loaded when it is first called.
+//! The compiled kernels that this build holds.
 
 use std::io::Read;
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
 
-use cust::module::Module;
 use flate2::read::ZlibDecoder;
 
-use super::driver::{Function, failed};
 use crate::error::{Error, Result};
 
 /// One compiled kernel.
@@ -26,7 +22,7 @@ pub struct Kernel {
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// Where the kernel of this name is in [`KERNELS`].
-fn place(symbol: &str) -> Option<usize> {
+pub(super) fn place(symbol: &str) -> Option<usize> {
     KERNELS.binary_search_by(|kernel| kernel.symbol.cmp(symbol)).ok()
 }
 
@@ -39,58 +35,25 @@ impl Kernel {
     /// Its PTX, unpacked.
     ///
     /// # Errors
-    /// [`Error::Driver`] for a build whose PTX is damaged.
+    /// [`Error::BrokenKernel`] for a build whose PTX is damaged.
     pub fn ptx(&self) -> Result<String> {
         let mut text = String::new();
         let unpacked = ZlibDecoder::new(self.ptx).read_to_string(&mut text);
-        unpacked.map_err(|error| Error::Driver { call: "PTX", message: error.to_string() })?;
+        unpacked.map_err(|error| self.broken(format!("its PTX is damaged: {error}")))?;
         Ok(text)
     }
-}
 
-/// A kernel on a device.
-pub(super) struct Loaded {
-    pub(super) function: Function,
-    pub(super) load_time: Duration,
-    /// Owns the function.
-    _module: Module,
-}
-
-/// The kernels that one device has loaded, in the order of [`KERNELS`].
-pub(super) struct Modules(Box<[OnceLock<Loaded>]>);
-
-impl Modules {
-    pub(super) fn new() -> Self {
-        Modules(KERNELS.iter().map(|_| OnceLock::new()).collect())
+    /// Bytes of its by-value parameter, as its PTX states.
+    pub(super) fn parameter_bytes(&self) -> Result<u32> {
+        let text = self.ptx()?;
+        let stated = text.split_once("_param_0[").and_then(|(_, rest)| rest.split_once(']'));
+        let stated = stated.and_then(|(bytes, _)| bytes.parse().ok());
+        stated.ok_or_else(|| self.broken("its PTX states no parameter".to_owned()))
     }
 
-    /// The kernel of this name, which has `smem_bytes` of dynamic shared memory, loaded on the first call; the device's
-    /// context is current.
-    pub(super) fn get(&self, symbol: &str, smem_bytes: u32) -> Result<&Loaded> {
-        let missing =
-            || Error::Driver { call: "cuModuleGetFunction", message: format!("the build holds no kernel {symbol}") };
-        let place = place(symbol).ok_or_else(missing)?;
-        if let Some(loaded) = self.0[place].get() {
-            return Ok(loaded);
-        }
-        // Two threads may both get here; one of the two modules is then dropped again.
-        let loaded = load(&KERNELS[place], smem_bytes)?;
-        Ok(self.0[place].get_or_init(|| loaded))
+    fn broken(&self, message: String) -> Error {
+        Error::BrokenKernel { symbol: self.symbol, message }
     }
-}
-
-fn load(kernel: &Kernel, smem_bytes: u32) -> Result<Loaded> {
-    let start = Instant::now();
-    // A driver that is older than the build's ptxas refuses the cubin, and compiles the PTX instead.
-    let cubin = kernel.cubin.and_then(|cubin| Module::from_cubin(cubin, &[]).ok());
-    let module = match cubin {
-        Some(module) => module,
-        None => Module::from_ptx(kernel.ptx()?, &[]).map_err(failed("cuModuleLoadData"))?,
-    };
-    let function = module.get_function(kernel.symbol).map_err(failed("cuModuleGetFunction"))?;
-    let function = Function::new(function.to_raw());
-    function.set_shared_memory(smem_bytes)?;
-    Ok(Loaded { function, load_time: start.elapsed(), _module: module })
 }
 
 #[cfg(test)]
