@@ -213,7 +213,9 @@ impl<'a> CpuWarpgroup<BackwardPipe<'a>> {
 
 /// The statistics of a fragment's columns, group by group.
 fn columns<const M8: usize>(statistics: &[f32]) -> [[f32; 8]; M8] {
-    core::array::from_fn(|group| core::array::from_fn(|column| statistics[8 * group + column]))
+    let mut columns = [[0.0; 8]; M8];
+    columns.as_flattened_mut().copy_from_slice(statistics);
+    columns
 }
 
 /// The product of this warpgroup's rows of K or V with a transposed query block.
@@ -235,6 +237,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
     fn first_key(&self) -> u32 {
         self.pipe.smem.split.first_key(self.pipe.index)
     }
+    #[inline(never)]
     fn wait_k(&mut self) {
         let Some(blocks) = self.pipe.next_pair() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
         let (mut k, mut v) = (core::mem::take(&mut self.pipe.k), core::mem::take(&mut self.pipe.v));
@@ -252,6 +255,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
             Fault::WaitWithoutLoad { slot: 0 }.raise();
         }
     }
+    #[inline(never)]
     fn release_kv(&mut self) {
         for ring in [&mut self.pipe.q, &mut self.pipe.d_o] {
             match ring {
@@ -261,6 +265,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
             *ring = None;
         }
     }
+    #[inline(never)]
     fn wait_q(&mut self) -> u32 {
         let block = self.pipe.q().next();
         let mut tile = self.pipe.q().memory();
@@ -268,6 +273,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         self.pipe.load(&q[block.pair as usize], workspace.offsets, &block, &mut tile);
         self.pipe.q().hold(tile)
     }
+    #[inline(never)]
     fn wait_do(&mut self, slot: u32) {
         let block = self.pipe.d_o().next();
         let mut tile = self.pipe.d_o().memory();
@@ -277,30 +283,37 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
             Fault::WrongTile { slot, holds: None }.raise();
         }
     }
+    #[inline(never)]
     fn release(&mut self, slot: u32) {
         self.pipe.q().release(slot);
         self.pipe.d_o().release(slot);
     }
 
+    #[inline(never)]
     fn offsets<const M8: usize>(&self, slot: u32) -> [[f32; 8]; M8] {
         columns(&self.pipe.held_q(slot).statistics)
     }
+    #[inline(never)]
     fn delta<const M8: usize>(&self, slot: u32) -> [[f32; 8]; M8] {
         columns(&self.pipe.held_do(slot).statistics)
     }
     fn read<const M8: usize>(&self, columns: [[f32; 8]; M8]) -> [[f32; 8]; M8] {
         columns
     }
+    #[inline(never)]
     fn map_columns<const M8: usize>(&self, x: &mut Tile<M8>, columns: &[[f32; 8]; M8], f: impl Fn(f32, f32) -> f32) {
         elementwise::map_columns(x.elements_mut(), columns.as_flattened(), f);
     }
 
+    #[inline(never)]
     fn kq<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Tile<M8>> {
         Pending(product::<D8, M8>(&self.pipe.k, &self.pipe.held_q(slot).transposed))
     }
+    #[inline(never)]
     fn v_do<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Tile<M8>> {
         Pending(product::<D8, M8>(&self.pipe.v, &self.pipe.held_do(slot).transposed))
     }
+    #[inline(never)]
     fn p_do<const M8: usize, const D8: usize>(
         &mut self,
         mut dv: Tile<D8>,
@@ -310,6 +323,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         add_product(&mut dv, &p, &self.pipe.held_do(slot).rows);
         Pending(dv)
     }
+    #[inline(never)]
     fn ds_q<const M8: usize, const D8: usize>(
         &mut self,
         mut dk: Tile<D8>,
@@ -322,6 +336,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
     fn take_turn(&mut self) {}
     fn pass_turn(&mut self) {}
     fn wait_ds(&mut self, _: u32) {}
+    #[inline(never)]
     fn add_dq<const M8: usize>(&mut self, ds: &Tile<M8>, _: u32, at: &QueryBlock) {
         let BackwardPipe { tensors: Tensors { shape, workspace, .. }, smem, k, .. } = &self.pipe;
         let (rows, columns) = (8 * M8, smem.head_dim as usize);
@@ -331,9 +346,11 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         multiply_add(rows, ROWS, Left::columns(ds.elements(), 8 * M8), k, dq, columns);
     }
     fn pass_ds(&mut self, _: u32) {}
+    #[inline(never)]
     fn pass_weights<const M8: usize>(&mut self, p: &Tile<M8>, _: u32) {
         self.pipe.weights.borrow_mut().push_back(p.elements().to_vec());
     }
+    #[inline(never)]
     fn take_weights<const M8: usize>(&mut self, slot: u32) -> Tile<M8> {
         let weights = self.pipe.weights.borrow_mut().pop_front();
         let weights = weights.unwrap_or_else(|| Fault::WaitWithoutLoad { slot }.raise());
@@ -342,6 +359,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         p
     }
 
+    #[inline(never)]
     fn store_kv<const D8: usize>(&mut self, x: &Tile<D8>, to: &Strided, at: &KvBlock, shape: &Shape) {
         let first = at.n_block * self.pipe.smem.block_n + self.first_key();
         for row in 0..ROWS.min(shape.seqlen_k.saturating_sub(first) as usize) {
@@ -351,6 +369,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
             convert::narrow(self.dtype, x.row(row), line);
         }
     }
+    #[inline(never)]
     fn store_part<const D8: usize>(&mut self, x: &Tile<D8>, to: u64) {
         // SAFETY: this warpgroup's part of a slot of the workspace; `backward`'s caller promised it.
         let part = unsafe { memory::floats_mut(to, self.first_key() as usize * 8 * D8, ROWS * 8 * D8) };

@@ -49,6 +49,17 @@ dispatched! {
 }
 
 dispatched! {
+    /// `f(x, y)` for the x and the y of each row.
+    pub fn zip_rows(x: &Rows, y: &Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
+        let mut rows = *x;
+        for (x, y) in rows.iter_mut().zip(y) {
+            *x = f(*x, *y);
+        }
+        rows
+    }
+}
+
+dispatched! {
     /// Folds the elements of these columns in each row: in eight chains, which are joined at the end.
     pub fn fold(x: &[f32], width: usize, columns: Range<usize>, f: impl Fn(f32, f32) -> f32) -> Rows {
         let mut folded = [0.0; ROWS];

@@ -114,9 +114,11 @@ unsafe fn load_kv(tensors: &Tensors, smem: &ForwardSmem, rows: &mut [f32], tile:
 impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
     type Slot = u32;
 
+    #[inline(never)]
     fn first_row(&self, tile: &WorkTile) -> u32 {
         (tile.m_block * self.pipe.smem.consumers + self.pipe.index) * WARPGROUP_ROWS
     }
+    #[inline(never)]
     fn load_q(&mut self, tile: &WorkTile) {
         let columns = self.pipe.smem.head_dim as usize;
         let first = self.first_row(tile);
@@ -130,20 +132,24 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
         }
         self.pipe.q_full = true;
     }
+    #[inline(never)]
     fn wait_q(&mut self) {
         if !core::mem::take(&mut self.pipe.q_full) {
             Fault::QueryWithoutLoad.raise();
         }
     }
+    #[inline(never)]
     fn wait_kv(&mut self) -> u32 {
         let ForwardPipe { tensors, smem, ring, rows, .. } = &mut self.pipe;
         // SAFETY: the maker's promise.
         ring.wait(|tile, slot| unsafe { load_kv(tensors, smem, rows, tile, slot) })
     }
+    #[inline(never)]
     fn release_kv(&mut self, slot: u32) {
         self.pipe.ring.release(slot);
     }
 
+    #[inline(never)]
     fn qk<const D8: usize, const N8: usize>(&mut self, k: u32, pair: u32) -> Pending<Tile<N8>> {
         let mut s = Tile::ZEROS;
         let q = &self.pipe.q[pair as usize * ROWS * 8 * D8..][..ROWS * 8 * D8];
@@ -151,6 +157,7 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
         multiply_add(self.live, 8 * D8, Left::rows(q, 8 * D8), k, s.elements_mut(), 8 * N8);
         Pending(s)
     }
+    #[inline(never)]
     fn pv<const N8: usize, const D8: usize>(&mut self, mut o: Tile<D8>, p: Tile<N8>, v: u32) -> Pending<Tile<D8>> {
         let (p, v) = (Left::rows(p.elements(), 8 * N8), self.pipe.ring.v(v));
         multiply_add(self.live, 8 * N8, p, v, o.elements_mut(), 8 * D8);
@@ -159,6 +166,7 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
     fn take_turn(&mut self) {}
     fn pass_turn(&mut self) {}
 
+    #[inline(never)]
     fn store<const D8: usize>(&mut self, x: &Tile<D8>, to: &Output<Strided>, tile: &WorkTile, shape: &Shape) {
         for row in 0..self.rows_of(tile) {
             let (i, columns) = (self.first_row(tile) + row as u32, shape.head_dim as usize);
@@ -167,6 +175,7 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
             convert::narrow(self.dtype, x.row(row), line);
         }
     }
+    #[inline(never)]
     fn store_rows(&mut self, values: Rows, address: u64, tile: &WorkTile, shape: &Shape) {
         let line = (tile.batch * shape.heads_q + tile.head) as usize * shape.seqlen_q as usize;
         for (row, value) in values.into_iter().enumerate().take(self.rows_of(tile)) {

@@ -146,6 +146,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
         let keys = ROWS as u32;
         Part { first_key: self.pipe.index * keys, keys, most_passed: self.pipe.smem.stages - 1 }
     }
+    #[inline(never)]
     fn wait_k(&mut self) {
         if self.pipe.k.is_some() {
             Fault::WaitWithoutRelease { slot: 0 }.raise();
@@ -153,11 +154,13 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
         let Some(tile) = self.pipe.k_loads.next() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
         self.pipe.k = Some((tile.keys, self.load_k(&tile)));
     }
+    #[inline(never)]
     fn release_k(&mut self) {
         if self.pipe.k.take().is_none() {
             Fault::ReleaseWithoutWait { slot: 0 }.raise();
         }
     }
+    #[inline(never)]
     fn wait_q(&mut self) -> u32 {
         let (count, stages) = (self.pipe.waited, self.pipe.smem.stages);
         let slot = count % stages;
@@ -170,6 +173,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
         self.pipe.waited += 1;
         count
     }
+    #[inline(never)]
     fn release_q(&mut self, q: u32) {
         let stages = self.pipe.smem.stages;
         // The oldest first, as the producer waits for them.
@@ -181,6 +185,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
         self.pipe.q.retain(|tile| tile.count + stages > q);
     }
 
+    #[inline(never)]
     fn take_k<const D8: usize>(&mut self) -> Tile<D8> {
         let mut taken = Tile::ZEROS;
         if let Some((keys, k)) = &self.pipe.k {
@@ -189,6 +194,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
         }
         taken
     }
+    #[inline(never)]
     fn taken_kq<const D8: usize, const M8: usize>(&mut self, k: &Tile<D8>, q: u32) -> Pending<Tile<M8>> {
         let mut s = Tile::ZEROS;
         match self.pipe.q.iter().find(|tile| tile.count == q) {
@@ -201,6 +207,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
         Pending(s)
     }
 
+    #[inline(never)]
     fn kq<const D8: usize, const M8: usize>(&mut self, q: u32) -> Pending<Tile<M8>> {
         let mut s = Tile::ZEROS;
         let tile = self.pipe.q.iter().find(|tile| tile.count == q);
@@ -214,6 +221,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
         Pending(s)
     }
 
+    #[inline(never)]
     fn map_offsets<const M8: usize>(&self, q: u32, x: &mut Tile<M8>, f: impl Fn(f32, f32, bool) -> f32) {
         let Some(tile) = self.pipe.q.iter().find(|tile| tile.count == q) else {
             Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise()
@@ -225,6 +233,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
         x
     }
 
+    #[inline(never)]
     fn store_keys(&mut self, values: Rows, address: u64, at: &TotalTile, shape: &Shape) {
         let line = (at.keys.batch * shape.heads_q + at.keys.head) as usize * shape.seqlen_k as usize;
         let first = at.first_key + self.part().first_key;

@@ -44,31 +44,39 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
     fn zeros<const N8: usize>(&self) -> Tile<N8> {
         Tile::ZEROS
     }
+    #[inline(never)]
     fn fill_outside<const N8: usize>(&self, x: &mut Tile<N8>, fill: f32, columns: impl Fn(u32) -> (i32, i32)) {
         for (row, x) in (0..).zip(self.live(x).chunks_exact_mut(8 * N8)) {
             elementwise::fill_outside(x, fill, columns(row));
         }
     }
+    #[inline(never)]
     fn zip_with<const N8: usize>(&self, x: &mut Tile<N8>, y: &Tile<N8>, f: impl Fn(f32, f32) -> f32) {
         elementwise::zip_with(self.live(x), y.first_rows(self.live), f);
     }
+    #[inline(never)]
     fn map_rows<const N8: usize>(&self, x: &mut Tile<N8>, rows: Rows, f: impl Fn(f32, f32) -> f32) {
         elementwise::map_rows(self.live(x), 8 * N8, 0..8 * N8, &rows, f);
     }
+    #[inline(never)]
     fn map_half<const N8: usize>(&self, x: &mut Tile<N8>, half: usize, rows: Rows, f: impl Fn(f32, f32) -> f32) {
         elementwise::map_rows(self.live(x), 8 * N8, half_of::<N8>(half), &rows, f);
     }
+    #[inline(never)]
     fn scale_rows<const N8: usize>(&self, x: &mut Tile<N8>, factors: Rows, _: bool) {
         if factors.iter().any(|factor| *factor != 1.0) {
             elementwise::scale_rows(self.live(x), 8 * N8, &factors);
         }
     }
+    #[inline(never)]
     fn fold<const N8: usize>(&self, x: &Tile<N8>, f: impl Fn(f32, f32) -> f32) -> Rows {
         elementwise::fold(x.first_rows(self.live), 8 * N8, 0..8 * N8, f)
     }
+    #[inline(never)]
     fn fold_half<const N8: usize>(&self, x: &Tile<N8>, half: usize, f: impl Fn(f32, f32) -> f32) -> Rows {
         elementwise::fold(x.first_rows(self.live), 8 * N8, half_of::<N8>(half), f)
     }
+    #[inline(never)]
     fn maxima<const N8: usize>(&self, x: &Tile<N8>, rows: Rows, _: bool) -> Rows {
         elementwise::maxima(x.first_rows(self.live), 8 * N8, &rows)
     }
@@ -78,30 +86,37 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
     fn rows(&self, value: f32) -> Rows {
         [value; ROWS]
     }
+    #[inline(never)]
     fn zip(&self, a: Rows, b: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
-        core::array::from_fn(|row| f(a[row], b[row]))
+        elementwise::zip_rows(&a, &b, f)
     }
+    #[inline(never)]
     fn pack<const N8: usize>(&self, x: &Tile<N8>) -> Tile<N8> {
         let mut packed = Tile::ZEROS;
         convert::round(self.dtype, x.first_rows(self.live), packed.elements_mut());
         packed
     }
+    #[inline(never)]
     fn keep<const N8: usize>(&self, dropout: &Dropout, at: &Place) -> Keep<N8> {
         Keep::new(dropout, at)
     }
+    #[inline(never)]
     fn mark<const N8: usize>(&self, x: &mut Tile<N8>, keep: &Keep<N8>) {
         // A NaN may come with either sign.
         x.elements_mut().iter_mut().for_each(|x| *x = x.abs());
         keep.negate_dropped(x);
     }
+    #[inline(never)]
     fn drop_marked<const N8: usize>(&self, x: &mut Tile<N8>, weights: &Tile<N8>) {
         elementwise::drop_marked(self.live(x), weights.first_rows(self.live));
     }
+    #[inline(never)]
     fn pack_unmarked<const N8: usize>(&self, x: &Tile<N8>) -> Tile<N8> {
         let mut kept = *x;
         self.drop_marked(&mut kept, x);
         self.pack(&kept)
     }
+    #[inline(never)]
     fn drop_operand<const N8: usize>(&self, x: &mut Tile<N8>, keep: &Keep<N8>) {
         keep.drop(x);
     }
