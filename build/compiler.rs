@@ -82,11 +82,9 @@ pub fn find() -> Result<Compiler, String> {
             )
         });
     }
-    let active = env::var_os("RUSTC").map(PathBuf::from);
-    active
-        .iter()
-        .map(PathBuf::as_path)
-        .chain([Path::new(DEBIAN_RUSTC)])
+    let active = env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from);
+    [&*active, Path::new(DEBIAN_RUSTC)]
+        .into_iter()
         .find_map(Compiler::probe)
         .ok_or_else(|| NONE_FOUND.to_owned())
 }
@@ -173,23 +171,25 @@ impl Compiler {
         cache: &Cache,
     ) -> Result<Compiled, String> {
         let Selection { family, element } = selection;
-        let scratch = |extension: &str| cache.path(&format!("{family}-{element}.{extension}")).0;
-        let code = scratch("bc");
-        let mut rustc = self.rustc(package, dependencies, selection);
-        self.run(rustc.args(UNOPTIMISED).arg(format!("--emit=llvm-bc={}", code.display())))?;
+        // Every process has a folder of its own: rustc's temporary files have the same names in all of them.
+        let (scratch, _) = cache.path(&format!("{family}-{element}"));
         let hash = dependencies.externs.iter().fold(self.hash(), |hash, (_, file)| {
             hash.with(file.file_name().unwrap_or_default().as_encoded_bytes())
         });
-        let name = format!("{}.ptx", hash.with(family).with(element).with(read(&code)?).name());
-        let _ = fs::remove_file(&code);
+        let emitted = |flags: &[&str], extension: &str| {
+            fs::create_dir_all(&scratch).map_err(|error| format!("{}: {error}", scratch.display()))?;
+            let mut rustc = self.rustc(package, dependencies, selection);
+            self.run(rustc.args(flags).arg("--out-dir").arg(&scratch))?;
+            let bytes = read(&scratch.join("kernels_gpu").with_extension(extension));
+            let _ = fs::remove_dir_all(&scratch);
+            bytes
+        };
+        let code = emitted(&[&UNOPTIMISED[..], &["--emit=llvm-bc"]].concat(), "bc")?;
+        let name = format!("{}.ptx", hash.with(family).with(element).with(code).name());
         if let Some(ptx) = cache.read(&name) {
             return Ok(Compiled { ptx: text(ptx)?, name, is_new: false });
         }
-        let assembly = scratch("s");
-        let mut rustc = self.rustc(package, dependencies, selection);
-        self.run(rustc.arg("-Clto").arg(format!("--emit=asm={}", assembly.display())))?;
-        let ptx = read(&assembly)?;
-        let _ = fs::remove_file(&assembly);
+        let ptx = emitted(&["-Clto", "--emit=asm"], "s")?;
         cache.write(&name, &ptx)?;
         Ok(Compiled { ptx: text(ptx)?, name, is_new: true })
     }

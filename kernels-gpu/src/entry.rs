@@ -4,14 +4,16 @@ use core::arch::nvptx::{_block_idx_x, _grid_dim_x};
 
 use half::{bf16, f16};
 
-use crate::arch::Split;
+use crate::arch::{Split, Warpgroup};
 use crate::arch::sm90::backward_dq;
 use crate::arch::sm90::consumer::Consumer;
 use crate::arch::sm90::cta::{self, Role};
 use crate::arch::sm90::forward::ForwardPipe;
+use crate::arch::sm90::fragment::{Fragment, Operand};
 use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
+use crate::arch::sm90::store::write_tile;
 use crate::arch::sm90::total_offsets::produce_offsets;
 use crate::arch::sm90::total_producer;
 use crate::attention::dropping::{Dropping, NoDropout};
@@ -36,6 +38,35 @@ use crate::variants::Op;
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
     cta::trap()
+}
+
+#[cfg(element = "bf16")]
+type Element = bf16;
+#[cfg(not(element = "bf16"))]
+type Element = f16;
+
+/// Keeps the machine code of a family independent of which other kernels are compiled with it. No launch runs this.
+///
+/// LLVM replaces an argument by a constant if all calls in a module agree on it, and only then inlines the function.
+/// So the functions that families share are called here with every kind of argument that some kernel has.
+#[unsafe(no_mangle)]
+pub unsafe extern "ptx-kernel" fn shared_functions(tile: u32, row: u32, x: i32, y: i32) {
+    // The first and the last are the least and the largest width of a fragment.
+    let tile = tile + (x.clamp(0, 64) + y.clamp(0, 176)) as u32;
+    let scores = Fragment([[x as f32, y as f32, 1.0, 2.0]; 16]);
+    const SMEM: ForwardSmem =
+        ForwardSmem { head_dim: 64, block_n: 128, consumers: 2, stages: 2, pairs: 1, cluster: 1 };
+    let consumer = Consumer::<Element, ForwardPipe<()>>::forward(&SMEM, row, u64::from(tile));
+    let maxima = |rows, floats| consumer.maxima(&scores, rows, floats);
+    let [a, b] = maxima(maxima([x as f32; 2], true), false);
+    let tile = tile + a.to_bits() + b.to_bits();
+    // SAFETY: nothing launches this kernel.
+    unsafe {
+        write_tile(&Operand([[tile; 2]; 8]), tile, 64, 0);
+        write_tile(&Operand([[tile; 2]; 8]), tile, 128, row);
+        write_tile(&Operand([[tile; 2]; 16]), tile, 64, 0);
+        write_tile(&Operand([[tile; 2]; 16]), tile, 128, row);
+    }
 }
 
 /// A forward CTA: one producer warpgroup, the others consumers.
@@ -103,8 +134,8 @@ macro_rules! in_family {
         #[cfg(all(family = $family, element = "bf16"))]
         $($entry)*
     };
-    (Forward, 64, $($entry:tt)*) => { in_family! { "forward_d64", $($entry)* } };
-    (Forward, 96, $($entry:tt)*) => { in_family! { "forward_d64", $($entry)* } };
+    (Forward, 64, $($entry:tt)*) => { in_family! { "forward_d128", $($entry)* } };
+    (Forward, 96, $($entry:tt)*) => { in_family! { "forward_d128", $($entry)* } };
     (Forward, 128, $($entry:tt)*) => { in_family! { "forward_d128", $($entry)* } };
     (Forward, 192, $($entry:tt)*) => { in_family! { "forward_d256", $($entry)* } };
     (Forward, 256, $($entry:tt)*) => { in_family! { "forward_d256", $($entry)* } };

@@ -26,7 +26,7 @@ use kernels_gpu::element::Element;
 use kernels_gpu::params::WithDropout;
 use kernels_gpu::variants::{WARP_ROWS, WARPGROUP_ROWS};
 
-pub use kernels::{COMMIT, KERNEL_COMPILER, KERNELS, Kernel};
+pub use kernels::{COMMIT, KERNEL_ASSEMBLER, KERNEL_COMPILER, KERNEL_ORIGIN, KERNELS, Kernel};
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut, Plain};
 
 use crate::backend::{Backend, sealed::Sealed};

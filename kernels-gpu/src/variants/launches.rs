@@ -9,11 +9,10 @@ use super::{
 /// Kernels that one rustc process compiles, and that one compressed stream holds. `entry` selects them by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {
+    ForwardD128,
     Piecewise,
     ForwardDropout,
     ForwardD256,
-    ForwardD64,
-    ForwardD128,
     Backward,
     BackwardDropout,
     PiecewiseBackward,
@@ -22,12 +21,11 @@ pub enum Family {
 
 impl Family {
     /// All families. The one that takes longest to compile is first, so that parallel processes end together.
-    pub const ALL: [Family; 9] = [
+    pub const ALL: [Family; 8] = [
+        Family::ForwardD128,
         Family::Piecewise,
         Family::ForwardDropout,
         Family::ForwardD256,
-        Family::ForwardD64,
-        Family::ForwardD128,
         Family::Backward,
         Family::BackwardDropout,
         Family::PiecewiseBackward,
@@ -40,7 +38,6 @@ impl Family {
             Family::Piecewise => "piecewise",
             Family::ForwardDropout => "forward_dropout",
             Family::ForwardD256 => "forward_d256",
-            Family::ForwardD64 => "forward_d64",
             Family::ForwardD128 => "forward_d128",
             Family::Backward => "backward",
             Family::BackwardDropout => "backward_dropout",
@@ -52,7 +49,6 @@ impl Family {
     fn forward(op: Op, head_dim: u32) -> Family {
         match (op, head_dim) {
             (Op::Piecewise, _) => Family::Piecewise,
-            (Op::Forward, ..=96) => Family::ForwardD64,
             (Op::Forward, ..=128) => Family::ForwardD128,
             (Op::Forward, _) => Family::ForwardD256,
         }
