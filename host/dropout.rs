@@ -4,7 +4,7 @@ use kernels_gpu::attention::dropout::Dropout as Launched;
 use kernels_gpu::variants::DropoutKind;
 
 use crate::error::{Error, Operand, Result};
-use crate::problem::Problem;
+use crate::problem::{Problem, at_most};
 
 /// Steps that a probability is resolved to: one random byte decides on a weight.
 const STEPS: f32 = 256.0;
@@ -75,11 +75,16 @@ pub(crate) fn kind(dropout: &Option<Launched>) -> DropoutKind {
 /// ```
 ///
 /// # Errors
-/// Those of [`Problem::validate`]; [`Error::Dropout`]; [`Error::OutOfMemory`].
+/// Those of [`Problem::validate`]; [`Error::Dropout`]; [`Error::TooLarge`] for more than 2³² query heads of all batch
+/// items; [`Error::OutOfMemory`].
 pub fn dropout_mask(problem: &Problem, dropout: &Dropout) -> Result<Vec<bool>> {
     problem.validate()?;
     let launched = dropout.launched()?;
     let (heads, queries, keys) = (problem.batch as u128 * problem.heads_q as u128, problem.seqlen_q, problem.seqlen_k);
+    if queries > 0 && keys > 0 {
+        // Kernels number query heads over the batch in 32 bits.
+        at_most("query heads of all batch items", heads, 1 << u32::BITS)?;
+    }
     let elements = heads.saturating_mul(queries as u128).saturating_mul(keys as u128);
     let out_of_memory = Error::OutOfMemory { operand: Operand::DropoutMask, bytes: elements };
     let len = usize::try_from(elements).map_err(|_| out_of_memory.clone())?;
@@ -89,7 +94,7 @@ pub fn dropout_mask(problem: &Problem, dropout: &Dropout) -> Result<Vec<bool>> {
     if let Some(launched) = launched {
         for (row, line) in kept.chunks_exact_mut(keys.max(1)).enumerate() {
             for (j, kept) in line.iter_mut().enumerate() {
-                // The extents fit in 32 bits, and so does a head that has a weight in memory.
+                // The extents fit in 32 bits, and the number of the last head was checked to.
                 *kept = launched.kept((row / queries) as u32, (row % queries) as u32, j as u32);
             }
         }
@@ -166,6 +171,10 @@ mod tests {
             dtype: Dtype::F16,
         };
         assert!(matches!(dropout_mask(&problem, &Dropout::NONE), Err(Error::OutOfMemory { .. })));
+        let heads = Problem { batch: (1 << 22) + 1, seqlen_q: 1, seqlen_k: 1, ..problem };
+        let error = dropout_mask(&heads, &Dropout::NONE).unwrap_err().to_string();
+        assert_eq!(error, "query heads of all batch items is 4294968320; at most 4294967296 is allowed");
+        assert_eq!(dropout_mask(&Problem { seqlen_k: 0, ..heads }, &with(0.5)), Ok(vec![]));
         assert_eq!(dropout_mask(&Problem { seqlen_k: 0, batch: 1, ..problem }, &with(0.5)), Ok(vec![]));
         assert_eq!(dropout_mask(&Problem { seqlen_q: 0, ..problem }, &with(0.5)), Ok(vec![]));
     }

@@ -7,7 +7,7 @@ use std::fmt;
 
 use kernels_gpu::variants::{Dtype, Op};
 
-use crate::problem::Mask;
+use crate::plan::Needs;
 
 /// What this crate's functions return.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -70,15 +70,11 @@ pub enum Error {
         /// The text.
         value: String,
     },
-    /// No kernel was compiled for the problem.
-    #[error("no kernel is compiled for dtype {}, head_dim {head_dim}, mask {mask}", dtype.name())]
+    /// No kernel was compiled for the pass.
+    #[error("no kernel is compiled for {needs}")]
     NoVariant {
-        /// Element type of the problem.
-        dtype: Dtype,
-        /// Head dim of the problem.
-        head_dim: usize,
-        /// Mask of the problem.
-        mask: Mask,
+        /// All that the kernel needs.
+        needs: Needs,
     },
     /// A plan of piecewise attention was given one pair of Q and K, or another plan two.
     #[error("second is {}; a plan of {} needs {}", if *.given { "given" } else { "missing" }, op.name(),
@@ -218,6 +214,33 @@ pub enum Error {
         /// The tensor that it overlaps.
         other: Operand,
     },
+    /// A tensor lies on another device than the one that is to compute.
+    #[error(
+        "{operand} lies on device {found}; the backend is device {expected}: copy it there, or use a backend of its device"
+    )]
+    WrongDevice {
+        /// The tensor.
+        operand: Operand,
+        /// The device that it lies on.
+        found: u32,
+        /// The backend's device.
+        expected: u32,
+    },
+    /// A stream belongs to another context than the primary one of the backend's device.
+    #[error("the stream is not one of the primary context of device {device}: pass a stream that was made in it")]
+    WrongContext {
+        /// The backend's device.
+        device: u32,
+    },
+    /// A backend was to be made for the stream that is another one in each thread.
+    #[error("the stream is CU_STREAM_PER_THREAD, which is another stream in each thread: pass one that was made")]
+    ThreadStream,
+    /// Memory was to be allocated on a stream that is captured into a graph.
+    #[error("{operand} can't be allocated while the stream is captured into a graph: allocate it before the capture")]
+    Capturing {
+        /// What the memory is for.
+        operand: Operand,
+    },
     /// Memory for a result could not be had.
     #[error("no memory for {bytes} bytes of {operand}")]
     OutOfMemory {
@@ -254,11 +277,21 @@ pub enum Error {
         /// What this build has kernels for.
         needed: &'static str,
     },
+    /// A kernel of this build can't be used: a bug of this crate or a damaged build.
+    #[error("kernel {symbol} can't be used: {message}")]
+    BrokenKernel {
+        /// The kernel.
+        symbol: &'static str,
+        /// What is wrong with it.
+        message: String,
+    },
     /// A call of the CUDA driver failed.
     #[error("{call} failed: {message}")]
     Driver {
         /// The driver's function.
         call: &'static str,
+        /// The `CUresult` that it returned.
+        code: u32,
         /// What it says.
         message: String,
     },
@@ -273,6 +306,7 @@ impl Error {
                 | Error::KernelFault { .. }
                 | Error::NoDevice { .. }
                 | Error::UnsupportedDevice { .. }
+                | Error::BrokenKernel { .. }
                 | Error::Driver { .. }
         )
     }
@@ -316,6 +350,10 @@ pub enum Operand {
     Total,
     /// Which weights dropout keeps.
     DropoutMask,
+    /// The host's copy of a buffer.
+    Download,
+    /// Memory of another crate's.
+    Foreign,
 }
 
 impl fmt::Display for Operand {
@@ -338,6 +376,8 @@ impl fmt::Display for Operand {
             Operand::Workspace => "workspace",
             Operand::Total => "total",
             Operand::DropoutMask => "dropout_mask",
+            Operand::Download => "the copy of a buffer",
+            Operand::Foreign => "the memory",
         })
     }
 }

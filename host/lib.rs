@@ -69,6 +69,7 @@ pub mod backend;
 #[doc(hidden)]
 pub mod cases;
 mod dropout;
+mod element;
 mod error;
 mod operands;
 mod overlap;
@@ -80,21 +81,21 @@ mod tensor;
 pub use attention::{Attention, Lse, Output, Piecewise, PiecewiseGradients};
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{self, Cuda};
-pub use backend::{Backend, cpu::Cpu};
+pub use backend::{Backend, Workspace, cpu::Cpu};
+pub use bytemuck::Pod;
 pub use dropout::{Dropout, dropout_mask};
+pub use element::Element;
 pub use error::{Dim, Error, Operand, Result};
 pub use half::{bf16, f16};
-pub use kernels_gpu::{
-    element::Element,
-    variants::{
-        BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, BackwardVariant, DROPOUT_VARIANTS, Dtype, MaskKind, Op,
-        TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
-    },
+pub use kernels_gpu::variants::{
+    BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, BackwardVariant, DROPOUT_VARIANTS, Dtype, MaskKind, Op,
+    TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
 };
-pub use operands::{BackwardInputs, Gradients, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention};
-#[doc(hidden)]
-pub use operands::{ForwardInputs, SecondTensors};
-pub use plan::{BackwardPlan, Determinism, Plan, TotalPlan};
+pub use operands::{
+    BackwardInputs, ForwardInputs, Gradients, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention,
+    SecondTensors,
+};
+pub use plan::{BackwardPlan, Determinism, Needs, Pass, Plan, TotalPlan};
 pub use problem::{Mask, Problem};
 pub use tensor::{Layout, Tensor};
 

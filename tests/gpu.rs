@@ -4,10 +4,16 @@
 //! `cargo test --features cuda --no-run`, the binary also runs on a machine without Rust.
 
 mod common;
+#[path = "gpu/context.rs"]
+mod context;
+#[path = "gpu/driver.rs"]
+mod driver;
 #[path = "gpu/first_tiles.rs"]
 mod first_tiles;
 #[path = "gpu/graph.rs"]
 mod graph;
+#[path = "gpu/interop.rs"]
+mod interop;
 #[path = "gpu/parts.rs"]
 mod parts;
 #[path = "gpu/piecewise.rs"]
@@ -158,6 +164,16 @@ fn main() {
         let name = format!("captured into a graph, backward, {determinism}");
         trials.push(test(&name, Box::new(move |cuda| graph::backward(cuda, determinism))));
     }
+    trials.push(test("the current context stays", Box::new(context::current_context_stays)));
+    trials.push(test("streams are put in order", Box::new(context::streams_are_put_in_order)));
+    trials.push(test("a stream of the caller's", Box::new(context::callers_stream)));
+    trials.push(test("plans and workspaces are kept", Box::new(context::plans_are_kept)));
+    trials.push(test("errors say what is wrong", Box::new(context::errors_say_what_is_wrong)));
+    trials.push(test("two devices", Box::new(|cuda| context::two_devices(cuda).unwrap())));
+    #[cfg(feature = "cudarc")]
+    trials.push(test("memory of cudarc's", Box::new(interop::cudarc)));
+    #[cfg(feature = "cust")]
+    trials.push(test("memory of cust's", Box::new(interop::cust)));
     trials.push(test("exact passes on two streams", Box::new(graph::two_streams)));
     trials.push(test("work tiles that store dQ, beside another launch", Box::new(graph::beside_another)));
     let conclusion = libtest_mimic::run(&arguments, trials);
@@ -375,5 +391,5 @@ fn queued_runs(cuda: &Cuda) {
     assert!(times.len() == 300 && times.iter().all(|time| time.as_secs() < 1), "{times:?}");
     assert!([&cache, &target].into_iter().all(|x| cuda.download(x).unwrap().iter().all(|&x| x == 0)));
     assert!(cuda.time_each(0, || Ok(()), || Ok(())).unwrap().is_empty());
-    assert!(cuda.allocate(Operand::Total, 0, 0u32).unwrap().set_zero().is_ok());
+    assert!(cuda.allocate::<u32>(Operand::Total, 0).unwrap().set_zero().is_ok());
 }

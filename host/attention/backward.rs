@@ -1,10 +1,10 @@
 //! The way into the backward pass.
 
-use kernels_gpu::element::Element;
+use crate::element::Element;
 
 use super::Attention;
 use crate::{
-    backend::Backend,
+    backend::{Backend, Workspace},
     error::{Operand, Result},
     operands::{BackwardInputs, Gradients},
     plan::BackwardPlan,
@@ -61,10 +61,24 @@ impl Attention {
         backend: &B,
         inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
     ) -> Result<Gradients<B::Buffer<E>>> {
+        self.backward_in(backend, &mut Workspace::new(), inputs)
+    }
+
+    /// Computes dQ, dK and dV as [`Attention::backward`] does, in a workspace that the caller keeps.
+    ///
+    /// # Errors
+    /// Those of [`Attention::backward`].
+    pub fn backward_in<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        workspace: &mut Workspace<B>,
+        inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+    ) -> Result<Gradients<B::Buffer<E>>> {
         let plan = self.plan_backward(backend.sm_count())?;
         backend.check_backward_inputs(&plan, &inputs, None)?;
         let mut gradients = self.allocate_gradients(backend)?;
-        backend.backward_into(&plan, inputs, self.gradient_views::<B, E>(&mut gradients)?, None)?;
+        let views = self.gradient_views::<B, E>(&mut gradients)?;
+        backend.backward_into(&plan, inputs, views, None, workspace)?;
         Ok(gradients)
     }
 
@@ -91,7 +105,8 @@ impl Attention {
         })
     }
 
-    /// Computes dQ, dK and dV into the caller's memory; the workspace is allocated.
+    /// Computes dQ, dK and dV into the caller's memory; the workspace is allocated. [`BackwardPlan::run`] takes the
+    /// caller's.
     ///
     /// `dq` is (batch, heads_q, seqlen_q, head_dim), `dk` and `dv` are (batch, heads_kv, seqlen_k, head_dim), each in
     /// any stride order, no two rows sharing memory; what lies between their rows is left alone. See
@@ -106,7 +121,7 @@ impl Attention {
         inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         outputs: Gradients<Tensor<B::SliceMut<'_, E>>>,
     ) -> Result<()> {
-        backend.backward_into(&self.plan_backward(backend.sm_count())?, inputs, outputs, None)
+        self.plan_backward(backend.sm_count())?.run(backend, inputs, None, outputs, &mut Workspace::new())
     }
 }
 
@@ -116,7 +131,7 @@ pub(super) fn allocate<B: Backend, E: Element>(
     operand: Operand,
     shape: [usize; 4],
 ) -> Result<B::Buffer<E>> {
-    backend.allocate(operand, Layout::bhsd(shape).required_len()?, E::from_f32(0.0))
+    backend.allocate(operand, Layout::bhsd(shape).required_len()?)
 }
 
 /// That memory as a tensor.

@@ -1,6 +1,6 @@
 //! The public door: an [`Attention`] says what to compute, a [`Backend`] computes it.
 
-use kernels_gpu::element::Element;
+use crate::element::Element;
 
 use crate::{
     backend::Backend,
@@ -136,9 +136,9 @@ impl Attention {
         backend.check_inputs(plan, &inputs)?;
         let shape = self.problem.q_shape();
         let o_len = Layout::bhsd(shape).required_len()?;
-        let mut o = backend.allocate(Operand::O, o_len, E::from_f32(0.0))?;
+        let mut o = backend.allocate::<E>(Operand::O, o_len)?;
         let mut lse = match self.lse {
-            Lse::Return => Some(backend.allocate(Operand::Lse, self.problem.lse_len(), 0.0)?),
+            Lse::Return => Some(backend.allocate(Operand::Lse, self.problem.lse_len())?),
             Lse::Omit => None,
         };
         let o_view = Tensor::bhsd(B::slice_mut(&mut o, 0..o_len), shape);

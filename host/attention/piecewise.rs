@@ -1,11 +1,11 @@
 //! Piecewise attention: two pairs of queries and keys, and the distance from which the second one counts.
 
-use kernels_gpu::element::Element;
+use crate::element::Element;
 
 use super::backward::{allocate, view};
 use super::{Attention, Output};
 use crate::{
-    backend::Backend,
+    backend::{Backend, Workspace},
     error::{Error, Operand, Result},
     operands::{BackwardInputs, ForwardInputs, Gradients, Pair, SecondTensors},
     plan::{BackwardPlan, Determinism, Plan},
@@ -145,7 +145,8 @@ impl Piecewise {
         let PiecewiseGradients { first, second: Pair { q, k } } = &mut gradients;
         let views = Pair { q: view::<B, E>(q, problem.q_shape())?, k: view::<B, E>(k, problem.kv_shape())? };
         let outputs = self.attention.gradient_views::<B, E>(first)?;
-        backend.backward_into(&plan, inputs, outputs, Some(SecondTensors { inputs: second, gradients: views }))?;
+        let second = SecondTensors { inputs: second, gradients: views };
+        backend.backward_into(&plan, inputs, outputs, Some(second), &mut Workspace::new())?;
         Ok(gradients)
     }
 
@@ -160,7 +161,8 @@ impl Piecewise {
         second: Pair<Tensor<B::Slice<'_, E>>>,
         outputs: PiecewiseGradients<Tensor<B::SliceMut<'_, E>>>,
     ) -> Result<()> {
-        let tensors = SecondTensors { inputs: second, gradients: outputs.second };
-        backend.backward_into(&self.plan_backward(backend.sm_count())?, inputs, outputs.first, Some(tensors))
+        let second = SecondTensors { inputs: second, gradients: outputs.second };
+        let plan = self.plan_backward(backend.sm_count())?;
+        plan.run(backend, inputs, Some(second), outputs.first, &mut Workspace::new())
     }
 }

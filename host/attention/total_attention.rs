@@ -1,6 +1,6 @@
 //! The way into total attention.
 
-use kernels_gpu::element::Element;
+use crate::element::Element;
 
 use super::Attention;
 use crate::{
@@ -60,7 +60,7 @@ impl Attention {
         let plan = self.plan_total_attention(backend.sm_count())?;
         backend.check_total_inputs(&plan, &q, &k, &lse)?;
         let len = self.problem.total_len();
-        let mut total = backend.allocate(Operand::Total, len, 0.0)?;
+        let mut total = backend.allocate(Operand::Total, len)?;
         backend.total_attention_into(&plan, q, k, lse, B::slice_mut(&mut total, 0..len))?;
         Ok(total)
     }

@@ -5,9 +5,10 @@
 
 use std::ops::Range;
 
-use kernels_gpu::element::Element;
+use bytemuck::Pod;
 
 use crate::{
+    element::Element,
     error::{Operand, Result},
     operands::{BackwardInputs, ForwardInputs, Gradients, Pair, SecondTensors},
     plan::{BackwardPlan, Plan, TotalPlan},
@@ -21,46 +22,48 @@ pub mod cuda;
 /// A machine that runs attention. The crate implements it for each; others can't.
 pub trait Backend: sealed::Sealed {
     /// Borrowed elements.
-    type Slice<'a, T: Copy + Send + Sync + 'static>: Copy;
+    type Slice<'a, T: Pod>: Copy;
     /// Mutably borrowed elements.
-    type SliceMut<'a, T: Copy + Send + Sync + 'static>;
+    type SliceMut<'a, T: Pod>;
     /// Owned elements.
-    type Buffer<T: Copy + Send + Sync + 'static>;
+    type Buffer<T: Pod>;
 
     /// How many CTAs run at once, each on a multiprocessor: threads on the CPU.
     fn sm_count(&self) -> u32;
 
-    /// Allocates `len` elements, each `fill` where the memory must hold something; `operand` is what errors call it.
+    /// Allocates `len` elements, whose values are unspecified; `operand` is what errors call it.
+    ///
+    /// Elements are plain data, for which any bits are a value. A type with invalid values, such as a reference, is refused
+    /// by the compiler:
+    ///
+    /// ```compile_fail,E0277
+    /// use ferroflash::{Backend, Cpu, Operand};
+    ///
+    /// let references = Cpu.allocate::<&'static str>(Operand::O, 1)?;
+    /// # Ok::<(), ferroflash::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
-    fn allocate<T: Copy + Send + Sync + 'static>(
-        &self,
-        operand: Operand,
-        len: usize,
-        fill: T,
-    ) -> Result<Self::Buffer<T>>;
+    fn allocate<T: Pod>(&self, operand: Operand, len: usize) -> Result<Self::Buffer<T>>;
 
     /// A buffer with a copy of host memory; `operand` is what errors call it.
     ///
     /// # Errors
     /// As [`Backend::allocate`].
-    fn upload<T: Copy + Send + Sync + 'static>(&self, operand: Operand, from: &[T]) -> Result<Self::Buffer<T>>;
+    fn upload<T: Pod>(&self, operand: Operand, from: &[T]) -> Result<Self::Buffer<T>>;
 
     /// A buffer's content, once everything that was started before has run.
     ///
     /// # Errors
-    /// Those of the machine.
-    fn download<T: Copy + Send + Sync + 'static>(&self, from: &Self::Buffer<T>) -> Result<Vec<T>>;
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    fn download<T: Pod>(&self, from: &Self::Buffer<T>) -> Result<Vec<T>>;
 
     /// All of a buffer.
-    fn slice<T: Copy + Send + Sync + 'static>(buffer: &Self::Buffer<T>) -> Self::Slice<'_, T>;
+    fn slice<T: Pod>(buffer: &Self::Buffer<T>) -> Self::Slice<'_, T>;
 
     /// A range of a buffer, empty where the buffer does not have it.
-    fn slice_mut<T: Copy + Send + Sync + 'static>(
-        buffer: &mut Self::Buffer<T>,
-        range: Range<usize>,
-    ) -> Self::SliceMut<'_, T>;
+    fn slice_mut<T: Pod>(buffer: &mut Self::Buffer<T>, range: Range<usize>) -> Self::SliceMut<'_, T>;
 
     /// Checks the inputs of a forward pass by themselves, before memory for its results is allocated.
     ///
@@ -91,7 +94,8 @@ pub trait Backend: sealed::Sealed {
         second: Option<&Pair<Tensor<Self::Slice<'_, E>>>>,
     ) -> Result<()>;
 
-    /// Runs a backward plan; see [`Attention::backward_into`](crate::Attention::backward_into).
+    /// Runs a backward plan in a workspace, which grows if it is too small; see
+    /// [`Attention::backward_into`](crate::Attention::backward_into).
     ///
     /// # Errors
     /// As there.
@@ -101,7 +105,10 @@ pub trait Backend: sealed::Sealed {
         inputs: BackwardInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
         outputs: Gradients<Tensor<Self::SliceMut<'_, E>>>,
         second: Option<SecondTensors<Self::Slice<'_, E>, Self::SliceMut<'_, E>>>,
-    ) -> Result<()>;
+        workspace: &mut Workspace<Self>,
+    ) -> Result<()>
+    where
+        Self: Sized;
 
     /// Checks the inputs of total attention by themselves, before memory for its result is allocated.
     ///
@@ -127,6 +134,67 @@ pub trait Backend: sealed::Sealed {
         lse: Self::Slice<'_, f32>,
         total: Self::SliceMut<'_, f32>,
     ) -> Result<()>;
+}
+
+/// Memory that backward passes work in. It can be kept and used again, so that a pass allocates nothing.
+///
+/// It is empty at first, and grows when a plan needs more: [`BackwardPlan::workspace_bytes`]. Its content carries nothing
+/// from one pass to the next.
+///
+/// ```
+/// use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, Problem, Tensor, Workspace, bf16};
+///
+/// let problem =
+///     Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 40, seqlen_k: 40, head_dim: 32, dtype: Dtype::Bf16 };
+/// let x: Vec<bf16> = (0..2 * 40 * 32).map(|i| bf16::from_f32((i as f32).sin())).collect();
+/// let x = Tensor::bhsd(&x[..], problem.q_shape());
+/// let attention = Attention::new(problem);
+/// let out = attention.forward(&Cpu, x, x, x)?;
+/// let lse = out.lse.expect("returned unless omitted");
+///
+/// let mut workspace = Workspace::new();
+/// for _ in 0..2 {
+///     let o = Tensor::bhsd(&out.o[..], problem.q_shape());
+///     let inputs = BackwardInputs { q: x, k: x, v: x, o, d_o: x, lse: &lse[..], d_lse: None };
+///     attention.backward_in(&Cpu, &mut workspace, inputs)?;
+/// }
+/// # Ok::<(), ferroflash::Error>(())
+/// ```
+pub struct Workspace<B: Backend> {
+    buffer: Option<(B::Buffer<f32>, usize)>,
+}
+
+impl<B: Backend> Workspace<B> {
+    /// An empty one.
+    pub fn new() -> Self {
+        Workspace { buffer: None }
+    }
+
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        self.buffer.as_ref().map_or(0, |(_, len)| len * size_of::<f32>())
+    }
+
+    /// All of it, with at least so many bytes.
+    pub(crate) fn reserve(&mut self, backend: &B, bytes: usize) -> Result<B::SliceMut<'_, f32>> {
+        let len = bytes.div_ceil(size_of::<f32>());
+        let buffer = match self.buffer.take() {
+            Some((buffer, held)) if held >= len => (buffer, held),
+            smaller => {
+                // Freed before more is taken.
+                drop(smaller);
+                (backend.allocate(Operand::Workspace, len)?, len)
+            }
+        };
+        let (buffer, len) = self.buffer.insert(buffer);
+        Ok(B::slice_mut(buffer, 0..*len))
+    }
+}
+
+impl<B: Backend> Default for Workspace<B> {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 mod sealed {

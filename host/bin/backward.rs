@@ -1,12 +1,13 @@
 //! A backward pass that runs again and again, in memory that was taken once.
 
 use ferroflash::{
-    Backend, BackwardInputs, BackwardPlan, Cpu, Element, Gradients, Operand, Pair, Plan, Result, SecondTensors, Tensor,
+    Backend, BackwardInputs, BackwardPlan, Element, Gradients, Operand, Pair, Plan, Result, SecondTensors, Tensor,
+    Workspace,
 };
 
 use crate::inputs::Inputs;
 
-/// The tensors of a backward pass, each contiguous.
+/// The tensors of a backward pass, each contiguous, and its workspace.
 pub struct BackwardMemory<'a, B: Backend, E: Element> {
     inputs: &'a Inputs<B, E>,
     o: B::Buffer<E>,
@@ -16,6 +17,7 @@ pub struct BackwardMemory<'a, B: Backend, E: Element> {
     dv: B::Buffer<E>,
     /// Of the second pair of a piecewise pass.
     second: Option<Pair<B::Buffer<E>>>,
+    workspace: Workspace<B>,
 }
 
 impl<'a, B: Backend, E: Element> BackwardMemory<'a, B, E> {
@@ -23,86 +25,46 @@ impl<'a, B: Backend, E: Element> BackwardMemory<'a, B, E> {
     pub fn new(backend: &B, forward: &Plan, inputs: &'a Inputs<B, E>) -> Result<Self> {
         let problem = forward.problem();
         let [q_len, kv_len] = [problem.q_shape(), problem.kv_shape()].map(|shape| shape.iter().product());
-        let zeros = |operand, len| backend.allocate(operand, len, E::from_f32(0.0));
-        let mut o = zeros(Operand::O, q_len)?;
-        let mut lse = backend.allocate(Operand::Lse, problem.lse_len(), 0.0)?;
+        let memory = |operand, len| backend.allocate::<E>(operand, len);
+        let mut o = memory(Operand::O, q_len)?;
+        let mut lse = backend.allocate(Operand::Lse, problem.lse_len())?;
         let o_view = Tensor::bhsd(B::slice_mut(&mut o, 0..q_len), problem.q_shape());
         let lse_view = B::slice_mut(&mut lse, 0..problem.lse_len());
         backend.forward_into(forward, inputs.tensors(forward), o_view, Some(lse_view))?;
         let second = match forward.dist_threshold() {
-            Some(_) => Some(Pair { q: zeros(Operand::Dq2, q_len)?, k: zeros(Operand::Dk2, kv_len)? }),
+            Some(_) => Some(Pair { q: memory(Operand::Dq2, q_len)?, k: memory(Operand::Dk2, kv_len)? }),
             None => None,
         };
-        let (dq, dk, dv) = (zeros(Operand::Dq, q_len)?, zeros(Operand::Dk, kv_len)?, zeros(Operand::Dv, kv_len)?);
-        Ok(BackwardMemory { inputs, o, lse, dq, dk, dv, second })
+        let (dq, dk, dv) = (memory(Operand::Dq, q_len)?, memory(Operand::Dk, kv_len)?, memory(Operand::Dv, kv_len)?);
+        Ok(BackwardMemory { inputs, o, lse, dq, dk, dv, second, workspace: Workspace::new() })
     }
-}
 
-/// On the CPU, where a run takes its own workspace.
-pub fn on_cpu<'a, E: Element>(
-    plan: &'a BackwardPlan,
-    memory: &'a mut BackwardMemory<'_, Cpu, E>,
-) -> impl FnMut() -> Result<()> + 'a {
-    let (of_q, of_kv) = (plan.problem().q_shape(), plan.problem().kv_shape());
-    let Inputs { q, k, v, second, d_o } = memory.inputs;
-    move || {
+    /// Runs the pass; only the first run allocates.
+    pub fn run(&mut self, backend: &B, plan: &BackwardPlan) -> Result<()> {
+        let (of_q, of_kv) = (plan.problem().q_shape(), plan.problem().kv_shape());
+        let (q_len, kv_len) = (of_q.iter().product(), of_kv.iter().product());
+        let Inputs { q, k, v, second, d_o } = self.inputs;
         let inputs = BackwardInputs {
             q: q.tensor(of_q),
             k: k.tensor(of_kv),
             v: v.tensor(of_kv),
-            o: Tensor::bhsd(&memory.o[..], of_q),
+            o: Tensor::bhsd(B::slice(&self.o), of_q),
             d_o: d_o.tensor(of_q),
-            lse: &memory.lse[..],
+            lse: B::slice(&self.lse),
             d_lse: None,
         };
         let outputs = Gradients {
-            dq: Tensor::bhsd(&mut memory.dq[..], of_q),
-            dk: Tensor::bhsd(&mut memory.dk[..], of_kv),
-            dv: Tensor::bhsd(&mut memory.dv[..], of_kv),
+            dq: Tensor::bhsd(B::slice_mut(&mut self.dq, 0..q_len), of_q),
+            dk: Tensor::bhsd(B::slice_mut(&mut self.dk, 0..kv_len), of_kv),
+            dv: Tensor::bhsd(B::slice_mut(&mut self.dv, 0..kv_len), of_kv),
         };
-        let second = memory.second.as_mut().map(|Pair { q: dq, k: dk }| SecondTensors {
+        let second = self.second.as_mut().map(|Pair { q: dq, k: dk }| SecondTensors {
             inputs: Pair { q: second.q.tensor(of_q), k: second.k.tensor(of_kv) },
-            gradients: Pair { q: Tensor::bhsd(&mut dq[..], of_q), k: Tensor::bhsd(&mut dk[..], of_kv) },
+            gradients: Pair {
+                q: Tensor::bhsd(B::slice_mut(dq, 0..q_len), of_q),
+                k: Tensor::bhsd(B::slice_mut(dk, 0..kv_len), of_kv),
+            },
         });
-        Cpu.backward_into(plan, inputs, outputs, second)
+        plan.run(backend, inputs, second, outputs, &mut self.workspace)
     }
-}
-
-/// On the GPU, in one workspace for all runs.
-#[cfg(feature = "cuda")]
-pub fn on_cuda<'a, E: Element>(
-    cuda: &'a ferroflash::Cuda,
-    plan: &'a BackwardPlan,
-    memory: &'a mut BackwardMemory<'_, ferroflash::Cuda, E>,
-) -> Result<impl FnMut() -> Result<()> + 'a> {
-    use ferroflash::cuda::DeviceBuffer;
-    use ferroflash::{Layout, RawBackward, RawSecond, RawTensor};
-    let workspace = cuda.allocate(Operand::Workspace, plan.workspace_bytes(), 0u8)?;
-    let tensor = |buffer: &DeviceBuffer<E>, shape| RawTensor { address: buffer.address(), layout: Layout::bhsd(shape) };
-    let (of_q, of_kv) = (plan.problem().q_shape(), plan.problem().kv_shape());
-    let Inputs { q, k, v, second, d_o } = memory.inputs;
-    Ok(move || {
-        let args = RawBackward {
-            q: tensor(&q.buffer, of_q),
-            k: tensor(&k.buffer, of_kv),
-            second: memory.second.as_ref().map(|Pair { q: dq, k: dk }| RawSecond {
-                inputs: Pair { q: tensor(&second.q.buffer, of_q), k: tensor(&second.k.buffer, of_kv) },
-                gradients: Pair { q: tensor(dq, of_q), k: tensor(dk, of_kv) },
-            }),
-            v: tensor(&v.buffer, of_kv),
-            o: tensor(&memory.o, of_q),
-            d_o: tensor(&d_o.buffer, of_q),
-            lse: memory.lse.address(),
-            d_lse: None,
-            dq: tensor(&memory.dq, of_q),
-            dk: tensor(&memory.dk, of_kv),
-            dv: tensor(&memory.dv, of_kv),
-            workspace: workspace.address(),
-            workspace_bytes: workspace.len(),
-        };
-        // SAFETY: the buffers are this device's and as large as the plan's tensors, of its dtype; they are borrowed, and
-        // the workspace owned, for as long as this closure lives. Freeing a buffer waits for the launches, and so do the
-        // copies, all on the default stream.
-        unsafe { cuda.backward_raw(plan, &args, std::ptr::null_mut()) }
-    })
 }

@@ -2,14 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use ferroflash::{Backend, BackwardPlan, Cpu, Element, Error, Result};
+use ferroflash::{Backend, Cpu, Error, Result};
 
 use crate::args::{DeviceArgs, DeviceName};
-use crate::backward::{self, BackwardMemory};
 
 /// Why a build without the feature has no GPU.
-pub const NO_GPU_SUPPORT: &str =
-    "this build has no GPU support; build it with `--features cuda`, see `cargo xtask setup`";
+pub const NO_GPU_SUPPORT: &str = "this build has no GPU support; build it with `--features cuda`";
 
 /// A machine, opened.
 pub enum Machine {
@@ -40,13 +38,6 @@ pub trait Timed: Backend + Sized {
 
     /// Fills a buffer with zeros, so that the caches hold the end of it and nothing else; a GPU is not waited for.
     fn set_zero(&self, buffer: &mut Self::Buffer<u32>) -> Result<()>;
-
-    /// Makes a backward pass ready to be run again and again; a run by itself allocates nothing on a GPU.
-    fn backward<'a, E: Element>(
-        &'a self,
-        plan: &'a BackwardPlan,
-        memory: &'a mut BackwardMemory<'_, Self, E>,
-    ) -> Result<impl FnMut() -> Result<()> + 'a>;
 }
 
 impl Timed for Cpu {
@@ -73,14 +64,6 @@ impl Timed for Cpu {
         buffer.fill(0);
         Ok(())
     }
-
-    fn backward<'a, E: Element>(
-        &'a self,
-        plan: &'a BackwardPlan,
-        memory: &'a mut BackwardMemory<'_, Self, E>,
-    ) -> Result<impl FnMut() -> Result<()> + 'a> {
-        Ok(backward::on_cpu(plan, memory))
-    }
 }
 
 #[cfg(feature = "cuda")]
@@ -100,14 +83,6 @@ impl Timed for ferroflash::Cuda {
 
     fn set_zero(&self, buffer: &mut ferroflash::cuda::DeviceBuffer<u32>) -> Result<()> {
         buffer.set_zero()
-    }
-
-    fn backward<'a, E: Element>(
-        &'a self,
-        plan: &'a BackwardPlan,
-        memory: &'a mut BackwardMemory<'_, Self, E>,
-    ) -> Result<impl FnMut() -> Result<()> + 'a> {
-        backward::on_cuda(self, plan, memory)
     }
 }
 

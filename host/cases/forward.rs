@@ -1,6 +1,6 @@
 //! A case's forward pass.
 
-use kernels_gpu::element::Element;
+use crate::element::Element;
 use kernels_gpu::variants::Dtype;
 
 use super::Case;

@@ -1,6 +1,6 @@
 //! An output between canaries: what a kernel writes, and whether it wrote anything else.
 
-use kernels_gpu::element::Element;
+use crate::element::Element;
 
 use super::for_rows;
 use crate::backend::Backend;

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use kernels_gpu::element::Element;
+use crate::element::Element;
 use kernels_gpu::variants::Dtype;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;

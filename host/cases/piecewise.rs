@@ -3,7 +3,9 @@
 use std::fmt;
 
 use half::{bf16, f16};
-use kernels_gpu::{element::Element, variants::Dtype};
+use kernels_gpu::variants::Dtype;
+
+use crate::element::Element;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use kernels_gpu::element::Element;
+use crate::element::Element;
 use kernels_gpu::variants::Dtype;
 
 use super::Case;

@@ -67,7 +67,7 @@ impl RawTensor {
 /// The second pair of a plan that has a threshold, as kernels take it; its tensors as the machine names them.
 pub(crate) fn second_pair<T>(dist_threshold: Option<i32>, named: Option<Pair<T>>) -> Option<SecondPair<T>> {
     let (dist_threshold, Pair { q, k }) = (dist_threshold?, named?);
-    Some(SecondPair { q, k, dist_threshold, number: 1, padding: [0; 14] })
+    Some(SecondPair::new(q, k, dist_threshold))
 }
 
 /// Whose rules addresses follow.

@@ -3,11 +3,17 @@
 use std::fmt;
 
 use kernels_gpu::{
-    attention::{dropout::Dropout as Launched, first_tiles::FirstTiles, key_parts::Sharing, scheduler::TileOrder},
+    attention::{
+        dropout::Dropout as Launched, first_tiles::FirstTiles, key_parts::Sharing, query_blocks::MAX_QUERY_BLOCKS,
+        scheduler::TileOrder,
+    },
     variants::{self, BackwardVariant, Op, PREPARE_ROWS, WARPGROUP_ROWS},
 };
 
-use super::{Extra, MAX_WORK_TILES, WorkspaceLayout, checked_scale, op, write_problem, write_threshold};
+use super::{
+    Extra, MAX_WORK_TILES, Pass, WorkspaceLayout, checked_scale, checked_sm_count, needs, op, write_problem,
+    write_threshold,
+};
 use crate::{
     dropout::{Dropout, kind},
     error::{Error, Result},
@@ -62,13 +68,14 @@ pub struct BackwardPlan {
 }
 
 impl BackwardPlan {
-    /// Plans a backward pass for a machine with `sm_count` multiprocessors, or threads on the CPU; the default scale is
-    /// 1/√head_dim.
+    /// Plans a backward pass for a machine with `sm_count` multiprocessors, or threads on the CPU; 0 counts as 1. The
+    /// default scale is 1/√head_dim.
     ///
     /// # Errors
     /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`] for a
     /// probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or
-    /// more, or for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128.
+    /// more, for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128, for 2³⁰ query blocks
+    /// or more of one CTA, counted as if there was no mask, or for an `sm_count` above 2²⁰.
     pub fn new(
         problem: &Problem,
         mask: Mask,
@@ -111,10 +118,13 @@ impl BackwardPlan {
         sm_count: u32,
     ) -> Result<BackwardPlan> {
         let scale = checked_scale(problem, scale)?;
+        let sm_count = checked_sm_count(sm_count)?;
         let launched = dropout.launched()?;
         let (op, head_dim) = (op(dist_threshold), problem.head_dim as u32);
-        let variant = variants::backward(op, problem.dtype, head_dim, mask.kind(), kind(&launched))
-            .ok_or(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask })?;
+        let variant =
+            variants::backward(op, problem.dtype, head_dim, mask.kind(), kind(&launched)).ok_or_else(|| {
+                Error::NoVariant { needs: needs(Pass::Backward(determinism), op, problem, mask, dropout) }
+            })?;
         let shape = problem.kernel_shape();
         let key_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;
         let work_tiles = problem.batch as u128 * problem.heads_kv as u128 * key_blocks;
@@ -125,7 +135,7 @@ impl BackwardPlan {
         let m_blocks = shape.seqlen_q.div_ceil(variant.block_m).max(1);
         let sharing = match (mask, dist_threshold, determinism) {
             (Mask::None, None, Determinism::Fast) if shape.seqlen_q > 0 => {
-                Sharing::new(work_tiles, sm_count.max(1), shape.group(), m_blocks)
+                Sharing::new(work_tiles, sm_count, shape.group(), m_blocks)
             }
             _ => Sharing::none(work_tiles, sm_count, shape.group(), m_blocks),
         };
@@ -133,12 +143,18 @@ impl BackwardPlan {
         let idle = problem.batch == 0 || problem.seqlen_q == 0 && problem.seqlen_k == 0;
         let workspace =
             if idle { WorkspaceLayout::default() } else { WorkspaceLayout::new(variant, &shape, slots, exact)? };
+        // Rounds of work tiles, and the query blocks of each.
+        let rounds = sharing.count.div_ceil(sharing.ctas.max(1)) as u128;
+        let blocks = shape.group() as u128 * m_blocks as u128 * op.pairs() as u128;
+        at_most("query blocks of a CTA", rounds * blocks, MAX_QUERY_BLOCKS as u128)?;
         let order = match determinism {
             _ if work_tiles == 0 => TileOrder::default(),
             Determinism::Fast => variant.order(&shape, dist_threshold, sharing.ctas),
             Determinism::Exact => variant.exact_order(&shape, sharing.ctas),
         };
         let first = match (dist_threshold, launched, determinism) {
+            // Then nothing has bounded the number of key heads.
+            _ if idle => FirstTiles::none(0),
             (None, None, Determinism::Fast) => variant.first_tiles(&shape, &order, sharing.ctas),
             _ => FirstTiles::none(shape.batch * shape.heads_kv),
         };

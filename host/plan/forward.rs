@@ -8,7 +8,7 @@ use kernels_gpu::{
     variants::{self, Variant},
 };
 
-use super::{Extra, MAX_WORK_TILES, checked_scale, op, write_problem, write_threshold};
+use super::{Extra, MAX_WORK_TILES, Pass, checked_scale, checked_sm_count, needs, op, write_problem, write_threshold};
 use crate::{
     dropout::{Dropout, kind},
     error::{Error, Result},
@@ -44,11 +44,12 @@ struct Choice {
 }
 
 impl Plan {
-    /// Plans a forward pass for a machine with `sm_count` multiprocessors, or threads on the CPU.
+    /// Plans a forward pass for a machine with `sm_count` multiprocessors, or threads on the CPU; 0 counts as 1.
     ///
     /// # Errors
     /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`] for a
-    /// probability that is not at least 0 and below 1; [`Error::TooLarge`] for 2³¹ work tiles or more.
+    /// probability that is not at least 0 and below 1; [`Error::NoVariant`];
+    /// [`Error::TooLarge`] for 2³¹ work tiles or more, or for an `sm_count` above 2²⁰.
     pub fn forward(problem: &Problem, mask: Mask, scale: Option<f32>, dropout: Dropout, sm_count: u32) -> Result<Plan> {
         Self::new(problem, mask, scale, Extra { dist_threshold: None, dropout }, sm_count)
     }
@@ -77,6 +78,7 @@ impl Plan {
         sm_count: u32,
     ) -> Result<Plan> {
         let scale = checked_scale(problem, scale)?;
+        let sm_count = checked_sm_count(sm_count)?;
         let launched = dropout.launched()?;
         let shape = problem.kernel_shape();
         let mut best: Option<Choice> = None;
@@ -87,7 +89,7 @@ impl Plan {
             at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
             let work_tiles = work_tiles as u32;
             // Whole clusters.
-            let grid = work_tiles.min(sm_count.max(1) / variant.cluster * variant.cluster);
+            let grid = work_tiles.min(sm_count / variant.cluster * variant.cluster);
             if variant.cluster > 1 && (grid == 0 || !variant.shares(&shape)) {
                 continue;
             }
@@ -98,7 +100,7 @@ impl Plan {
             }
         }
         let Some(Choice { variant, work_tiles, grid, order, .. }) = best else {
-            return Err(Error::NoVariant { dtype: problem.dtype, head_dim: problem.head_dim, mask });
+            return Err(Error::NoVariant { needs: needs(Pass::Forward, op, problem, mask, dropout) });
         };
         Ok(Plan { problem: *problem, mask, scale, dist_threshold, dropout, launched, variant, work_tiles, order, grid })
     }

@@ -5,21 +5,28 @@
 
 use std::fmt;
 
-use kernels_gpu::variants::Op;
+use kernels_gpu::{attention::scheduler::MAX_CTAS, variants::Op};
 
 use crate::{
     dropout::Dropout,
     error::{Error, Result},
-    problem::{Mask, Problem},
+    problem::{Mask, Problem, at_most},
 };
 
 mod backward;
 mod forward;
+mod needs;
+mod run;
 mod total_attention;
 mod workspace;
 
+#[cfg(test)]
+mod extremes;
+
 pub use backward::{BackwardPlan, Determinism};
 pub use forward::Plan;
+use needs::needs;
+pub use needs::{Needs, Pass};
 pub use total_attention::TotalPlan;
 pub(crate) use workspace::{WORKSPACE_ALIGNMENT, WorkspaceLayout};
 
@@ -34,6 +41,12 @@ fn checked_scale(problem: &Problem, scale: Option<f32>) -> Result<f32> {
         return Err(Error::Scale { value: scale });
     }
     Ok(scale)
+}
+
+/// Checks the number of multiprocessors; 0 counts as 1.
+fn checked_sm_count(sm_count: u32) -> Result<u32> {
+    at_most("sm_count", sm_count as u128, MAX_CTAS as u128)?;
+    Ok(sm_count.max(1))
 }
 
 /// What a pass can have beside problem, mask and scale; no kernel has both.

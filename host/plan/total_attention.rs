@@ -4,10 +4,10 @@ use std::fmt;
 
 use kernels_gpu::{
     attention::{scheduler::TileOrder, shared_tiles},
-    variants::{self, TotalVariant},
+    variants::{self, Op, TotalVariant},
 };
 
-use super::{MAX_WORK_TILES, checked_scale, write_problem};
+use super::{MAX_WORK_TILES, Pass, checked_scale, checked_sm_count, needs, write_problem};
 use crate::{
     dropout::Dropout,
     error::{Error, Result},
@@ -30,26 +30,25 @@ pub struct TotalPlan {
 }
 
 impl TotalPlan {
-    /// Plans total attention for a machine with `sm_count` multiprocessors, or threads on the CPU; the default scale is
-    /// 1/√head_dim.
+    /// Plans total attention for a machine with `sm_count` multiprocessors, or threads on the CPU; 0 counts as 1. The
+    /// default scale is 1/√head_dim.
     ///
     /// # Errors
     /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
-    /// [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more.
+    /// [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more, or for an `sm_count` above 2²⁰.
     pub fn new(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<TotalPlan> {
         let scale = checked_scale(problem, scale)?;
-        let variant = variants::total(problem.dtype, problem.head_dim as u32, mask.kind()).ok_or(Error::NoVariant {
-            dtype: problem.dtype,
-            head_dim: problem.head_dim,
-            mask,
+        let sm_count = checked_sm_count(sm_count)?;
+        let variant = variants::total(problem.dtype, problem.head_dim as u32, mask.kind()).ok_or_else(|| {
+            Error::NoVariant { needs: needs(Pass::TotalAttention, Op::Forward, problem, mask, Dropout::NONE) }
         })?;
         let n_blocks = problem.seqlen_k.div_ceil(variant.block_n() as usize) as u128;
         let tiles = problem.batch as u128 * problem.heads_q as u128 * n_blocks;
         at_most("work_tiles", tiles, MAX_WORK_TILES)?;
         let work_tiles = if problem.seqlen_q == 0 { 0 } else { tiles as u32 };
         let parts = variant.smem().parts();
-        let shared_from = shared_tiles::shared_from(work_tiles, parts, sm_count.max(1));
-        let grid = shared_tiles::count(work_tiles, shared_from, parts).min(sm_count.max(1));
+        let shared_from = shared_tiles::shared_from(work_tiles, parts, sm_count);
+        let grid = shared_tiles::count(work_tiles, shared_from, parts).min(sm_count);
         let order = if work_tiles == 0 { TileOrder::default() } else { variant.order(&problem.kernel_shape(), grid) };
         Ok(TotalPlan { problem: *problem, mask, scale, variant, work_tiles, grid, order, shared_from })
     }

@@ -81,14 +81,16 @@ impl WorkspaceLayout {
 
     /// The workspace at `address`, as kernels take it.
     pub(crate) fn at(&self, address: u64) -> Workspace {
+        // Wraps if a region without a byte begins at the end of all addresses.
+        let at = |offset: usize| address.wrapping_add(offset as u64);
         Workspace {
-            offsets: address + self.offsets as u64,
-            delta: address + self.delta as u64,
-            dq: address + self.dq as u64,
-            tiles: address + self.tiles as u64,
-            first_values: address + self.first_values as u64,
-            turns: self.turns.map_or(0, |turns| address + turns as u64),
-            parts: address + self.parts as u64,
+            offsets: at(self.offsets),
+            delta: at(self.delta),
+            dq: at(self.dq),
+            tiles: at(self.tiles),
+            first_values: at(self.first_values),
+            turns: self.turns.map_or(0, at),
+            parts: at(self.parts),
             rows: self.rows,
         }
     }

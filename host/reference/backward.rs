@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use kernels_gpu::element::Element;
+use crate::element::Element;
 use rayon::prelude::*;
 
 use super::forward::{Real, dot, factors, head_rows, live_keys};

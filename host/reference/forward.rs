@@ -1,7 +1,7 @@
 //! Forward attention by its definition, one query row at a time.
 
+use crate::element::Element;
 use kernels_gpu::attention::dropout::Dropout as Launched;
-use kernels_gpu::element::Element;
 use rayon::prelude::*;
 
 use super::scores::{Scores, score};
@@ -28,7 +28,7 @@ impl Rows {
         if seqlen_q <= count || count < 2 {
             return Rows::All;
         }
-        Rows::Some((0..count).map(|i| i * (seqlen_q - 1) / (count - 1)).collect())
+        Rows::Some((0..count).map(|i| (i as u128 * (seqlen_q - 1) as u128 / (count - 1) as u128) as usize).collect())
     }
 
     /// The rows of a problem with `seqlen_q` rows.
@@ -219,6 +219,10 @@ fn evaluate<E: Element, R: Real>(
     })?;
     let (problem, scale) = (plan.problem(), R::from_f32(plan.scale()));
     let rows = rows.of(problem.seqlen_q)?;
+    if rows.is_empty() {
+        // Then nothing has bounded the number of heads.
+        return Ok(Forward { o: Vec::new(), lse: Vec::new() });
+    }
     let (d, group) = (problem.head_dim, problem.heads_q / problem.heads_kv);
     let heads: Vec<(usize, usize)> =
         (0..problem.batch).flat_map(|b| (0..problem.heads_kv).map(move |h| (b, h))).collect();

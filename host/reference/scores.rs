@@ -54,8 +54,8 @@ pub(super) fn score<R: Real>(s: &mut [R], scale: R, q: &[R], k: &[R]) {
 
 #[cfg(test)]
 mod tests {
+    use crate::element::Element;
     use half::{bf16, f16};
-    use kernels_gpu::element::Element;
 
     use super::*;
     use crate::dropout::Dropout;

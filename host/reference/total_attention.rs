@@ -1,6 +1,6 @@
 //! Total attention by its definition: total_j = Σᵢ P_ij, one row of P at a time.
 
-use kernels_gpu::element::Element;
+use crate::element::Element;
 use rayon::prelude::*;
 
 use super::forward::{Real, dot, head_rows, live_keys};

@@ -17,6 +17,6 @@ pub mod pipeline;
 pub mod tile;
 pub mod variants;
 
-#[cfg(not(target_arch = "nvptx64"))]
+#[cfg(all(feature = "cpu", not(target_arch = "nvptx64")))]
 pub use arch::cpu;
 pub use element::Element;

@@ -3,6 +3,8 @@
 //! A kernel takes one `#[repr(C)]` struct by value. It is generic over how a tensor is named: on the GPU a
 //! [`TensorMap`], which the copy engine reads; on the CPU executor a plain [`Strided`] address.
 
+use core::mem::offset_of;
+
 use crate::attention::dropout::Dropout;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::Sharing;
@@ -40,7 +42,7 @@ pub struct Output<T> {
 ///
 /// The copy engine wants it 64-byte aligned; the declared alignment is 16, the most that a by-value kernel
 /// parameter may have in rustc, and the PTX pass of the build raises the parameter's own alignment to 64.
-/// Its size keeps every map of a parameter struct on such a boundary.
+/// The assertions at the end of this file check the place of each map within its parameters.
 #[repr(C, align(16))]
 #[derive(Clone, Copy, Debug)]
 pub struct TensorMap(pub [u64; 16]);
@@ -64,7 +66,7 @@ impl Shape {
     pub fn group(&self) -> u32 {
         quotient(self.heads_q, self.heads_kv)
     }
-    /// The number of a key head, counted over the batch.
+    /// The number of a key head, counted over the batch; a plan with something to do has checked that it fits.
     #[inline(always)]
     pub fn key_head(&self, batch: u32, head: u32) -> u32 {
         batch * self.heads_kv + head
@@ -104,7 +106,7 @@ impl<T> Second<T> for () {
     }
 }
 
-/// The second pair of piecewise attention. Its size keeps every map behind it on its boundary.
+/// The second pair of piecewise attention.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SecondPair<T> {
@@ -114,7 +116,15 @@ pub struct SecondPair<T> {
     pub dist_threshold: i32,
     /// This pair's number, 1. Read from here, it is no constant that a compiler would make a second mainloop for.
     pub number: u32,
-    pub padding: [u32; 14],
+    /// Up to the next boundary for a tensor map, since one follows in [`ForwardParams`].
+    padding: [u32; 14],
+}
+
+impl<T> SecondPair<T> {
+    /// A pair of tensors, and the distance from which on scores come from it.
+    pub const fn new(q: T, k: T, dist_threshold: i32) -> Self {
+        SecondPair { q, k, dist_threshold, number: 1, padding: [0; 14] }
+    }
 }
 
 impl<T: Copy> Second<T> for SecondPair<T> {
@@ -336,3 +346,38 @@ pub struct TotalParams<T> {
     /// The first of them that is shared out in parts.
     pub shared_from: u32,
 }
+
+/// Alignment of a tensor map that the copy engine reads, in bytes.
+const MAP_ALIGNMENT: usize = 64;
+/// Maximum size of a kernel's parameters that every driver takes, in bytes.
+const MAX_PARAMETER_BYTES: usize = 4096;
+
+/// Checks at compile time that parameters fit, and that the named fields of them, tensor maps, are aligned.
+macro_rules! check_parameters {
+    ($($params:ty: $($($map:ident).+),*;)*) => {
+        const _: () = {
+            $(
+                assert!(size_of::<$params>() <= MAX_PARAMETER_BYTES);
+                $(assert!(offset_of!($params, $($map).+) % MAP_ALIGNMENT == 0);)*
+            )*
+        };
+    };
+}
+check_parameters! {
+    ForwardParams<TensorMap>: q, k, v, o.tiles;
+    ForwardParams<TensorMap, SecondPair<TensorMap>>: q, k, v, second.q, second.k, o.tiles;
+    WithDropout<ForwardParams<TensorMap>>: params.q, params.k, params.v, params.o.tiles;
+    BackwardParams<TensorMap>: q, k, v, d_o;
+    BackwardParams<TensorMap, BackwardSecondPair<TensorMap>>: q, k, v, d_o, second.pair.q, second.pair.k;
+    WithDropout<BackwardParams<TensorMap>>: params.q, params.k, params.v, params.d_o;
+    TotalParams<TensorMap>: q, k;
+    PrepareParams: ;
+    FinishParams: ;
+}
+// Kernels find tensor maps by the offsets of the plain structs, also within those with dropout or a second gradient.
+const _: () = {
+    assert!(size_of::<TensorMap>() == 128);
+    assert!(offset_of!(BackwardSecondPair<TensorMap>, pair) == 0);
+    assert!(offset_of!(WithDropout<ForwardParams<TensorMap>>, params) == 0);
+    assert!(offset_of!(WithDropout<BackwardParams<TensorMap>>, params) == 0);
+};

@@ -5,17 +5,18 @@
 
 use std::ptr;
 
-use cust::sys;
 use ferroflash::cases::{BackwardData, Case};
-use ferroflash::cuda::{Cuda, DeviceBuffer, RawStream};
+use ferroflash::cuda::{Cuda, DeviceBuffer};
 use ferroflash::{
-    Attention, Backend, Determinism, Element, Layout, Mask, Operand, Problem, RawBackward, RawForward, RawTensor, bf16,
+    Attention, Backend, Determinism, Layout, Mask, Operand, Pod, Problem, RawBackward, RawForward, RawTensor, bf16,
 };
 
 use crate::BIG;
+use crate::driver::{Primary, Stream, wait_for_default_stream};
 
 /// A forward pass: one launch.
 pub fn forward(cuda: &Cuda) {
+    let _current = Primary::enter(cuda.ordinal());
     let first = Case::new(BIG, Mask::Causal);
     let contents = [first, Case { seed: 1, ..first }].map(|case| case.inputs::<bf16>().unwrap());
     // Ordinary launches, which are the kernel's first use as well.
@@ -53,6 +54,7 @@ pub fn forward(cuda: &Cuda) {
 /// A backward pass: three launches, of which some may start early; in an exact pass one of them is cooperative, and its
 /// turns are set to zero before them.
 pub fn backward(cuda: &Cuda, determinism: Determinism) {
+    let _current = Primary::enter(cuda.ordinal());
     // Odd seeds have a gradient of the LSE.
     let first = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
     let contents: [BackwardData<bf16>; 2] =
@@ -110,6 +112,7 @@ fn same(found: &[Vec<u16>; 3], expected: &[Vec<u16>; 3], determinism: Determinis
 /// Exact passes on two streams at once, whose CTAs do not all fit on the device together, give the bits of one by itself.
 /// That neither waits for ever is the cooperative launch's promise: ordinary ones have passed here as well.
 pub fn two_streams(cuda: &Cuda) {
+    let _current = Primary::enter(cuda.ordinal());
     let case = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
     let data: BackwardData<bf16> = case.backward_data(cuda).unwrap();
     let attention = Attention::new(BIG).mask(Mask::Causal).determinism(Determinism::Exact);
@@ -127,7 +130,7 @@ pub fn two_streams(cuda: &Cuda) {
         for ((outputs, workspace), stream) in outputs.iter().zip(&workspaces).zip(&streams) {
             let args = raw(&BIG, &inputs, &rows, outputs, workspace);
             // SAFETY: the buffers outlive the launches, and each stream has outputs and a workspace of its own.
-            unsafe { cuda.backward_raw(&plan, &args, stream.0.cast()) }.unwrap();
+            unsafe { cuda.backward_raw(&plan, &args, stream.raw()) }.unwrap();
         }
     }
     streams.iter().for_each(Stream::wait);
@@ -140,6 +143,7 @@ pub fn two_streams(cuda: &Cuda) {
 /// A fast pass whose CTAs can't all run at first, because another launch holds some of the multiprocessors: work tiles that
 /// add find no dQ stored by those that are to come, wait for none of them, and dQ is the same.
 pub fn beside_another(cuda: &Cuda) {
+    let _current = Primary::enter(cuda.ordinal());
     let problem = Problem { batch: 6, heads_q: 100, heads_kv: 100, seqlen_q: 200, seqlen_k: 256, ..BIG };
     let case = Case { seed: 1, ..Case::new(problem, Mask::Causal) };
     let data: BackwardData<bf16> = case.backward_data(cuda).unwrap();
@@ -177,8 +181,8 @@ pub fn beside_another(cuda: &Cuda) {
         let args = raw(&problem, &inputs, &rows, &outputs, &workspace);
         // SAFETY: the buffers outlive the launches, which write to different ones.
         unsafe {
-            cuda.forward_raw(&other_plan, &other_args, streams[0].0.cast()).unwrap();
-            cuda.backward_raw(&plan, &args, streams[1].0.cast()).unwrap();
+            cuda.forward_raw(&other_plan, &other_args, streams[0].raw()).unwrap();
+            cuda.backward_raw(&plan, &args, streams[1].raw()).unwrap();
         }
         streams.iter().for_each(Stream::wait);
         let found = outputs.each_ref().map(|x| bits16(cuda, x));
@@ -234,10 +238,7 @@ fn of_kv(problem: &Problem, address: u64) -> RawTensor {
 }
 
 /// Other contents in the same memory.
-fn refill<'a, T: Copy + Send + Sync + 'static>(
-    buffers: &mut [DeviceBuffer<T>],
-    contents: impl IntoIterator<Item = &'a Vec<T>>,
-) {
+fn refill<'a, T: Pod>(buffers: &mut [DeviceBuffer<T>], contents: impl IntoIterator<Item = &'a Vec<T>>) {
     for (buffer, contents) in buffers.iter_mut().zip(contents) {
         assert_eq!(buffer.len(), contents.len());
         buffer.copy_from_host(contents).unwrap();
@@ -245,87 +246,16 @@ fn refill<'a, T: Copy + Send + Sync + 'static>(
 }
 
 /// Content that every run must overwrite.
-fn poison<T: Copy + Send + Sync + 'static>(buffer: &mut DeviceBuffer<T>, with: T) {
+fn poison<T: Pod>(buffer: &mut DeviceBuffer<T>, with: T) {
     let poison = vec![with; buffer.len()];
     buffer.copy_from_host(&poison).unwrap();
 }
 
 /// As NaN can be compared too.
 fn bits16(cuda: &Cuda, buffer: &DeviceBuffer<bf16>) -> Vec<u16> {
-    cuda.download(buffer).unwrap().into_iter().map(Element::to_bits).collect()
+    cuda.download(buffer).unwrap().into_iter().map(bf16::to_bits).collect()
 }
 
 fn bits32(cuda: &Cuda, buffer: &DeviceBuffer<f32>) -> Vec<u32> {
     cuda.download(buffer).unwrap().into_iter().map(f32::to_bits).collect()
-}
-
-fn check(call: &str, code: sys::CUresult) {
-    assert_eq!(code, sys::CUresult::CUDA_SUCCESS, "{call}");
-}
-
-/// Until what the default stream was given is done, copies to the device included: a non-blocking stream does not wait
-/// for it.
-fn wait_for_default_stream() {
-    // SAFETY: null is the default stream of the current context.
-    check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(ptr::null_mut()) });
-}
-
-/// A non-blocking stream of the current context; `cust::stream::Stream` takes that flag away.
-struct Stream(sys::CUstream);
-
-impl Stream {
-    fn new() -> Self {
-        let mut stream = ptr::null_mut();
-        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: writes one handle.
-        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut stream, flags) });
-        Stream(stream)
-    }
-
-    /// Until what it was given is done.
-    fn wait(&self) {
-        // SAFETY: the handle is live.
-        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.0) });
-    }
-
-    /// What `work` launches on this stream, as a graph.
-    fn capture(&self, work: impl FnOnce(RawStream)) -> Graph {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: the stream is live and idle, its capture begins and ends on this thread, and each call writes one
-        // handle; the executable graph needs the captured one no more.
-        unsafe {
-            check("cuStreamBeginCapture", sys::cuStreamBeginCapture_v2(self.0, mode));
-            work(self.0.cast());
-            check("cuStreamEndCapture", sys::cuStreamEndCapture(self.0, &mut graph));
-            check("cuGraphInstantiateWithFlags", sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0));
-            check("cuGraphDestroy", sys::cuGraphDestroy(graph));
-        }
-        Graph(executable)
-    }
-
-    /// Runs a graph after what the default stream was given, and waits for it.
-    fn run(&self, graph: &Graph) {
-        wait_for_default_stream();
-        // SAFETY: both handles are live.
-        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(graph.0, self.0) });
-        self.wait();
-    }
-}
-
-impl Drop for Stream {
-    fn drop(&mut self) {
-        // SAFETY: made by `new`, used no more.
-        let _ = unsafe { sys::cuStreamDestroy_v2(self.0) };
-    }
-}
-
-/// A graph that can be launched.
-struct Graph(sys::CUgraphExec);
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // SAFETY: made by `Stream::capture`, used no more.
-        let _ = unsafe { sys::cuGraphExecDestroy(self.0) };
-    }
 }

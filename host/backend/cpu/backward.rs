@@ -1,19 +1,18 @@
 //! The backward pass on the CPU: key heads spread over rayon's threads.
 //!
-//! A key head and the query heads that read it are one unit: nobody else adds to their dQ, dK and dV, so the order of
+//! A key head and the query heads that read it are one unit: nothing else adds to their dQ, dK and dV, so the order of
 //! every sum is fixed, and the bits do not depend on the number of threads.
 
 use kernels_gpu::{
-    attention::dropping::NoDropout,
     cpu::{add_parts, backward, finish, prepare},
-    element::Element,
+    variants::Dtype,
 };
-use rayon::prelude::*;
 
-use super::{Cpu, catch};
+use super::{Cpu, catch, pool};
 use crate::{
-    backend::Backend,
-    error::{Operand, Result},
+    backend::Workspace,
+    element::Element,
+    error::Result,
     operands::{
         AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawBackward, RawTensor, SecondTensors,
         check_backward_inputs, check_dtype, check_second,
@@ -32,33 +31,38 @@ pub(super) fn check_inputs<E: Element>(
     inputs: &BackwardInputs<&[E], &[f32]>,
     second: Option<&Pair<Tensor<&[E]>>>,
 ) -> Result<()> {
-    check_second(plan.variant().op, second.is_some())?;
-    check_dtype(plan.problem(), E::DTYPE)?;
     let second = second.map(|pair| pair.as_ref().map(read));
-    check_backward_inputs(plan, &inputs.map(|x| memory(x), |x| memory(x)), second.as_ref(), AddressSpace::Host)
+    check(plan, E::DTYPE, &inputs.map(|x| memory(x), |x| memory(x)), second.as_ref())
 }
 
-/// Checks everything, takes memory for the workspace and runs the plan.
+fn check(
+    plan: &BackwardPlan,
+    dtype: Dtype,
+    inputs: &BackwardInputs<Memory, Memory>,
+    second: Option<&Pair<Tensor<Memory>>>,
+) -> Result<()> {
+    check_second(plan.variant().op, second.is_some())?;
+    check_dtype(plan.problem(), dtype)?;
+    check_backward_inputs(plan, inputs, second, AddressSpace::Host)
+}
+
+/// Checks everything and runs the plan in the caller's workspace.
 pub(super) fn run_into<E: Element>(
     plan: &BackwardPlan,
     inputs: BackwardInputs<&[E], &[f32]>,
     outputs: Gradients<Tensor<&mut [E]>>,
     second: Option<SecondTensors<&[E], &mut [E]>>,
+    workspace: &mut Workspace<Cpu>,
 ) -> Result<()> {
-    let plan = &plan.on(SM_COUNT)?;
     let outputs = outputs.map(written);
     let second = second.map(|SecondTensors { inputs, gradients }| SecondTensors {
         inputs: inputs.as_ref().map(read),
         gradients: gradients.map(written),
     });
     let inputs = inputs.map(|x| memory(x), |x| memory(x));
-    let mut args = RawBackward::lower(plan, E::DTYPE, AddressSpace::Host, &inputs, &outputs, second.as_ref())?;
-    let mut workspace = Cpu.allocate(Operand::Workspace, plan.workspace_bytes() / size_of::<f32>(), 0.0f32)?;
-    args.workspace = workspace.as_mut_ptr().expose_provenance() as u64;
-    args.workspace_bytes = plan.workspace_bytes();
-    // SAFETY: the arguments were validated against the plan; they come from slices that are borrowed by the caller until
-    // this function returns, those of the outputs mutably, and the workspace is this function's own.
-    unsafe { run::<E>(plan, &args) }
+    // SAFETY: all of this is memory of slices that are borrowed by the caller until this function returns, those of the
+    // outputs mutably.
+    unsafe { run(plan, E::DTYPE, &inputs, &outputs, second.as_ref(), workspace) }
 }
 
 /// A tensor that is read.
@@ -77,67 +81,49 @@ fn memory<T>(data: &[T]) -> Memory {
     Memory { address: data.as_ptr().expose_provenance() as u64, len: Some(data.len()) }
 }
 
-/// Runs every key head of `plan`, in parallel; stops at the first fault.
+/// Checks everything and runs every key head of `plan` in the caller's workspace, in parallel; stops at the first fault.
 ///
 /// # Safety
-/// `args` has passed [`RawBackward::lower`] for `plan` with elements `E` and got a workspace of the plan's size; all of
-/// its memory is valid, for writing the outputs and the workspace and for reading the rest, until this function returns.
-unsafe fn run<E: Element>(plan: &BackwardPlan, args: &RawBackward) -> Result<()> {
+/// The memory is valid, for writing the outputs and for reading the inputs, until this function returns.
+unsafe fn run(
+    plan: &BackwardPlan,
+    dtype: Dtype,
+    inputs: &BackwardInputs<Memory, Memory>,
+    outputs: &Gradients<Tensor<Memory>>,
+    second: Option<&SecondTensors<Memory, Memory>>,
+    workspace: &mut Workspace<Cpu>,
+) -> Result<()> {
+    let plan = &plan.on(SM_COUNT)?;
+    let mut args = RawBackward::lower(plan, dtype, AddressSpace::Host, inputs, outputs, second)?;
+    let workspace = workspace.reserve(&Cpu, plan.workspace_bytes())?;
+    args.workspace = workspace.as_mut_ptr().expose_provenance() as u64;
+    args.workspace_bytes = plan.workspace_bytes();
     // Nothing to do, and so no workspace to work in.
     if plan.prepare_grid() == 0 {
         return Ok(());
     }
     let tensors = [&args.q, &args.k, &args.v, &args.d_o].map(RawTensor::strided);
-    let second = args.second.map(|second| second.inputs.as_ref().map(RawTensor::strided));
-    // SAFETY: this function's contract; the main kernel runs as `run_with` says.
-    unsafe {
-        match (args.second(plan, second), plan.launched) {
-            (Some(second), _) => {
-                let params = args.params(plan, tensors, second);
-                run_with::<E>(plan, args, |batch, head| {
-                    backward::<E, _, _>(plan.variant(), &params, NoDropout, batch, head)
-                })
-            }
-            (None, None) => {
-                let params = args.params(plan, tensors, ());
-                run_with::<E>(plan, args, |batch, head| {
-                    backward::<E, _, _>(plan.variant(), &params, NoDropout, batch, head)
-                })
-            }
-            (None, Some(dropout)) => {
-                let params = args.params(plan, tensors, ());
-                run_with::<E>(plan, args, |batch, head| {
-                    backward::<E, _, _>(plan.variant(), &params, dropout, batch, head);
-                })
-            }
-        }
-    }
-}
-
-/// Runs every key head, `main(batch, head)` after its query heads have been prepared, and where it has a key.
-///
-/// # Safety
-/// As [`run`].
-unsafe fn run_with<E: Element>(plan: &BackwardPlan, args: &RawBackward, main: impl Fn(u32, u32) + Sync) -> Result<()> {
-    let (problem, shape) = (plan.problem(), plan.problem().kernel_shape());
+    let named = args.second.map(|second| second.inputs.as_ref().map(RawTensor::strided));
+    let params = args.params(plan, tensors, args.second(plan, named));
     let preparation = args.prepare(plan);
-    (0..shape.batch * shape.heads_kv).into_par_iter().with_max_len(1).try_for_each(|unit| {
+    let (problem, shape, variant) = (plan.problem(), plan.problem().kernel_shape(), plan.variant());
+    pool::for_each(shape.batch * shape.heads_kv, |unit| {
         let (batch, head_kv) = (unit / shape.heads_kv, unit % shape.heads_kv);
         let heads = head_kv * shape.group()..(head_kv + 1) * shape.group();
-        catch(plan.variant().symbol, unit, || {
-            // SAFETY: by this function's contract the memory is valid, and its layouts are those of the plan, whose
-            // variant this is; outputs and workspace alias nothing, and what is written belongs to this key head or to
-            // one of its query heads, so units may run at the same time. The workspace is filled before it is used, and
-            // the main kernel runs only where there is a key.
+        catch(variant.symbol, unit, || {
+            // SAFETY: the caller promised the memory, and its layouts were checked against the plan, whose variant this is;
+            // the workspace is borrowed mutably. Outputs and workspace alias nothing, and what is written belongs to this
+            // key head or to one of its query heads, so units may run at the same time. The workspace is filled before it is
+            // used, and the main kernel runs only if there is a key.
             unsafe {
-                heads.clone().for_each(|head| prepare::<E>(&preparation, batch, head));
+                heads.clone().for_each(|head| prepare(&preparation, variant.dtype, batch, head));
                 if problem.seqlen_k > 0 {
-                    main(batch, head_kv);
+                    backward(variant, &params, plan.launched, batch, head_kv);
                 }
                 for finishing in args.finish(plan) {
-                    heads.clone().for_each(|head| finish::<E>(&finishing, plan.variant().head_dim, batch, head));
+                    heads.clone().for_each(|head| finish(&finishing, variant, batch, head));
                     if problem.seqlen_k > 0 {
-                        add_parts::<E>(&finishing, plan.variant(), batch, head_kv);
+                        add_parts(&finishing, variant, batch, head_kv);
                     }
                 }
             }

@@ -9,11 +9,12 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-use kernels_gpu::{attention::dropping::NoDropout, cpu::forward, element::Element};
-use rayon::prelude::*;
+use bytemuck::Pod;
+use kernels_gpu::cpu::forward;
 
 use crate::{
-    backend::{Backend, sealed::Sealed},
+    backend::{Backend, Workspace, sealed::Sealed},
+    element::Element,
     error::{Error, Operand, Result},
     operands::{
         AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
@@ -24,6 +25,7 @@ use crate::{
 };
 
 mod backward;
+mod pool;
 mod total_attention;
 
 /// The CPU. Tensors are slices, of any alignment; work tiles run on the current rayon thread pool.
@@ -33,36 +35,33 @@ pub struct Cpu;
 impl Sealed for Cpu {}
 
 impl Backend for Cpu {
-    type Slice<'a, T: Copy + Send + Sync + 'static> = &'a [T];
-    type SliceMut<'a, T: Copy + Send + Sync + 'static> = &'a mut [T];
-    type Buffer<T: Copy + Send + Sync + 'static> = Vec<T>;
+    type Slice<'a, T: Pod> = &'a [T];
+    type SliceMut<'a, T: Pod> = &'a mut [T];
+    type Buffer<T: Pod> = Vec<T>;
 
     fn sm_count(&self) -> u32 {
-        u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX)
+        pool::threads()
     }
 
-    fn allocate<T: Copy + Send + Sync + 'static>(&self, operand: Operand, len: usize, fill: T) -> Result<Vec<T>> {
-        let mut buffer = Vec::new();
-        buffer
-            .try_reserve_exact(len)
-            .map_err(|_| Error::OutOfMemory { operand, bytes: len as u128 * size_of::<T>() as u128 })?;
-        buffer.resize(len, fill);
-        Ok(buffer)
+    /// All zeros.
+    fn allocate<T: Pod>(&self, operand: Operand, len: usize) -> Result<Vec<T>> {
+        bytemuck::allocation::try_zeroed_vec(len)
+            .map_err(|()| Error::OutOfMemory { operand, bytes: len as u128 * size_of::<T>() as u128 })
     }
 
-    fn upload<T: Copy + Send + Sync + 'static>(&self, _: Operand, from: &[T]) -> Result<Vec<T>> {
-        Ok(from.to_vec())
+    fn upload<T: Pod>(&self, operand: Operand, from: &[T]) -> Result<Vec<T>> {
+        copy(operand, from)
     }
 
-    fn download<T: Copy + Send + Sync + 'static>(&self, from: &Vec<T>) -> Result<Vec<T>> {
-        Ok(from.clone())
+    fn download<T: Pod>(&self, from: &Vec<T>) -> Result<Vec<T>> {
+        copy(Operand::Download, from)
     }
 
-    fn slice<T: Copy + Send + Sync + 'static>(buffer: &Vec<T>) -> &[T] {
+    fn slice<T: Pod>(buffer: &Vec<T>) -> &[T] {
         buffer
     }
 
-    fn slice_mut<T: Copy + Send + Sync + 'static>(buffer: &mut Vec<T>, range: Range<usize>) -> &mut [T] {
+    fn slice_mut<T: Pod>(buffer: &mut Vec<T>, range: Range<usize>) -> &mut [T] {
         buffer.get_mut(range).unwrap_or_default()
     }
 
@@ -101,31 +100,9 @@ impl Backend for Cpu {
             o: raw(o.data.as_mut_ptr(), o.layout),
             lse: lse.as_mut().map(|lse| lse.as_mut_ptr().expose_provenance() as u64),
         };
-        args.validate_buffers(plan, AddressSpace::Host, &buffers)?;
-        if plan.work_tiles() == 0 {
-            return Ok(());
-        }
-        let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
-        let second = args.second.map(|pair| pair.as_ref().map(RawTensor::strided));
-        // SAFETY: the arguments were validated against the plan, whose variant and tile count these are; they come from
-        // slices that are borrowed until this function returns, those of `o` and `lse` mutably. Outputs alias nothing, and
-        // each row of them belongs to one work tile of one CTA, so CTAs may run at the same time.
-        unsafe {
-            match (second_pair(plan.dist_threshold(), second), plan.launched) {
-                (Some(second), _) => {
-                    let params = args.params(plan, tensors, second);
-                    run(plan, |cta, ctas| forward::<E, _, _>(plan.variant(), &params, NoDropout, cta, ctas))
-                }
-                (None, None) => {
-                    let params = args.params(plan, tensors, ());
-                    run(plan, |cta, ctas| forward::<E, _, _>(plan.variant(), &params, NoDropout, cta, ctas))
-                }
-                (None, Some(dropout)) => {
-                    let params = args.params(plan, tensors, ());
-                    run(plan, |cta, ctas| forward::<E, _, _>(plan.variant(), &params, dropout, cta, ctas))
-                }
-            }
-        }
+        // SAFETY: the arguments come from slices that are borrowed until this function returns, those of `o` and `lse`
+        // mutably, and the lengths are theirs.
+        unsafe { run(plan, &args, &buffers) }
     }
 
     fn check_backward_inputs<E: Element>(
@@ -143,8 +120,9 @@ impl Backend for Cpu {
         inputs: BackwardInputs<&[E], &[f32]>,
         outputs: Gradients<Tensor<&mut [E]>>,
         second: Option<SecondTensors<&[E], &mut [E]>>,
+        workspace: &mut Workspace<Self>,
     ) -> Result<()> {
-        backward::run_into(plan, inputs, outputs, second)
+        backward::run_into(plan, inputs, outputs, second, workspace)
     }
 
     fn check_total_inputs<E: Element>(
@@ -169,22 +147,41 @@ impl Backend for Cpu {
     }
 }
 
+/// A copy of host memory.
+fn copy<T: Pod>(operand: Operand, from: &[T]) -> Result<Vec<T>> {
+    let mut to = Vec::new();
+    to.try_reserve_exact(from.len()).map_err(|_| Error::OutOfMemory { operand, bytes: size_of_val(from) as u128 })?;
+    to.extend_from_slice(from);
+    Ok(to)
+}
+
 /// A slice's address and layout.
 fn raw<T>(data: *const T, layout: Layout) -> RawTensor {
     RawTensor { address: data.expose_provenance() as u64, layout }
 }
 
-/// CTAs for each thread of the pool: enough that threads can steal what a causal mask leaves to the end, few enough that
-/// work tiles follow one another in a CTA as they do on a GPU.
-const CTAS_PER_THREAD: u32 = 8;
-
-/// Runs every CTA of `plan` by `forward(cta, ctas)`, in parallel; stops at the first fault.
-fn run(plan: &Plan, forward: impl Fn(u32, u32) + Sync) -> Result<()> {
-    let threads = u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX);
-    let ctas = plan.work_tiles().min(threads.saturating_mul(CTAS_PER_THREAD));
-    (0..ctas).into_par_iter().with_max_len(1).try_for_each(|cta| {
+/// Checks the arguments and runs every CTA of `plan`, in parallel; stops at the first fault.
+///
+/// # Safety
+/// The buffers are where `args` says and as long as `buffers` says; they are valid for writing (O, LSE) and for reading (the
+/// rest) until this function returns.
+unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
+    args.validate_buffers(plan, AddressSpace::Host, buffers)?;
+    let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
+    let second = args.second.map(|pair| pair.as_ref().map(RawTensor::strided));
+    let ctas = pool::ctas(plan.work_tiles());
+    if ctas == 0 {
+        return Ok(());
+    }
+    let params = args.params(plan, tensors, second_pair(plan.dist_threshold(), second));
+    pool::for_each(ctas, |cta| {
         // A CTA that panics leaves behind nothing but its rows of the output, which the error calls unspecified.
-        catch(plan.variant().symbol, cta, || forward(cta, ctas))
+        catch(plan.variant().symbol, cta, || {
+            // SAFETY: the arguments were validated against the plan, whose variant and tile count these are; the caller
+            // promised the memory. Outputs alias nothing, and each row of them belongs to one work tile of one CTA, so CTAs
+            // may run at the same time.
+            unsafe { forward(plan.variant(), &params, plan.launched, cta, ctas) }
+        })
     })
 }
 
@@ -239,7 +236,7 @@ mod tests {
 
     #[test]
     fn memory_that_can_not_be_had_is_an_error() {
-        let error = Cpu.allocate(Operand::O, usize::MAX, 0u16).unwrap_err();
+        let error = Cpu.allocate::<u16>(Operand::O, usize::MAX).unwrap_err();
         assert_eq!(error, Error::OutOfMemory { operand: Operand::O, bytes: 2 * usize::MAX as u128 });
     }
 }

@@ -3,14 +3,11 @@
 //! A work tile is a block of keys of one query head, and its sums are formed in one order: the bits do not depend on the
 //! number of threads.
 
-use kernels_gpu::{
-    element::Element,
-    params::{Strided, TotalParams},
-};
-use rayon::prelude::*;
+use kernels_gpu::variants::Dtype;
 
-use super::{CTAS_PER_THREAD, catch};
+use super::{catch, pool};
 use crate::{
+    element::Element,
     error::Result,
     operands::{AddressSpace, Memory, RawTotalAttention, check_dtype, check_total_inputs},
     plan::TotalPlan,
@@ -36,17 +33,9 @@ pub(super) fn run_into<E: Element>(
     lse: &[f32],
     total: &mut [f32],
 ) -> Result<()> {
-    let result = Memory { address: total.as_mut_ptr().expose_provenance() as u64, len: Some(total.len()) };
-    let (tensors, lines) = ([tensor(&q), tensor(&k)], [memory(lse), result]);
-    let args = RawTotalAttention::lower(plan, E::DTYPE, AddressSpace::Host, tensors, lines)?;
-    if plan.work_tiles() == 0 {
-        total.fill(0.0);
-        return Ok(());
-    }
-    let params = args.params(plan, [args.q.strided(), args.k.strided()]);
-    // SAFETY: the arguments were validated against the plan; they come from slices that are borrowed until this function
-    // returns, that of the result mutably.
-    unsafe { run::<E>(plan, &params) }
+    let (tensors, lse) = ([tensor(&q), tensor(&k)], memory(lse));
+    // SAFETY: these are slices that are borrowed until this function returns.
+    unsafe { run(plan, E::DTYPE, tensors, lse, total) }
 }
 
 fn tensor<E>(tensor: &Tensor<&[E]>) -> Tensor<Memory> {
@@ -58,20 +47,31 @@ fn memory<T>(data: &[T]) -> Memory {
     Memory { address: data.as_ptr().expose_provenance() as u64, len: Some(data.len()) }
 }
 
-/// Runs every CTA of `plan`, in parallel; stops at the first fault.
+/// Checks everything and runs every CTA of `plan`, in parallel; stops at the first fault.
 ///
 /// # Safety
-/// `params` comes from [`RawTotalAttention::lower`] for `plan`, which has work tiles, with elements `E`; its memory is
-/// valid, for writing the result and for reading the rest, until this function returns.
-unsafe fn run<E: Element>(plan: &TotalPlan, params: &TotalParams<Strided>) -> Result<()> {
-    let threads = u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX);
-    let ctas = plan.work_tiles().min(threads.saturating_mul(CTAS_PER_THREAD));
-    (0..ctas).into_par_iter().with_max_len(1).try_for_each(|cta| {
+/// The tensors and the LSE are valid for reading until this function returns.
+unsafe fn run(
+    plan: &TotalPlan,
+    dtype: Dtype,
+    tensors: [Tensor<Memory>; 2],
+    lse: Memory,
+    total: &mut [f32],
+) -> Result<()> {
+    let result = Memory { address: total.as_mut_ptr().expose_provenance() as u64, len: Some(total.len()) };
+    let args = RawTotalAttention::lower(plan, dtype, AddressSpace::Host, tensors, [lse, result])?;
+    let ctas = pool::ctas(plan.work_tiles());
+    if ctas == 0 {
+        total.fill(0.0);
+        return Ok(());
+    }
+    let params = args.params(plan, [args.q.strided(), args.k.strided()]);
+    pool::for_each(ctas, |cta| {
         catch(plan.variant().symbol, cta, || {
-            // SAFETY: by this function's contract the memory is valid and its layouts are those of the plan, whose variant
-            // and tile count these are; the result aliases nothing, and each element of it belongs to one work tile of one
-            // CTA, so CTAs may run at the same time.
-            unsafe { kernels_gpu::cpu::total_attention::<E>(plan.variant(), params, cta, ctas) }
+            // SAFETY: the memory is valid, and its layouts were checked against the plan, whose variant and tile count these
+            // are; the result aliases nothing, and each element of it belongs to one work tile of one CTA, so CTAs may run at
+            // the same time.
+            unsafe { kernels_gpu::cpu::total_attention(plan.variant(), &params, cta, ctas) }
         })
     })
 }

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
-use kernels_gpu::element::Element;
 use kernels_gpu::params::{TensorMap, WithDropout};
 use kernels_gpu::variants::ROW_KERNEL_THREADS;
 
-use super::kernels::Loaded;
-use super::{Cuda, DeviceBuffer, DeviceSlice, DeviceSliceMut, RawStream, driver};
+use super::driver::{Extent, zero_words};
+use super::modules::Loaded;
+use super::stream::Order;
+use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream};
+use crate::backend::Workspace;
+use crate::element::Element;
 use crate::error::{Operand, Result};
 use crate::operands::{
     AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawBackward, RawSecond, RawTensor, SecondTensors,
@@ -30,7 +33,7 @@ impl Cuda {
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver).
     pub fn load_backward(&self, plan: &BackwardPlan) -> Result<Duration> {
-        self.device.make_current()?;
+        let _entered = self.device().enter()?;
         let Kernels { prepare, main, finish } = self.backward_kernels(plan)?;
         Ok(prepare.load_time + main.load_time + finish.load_time)
     }
@@ -43,10 +46,12 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launches have run, the addresses are valid on this device for all that their layouts span, of elements
-    /// of the plan's dtype, f32 for the LSE and its gradient, and the workspace for all of its size; nobody writes an
-    /// input, or accesses an output or the workspace. `stream` is a stream of this device's primary context, or null.
+    /// of the plan's dtype, f32 for the LSE and its gradient, and the workspace for all of its size; inputs are not written,
+    /// and outputs and workspace not accessed, by anything else. `stream` is a stream of this device's primary context, or
+    /// null.
     pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward, stream: RawStream) -> Result<()> {
         args.validate(plan)?;
+        let _entered = self.device().enter()?;
         // SAFETY: validated; the caller's promise.
         unsafe { self.launch_backward(plan, args, stream) }
     }
@@ -58,21 +63,49 @@ impl Cuda {
         inputs: &BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         second: Option<&Pair<Tensor<DeviceSlice<'_, E>>>>,
     ) -> Result<()> {
+        self.order_of_gradient_inputs(inputs, second)?;
         check_second(plan.variant().op, second.is_some())?;
         check_dtype(plan.problem(), E::DTYPE)?;
         let second = second.map(|pair| pair.as_ref().map(read));
         check_backward_inputs(plan, &inputs.map(memory, memory), second.as_ref(), AddressSpace::Device)
     }
 
-    /// Checks everything, takes memory for the workspace and launches the plan on the default stream. Giving the
-    /// workspace back waits for the launches.
+    /// Where the inputs lie.
+    fn order_of_gradient_inputs<'a, E: Element>(
+        &'a self,
+        inputs: &BackwardInputs<DeviceSlice<'a, E>, DeviceSlice<'a, f32>>,
+        second: Option<&Pair<Tensor<DeviceSlice<'a, E>>>>,
+    ) -> Result<Order<'a>> {
+        let BackwardInputs { q, k, v, o, d_o, lse, d_lse } = inputs;
+        let mut order = Order::on(&self.stream);
+        let tensors = [(Operand::Q, q), (Operand::K, k), (Operand::V, v), (Operand::O, o), (Operand::DO, d_o)];
+        let second = second.map(|Pair { q, k }| [(Operand::Q2, q), (Operand::K2, k)]);
+        for (operand, tensor) in tensors.into_iter().chain(second.into_iter().flatten()) {
+            order.add(operand, tensor.data.home)?;
+        }
+        order.add(Operand::Lse, lse.home)?;
+        d_lse.iter().try_for_each(|d_lse| order.add(Operand::DLse, d_lse.home))?;
+        Ok(order)
+    }
+
+    /// Checks everything and launches the plan on the backend's stream, in the caller's workspace.
     pub(super) fn run_backward<E: Element>(
         &self,
         plan: &BackwardPlan,
         inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         outputs: Gradients<Tensor<DeviceSliceMut<'_, E>>>,
         second: Option<SecondTensors<DeviceSlice<'_, E>, DeviceSliceMut<'_, E>>>,
+        workspace: &mut Workspace<Self>,
     ) -> Result<()> {
+        let mut order = self.order_of_gradient_inputs(&inputs, second.as_ref().map(|second| &second.inputs))?;
+        let Gradients { dq, dk, dv } = &outputs;
+        for (operand, output) in [(Operand::Dq, dq), (Operand::Dk, dk), (Operand::Dv, dv)] {
+            order.add(operand, output.data.home)?;
+        }
+        if let Some(SecondTensors { gradients: Pair { q, k }, .. }) = &second {
+            order.add(Operand::Dq2, q.data.home)?;
+            order.add(Operand::Dk2, k.data.home)?;
+        }
         let outputs = outputs.map(written);
         let second = second.map(|SecondTensors { inputs, gradients }| SecondTensors {
             inputs: inputs.as_ref().map(read),
@@ -80,25 +113,29 @@ impl Cuda {
         });
         let inputs = inputs.map(memory, memory);
         let mut args = RawBackward::lower(plan, E::DTYPE, AddressSpace::Device, &inputs, &outputs, second.as_ref())?;
-        let workspace = DeviceBuffer::<u8>::new(self, Operand::Workspace, plan.workspace_bytes())?;
-        args.workspace = workspace.address();
-        args.workspace_bytes = workspace.len();
-        // SAFETY: the arguments were validated against the plan, and the workspace is this function's own; the slices
-        // stand for valid memory, borrowed as the kernels use it. Freeing a buffer waits for the launches, and so do the
-        // copies, all on the default stream.
-        unsafe { self.launch_backward(plan, &args, std::ptr::null_mut()) }
+        let workspace = workspace.reserve(self, plan.workspace_bytes())?;
+        order.add(Operand::Workspace, workspace.home)?;
+        args.workspace = workspace.address;
+        args.workspace_bytes = plan.workspace_bytes();
+        let _entered = self.device().enter()?;
+        // SAFETY: the arguments were validated against the plan, and the workspace is borrowed mutably and large enough; the
+        // slices stand for valid memory of this device, borrowed as the kernels use it. What is done with that memory later
+        // comes after the launches in its stream, by `Order`.
+        order.run(|| unsafe { self.launch_backward(plan, &args, self.stream()) })
     }
 
     /// The device's context is current.
     fn backward_kernels(&self, plan: &BackwardPlan) -> Result<Kernels<'_>> {
-        let (modules, variant) = (&self.device.modules, plan.variant());
+        let variant = plan.variant();
         Ok(Kernels {
-            prepare: modules.get(variant.prepare, 0)?,
-            main: modules.get(variant.symbol, plan.smem_bytes())?,
-            finish: modules.get(variant.finish, 0)?,
+            prepare: self.kernel(variant.prepare, 0)?,
+            main: self.kernel(variant.symbol, plan.smem_bytes())?,
+            finish: self.kernel(variant.finish, 0)?,
         })
     }
 
+    /// Launches a backward plan; the device's context is current.
+    ///
     /// # Safety
     /// As [`Cuda::backward_raw`], with arguments that were validated for `plan`, workspace included.
     unsafe fn launch_backward(&self, plan: &BackwardPlan, args: &RawBackward, stream: RawStream) -> Result<()> {
@@ -106,45 +143,43 @@ impl Cuda {
         if plan.prepare_grid() == 0 {
             return Ok(());
         }
-        self.device.make_current()?;
         // Everything that can fail by itself comes before the first launch.
         let kernels = self.backward_kernels(plan)?;
         let maps = if plan.grid() > 0 { Some(self.backward_maps(plan, args)?) } else { None };
-        let stream = stream.cast();
+        let rows = |grid| Extent { grid, block: ROW_KERNEL_THREADS, shared_memory: 0 };
         // SAFETY: these are the kernels' parameters, their context is current, and the caller promises the rest; the
         // turns are a part of the workspace.
         unsafe {
             let preparation = args.prepare(plan);
             if plan.workspace.turns_len > 0 {
-                driver::zero_words(preparation.workspace.turns, plan.workspace.turns_len, stream)?;
+                zero_words(self.device().calls(), preparation.workspace.turns, plan.workspace.turns_len, stream)?;
             }
             let function = kernels.prepare.function;
-            function.launch(plan.prepare_grid(), ROW_KERNEL_THREADS, 0, stream, &preparation)?;
+            function.launch(rows(plan.prepare_grid()), stream, &preparation)?;
             let mut finish = kernels.finish.function;
             if let Some((maps, second)) = maps {
                 // Each waits by itself for the one before: main for all of it, finish head by head.
-                let early = self.device.early_launch;
+                let early = self.device().early_launch;
                 finish = finish.early(early);
                 let function = match plan.determinism() {
                     Determinism::Fast => kernels.main.function.early(early),
                     Determinism::Exact => kernels.main.function.cooperative(),
                 };
-                let (grid, block) = (plan.grid(), plan.block());
-                let smem = plan.smem_bytes();
+                let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
                 match (args.second(plan, second), plan.launched) {
                     (Some(second), _) => {
-                        function.launch(grid, block, smem, stream, &args.params(plan, maps, second))?;
+                        function.launch(extent, stream, &args.params(plan, maps, second))?;
                     }
-                    (None, None) => function.launch(grid, block, smem, stream, &args.params(plan, maps, ()))?,
+                    (None, None) => function.launch(extent, stream, &args.params(plan, maps, ()))?,
                     (None, Some(dropout)) => {
                         let params = WithDropout { params: args.params(plan, maps, ()), dropout };
-                        function.launch(grid, block, smem, stream, &params)?;
+                        function.launch(extent, stream, &params)?;
                     }
                 }
             }
             if plan.finish_grid() > 0 {
                 for params in args.finish(plan) {
-                    finish.launch(plan.finish_grid(), ROW_KERNEL_THREADS, 0, stream, &params)?;
+                    finish.launch(rows(plan.finish_grid()), stream, &params)?;
                     // The second pair's waits for the first's, and so for main.
                     finish = kernels.finish.function;
                 }
@@ -160,7 +195,7 @@ impl Cuda {
         args: &RawBackward,
     ) -> Result<([TensorMap; 4], Option<Pair<TensorMap>>)> {
         let (variant, dtype) = (plan.variant(), plan.problem().dtype);
-        let encode = |tensor: &RawTensor, rows| self.device.encoder.encode(tensor, dtype, rows);
+        let encode = |tensor: &RawTensor, rows| self.device().encoder.encode(tensor, dtype, rows);
         // The driver encodes no empty tensor; every query of this one, some element of its K, has P = 0.
         let idle = plan.problem().seqlen_q == 0;
         let queries = |tensor: &RawTensor, k: &RawTensor| match idle {

@@ -1,98 +1,101 @@
-//! The driver calls that `cust` does not wrap: each checks its result and gives an [`Error`] that names the call.
+//! The driver's calls with their results checked: each error names the call and has the driver's code and words.
 
-use std::ffi::{CStr, c_void};
-use std::fmt::Write as _;
-use std::mem::MaybeUninit;
+use std::ffi::c_void;
 use std::ptr;
-use std::time::Duration;
 
-use cust::error::CudaError;
-use cust::sys;
-
-use super::early_launch::EarlyLaunch;
+use super::sys::{self, Calls, Code, DeviceHandle, Handle};
 use crate::error::{Error, Result};
 
-/// What a failed driver call becomes.
-pub(super) fn failed(call: &'static str) -> impl Fn(CudaError) -> Error {
-    move |error| Error::Driver { call, message: words(error) }
-}
-
-/// What the driver says of an error, or its name: without a driver, `cust` can't even print one.
-pub(super) fn words(error: CudaError) -> String {
-    let mut text = String::new();
-    match write!(text, "{error}") {
-        Ok(()) => text,
-        Err(_) => format!("{error:?}"),
-    }
-}
-
 /// Nothing, or the error of `call`.
-pub(super) fn check(call: &'static str, code: sys::CUresult) -> Result<()> {
+pub(super) fn check(calls: &Calls, call: &'static str, code: Code) -> Result<()> {
     match code {
-        sys::CUresult::CUDA_SUCCESS => Ok(()),
-        code => Err(Error::Driver { call, message: describe(code) }),
+        sys::SUCCESS => Ok(()),
+        code => Err(Error::Driver { call, code, message: calls.describe(code) }),
     }
 }
 
-/// The driver's own words for an error code.
-fn describe(code: sys::CUresult) -> String {
-    let mut text = ptr::null();
-    // SAFETY: the driver writes the address of a static string, or null for a code that it does not know.
-    let text = unsafe {
-        let _ = sys::cuGetErrorString(code, &mut text);
-        (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
-    };
-    text.unwrap_or_else(|| format!("{code:?}"))
+/// A device's primary context, retained: the one that CUDA's runtime and the frameworks on it use.
+pub(super) struct Context {
+    pub(super) calls: &'static Calls,
+    pub(super) device: DeviceHandle,
+    handle: Handle,
 }
 
-/// Allocates device memory in the current context.
-pub(super) fn allocate(bytes: usize) -> Result<u64> {
-    let mut address = 0;
-    // SAFETY: writes one address.
-    check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&mut address, bytes) })?;
-    Ok(address)
+// SAFETY: a context is a name for something of the device's, not of a thread; the driver takes it from any.
+unsafe impl Send for Context {}
+// SAFETY: the driver's calls on it are thread-safe.
+unsafe impl Sync for Context {}
+
+impl Context {
+    pub(super) fn retain(calls: &'static Calls, device: DeviceHandle) -> Result<Self> {
+        let mut handle = ptr::null_mut();
+        // SAFETY: writes one handle; the device is one that the driver named.
+        check(calls, "cuDevicePrimaryCtxRetain", unsafe { (calls.cuDevicePrimaryCtxRetain)(&mut handle, device) })?;
+        Ok(Context { calls, device, handle })
+    }
+
+    /// The driver's handle of it.
+    pub(super) fn handle(&self) -> Handle {
+        self.handle
+    }
+
+    /// Makes it the calling thread's current context for as long as the guard lives.
+    pub(super) fn enter(&self) -> Result<Entered> {
+        let calls = self.calls;
+        let mut current = ptr::null_mut();
+        // SAFETY: writes one handle.
+        check(calls, "cuCtxGetCurrent", unsafe { (calls.cuCtxGetCurrent)(&mut current) })?;
+        let pushed = current != self.handle;
+        if pushed {
+            // SAFETY: the context is retained, so it is live.
+            check(calls, "cuCtxPushCurrent", unsafe { (calls.cuCtxPushCurrent_v2)(self.handle) })?;
+        }
+        Ok(Entered { calls, pushed, of_thread: std::marker::PhantomData })
+    }
 }
 
-/// Frees memory of [`allocate`].
-///
-/// # Safety
-/// The address came from [`allocate`] in the current context and is used no more.
-pub(super) unsafe fn free(address: u64) {
-    // SAFETY: the caller's promise. An error here is one of an earlier launch, which has its own way to be reported.
-    let _ = unsafe { sys::cuMemFree_v2(address) };
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: retained by `retain`. The call leaves every thread's current context as it is.
+        let _ = unsafe { (self.calls.cuDevicePrimaryCtxRelease_v2)(self.device) };
+    }
 }
 
-/// Copies host memory to the device and waits.
-///
-/// # Safety
-/// As many bytes as `from` has are valid at `to`.
-pub(super) unsafe fn copy_to_device(to: u64, from: &[u8]) -> Result<()> {
-    // SAFETY: the caller's promise.
-    check("cuMemcpyHtoD", unsafe { sys::cuMemcpyHtoD_v2(to, from.as_ptr().cast(), from.len()) })
+/// While it lives, a context is the thread's current one; then the one before is again.
+pub(super) struct Entered {
+    calls: &'static Calls,
+    pushed: bool,
+    /// It must be dropped on the thread that made it.
+    of_thread: std::marker::PhantomData<*const ()>,
 }
 
-/// Copies device memory to the host and waits.
-///
-/// # Safety
-/// As many bytes as `to` has are valid at `from`.
-pub(super) unsafe fn copy_to_host(to: &mut [MaybeUninit<u8>], from: u64) -> Result<()> {
-    // SAFETY: the caller's promise.
-    check("cuMemcpyDtoH", unsafe { sys::cuMemcpyDtoH_v2(to.as_mut_ptr().cast(), from, to.len()) })
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if self.pushed {
+            let mut popped = ptr::null_mut();
+            // SAFETY: the context that is popped was pushed by `enter` on this thread, and guards end in reverse order.
+            let _ = unsafe { (self.calls.cuCtxPopCurrent_v2)(&mut popped) };
+        }
+    }
 }
 
 /// Sets `words` 32-bit words to 0, on the stream; neither allocates nor waits.
 ///
 /// # Safety
 /// They are valid at `address`, a multiple of 4, until that has run; `stream` is a stream of the current context or null.
-pub(super) unsafe fn zero_words(address: u64, words: usize, stream: sys::CUstream) -> Result<()> {
+pub(super) unsafe fn zero_words(calls: &Calls, address: u64, words: usize, stream: Handle) -> Result<()> {
     // SAFETY: the caller's promise.
-    check("cuMemsetD32Async", unsafe { sys::cuMemsetD32Async(address, 0, words, stream) })
+    check(calls, "cuMemsetD32Async", unsafe { (calls.cuMemsetD32Async)(address, 0, words, stream) })
 }
 
 /// A kernel, in the context it was loaded in.
 #[derive(Clone, Copy)]
 pub(super) struct Function {
-    handle: sys::CUfunction,
+    calls: &'static Calls,
+    symbol: &'static str,
+    handle: Handle,
+    /// Bytes of its parameter, as its PTX states.
+    parameter_bytes: u32,
     start: Start,
 }
 
@@ -103,18 +106,42 @@ enum Start {
     After,
     /// After it, and once there is room for all CTAs at the same time.
     Together,
-    /// Before it is complete.
+    /// Before it is complete: CUDA's programmatic dependent launch (PTX ISA, griddepcontrol).
     Early(EarlyLaunch),
+}
+
+/// The driver's call for launches that may start early.
+#[derive(Clone, Copy)]
+pub(super) struct EarlyLaunch(
+    unsafe extern "C" fn(*const sys::LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void) -> Code,
+);
+
+impl EarlyLaunch {
+    /// The first driver that captures such launches into graphs, CUDA 12.3.
+    const FIRST_DRIVER: i32 = 12030;
+
+    /// `None` for an older driver: kernels that start one after the other find what they would wait for.
+    pub(super) fn of(calls: &Calls, driver: i32) -> Option<Self> {
+        calls.cuLaunchKernelEx.filter(|_| driver >= Self::FIRST_DRIVER).map(EarlyLaunch)
+    }
 }
 
 // SAFETY: a function handle is a name for something in a context, not in a thread; the driver takes it from any.
 unsafe impl Send for Function {}
-// SAFETY: as above; the driver's calls on it are thread-safe.
+// SAFETY: the driver's calls on it are thread-safe.
 unsafe impl Sync for Function {}
 
+/// CTAs, threads of each, and bytes of dynamic shared memory of each.
+#[derive(Clone, Copy)]
+pub(super) struct Extent {
+    pub(super) grid: u32,
+    pub(super) block: u32,
+    pub(super) shared_memory: u32,
+}
+
 impl Function {
-    pub(super) fn new(handle: sys::CUfunction) -> Self {
-        Function { handle, start: Start::After }
+    pub(super) fn new(calls: &'static Calls, symbol: &'static str, handle: Handle, parameter_bytes: u32) -> Self {
+        Function { calls, symbol, handle, parameter_bytes, start: Start::After }
     }
 
     /// As a kernel whose CTAs wait for each other: it starts once there is room for all of them at the same time.
@@ -130,77 +157,57 @@ impl Function {
 
     /// Lets the kernel have `bytes` of dynamic shared memory.
     pub(super) fn set_shared_memory(self, bytes: u32) -> Result<()> {
-        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let attribute = sys::FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the handle is a loaded function.
-        check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(self.handle, attribute, bytes as i32) })
+        let code = unsafe { (self.calls.cuFuncSetAttribute)(self.handle, attribute, bytes as i32) };
+        check(self.calls, "cuFuncSetAttribute", code)
     }
 
     /// Launches the kernel with one by-value parameter; neither allocates nor waits.
+    ///
+    /// # Errors
+    /// [`Error::BrokenKernel`] for a parameter of another size than the kernel's PTX states; [`Error::Driver`].
     ///
     /// # Safety
     /// `parameter` is what the kernel takes, the addresses in it are valid until the kernel has run, `stream` is a
     /// stream of the kernel's context or null, and the context is current. One that starts early waits by itself for what
     /// it needs of the one before it.
-    pub(super) unsafe fn launch<P>(
-        self,
-        grid: u32,
-        block: u32,
-        shared_memory: u32,
-        stream: sys::CUstream,
-        parameter: &P,
-    ) -> Result<()> {
+    pub(super) unsafe fn launch<P: Copy>(self, extent: Extent, stream: Handle, parameter: &P) -> Result<()> {
+        if size_of::<P>() != self.parameter_bytes as usize {
+            let message =
+                format!("it takes {} bytes of parameters, and was given {}", self.parameter_bytes, size_of::<P>());
+            return Err(Error::BrokenKernel { symbol: self.symbol, message });
+        }
+        let Extent { grid, block, shared_memory } = extent;
         let mut parameters: [*mut c_void; 1] = [ptr::from_ref(parameter).cast_mut().cast()];
-        let (f, parameters) = (self.handle, parameters.as_mut_ptr());
+        let (calls, f, parameters, none) = (self.calls, self.handle, parameters.as_mut_ptr(), ptr::null_mut());
         // SAFETY: the caller's promise; the driver copies the parameter before it returns.
         unsafe {
             match self.start {
                 Start::After => {
-                    let none = ptr::null_mut();
-                    let code = sys::cuLaunchKernel(f, grid, 1, 1, block, 1, 1, shared_memory, stream, parameters, none);
-                    check("cuLaunchKernel", code)
+                    let launch = calls.cuLaunchKernel;
+                    let code = launch(f, grid, 1, 1, block, 1, 1, shared_memory, stream, parameters, none);
+                    check(calls, "cuLaunchKernel", code)
                 }
                 Start::Together => {
-                    let code =
-                        sys::cuLaunchCooperativeKernel(f, grid, 1, 1, block, 1, 1, shared_memory, stream, parameters);
-                    check("cuLaunchCooperativeKernel", code)
+                    let launch = calls.cuLaunchCooperativeKernel;
+                    let code = launch(f, grid, 1, 1, block, 1, 1, shared_memory, stream, parameters);
+                    check(calls, "cuLaunchCooperativeKernel", code)
                 }
-                Start::Early(launch) => launch.launch(f, grid, block, shared_memory, stream, parameters),
+                Start::Early(EarlyLaunch(launch)) => {
+                    let id = sys::PROGRAMMATIC_STREAM_SERIALIZATION;
+                    let attribute = sys::LaunchAttribute { id, padding: 0, value: 1, rest: [0; 15] };
+                    let config = sys::LaunchConfig {
+                        grid: [grid, 1, 1],
+                        block: [block, 1, 1],
+                        shared_memory,
+                        stream,
+                        attributes: &attribute,
+                        attributes_len: 1,
+                    };
+                    check(calls, "cuLaunchKernelEx", launch(&config, f, parameters, none))
+                }
             }
         }
-    }
-}
-
-/// A point in the default stream's work.
-pub(super) struct Event(sys::CUevent);
-
-impl Event {
-    pub(super) fn new() -> Result<Self> {
-        let mut event = ptr::null_mut();
-        // SAFETY: writes one handle.
-        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut event, 0) })?;
-        Ok(Event(event))
-    }
-
-    pub(super) fn record(&self) -> Result<()> {
-        // SAFETY: the handle is an event of the current context; null is its default stream.
-        check("cuEventRecord", unsafe { sys::cuEventRecord(self.0, ptr::null_mut()) })
-    }
-
-    /// Waits for this event; the device time since `start`, in steps of about half a microsecond.
-    pub(super) fn elapsed_since(&self, start: &Event) -> Result<Duration> {
-        let mut milliseconds = 0.0;
-        // SAFETY: both handles are recorded events.
-        unsafe {
-            check("cuEventSynchronize", sys::cuEventSynchronize(self.0))?;
-            check("cuEventElapsedTime", sys::cuEventElapsedTime(&mut milliseconds, start.0, self.0))?;
-        }
-        Ok(Duration::from_secs_f64(f64::from(milliseconds) / 1e3))
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        // SAFETY: made by `new`, used no more.
-        let _ = unsafe { sys::cuEventDestroy_v2(self.0) };
     }
 }

@@ -1,4 +1,4 @@
-//! The compiled kernels, each a module of its own that is loaded when it is first called.
+//! The compiled kernels that this build holds, each a module of its own.
 //!
 //! They lie in compressed streams, two for each family of kernels. The build writes the table, from source or when it
 //! makes a package.
@@ -6,12 +6,9 @@
 use std::io::Read;
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
 
-use cust::module::Module;
 use lzma_rust2::LzmaReader;
 
-use super::driver::{Function, failed};
 use crate::error::{Error, Result};
 
 /// One compiled kernel.
@@ -52,7 +49,7 @@ include!(env!("FERROFLASH_KERNEL_TABLE"));
 pub const KERNEL_ORIGIN: &str = env!("FERROFLASH_KERNEL_ORIGIN");
 
 /// Index of the kernel of this name in [`KERNELS`].
-fn place(symbol: &str) -> Option<usize> {
+pub(super) fn place(symbol: &str) -> Option<usize> {
     KERNELS.binary_search_by(|kernel| kernel.symbol.cmp(symbol)).ok()
 }
 
@@ -62,11 +59,6 @@ fn unpack(stream: &[u8], size: Option<usize>) -> std::io::Result<Vec<u8>> {
     let reader = LzmaReader::new_mem_limit(stream, u32::MAX, None)?;
     reader.take(size.map_or(u64::MAX, |size| size as u64)).read_to_end(&mut bytes)?;
     Ok(bytes)
-}
-
-fn damaged(call: &'static str, reason: &str) -> Error {
-    let message = format!("the kernels in this program are damaged, build it again: {reason}");
-    Error::Driver { call, message }
 }
 
 impl Kernel {
@@ -83,74 +75,33 @@ impl Kernel {
     /// Returns its machine code, if the build had ptxas. The first call of a family unpacks all cubins of that family.
     ///
     /// # Errors
-    /// [`Error::Driver`] if the program's kernels are damaged.
+    /// [`Error::BrokenKernel`] if the program's kernels are damaged.
     pub fn cubin(&self) -> Result<Option<&'static [u8]>> {
         let Some(range) = self.cubin.clone() else { return Ok(None) };
         let streams = self.streams;
         let unpacked =
             streams.unpacked_cubins.get_or_init(|| unpack(streams.cubins, None).map_err(|error| error.to_string()));
-        let bytes = unpacked.as_ref().map_err(|error| damaged("cubin", error))?;
-        bytes.get(range).map(Some).ok_or_else(|| damaged("cubin", "a stream ends too early"))
+        let bytes = unpacked.as_ref().map_err(|error| self.damaged(error))?;
+        bytes.get(range).map(Some).ok_or_else(|| self.damaged(&"its stream ends too early"))
     }
 
     /// Returns its PTX. Every call unpacks it again, because few programs need it even once.
     ///
     /// # Errors
-    /// [`Error::Driver`] if the program's kernels are damaged.
+    /// [`Error::BrokenKernel`] if the program's kernels are damaged.
     pub fn ptx(&self) -> Result<String> {
-        let mut bytes =
-            unpack(self.streams.ptx, Some(self.ptx.end)).map_err(|error| damaged("PTX", &error.to_string()))?;
+        let mut bytes = unpack(self.streams.ptx, Some(self.ptx.end)).map_err(|error| self.damaged(&error))?;
         if bytes.len() < self.ptx.end {
-            return Err(damaged("PTX", "a stream ends too early"));
+            return Err(self.damaged(&"its stream ends too early"));
         }
         bytes.drain(..self.ptx.start);
-        String::from_utf8(bytes).map_err(|error| damaged("PTX", &error.to_string()))
-    }
-}
-
-/// A kernel on a device.
-pub(super) struct Loaded {
-    pub(super) function: Function,
-    pub(super) load_time: Duration,
-    /// Owns the function.
-    _module: Module,
-}
-
-/// The kernels that one device has loaded, in the order of [`KERNELS`].
-pub(super) struct Modules(Box<[OnceLock<Loaded>]>);
-
-impl Modules {
-    pub(super) fn new() -> Self {
-        Modules(KERNELS.iter().map(|_| OnceLock::new()).collect())
+        String::from_utf8(bytes).map_err(|error| self.damaged(&error))
     }
 
-    /// The kernel of this name, which has `smem_bytes` of dynamic shared memory, loaded on the first call; the device's
-    /// context is current.
-    pub(super) fn get(&self, symbol: &str, smem_bytes: u32) -> Result<&Loaded> {
-        let missing =
-            || Error::Driver { call: "cuModuleGetFunction", message: format!("the build holds no kernel {symbol}") };
-        let place = place(symbol).ok_or_else(missing)?;
-        if let Some(loaded) = self.0[place].get() {
-            return Ok(loaded);
-        }
-        // Two threads may both get here; one of the two modules is then dropped again.
-        let loaded = load(&KERNELS[place], smem_bytes)?;
-        Ok(self.0[place].get_or_init(|| loaded))
+    fn damaged(&self, reason: &dyn std::fmt::Display) -> Error {
+        let message = format!("the kernels in this program are damaged, build it again: {reason}");
+        Error::BrokenKernel { symbol: self.symbol, message }
     }
-}
-
-fn load(kernel: &Kernel, smem_bytes: u32) -> Result<Loaded> {
-    let start = Instant::now();
-    // A driver that is older than the build's ptxas refuses the cubin, and compiles the PTX instead.
-    let cubin = kernel.cubin()?.and_then(|cubin| Module::from_cubin(cubin, &[]).ok());
-    let module = match cubin {
-        Some(module) => module,
-        None => Module::from_ptx(kernel.ptx()?, &[]).map_err(failed("cuModuleLoadData"))?,
-    };
-    let function = module.get_function(kernel.symbol).map_err(failed("cuModuleGetFunction"))?;
-    let function = Function::new(function.to_raw());
-    function.set_shared_memory(smem_bytes)?;
-    Ok(Loaded { function, load_time: start.elapsed(), _module: module })
 }
 
 #[cfg(test)]

@@ -1,106 +1,130 @@
-//! Device memory: an owned buffer, and borrowed slices of any device memory.
+//! Device memory: an owned buffer, and borrowed slices of any device memory. Each knows its device and its stream.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::driver;
-use super::{Cuda, Device};
+use bytemuck::Pod;
+
+use super::Cuda;
+use super::driver::{self, check};
+use super::stream::{Home, Stream};
+use super::sys;
 use crate::error::{Error, Operand, Result};
 
-/// Elements that a device memory holds: plain data.
-pub trait Plain: Copy + Send + Sync + 'static {}
-impl<T: Copy + Send + Sync + 'static> Plain for T {}
-
-/// Device memory, freed when dropped.
-pub struct DeviceBuffer<T: Plain> {
-    device: Arc<Device>,
+/// Device memory of plain data, freed when dropped.
+///
+/// It belongs to the stream of the [`Cuda`] that allocated it: it is allocated and freed in that stream's order
+/// (`cuMemAllocAsync`, `cuMemFreeAsync`), so dropping it does not wait and does not take it away from what was launched
+/// before. On a device without memory pools it is freed after a wait for the stream. A buffer that is dropped while its
+/// stream is captured into a graph is not freed, because the graph may use it.
+///
+/// It holds plain data alone, for which any bits are a value:
+///
+/// ```compile_fail,E0277
+/// # use ferroflash::cuda::DeviceBuffer;
+/// fn references(buffer: &DeviceBuffer<&'static str>) -> Vec<&'static str> {
+///     buffer.to_host().unwrap()
+/// }
+/// ```
+pub struct DeviceBuffer<T: Pod> {
+    stream: Arc<Stream>,
     address: u64,
     len: usize,
     elements: PhantomData<T>,
 }
 
-impl<T: Plain> DeviceBuffer<T> {
+impl<T: Pod> DeviceBuffer<T> {
     /// Memory for `len` elements, its content undefined; `operand` is what an error calls it.
     pub(super) fn new(cuda: &Cuda, operand: Operand, len: usize) -> Result<Self> {
         let bytes = len as u128 * size_of::<T>() as u128;
-        cuda.device.make_current()?;
+        let none = || Error::OutOfMemory { operand, bytes };
         let address = match usize::try_from(bytes) {
             Ok(0) => 0,
-            Ok(bytes) => driver::allocate(bytes).map_err(|_| Error::OutOfMemory { operand, bytes: bytes as u128 })?,
-            Err(_) => return Err(Error::OutOfMemory { operand, bytes }),
+            Ok(bytes) => match allocate(&cuda.stream, operand, bytes) {
+                Err(Error::Driver { code: sys::OUT_OF_MEMORY, .. }) => return Err(none()),
+                allocated => allocated?,
+            },
+            Err(_) => return Err(none()),
         };
-        Ok(DeviceBuffer { device: cuda.device.clone(), address, len, elements: PhantomData })
+        Ok(DeviceBuffer { stream: cuda.stream.clone(), address, len, elements: PhantomData })
     }
 
-    /// Elements.
+    /// Number of elements.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether it holds none.
+    /// True if it holds no element.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Address on the device; 0 where it holds no element.
+    /// Address on the device; 0 if it holds no element.
     pub fn address(&self) -> u64 {
         self.address
     }
 
     /// All of it.
     pub fn as_slice(&self) -> DeviceSlice<'_, T> {
-        DeviceSlice { address: self.address, len: self.len, memory: PhantomData }
+        DeviceSlice { address: self.address, len: self.len, home: home(&self.stream), memory: PhantomData }
     }
 
-    /// A range of it, to be written; empty where the buffer does not have it.
+    /// A range of it, to be written; empty if the buffer does not have it.
     pub fn as_slice_mut(&mut self, range: Range<usize>) -> DeviceSliceMut<'_, T> {
         let range = if range.start <= range.end && range.end <= self.len { range } else { 0..0 };
         let address = self.address + (range.start * size_of::<T>()) as u64;
-        DeviceSliceMut { address, len: range.len(), memory: PhantomData }
+        DeviceSliceMut { address, len: range.len(), home: home(&self.stream), memory: PhantomData }
     }
 
-    /// Copies host memory over it, and waits until that is done.
+    /// Copies host memory over it, after what its stream has been given, and waits until that is done.
     ///
     /// # Errors
     /// [`Error::Driver`]. Copies as many elements as both have.
     pub fn copy_from_host(&mut self, from: &[T]) -> Result<()> {
-        let from = &from[..from.len().min(self.len)];
-        if from.is_empty() {
+        let bytes: &[u8] = bytemuck::cast_slice(&from[..from.len().min(self.len)]);
+        if bytes.is_empty() {
             return Ok(());
         }
-        self.device.make_current()?;
-        // SAFETY: plain data is bytes; the buffer holds that many elements.
-        unsafe {
-            let bytes = std::slice::from_raw_parts(from.as_ptr().cast::<u8>(), size_of_val(from));
-            driver::copy_to_device(self.address, bytes)
-        }
+        let (calls, _entered) = (self.stream.device.calls(), self.stream.device.enter()?);
+        // SAFETY: the buffer holds that many bytes, and the host's are borrowed until the copy is done.
+        let code = unsafe {
+            (calls.cuMemcpyHtoDAsync_v2)(self.address, bytes.as_ptr().cast(), bytes.len(), self.stream.handle())
+        };
+        let copied = check(calls, "cuMemcpyHtoDAsync", code);
+        self.stream.synchronize().and(copied)
     }
 
-    /// Waits for everything that was launched before, and copies it to the host.
+    /// Waits for everything that its stream has been given, and copies it to the host.
     ///
     /// # Errors
-    /// [`Error::Driver`], also for what went wrong in earlier launches.
+    /// [`Error::Driver`], also for what went wrong in earlier launches; [`Error::OutOfMemory`] for the host's memory.
     pub fn to_host(&self) -> Result<Vec<T>> {
-        self.device.make_current()?;
-        let mut to = Vec::with_capacity(self.len);
-        let spare: &mut [MaybeUninit<T>] = &mut to.spare_capacity_mut()[..self.len];
-        let bytes = size_of_val(spare);
+        let mut to = Vec::new();
+        let bytes = self.len * size_of::<T>();
+        to.try_reserve_exact(self.len)
+            .map_err(|_| Error::OutOfMemory { operand: Operand::Download, bytes: bytes as u128 })?;
         if bytes > 0 {
-            // SAFETY: the spare capacity is that many bytes, and so is the buffer; once the copy has succeeded every
-            // element is what the device holds, and buffers are made for elements that any bits are valid for.
-            unsafe {
-                driver::copy_to_host(std::slice::from_raw_parts_mut(spare.as_mut_ptr().cast(), bytes), self.address)?;
-                to.set_len(self.len);
-            }
+            let (calls, _entered) = (self.stream.device.calls(), self.stream.device.enter()?);
+            let spare: &mut [MaybeUninit<T>] = &mut to.spare_capacity_mut()[..self.len];
+            // SAFETY: the spare capacity is that many bytes, and so is the buffer; the copy is over before this function
+            // returns.
+            let code = unsafe {
+                let (to, stream) = (spare.as_mut_ptr().cast(), self.stream.handle());
+                (calls.cuMemcpyDtoHAsync_v2)(to, self.address, bytes, stream)
+            };
+            let copied = check(calls, "cuMemcpyDtoHAsync", code);
+            self.stream.synchronize().and(copied)?;
         }
+        // SAFETY: the copy has succeeded, so every element is what the device holds, and any bits are valid for plain data.
+        unsafe { to.set_len(self.len) };
         Ok(to)
     }
 }
 
 impl DeviceBuffer<u32> {
-    /// Sets every element to 0, after what was launched before on the default stream; does not wait.
+    /// Sets every element to 0, after what its stream has been given; does not wait.
     ///
     /// # Errors
     /// [`Error::Driver`].
@@ -108,21 +132,56 @@ impl DeviceBuffer<u32> {
         if self.is_empty() {
             return Ok(());
         }
-        self.device.make_current()?;
-        // SAFETY: the buffer holds that many words, aligned as the driver aligns what it allocates. Freeing it waits, and
-        // so do the copies, all on the default stream, which is this device's, as its context is current.
-        unsafe { driver::zero_words(self.address, self.len, std::ptr::null_mut()) }
+        let _entered = self.stream.device.enter()?;
+        // SAFETY: the buffer holds that many words, aligned as the driver aligns what it allocates, and is freed in the order
+        // of this stream, whose context is current.
+        unsafe { driver::zero_words(self.stream.device.calls(), self.address, self.len, self.stream.handle()) }
     }
 }
 
-impl<T: Plain> Drop for DeviceBuffer<T> {
+impl<T: Pod> Drop for DeviceBuffer<T> {
     fn drop(&mut self) {
-        if self.address != 0 && self.device.make_current().is_ok() {
-            // SAFETY: allocated by `new` in this context; nobody can name it any more. The driver waits for the
-            // launches that still use it.
-            unsafe { driver::free(self.address) };
+        if self.address == 0 {
+            return;
+        }
+        let (device, stream) = (&self.stream.device, &self.stream);
+        let Ok(_entered) = device.enter() else { return };
+        if stream.is_capturing() != Ok(false) {
+            return;
+        }
+        // An error here is one of an earlier launch, which other calls report.
+        if device.pools {
+            // SAFETY: allocated by `new` on this stream; no slice of it is left, and other streams that used it were made to
+            // wait for by this one.
+            let _ = unsafe { (device.calls().cuMemFreeAsync)(self.address, stream.handle()) };
+        } else {
+            let _ = stream.synchronize();
+            // SAFETY: allocated by `new` in this context; everything that used it has run.
+            let _ = unsafe { (device.calls().cuMemFree_v2)(self.address) };
         }
     }
+}
+
+/// Memory of `bytes` bytes, in the order of a stream.
+fn allocate(stream: &Stream, operand: Operand, bytes: usize) -> Result<u64> {
+    let (device, calls, mut address) = (&stream.device, stream.device.calls(), 0);
+    let _entered = device.enter()?;
+    if stream.is_capturing()? {
+        return Err(Error::Capturing { operand });
+    }
+    if device.pools {
+        // SAFETY: writes one address; the stream is live.
+        let code = unsafe { (calls.cuMemAllocAsync)(&mut address, bytes, stream.handle()) };
+        check(calls, "cuMemAllocAsync", code)?;
+    } else {
+        // SAFETY: writes one address.
+        check(calls, "cuMemAlloc", unsafe { (calls.cuMemAlloc_v2)(&mut address, bytes) })?;
+    }
+    Ok(address)
+}
+
+fn home(stream: &Stream) -> Home<'_> {
+    Home { ordinal: stream.device.ordinal, stream: Some(stream) }
 }
 
 /// Device memory to be read, borrowed.
@@ -130,16 +189,27 @@ impl<T: Plain> Drop for DeviceBuffer<T> {
 pub struct DeviceSlice<'a, T> {
     pub(super) address: u64,
     pub(super) len: usize,
+    pub(super) home: Home<'a>,
     memory: PhantomData<&'a [T]>,
 }
 
-impl<T> DeviceSlice<'_, T> {
-    /// `len` elements at a device address, say a framework's.
+impl<T: Pod> DeviceSlice<'_, T> {
+    /// `len` elements at an address on the device of `cuda`, for instance a framework's.
     ///
     /// # Safety
-    /// They are valid on the backend's device, and nobody writes them, until what reads this slice has run.
-    pub unsafe fn from_raw(address: u64, len: usize) -> Self {
-        DeviceSlice { address, len, memory: PhantomData }
+    /// They are valid on that device until everything that reads this slice has run. No one writes them meanwhile, and
+    /// what wrote them before comes first in the order of the stream that reads them.
+    pub unsafe fn from_raw(cuda: &Cuda, address: u64, len: usize) -> Self {
+        let home = Home { ordinal: cuda.ordinal(), stream: None };
+        DeviceSlice { address, len, home, memory: PhantomData }
+    }
+}
+
+#[cfg(any(feature = "cust", feature = "cudarc"))]
+impl<'a, T> DeviceSlice<'a, T> {
+    /// The same memory, put in order with the stream of `cuda`.
+    pub(super) fn on(self, cuda: &'a Cuda) -> Self {
+        DeviceSlice { home: home(&cuda.stream), ..self }
     }
 }
 
@@ -148,15 +218,26 @@ impl<T> DeviceSlice<'_, T> {
 pub struct DeviceSliceMut<'a, T> {
     pub(super) address: u64,
     pub(super) len: usize,
+    pub(super) home: Home<'a>,
     memory: PhantomData<&'a mut [T]>,
 }
 
-impl<T> DeviceSliceMut<'_, T> {
-    /// `len` elements at a device address, say a framework's.
+impl<T: Pod> DeviceSliceMut<'_, T> {
+    /// `len` elements at an address on the device of `cuda`, for instance a framework's.
     ///
     /// # Safety
-    /// They are valid on the backend's device, and nobody else accesses them, until what writes this slice has run.
-    pub unsafe fn from_raw(address: u64, len: usize) -> Self {
-        DeviceSliceMut { address, len, memory: PhantomData }
+    /// They are valid on that device until everything that writes this slice has run. Nothing else accesses them meanwhile,
+    /// and what accessed them before comes first in the order of the stream that writes them.
+    pub unsafe fn from_raw(cuda: &Cuda, address: u64, len: usize) -> Self {
+        let home = Home { ordinal: cuda.ordinal(), stream: None };
+        DeviceSliceMut { address, len, home, memory: PhantomData }
+    }
+}
+
+#[cfg(any(feature = "cust", feature = "cudarc"))]
+impl<'a, T> DeviceSliceMut<'a, T> {
+    /// The same memory, put in order with the stream of `cuda`.
+    pub(super) fn on(self, cuda: &'a Cuda) -> Self {
+        DeviceSliceMut { home: home(&cuda.stream), ..self }
     }
 }

@@ -1,35 +1,52 @@
 //! NVIDIA GPUs, through the driver API.
 //!
 //! [`Cuda`] holds the device's primary context, the one that CUDA's runtime and the frameworks on it use, so memory
-//! and streams of theirs can be passed in. The safe calls run on the default stream and return before the GPU is done;
+//! and streams of theirs can be passed in. The safe calls run on the backend's stream and return before the GPU is done;
 //! reading a [`DeviceBuffer`] waits. [`Cuda::forward_raw`], [`Cuda::backward_raw`] and
 //! [`Cuda::total_attention_raw`] are for frameworks: raw addresses, the caller's stream, no allocation and no waiting.
+//!
+//! # Context and streams
+//! - Every call, and every drop, leaves the calling thread's current context as it was.
+//! - [`Cuda::new`] works on the device's default stream, [`Cuda::on_new_stream`] on one of its own, [`Cuda::on_stream`]
+//!   on one of the caller's. Memory belongs to the stream that allocated it, and calls on other streams of the device are
+//!   put in order with it by events, so safe calls may mix streams.
+//! - Raw calls take any stream of the device's primary context, also null and `CU_STREAM_LEGACY` (1) for the default
+//!   stream and `CU_STREAM_PER_THREAD` (2) for the calling thread's.
 
 mod backward;
+#[cfg(feature = "cudarc")]
+mod cudarc;
+#[cfg(feature = "cust")]
+mod cust;
 mod driver;
-mod early_launch;
 mod kernels;
 mod memory;
+mod modules;
+mod stream;
+mod sys;
 mod tensor_map;
 mod timing;
 mod total_attention;
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use cust::CudaFlags;
-use cust::context::{Context, CurrentContext};
-use cust::device::DeviceAttribute;
-use kernels_gpu::element::Element;
+use bytemuck::Pod;
 use kernels_gpu::params::WithDropout;
 use kernels_gpu::variants::{WARP_ROWS, WARPGROUP_ROWS};
 
+#[cfg(feature = "cudarc")]
+pub use cudarc::{CudarcStream, CudarcView, CudarcViewMut};
+#[cfg(feature = "cust")]
+pub use cust::{CustView, CustViewMut};
 pub use kernels::{COMMIT, KERNEL_ASSEMBLER, KERNEL_COMPILER, KERNEL_ORIGIN, KERNELS, Kernel};
-pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut, Plain};
+pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
 
-use crate::backend::{Backend, sealed::Sealed};
+use crate::backend::{Backend, Workspace, sealed::Sealed};
+use crate::element::Element;
 use crate::error::{Error, Operand, Result};
 use crate::operands::{
     AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
@@ -37,7 +54,9 @@ use crate::operands::{
 };
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
 use crate::tensor::Tensor;
-use driver::failed;
+use driver::{Context, EarlyLaunch, Entered, Extent, check};
+use stream::{Order, Stream};
+use sys::{Calls, attribute};
 
 /// The compute capability that the kernels are compiled for.
 const CAPABILITY: (u32, u32) = (9, 0);
@@ -45,64 +64,173 @@ const CAPABILITY: (u32, u32) = (9, 0);
 /// A stream of the driver API, `CUstream`; null is the default stream.
 pub type RawStream = *mut c_void;
 
-/// One GPU. Cheap to clone; every clone is the same device.
+/// One GPU and the stream that safe calls run on. Cheap to clone; every clone is the same device and stream.
 #[derive(Clone)]
 pub struct Cuda {
-    device: Arc<Device>,
+    stream: Arc<Stream>,
 }
 
-/// A device, its context and what was loaded there. Fields are dropped in this order: modules before their context.
+/// A device, its context and what was loaded there.
 struct Device {
-    modules: kernels::Modules,
+    modules: modules::Modules,
     context: Context,
-    device: cust::device::Device,
+    ordinal: u32,
     name: String,
     sm_count: u32,
+    /// True if memory is allocated and freed in a stream's order.
+    pools: bool,
     encoder: tensor_map::Encoder,
-    early_launch: Option<early_launch::EarlyLaunch>,
+    early_launch: Option<EarlyLaunch>,
 }
 
 impl Device {
-    /// Makes the context the calling thread's current one.
-    fn make_current(&self) -> Result<()> {
-        CurrentContext::set_current(&self.context).map_err(failed("cuCtxSetCurrent"))
+    fn calls(&self) -> &'static Calls {
+        self.context.calls
     }
+
+    /// Makes the context the calling thread's current one for as long as the guard lives.
+    fn enter(&self) -> Result<Entered> {
+        self.context.enter()
+    }
+
+    /// The device of this number, shared by every [`Cuda`] of it.
+    fn shared(ordinal: u32) -> Result<Arc<Self>> {
+        static OPEN: Mutex<BTreeMap<u32, Weak<Device>>> = Mutex::new(BTreeMap::new());
+        let calls = sys::calls()?;
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = open.get(&ordinal).and_then(Weak::upgrade) {
+            return Ok(device);
+        }
+        let device = Arc::new(Device::open(calls, ordinal)?);
+        open.insert(ordinal, Arc::downgrade(&device));
+        Ok(device)
+    }
+
+    fn open(calls: &'static Calls, ordinal: u32) -> Result<Self> {
+        let count = device_count(calls)?;
+        if ordinal >= count {
+            let reason = format!("device {ordinal} was asked for, and the driver shows {count}");
+            return Err(Error::NoDevice { reason });
+        }
+        let mut device = 0;
+        // SAFETY: writes one handle.
+        check(calls, "cuDeviceGet", unsafe { (calls.cuDeviceGet)(&mut device, ordinal as i32) })?;
+        let mut name = [0u8; 256];
+        // SAFETY: the buffer has as many bytes as the call is told; what it writes ends with a zero.
+        let code = unsafe { (calls.cuDeviceGetName)(name.as_mut_ptr().cast(), name.len() as i32, device) };
+        check(calls, "cuDeviceGetName", code)?;
+        let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+        let name = String::from_utf8_lossy(&name[..end]).into_owned();
+        let get = |attribute| device_attribute(calls, attribute, device);
+        let capability = (get(attribute::CAPABILITY_MAJOR)?, get(attribute::CAPABILITY_MINOR)?);
+        if capability != CAPABILITY {
+            let (major, minor) = capability;
+            return Err(Error::UnsupportedDevice { name, major, minor, needed: "9.0" });
+        }
+        let sm_count = get(attribute::MULTIPROCESSOR_COUNT)?;
+        let pools = get(attribute::MEMORY_POOLS_SUPPORTED)? != 0;
+        let early_launch = EarlyLaunch::of(calls, driver_version(calls)?);
+        let encoder = tensor_map::Encoder::of(calls)?;
+        let context = Context::retain(calls, device)?;
+        let modules = modules::Modules::new();
+        Ok(Device { modules, context, ordinal, name, sm_count, pools, encoder, early_launch })
+    }
+}
+
+impl Drop for Device {
+    /// Unloads the kernels once everything in the context has run.
+    fn drop(&mut self) {
+        let Ok(_entered) = self.context.enter() else { return };
+        // SAFETY: the context is current. The wait fails while a stream is captured; then the modules stay loaded, for the
+        // graph may use them.
+        if unsafe { (self.calls().cuCtxSynchronize)() } == sys::SUCCESS {
+            // SAFETY: functions are used through a reference to this device alone, and all that was launched has run.
+            unsafe { self.modules.unload() };
+        }
+    }
+}
+
+fn device_count(calls: &Calls) -> Result<u32> {
+    let mut count = 0;
+    // SAFETY: writes one number.
+    check(calls, "cuDeviceGetCount", unsafe { (calls.cuDeviceGetCount)(&mut count) })?;
+    Ok(count.max(0) as u32)
+}
+
+fn device_attribute(calls: &Calls, attribute: i32, device: sys::DeviceHandle) -> Result<u32> {
+    let mut value = 0;
+    // SAFETY: writes one number; the device is one that the driver named.
+    let code = unsafe { (calls.cuDeviceGetAttribute)(&mut value, attribute, device) };
+    check(calls, "cuDeviceGetAttribute", code)?;
+    Ok(value.unsigned_abs())
+}
+
+/// The CUDA version that the driver supports: 1000 times the major number and 10 times the minor one.
+fn driver_version(calls: &Calls) -> Result<i32> {
+    let mut version = 0;
+    // SAFETY: writes one number.
+    check(calls, "cuDriverGetVersion", unsafe { (calls.cuDriverGetVersion)(&mut version) })?;
+    Ok(version)
 }
 
 impl Cuda {
     /// How many devices the driver shows; 0 without a driver.
     pub fn device_count() -> u32 {
-        cust::init(CudaFlags::empty()).and_then(|()| cust::device::Device::num_devices()).unwrap_or(0)
+        sys::calls().and_then(device_count).unwrap_or(0)
     }
 
-    /// Opens device `ordinal`.
+    /// Opens device `ordinal`; safe calls run on its default stream.
+    ///
+    /// NVIDIA's driver is opened here, at run time. Every [`Cuda`] of a device shares its loaded kernels. Dropping the last
+    /// one waits for the device and unloads them.
     ///
     /// # Errors
-    /// [`Error::NoDevice`]; [`Error::UnsupportedDevice`] for a GPU that is not of compute capability 9.0;
-    /// [`Error::Driver`].
+    /// [`Error::NoDevice`], which says what is missing; [`Error::UnsupportedDevice`] for a GPU that is not of compute
+    /// capability 9.0; [`Error::Driver`].
     pub fn new(ordinal: u32) -> Result<Self> {
-        let none = |error: cust::error::CudaError| Error::NoDevice { reason: driver::words(error) };
-        cust::init(CudaFlags::empty()).map_err(none)?;
-        let device = cust::device::Device::get_device(ordinal).map_err(none)?;
-        let name = device.name().map_err(failed("cuDeviceGetName"))?;
-        let get =
-            |attribute| device.get_attribute(attribute).map(i32::unsigned_abs).map_err(failed("cuDeviceGetAttribute"));
-        let capability = (get(DeviceAttribute::ComputeCapabilityMajor)?, get(DeviceAttribute::ComputeCapabilityMinor)?);
-        if capability != CAPABILITY {
-            let (major, minor) = capability;
-            return Err(Error::UnsupportedDevice { name, major, minor, needed: "9.0" });
-        }
-        let sm_count = get(DeviceAttribute::MultiprocessorCount)?;
-        let context = Context::new(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let encoder = tensor_map::Encoder::find()?;
-        let early_launch = early_launch::EarlyLaunch::find();
-        let modules = kernels::Modules::new();
-        Ok(Cuda { device: Arc::new(Device { modules, context, device, name, sm_count, encoder, early_launch }) })
+        Ok(Cuda { stream: Arc::new(Stream::default_of(Device::shared(ordinal)?)) })
+    }
+
+    /// The same device, with safe calls on a new stream, which is destroyed when the last user is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn on_new_stream(&self) -> Result<Self> {
+        Ok(Cuda { stream: Arc::new(Stream::new(self.stream.device.clone())?) })
+    }
+
+    /// The same device, with safe calls on a stream of the caller's: of the device's primary context, or null or
+    /// `CU_STREAM_LEGACY` for the default stream.
+    ///
+    /// # Errors
+    /// [`Error::ThreadStream`] for `CU_STREAM_PER_THREAD`; [`Error::WrongContext`] for a stream of another context or
+    /// device; [`Error::Driver`].
+    ///
+    /// # Safety
+    /// `stream` is such a stream, and lives as long as the returned value, its clones and what they allocate.
+    pub unsafe fn on_stream(&self, stream: RawStream) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        let stream = unsafe { Stream::caller(self.stream.device.clone(), stream) }?;
+        Ok(Cuda { stream: Arc::new(stream) })
+    }
+
+    /// The stream that safe calls run on; null is the default stream.
+    pub fn stream(&self) -> RawStream {
+        self.stream.handle()
+    }
+
+    fn device(&self) -> &Device {
+        &self.stream.device
+    }
+
+    /// The device's number.
+    pub fn ordinal(&self) -> u32 {
+        self.device().ordinal
     }
 
     /// The device's name.
     pub fn name(&self) -> &str {
-        &self.device.name
+        &self.device().name
     }
 
     /// The CUDA version that the driver supports, as (major, minor).
@@ -110,8 +238,8 @@ impl Cuda {
     /// # Errors
     /// [`Error::Driver`].
     pub fn driver_version(&self) -> Result<(i32, i32)> {
-        let version = cust::CudaApiVersion::get().map_err(failed("cuDriverGetVersion"))?;
-        Ok((version.major(), version.minor()))
+        let version = driver_version(self.device().calls())?;
+        Ok((version / 1000, version % 1000 / 10))
     }
 
     /// Bytes of device memory.
@@ -119,7 +247,11 @@ impl Cuda {
     /// # Errors
     /// [`Error::Driver`].
     pub fn total_memory(&self) -> Result<usize> {
-        self.device.device.total_memory().map_err(failed("cuDeviceTotalMem"))
+        let (context, mut bytes) = (&self.device().context, 0);
+        // SAFETY: writes one number; the device is one that the driver named.
+        let code = unsafe { (context.calls.cuDeviceTotalMem_v2)(&mut bytes, context.device) };
+        check(context.calls, "cuDeviceTotalMem", code)?;
+        Ok(bytes)
     }
 
     /// The device's peak clock rate in kHz.
@@ -127,17 +259,25 @@ impl Cuda {
     /// # Errors
     /// [`Error::Driver`].
     pub fn clock_khz(&self) -> Result<u32> {
-        let rate = self.device.device.get_attribute(DeviceAttribute::ClockRate);
-        Ok(rate.map_err(failed("cuDeviceGetAttribute"))?.unsigned_abs())
+        let context = &self.device().context;
+        device_attribute(context.calls, attribute::CLOCK_RATE, context.device)
     }
 
-    /// Waits until everything that was launched on the device has run.
+    /// Waits until everything that was launched on the device, on any stream of its primary context, has run.
     ///
     /// # Errors
     /// [`Error::Driver`], also for what went wrong in earlier launches.
     pub fn synchronize(&self) -> Result<()> {
-        self.device.make_current()?;
-        CurrentContext::synchronize().map_err(failed("cuCtxSynchronize"))
+        let _entered = self.device().enter()?;
+        let calls = self.device().calls();
+        // SAFETY: the context is current.
+        check(calls, "cuCtxSynchronize", unsafe { (calls.cuCtxSynchronize)() })
+    }
+
+    /// The kernel of this name, loaded; the device's context is current.
+    fn kernel(&self, symbol: &'static str, smem_bytes: u32) -> Result<&modules::Loaded> {
+        let device = self.device();
+        device.modules.get(device.calls(), symbol, smem_bytes)
     }
 
     /// Loads a plan's kernel, so that its first launch need not. Returns how long loading took when it happened.
@@ -145,8 +285,8 @@ impl Cuda {
     /// # Errors
     /// [`Error::Driver`].
     pub fn load(&self, plan: &Plan) -> Result<Duration> {
-        self.device.make_current()?;
-        Ok(self.device.modules.get(plan.variant().symbol, plan.smem_bytes())?.load_time)
+        let _entered = self.device().enter()?;
+        Ok(self.kernel(plan.variant().symbol, plan.smem_bytes())?.load_time)
     }
 
     /// Runs a forward plan on raw device addresses and the caller's stream. After a kernel's first use (see
@@ -157,23 +297,25 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for all that their layouts span, of elements of
-    /// the plan's dtype; nobody writes Q, K or V, or accesses O or the LSE. `stream` is a stream of this device's
-    /// primary context, or null.
+    /// the plan's dtype; Q, K and V are not written, and O and the LSE not accessed, by anything else. `stream` is a stream
+    /// of this device's primary context, or null.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward, stream: RawStream) -> Result<()> {
         args.validate(plan)?;
+        let _entered = self.device().enter()?;
         // SAFETY: validated; the caller's promise.
         unsafe { self.launch(plan, args, stream) }
     }
 
+    /// Launches a forward plan; the device's context is current.
+    ///
     /// # Safety
     /// As [`Cuda::forward_raw`], with arguments that were validated for `plan`.
     unsafe fn launch(&self, plan: &Plan, args: &RawForward, stream: RawStream) -> Result<()> {
         if plan.work_tiles() == 0 {
             return Ok(());
         }
-        self.device.make_current()?;
         let (variant, dtype) = (plan.variant(), plan.problem().dtype);
-        let encode = |tensor: &RawTensor, rows| self.device.encoder.encode(tensor, dtype, rows);
+        let encode = |tensor: &RawTensor, rows| self.device().encoder.encode(tensor, dtype, rows);
         let q = encode(&args.q, WARPGROUP_ROWS)?;
         let o = encode(&args.o, WARP_ROWS)?;
         let maps = match plan.problem().seqlen_k {
@@ -189,16 +331,16 @@ impl Cuda {
             (Some(_), 0) => Some(Pair { q: maps[0], k: maps[1] }),
             (Some(Pair { q, k }), _) => Some(Pair { q: encode(q, WARPGROUP_ROWS)?, k: encode(k, variant.block_n)? }),
         };
-        let function = self.device.modules.get(variant.symbol, plan.smem_bytes())?.function;
-        let (grid, block, smem, stream) = (plan.grid(), plan.block(), plan.smem_bytes(), stream.cast());
+        let function = self.kernel(variant.symbol, plan.smem_bytes())?.function;
+        let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
         // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
         unsafe {
             match (second_pair(plan.dist_threshold(), second), plan.launched) {
-                (Some(second), _) => function.launch(grid, block, smem, stream, &args.params(plan, maps, second)),
-                (None, None) => function.launch(grid, block, smem, stream, &args.params(plan, maps, ())),
+                (Some(second), _) => function.launch(extent, stream, &args.params(plan, maps, second)),
+                (None, None) => function.launch(extent, stream, &args.params(plan, maps, ())),
                 (None, Some(dropout)) => {
                     let params = WithDropout { params: args.params(plan, maps, ()), dropout };
-                    function.launch(grid, block, smem, stream, &params)
+                    function.launch(extent, stream, &params)
                 }
             }
         }
@@ -208,44 +350,42 @@ impl Cuda {
 impl Sealed for Cuda {}
 
 impl Backend for Cuda {
-    type Slice<'a, T: Copy + Send + Sync + 'static> = DeviceSlice<'a, T>;
-    type SliceMut<'a, T: Copy + Send + Sync + 'static> = DeviceSliceMut<'a, T>;
-    type Buffer<T: Copy + Send + Sync + 'static> = DeviceBuffer<T>;
+    type Slice<'a, T: Pod> = DeviceSlice<'a, T>;
+    type SliceMut<'a, T: Pod> = DeviceSliceMut<'a, T>;
+    type Buffer<T: Pod> = DeviceBuffer<T>;
 
     fn sm_count(&self) -> u32 {
-        self.device.sm_count
+        self.device().sm_count
     }
 
-    /// The content is undefined: kernels write every element that a caller reads.
-    fn allocate<T: Copy + Send + Sync + 'static>(&self, operand: Operand, len: usize, _: T) -> Result<DeviceBuffer<T>> {
+    fn allocate<T: Pod>(&self, operand: Operand, len: usize) -> Result<DeviceBuffer<T>> {
         DeviceBuffer::new(self, operand, len)
     }
 
-    fn upload<T: Copy + Send + Sync + 'static>(&self, operand: Operand, from: &[T]) -> Result<DeviceBuffer<T>> {
+    fn upload<T: Pod>(&self, operand: Operand, from: &[T]) -> Result<DeviceBuffer<T>> {
         let mut buffer = DeviceBuffer::new(self, operand, from.len())?;
         buffer.copy_from_host(from)?;
         Ok(buffer)
     }
 
-    fn download<T: Copy + Send + Sync + 'static>(&self, from: &DeviceBuffer<T>) -> Result<Vec<T>> {
+    fn download<T: Pod>(&self, from: &DeviceBuffer<T>) -> Result<Vec<T>> {
         from.to_host()
     }
 
-    fn slice<T: Copy + Send + Sync + 'static>(buffer: &DeviceBuffer<T>) -> DeviceSlice<'_, T> {
+    fn slice<T: Pod>(buffer: &DeviceBuffer<T>) -> DeviceSlice<'_, T> {
         buffer.as_slice()
     }
 
-    fn slice_mut<T: Copy + Send + Sync + 'static>(
-        buffer: &mut DeviceBuffer<T>,
-        range: Range<usize>,
-    ) -> DeviceSliceMut<'_, T> {
+    fn slice_mut<T: Pod>(buffer: &mut DeviceBuffer<T>, range: Range<usize>) -> DeviceSliceMut<'_, T> {
         buffer.as_slice_mut(range)
     }
 
     fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &ForwardInputs<DeviceSlice<'_, E>>) -> Result<()> {
         check_second(plan.variant().op, inputs.second.is_some())?;
         check_dtype(plan.problem(), E::DTYPE)?;
+        let mut order = Order::on(&self.stream);
         for (operand, tensor) in inputs.named() {
+            order.add(operand, tensor.data.home)?;
             let raw = RawTensor { address: tensor.data.address, layout: tensor.layout };
             check_tensor(plan.problem(), operand, &raw, AddressSpace::Device, Some(tensor.data.len))?;
         }
@@ -259,6 +399,14 @@ impl Backend for Cuda {
         o: Tensor<DeviceSliceMut<'_, E>>,
         lse: Option<DeviceSliceMut<'_, f32>>,
     ) -> Result<()> {
+        let mut order = Order::on(&self.stream);
+        for (operand, tensor) in inputs.named() {
+            order.add(operand, tensor.data.home)?;
+        }
+        order.add(Operand::O, o.data.home)?;
+        if let Some(lse) = &lse {
+            order.add(Operand::Lse, lse.home)?;
+        }
         let ForwardInputs { q, k, second, v } = inputs;
         let buffers = Buffers {
             dtype: E::DTYPE,
@@ -278,9 +426,10 @@ impl Backend for Cuda {
             lse: lse.map(|lse| lse.address),
         };
         args.validate_buffers(plan, AddressSpace::Device, &buffers)?;
-        // SAFETY: the arguments were validated against the plan; the slices stand for valid memory, borrowed as the
-        // kernel uses it. Freeing a buffer waits for the launch, and so do the copies, all on the default stream.
-        unsafe { self.launch(plan, &args, std::ptr::null_mut()) }
+        let _entered = self.device().enter()?;
+        // SAFETY: the arguments were validated against the plan; the slices stand for valid memory of this device, borrowed as
+        // the kernel uses it. What is done with that memory later comes after the launch in its stream, by `Order`.
+        order.run(|| unsafe { self.launch(plan, &args, self.stream()) })
     }
 
     fn check_backward_inputs<E: Element>(
@@ -298,8 +447,9 @@ impl Backend for Cuda {
         inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         outputs: Gradients<Tensor<DeviceSliceMut<'_, E>>>,
         second: Option<SecondTensors<DeviceSlice<'_, E>, DeviceSliceMut<'_, E>>>,
+        workspace: &mut Workspace<Self>,
     ) -> Result<()> {
-        self.run_backward(plan, inputs, outputs, second)
+        self.run_backward(plan, inputs, outputs, second, workspace)
     }
 
     fn check_total_inputs<E: Element>(

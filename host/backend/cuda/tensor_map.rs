@@ -1,37 +1,19 @@
 //! Tensor maps: how the copy engine is told what a tensor looks like (CUDA driver API, cuTensorMapEncodeTiled).
 //!
-//! `cust` binds an older driver, so the call is looked up by name. Encoding is arithmetic on the host: it touches
-//! neither the device nor its memory, and takes well under a microsecond.
+//! Encoding is arithmetic on the host: it touches neither the device nor its memory, and takes well under a microsecond.
 
 use std::ffi::c_void;
 
-use cust::sys;
 use kernels_gpu::params::TensorMap;
 use kernels_gpu::tile::smem::PANEL_COLUMNS;
 use kernels_gpu::variants::Dtype;
 
 use super::driver::check;
+use super::sys::{self, Calls};
 use crate::error::{Error, Result};
 use crate::operands::RawTensor;
 
 const RANK: usize = 4;
-
-/// `cuTensorMapEncodeTiled`: map, type, rank, address, extents, byte strides from the second on, box, element strides,
-/// interleave, swizzle, L2 promotion, fill.
-type EncodeTiled = unsafe extern "C" fn(
-    *mut TensorMapOut,
-    u32,
-    u32,
-    *mut c_void,
-    *const u64,
-    *const u64,
-    *const u32,
-    *const u32,
-    u32,
-    u32,
-    u32,
-    u32,
-) -> sys::CUresult;
 
 /// The driver wants the map on a 64-byte boundary.
 #[repr(C, align(64))]
@@ -45,22 +27,34 @@ const SWIZZLE_128B: u32 = 3;
 const L2_PROMOTION_256B: u32 = 3;
 const FILL_ZEROS: u32 = 0;
 
+type EncodeTiled = unsafe extern "C" fn(
+    *mut c_void,
+    u32,
+    u32,
+    *mut c_void,
+    *const u64,
+    *const u64,
+    *const u32,
+    *const u32,
+    u32,
+    u32,
+    u32,
+    u32,
+) -> sys::Code;
+
 /// The driver's encoder.
 #[derive(Clone, Copy)]
-pub(super) struct Encoder(EncodeTiled);
+pub(super) struct Encoder(&'static Calls, EncodeTiled);
 
 impl Encoder {
-    /// Looks it up in the driver.
-    pub(super) fn find() -> Result<Self> {
-        const CALL: &str = "cuGetProcAddress(cuTensorMapEncodeTiled)";
-        let mut address = std::ptr::null_mut();
-        // SAFETY: the name is a C string; 12000 is the driver version that introduced the function.
-        check(CALL, unsafe { sys::cuGetProcAddress(c"cuTensorMapEncodeTiled".as_ptr(), &mut address, 12000, 0) })?;
-        if address.is_null() {
-            return Err(Error::Driver { call: CALL, message: "the driver is older than CUDA 12.0".to_owned() });
-        }
-        // SAFETY: the driver gave this address for a function of this signature.
-        Ok(Encoder(unsafe { std::mem::transmute::<*mut c_void, EncodeTiled>(address) }))
+    /// The driver's call.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] for a driver that is older than CUDA 12.0.
+    pub(super) fn of(calls: &'static Calls) -> Result<Self> {
+        let reason = "NVIDIA's driver is older than CUDA 12.0, which kernels for Hopper need: install a newer one";
+        let encode = calls.cuTensorMapEncodeTiled.ok_or_else(|| Error::NoDevice { reason: reason.to_owned() })?;
+        Ok(Encoder(calls, encode))
     }
 
     /// The map of a tensor that is not empty, for boxes of 64 columns and `rows` rows, in the 128-byte swizzle.
@@ -79,8 +73,8 @@ impl Encoder {
         let mut map = TensorMapOut(TensorMap([0; 16]));
         // SAFETY: every pointer is to as many elements as the rank asks for; the address is only recorded.
         let code = unsafe {
-            (self.0)(
-                &mut map,
+            (self.1)(
+                (&raw mut map).cast(),
                 data_type,
                 RANK as u32,
                 tensor.address as *mut c_void,
@@ -94,7 +88,7 @@ impl Encoder {
                 FILL_ZEROS,
             )
         };
-        check("cuTensorMapEncodeTiled", code)?;
+        check(self.0, "cuTensorMapEncodeTiled", code)?;
         Ok(map.0)
     }
 }

@@ -1,9 +1,9 @@
-//! Device time: what lies between two events of the default stream, where the safe calls run.
+//! Device time: what lies between two events of the backend's stream, where the safe calls run.
 
 use std::time::Duration;
 
 use super::Cuda;
-use super::driver::Event;
+use super::stream::{Event, Stream};
 use crate::error::Result;
 
 impl Cuda {
@@ -12,8 +12,8 @@ impl Cuda {
     /// # Errors
     /// Those of `work`; [`Error::Driver`](crate::Error::Driver).
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
-        self.device.make_current()?;
-        let interval = Interval::new()?;
+        let _entered = self.device().enter()?;
+        let interval = Interval::new(self)?;
         interval.around(work)?;
         interval.elapsed()
     }
@@ -29,9 +29,9 @@ impl Cuda {
         mut before: impl FnMut() -> Result<()>,
         mut work: impl FnMut() -> Result<()>,
     ) -> Result<Vec<Duration>> {
-        self.device.make_current()?;
+        let _entered = self.device().enter()?;
         // All of them beforehand, so that the host is never behind the device.
-        let intervals = (0..runs).map(|_| Interval::new()).collect::<Result<Vec<_>>>()?;
+        let intervals = (0..runs).map(|_| Interval::new(self)).collect::<Result<Vec<_>>>()?;
         for interval in &intervals {
             before()?;
             interval.around(&mut work)?;
@@ -40,26 +40,32 @@ impl Cuda {
     }
 }
 
+/// Flags of an event that notes the time: none.
+const TIMED: u32 = 0;
+
 /// Two events, with what is timed between them.
-struct Interval {
-    start: Event,
-    stop: Event,
+struct Interval<'a> {
+    stream: &'a Stream,
+    start: Event<'a>,
+    stop: Event<'a>,
 }
 
-impl Interval {
-    /// The context in which it will be recorded is current.
-    fn new() -> Result<Self> {
-        Ok(Interval { start: Event::new()?, stop: Event::new()? })
+impl<'a> Interval<'a> {
+    /// On the backend's stream, whose context is current.
+    fn new(cuda: &'a Cuda) -> Result<Self> {
+        let event = || Event::new(cuda.device(), TIMED);
+        Ok(Interval { stream: &cuda.stream, start: event()?, stop: event()? })
     }
 
     fn around(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.start.record()?;
+        self.start.record(self.stream)?;
         work()?;
-        self.stop.record()
+        self.stop.record(self.stream)
     }
 
     /// Waits until the device has come to its end.
     fn elapsed(&self) -> Result<Duration> {
-        self.stop.elapsed_since(&self.start)
+        let milliseconds = self.stop.milliseconds_since(&self.start)?;
+        Ok(Duration::from_secs_f64(f64::from(milliseconds) / 1e3))
     }
 }

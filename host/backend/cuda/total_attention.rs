@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use kernels_gpu::element::Element;
-
-use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream, driver};
-use crate::error::Result;
+use super::driver::{Extent, zero_words};
+use super::stream::Order;
+use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream};
+use crate::element::Element;
+use crate::error::{Operand, Result};
 use crate::operands::{AddressSpace, Memory, RawTensor, RawTotalAttention, check_dtype, check_total_inputs};
 use crate::plan::TotalPlan;
 use crate::tensor::Tensor;
@@ -17,8 +18,8 @@ impl Cuda {
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver).
     pub fn load_total_attention(&self, plan: &TotalPlan) -> Result<Duration> {
-        self.device.make_current()?;
-        Ok(self.device.modules.get(plan.variant().symbol, plan.smem_bytes())?.load_time)
+        let _entered = self.device().enter()?;
+        Ok(self.kernel(plan.variant().symbol, plan.smem_bytes())?.load_time)
     }
 
     /// Computes total attention on raw device addresses and the caller's stream. After the kernel's first use (see
@@ -29,8 +30,8 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for all that their layouts span, of elements of
-    /// the plan's dtype, f32 for the LSE and the result; nobody writes an input, or accesses the result. `stream` is a
-    /// stream of this device's primary context, or null.
+    /// the plan's dtype, f32 for the LSE and the result; inputs are not written, and the result not accessed, by anything
+    /// else. `stream` is a stream of this device's primary context, or null.
     pub unsafe fn total_attention_raw(
         &self,
         plan: &TotalPlan,
@@ -38,6 +39,7 @@ impl Cuda {
         stream: RawStream,
     ) -> Result<()> {
         args.validate(plan)?;
+        let _entered = self.device().enter()?;
         // SAFETY: validated; the caller's promise.
         unsafe { self.launch_total(plan, args, stream) }
     }
@@ -50,6 +52,7 @@ impl Cuda {
         k: &Tensor<DeviceSlice<'_, E>>,
         lse: &DeviceSlice<'_, f32>,
     ) -> Result<()> {
+        self.order_of_total(q, k, lse)?;
         check_dtype(plan.problem(), E::DTYPE)?;
         check_total_inputs(plan, &tensor(q), &tensor(k), memory(lse), AddressSpace::Device)
     }
@@ -63,33 +66,52 @@ impl Cuda {
         lse: &DeviceSlice<'_, f32>,
         total: &DeviceSliceMut<'_, f32>,
     ) -> Result<()> {
+        let mut order = self.order_of_total(q, k, lse)?;
+        order.add(Operand::Total, total.home)?;
         let result = Memory { address: total.address, len: Some(total.len) };
         let (tensors, lines) = ([tensor(q), tensor(k)], [memory(lse), result]);
         let args = RawTotalAttention::lower(plan, E::DTYPE, AddressSpace::Device, tensors, lines)?;
-        // SAFETY: the arguments were validated against the plan; the slices stand for valid memory, borrowed as the kernel
-        // uses it. Freeing a buffer waits for the launch, and so do the copies, all on the default stream.
-        unsafe { self.launch_total(plan, &args, std::ptr::null_mut()) }
+        let _entered = self.device().enter()?;
+        // SAFETY: the arguments were validated against the plan; the slices stand for valid memory of this device, borrowed as
+        // the kernel uses it. What is done with that memory later comes after the launch in its stream, by `Order`.
+        order.run(|| unsafe { self.launch_total(plan, &args, self.stream()) })
     }
 
+    /// Where the inputs lie.
+    fn order_of_total<'a, E: Element>(
+        &'a self,
+        q: &Tensor<DeviceSlice<'a, E>>,
+        k: &Tensor<DeviceSlice<'a, E>>,
+        lse: &DeviceSlice<'a, f32>,
+    ) -> Result<Order<'a>> {
+        let mut order = Order::on(&self.stream);
+        order.add(Operand::Q, q.data.home)?;
+        order.add(Operand::K, k.data.home)?;
+        order.add(Operand::Lse, lse.home)?;
+        Ok(order)
+    }
+
+    /// Launches a plan of total attention; the device's context is current.
+    ///
     /// # Safety
     /// As [`Cuda::total_attention_raw`], with arguments that were validated for `plan`.
     unsafe fn launch_total(&self, plan: &TotalPlan, args: &RawTotalAttention, stream: RawStream) -> Result<()> {
-        let (len, stream) = (plan.problem().total_len(), stream.cast());
+        let len = plan.problem().total_len();
         if len == 0 {
             return Ok(());
         }
-        self.device.make_current()?;
         if plan.work_tiles() == 0 {
             // SAFETY: the caller's promise; the result has that many elements.
-            return unsafe { driver::zero_words(args.total, len, stream) };
+            return unsafe { zero_words(self.device().calls(), args.total, len, stream) };
         }
         let (variant, dtype) = (plan.variant(), plan.problem().dtype);
-        let encode = |tensor: &RawTensor, rows| self.device.encoder.encode(tensor, dtype, rows);
+        let encode = |tensor: &RawTensor, rows| self.device().encoder.encode(tensor, dtype, rows);
         let maps = [encode(&args.q, variant.block_m)?, encode(&args.k, variant.block_n())?];
         let params = args.params(plan, maps);
-        let function = self.device.modules.get(variant.symbol, plan.smem_bytes())?.function;
+        let function = self.kernel(variant.symbol, plan.smem_bytes())?.function;
+        let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
         // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
-        unsafe { function.launch(plan.grid(), plan.block(), plan.smem_bytes(), stream, &params) }
+        unsafe { function.launch(extent, stream, &params) }
     }
 }
 

@@ -42,7 +42,7 @@ fn forward<B: Timed, E: Element>(
 ) -> Result<Option<Measured>> {
     let (plan, shape) = (step.plan(backend.sm_count())?, step.problem.q_shape());
     let len = shape.iter().product();
-    let mut o = backend.allocate(Operand::O, len, E::from_f32(0.0))?;
+    let mut o = backend.allocate(Operand::O, len)?;
     let launch = || {
         let o = Tensor::bhsd(B::slice_mut(&mut o, 0..len), shape);
         backend.forward_into(&plan, inputs.tensors(&plan), o, None)
@@ -60,7 +60,7 @@ fn backward<B: Timed, E: Element>(
     let (forward, plan) = (step.plan(backend.sm_count())?, step.plan_backward(backend.sm_count())?);
     let mut memory = BackwardMemory::new(backend, &forward, inputs)?;
     let lse_bytes = step.problem.lse_len() * size_of::<f32>();
-    median(backend, backend.backward(&plan, &mut memory)?, method, lse_bytes + plan.workspace_bytes())
+    median(backend, || memory.run(backend, &plan), method, lse_bytes + plan.workspace_bytes())
 }
 
 /// Total attention alone; one forward pass before gives the LSE.
@@ -76,9 +76,9 @@ fn total_attention<B: Timed, E: Element>(
     let k = || inputs.k.tensor(problem.kv_shape());
     // The LSE is the same whatever V is.
     let lse = attention.forward(backend, q(), k(), k())?.lse;
-    let lse = lse.map_or_else(|| backend.allocate(Operand::Lse, 0, 0.0), Ok)?;
+    let lse = lse.map_or_else(|| backend.allocate(Operand::Lse, 0), Ok)?;
     let len = problem.total_len();
-    let mut total = backend.allocate(Operand::Total, len, 0.0)?;
+    let mut total = backend.allocate(Operand::Total, len)?;
     let launch = || backend.total_attention_into(&plan, q(), k(), B::slice(&lse), B::slice_mut(&mut total, 0..len));
     median(backend, launch, method, problem.lse_len() * size_of::<f32>())
 }

@@ -50,7 +50,7 @@ impl Method {
     pub fn times<B: Timed>(&self, backend: &B, mut run: impl FnMut() -> Result<()>) -> Result<Vec<Duration>> {
         match self.protocol {
             Protocol::L2Cleared => {
-                let mut cache = backend.allocate(Operand::Workspace, CLEARING_BYTES / size_of::<u32>(), 0)?;
+                let mut cache = backend.allocate(Operand::Workspace, CLEARING_BYTES / size_of::<u32>())?;
                 cleared(backend, &mut cache, &mut run, self.budget)
             }
             Protocol::Sustained => {

@@ -9,13 +9,15 @@
 //! fragment, which has no readable element until [`Warpgroup::wait`] has turned it into one.
 
 #[cfg(not(target_arch = "nvptx64"))]
+mod bytes;
+#[cfg(all(feature = "cpu", not(target_arch = "nvptx64")))]
 pub mod cpu;
 #[cfg(target_arch = "nvptx64")]
 pub mod sm90;
 mod total_attention;
 
 #[cfg(not(target_arch = "nvptx64"))]
-pub use cpu::select_bytes;
+pub use bytes::select_bytes;
 #[cfg(target_arch = "nvptx64")]
 pub use sm90::select_bytes;
 pub use total_attention::TotalWarpgroup;

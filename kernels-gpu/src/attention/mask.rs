@@ -11,9 +11,11 @@ use crate::params::Shape;
 pub trait Mask: Copy {
     /// Whether a query may see fewer than all keys.
     const HIDES: bool;
-    /// Query row `i` sees the keys `0..live_end(i)`, never more than seqlen_k, and never fewer than row `i − 1`.
+    /// Query row `i` sees the keys `0..live_end(i)`, never more than seqlen_k, and never fewer than row `i − 1`. For a
+    /// row of padding, from seqlen_q on, the sum may wrap: no result of such a row is stored.
     fn live_end(shape: &Shape, i: u32) -> u32;
-    /// Key `j` is seen by the query rows from this one on, by the same rule; for j below seqlen_k.
+    /// Key `j` is seen by the query rows from this one on, by the same rule. For a key of padding, from seqlen_k on,
+    /// the difference may wrap: no result of such a key is stored.
     fn live_start(shape: &Shape, j: u32) -> u32;
 }
 
@@ -41,12 +43,12 @@ impl Mask for Causal {
     const HIDES: bool = true;
     #[inline(always)]
     fn live_end(shape: &Shape, i: u32) -> u32 {
-        let end = i as i32 + 1 + (shape.seqlen_k as i32 - shape.seqlen_q as i32);
+        let end = (i as i32).wrapping_add(1).wrapping_add(shape.seqlen_k as i32 - shape.seqlen_q as i32);
         end.max(0).min(shape.seqlen_k as i32) as u32
     }
     #[inline(always)]
     fn live_start(shape: &Shape, j: u32) -> u32 {
-        (j as i32 - (shape.seqlen_k as i32 - shape.seqlen_q as i32)).max(0) as u32
+        (j as i32).wrapping_sub(shape.seqlen_k as i32 - shape.seqlen_q as i32).max(0) as u32
     }
 }
 

@@ -67,12 +67,14 @@ impl Pairs for ByDistance {
     const COUNT: u32 = 2;
     #[inline(always)]
     fn second_end(self, shape: &Shape, i: u32) -> u32 {
-        let end = i as i32 + 1 + (shape.seqlen_k as i32 - shape.seqlen_q as i32);
+        // Wraps as `Causal::live_end` does.
+        let end = (i as i32).wrapping_add(1).wrapping_add(shape.seqlen_k as i32 - shape.seqlen_q as i32);
         end.saturating_sub(self.threshold).max(0).min(shape.seqlen_k as i32) as u32
     }
     #[inline(always)]
     fn second_start(self, shape: &Shape, j: u32) -> u32 {
-        let live = j as i32 - (shape.seqlen_k as i32 - shape.seqlen_q as i32);
+        // Wraps as `Causal::live_start` does.
+        let live = (j as i32).wrapping_sub(shape.seqlen_k as i32 - shape.seqlen_q as i32);
         live.saturating_add(self.threshold).max(0) as u32
     }
 }

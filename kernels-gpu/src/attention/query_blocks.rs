@@ -64,6 +64,9 @@ impl MBlocks {
     }
 }
 
+/// Maximum number of query blocks that a CTA of the backward kernel visits: its consumers count them in 30 bits.
+pub const MAX_QUERY_BLOCKS: u32 = (1 << 30) - 1;
+
 /// Query blocks that share a turn in an exact pass. Blocks of keys of one head follow each other at that distance; fewer
 /// turns cost less to wait for and to count.
 pub const fn turn_blocks(head_dim: u32) -> u32 {

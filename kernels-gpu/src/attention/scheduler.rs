@@ -17,6 +17,10 @@ const TRIAL_TILES: u32 = 8192;
 /// What starting and storing a tile costs, in blocks of the mainloop.
 const TILE_OVERHEAD: u64 = 1;
 
+/// Maximum number of CTAs of a persistent grid. With it, the index that ends a CTA's tiles fits in 32 bits
+/// ([`CtaTiles::next_index`]): it is below tiles + 2 · CTAs.
+pub const MAX_CTAS: u32 = 1 << 20;
+
 /// What the work tiles of a group of heads have in common, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupBytes {
@@ -59,7 +63,8 @@ pub struct TileOrder {
 }
 
 impl TileOrder {
-    /// The order for query tiles of `block_m` rows, in sections of `section` heads.
+    /// The order for query tiles of `block_m` rows, in sections of `section` heads. The host has checked that an i32
+    /// holds the number of all tiles, and so that of all heads.
     pub fn new(shape: &Shape, block_m: u32, section: u32) -> Self {
         let heads = shape.batch * shape.heads_q;
         let section = section.clamp(1, heads.max(1));
@@ -108,15 +113,18 @@ impl TileOrder {
         let even = (all as u128 * heads as u128 / ctas as u128) as u64;
         let scale = |(busiest, tried): (u64, u64)| (busiest as u128 * tiles as u128 / tried as u128) as u64;
         let mut best = (smallest, scale(smallest.trial(ctas, cost)));
-        for groups in [2, 3, 4, 6, 7, 8, 12, 16, 24, 32] {
+        for groups in [2u64, 3, 4, 6, 7, 8, 12, 16, 24, 32] {
             let even_enough = best.1 * 100 <= even * 102;
-            if even_enough || groups as u64 * bytes.at_once > SECTION_BYTES || groups * group > heads {
+            if even_enough
+                || bytes.at_once.saturating_mul(groups) > SECTION_BYTES
+                || groups * group as u64 > heads as u64
+            {
                 break;
             }
-            let order = Self::new(shape, block_m, groups * group);
+            let order = Self::new(shape, block_m, groups as u32 * group);
             let time = scale(order.trial(ctas, cost));
             // A larger section has to be worth what it costs in L2, 1 %, or more where it will not stay there.
-            let worth = if groups as u64 * bytes.all > SECTION_BYTES { 40 } else { 100 };
+            let worth = if bytes.all.saturating_mul(groups) > SECTION_BYTES { 40 } else { 100 };
             if time * (worth + 1) < best.1 * worth {
                 best = (order, time);
             }
@@ -216,7 +224,7 @@ pub struct CtaTiles<'a> {
 }
 
 impl<'a> CtaTiles<'a> {
-    /// For CTA `cta` of `ctas`.
+    /// For CTA `cta` of `ctas`, of which there are at most [`MAX_CTAS`].
     #[inline(always)]
     pub fn new(order: &'a TileOrder, cta: u32, ctas: u32) -> Self {
         CtaTiles { order, cta, ctas, round: 0 }

@@ -3,29 +3,30 @@
 //! Warpgroups run one after the other here, so none can take another's dS: each adds what its own keys contribute to dQ. What
 //! the first passes to the second is kept until that one runs.
 
+use std::boxed::Box;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::vec::Vec;
 
+use super::convert;
+use super::elementwise;
 use super::fragment::{ROWS, Tile};
-use super::matmul::multiply_add;
-use super::memory::{self, for_rows};
+use super::matmul::{Left, multiply_add};
+use super::memory::{self, load_rows};
 use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{BackwardWarpgroup, Pending};
-use crate::attention::key_parts::Part;
-use crate::attention::mask::Mask;
-use crate::attention::pairs::Pairs;
-use crate::attention::query_blocks::{QueryBlock, QueryBlocks};
-use crate::element::Element;
-use crate::params::{BackwardParams, Second, Shape, Strided};
+use crate::attention::query_blocks::QueryBlock;
+use crate::params::{BackwardParams, Second, Shape, Strided, Workspace};
 use crate::pipeline::order::KvBlock;
 use crate::tile::smem::BackwardSmem;
+use crate::variants::Dtype;
 
 /// Weights of query blocks, passed from one consumer to the other.
 pub type Weights = RefCell<VecDeque<Vec<f32>>>;
 
 /// A query block in a ring: rows of Q or dO with their statistics.
+#[derive(Default)]
 struct QueryTile {
     /// Rows × columns.
     rows: Vec<f32>,
@@ -35,18 +36,19 @@ struct QueryTile {
 }
 
 /// One of the two rings, filled when it is waited for.
-struct QueryRing<M, P> {
-    blocks: QueryBlocks<M, P>,
-    upcoming: QueryBlock,
+struct QueryRing {
+    upcoming: VecDeque<QueryBlock>,
     /// The blocks that are held, the last of them number `count` − 1.
     held: VecDeque<QueryTile>,
+    /// Memory of blocks that were released.
+    spare: Vec<QueryTile>,
     stages: u32,
     count: u32,
 }
 
-impl<M: Mask, P: Pairs> QueryRing<M, P> {
-    fn new(blocks: QueryBlocks<M, P>, stages: u32) -> Self {
-        QueryRing { blocks, upcoming: blocks.first(), held: VecDeque::new(), stages, count: 0 }
+impl QueryRing {
+    fn new(blocks: VecDeque<QueryBlock>, stages: u32) -> Self {
+        QueryRing { upcoming: blocks, held: VecDeque::new(), spare: Vec::new(), stages, count: 0 }
     }
     /// The next query block.
     fn next(&mut self) -> QueryBlock {
@@ -54,14 +56,13 @@ impl<M: Mask, P: Pairs> QueryRing<M, P> {
         if self.held.len() == self.stages as usize {
             Fault::WaitWithoutRelease { slot }.raise();
         }
-        if slot == self.blocks.count() {
-            Fault::WaitWithoutLoad { slot }.raise();
-        }
-        let block = self.upcoming;
-        self.upcoming = self.blocks.after(&block);
-        block
+        self.upcoming.pop_front().unwrap_or_else(|| Fault::WaitWithoutLoad { slot }.raise())
     }
-    /// Holds it, and tells its number.
+    /// Memory for it.
+    fn memory(&mut self) -> QueryTile {
+        self.spare.pop().unwrap_or_default()
+    }
+    /// Holds it, and returns its number.
     fn hold(&mut self, tile: QueryTile) -> u32 {
         self.held.push_back(tile);
         self.count += 1;
@@ -74,7 +75,7 @@ impl<M: Mask, P: Pairs> QueryRing<M, P> {
         if self.held.is_empty() || slot != self.first_held() {
             Fault::ReleaseWithoutWait { slot }.raise();
         }
-        self.held.pop_front();
+        self.spare.extend(self.held.pop_front());
     }
     fn get(&self, slot: u32) -> &QueryTile {
         let index = slot.checked_sub(self.first_held());
@@ -82,50 +83,61 @@ impl<M: Mask, P: Pairs> QueryRing<M, P> {
         found.unwrap_or_else(|| Fault::WrongTile { slot, holds: None }.raise())
     }
     fn finish(&mut self) {
-        if self.count < self.blocks.count() || !self.held.is_empty() {
+        if !self.upcoming.is_empty() || !self.held.is_empty() {
             Fault::Unfinished.raise();
         }
     }
 }
 
+/// What is read and written, with one pair of Q and K or with two.
+struct Tensors {
+    shape: Shape,
+    dtype: Dtype,
+    q: [Strided; 2],
+    k: [Strided; 2],
+    v: Strided,
+    d_o: Strided,
+    workspace: Workspace,
+}
+
+/// The query blocks that a block of keys meets through the pair that it names.
+pub type BlocksOf<'a> = dyn Fn(&KvBlock) -> VecDeque<QueryBlock> + 'a;
+
 /// The consumer's end of the backward pipeline, and its own replay of the producer, for one block of keys.
-pub struct BackwardPipe<'a, M, S: Second<Strided>> {
-    p: &'a BackwardParams<Strided, S>,
+pub struct BackwardPipe<'a> {
+    tensors: Tensors,
     smem: BackwardSmem,
     index: u32,
     /// Weights that the consumer with dV, which runs first, has passed to the one with dK.
     weights: &'a Weights,
     /// The block of keys, and of its pairs those that are still to come: pairs below `keys.pair`.
     keys: KvBlock,
-    /// Which part of the work tile it is.
-    part: Part,
+    blocks_of: Box<BlocksOf<'a>>,
     /// This warpgroup's rows of K and V.
     k: Vec<f32>,
     v: Vec<f32>,
     /// Empty until K and V are there.
-    q: Option<QueryRing<M, S::Pairs>>,
-    d_o: Option<QueryRing<M, S::Pairs>>,
+    q: Option<QueryRing>,
+    d_o: Option<QueryRing>,
 }
 
-impl<M: Mask, S: Second<Strided>> BackwardPipe<'_, M, S> {
+impl BackwardPipe<'_> {
     /// The query blocks of the next pair that has any.
-    fn next_pair(&mut self) -> Option<QueryBlocks<M, S::Pairs>> {
-        let (shape, smem) = (&self.p.shape, &self.smem);
+    fn next_pair(&mut self) -> Option<VecDeque<QueryBlock>> {
         while self.keys.pair > 0 {
             self.keys.pair -= 1;
-            let blocks = QueryBlocks::new(shape, self.p.second.pairs(shape), smem.block_m, smem.block_n, &self.keys);
-            let blocks = blocks.part(&self.p.sharing, self.part);
-            if blocks.count() > 0 {
+            let blocks = (self.blocks_of)(&self.keys);
+            if !blocks.is_empty() {
                 return Some(blocks);
             }
         }
         None
     }
 
-    fn q(&mut self) -> &mut QueryRing<M, S::Pairs> {
+    fn q(&mut self) -> &mut QueryRing {
         self.q.as_mut().unwrap_or_else(|| Fault::QueryWithoutLoad.raise())
     }
-    fn d_o(&mut self) -> &mut QueryRing<M, S::Pairs> {
+    fn d_o(&mut self) -> &mut QueryRing {
         self.d_o.as_mut().unwrap_or_else(|| Fault::QueryWithoutLoad.raise())
     }
     fn held_q(&self, slot: u32) -> &QueryTile {
@@ -134,41 +146,60 @@ impl<M: Mask, S: Second<Strided>> BackwardPipe<'_, M, S> {
     fn held_do(&self, slot: u32) -> &QueryTile {
         self.d_o.as_ref().unwrap_or_else(|| Fault::QueryWithoutLoad.raise()).get(slot)
     }
+
+    /// Loads rows of K or V, this warpgroup's of the block of keys.
+    fn load_keys(&self, first_key: u32, tensor: &Strided, to: &mut Vec<f32>) {
+        let BackwardPipe { tensors: Tensors { shape, dtype, .. }, smem, keys, .. } = self;
+        let columns = smem.head_dim as usize;
+        to.resize(ROWS * columns, 0.0);
+        let first = keys.n_block * smem.block_n + first_key;
+        let (at, rows) = ((keys.batch, keys.head), first..first + ROWS as u32);
+        // SAFETY: `backward`'s caller promised it.
+        unsafe { load_rows(*dtype, tensor, at, shape, rows, shape.seqlen_k, (to, columns)) };
+    }
+
+    /// Loads the rows of `tensor` that `block` names, and their statistics from the array at `statistics`.
+    fn load(&self, tensor: &Strided, statistics: u64, block: &QueryBlock, to: &mut QueryTile) {
+        let BackwardPipe { tensors: Tensors { shape, dtype, workspace, .. }, smem, .. } = self;
+        let (block_m, columns) = (smem.block_m as usize, smem.head_dim as usize);
+        let first = block.m_block * smem.block_m;
+        to.rows.resize(block_m * columns, 0.0);
+        to.transposed.resize(columns * block_m, 0.0);
+        to.statistics.clear();
+        let index = workspace.row(shape, block.batch, block.head, first) as usize;
+        let (at, rows) = ((block.batch, block.head), first..first + smem.block_m);
+        // SAFETY: `backward`'s caller promised it.
+        unsafe {
+            load_rows(*dtype, tensor, at, shape, rows, shape.seqlen_q, (&mut to.rows, columns));
+            to.statistics.extend_from_slice(memory::floats(statistics, index, block_m));
+        }
+        convert::transpose(&to.rows, columns, &mut to.transposed, block_m);
+    }
 }
 
-impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'a, M, S>> {
-    /// Consumer `index` of a CTA that has `keys`, or a part of that work tile.
+impl<'a> CpuWarpgroup<BackwardPipe<'a>> {
+    /// Consumer `index` of a CTA that has `keys`, or a part of that work tile, and meets the blocks that `blocks_of` lists
+    /// for each pair.
     ///
     /// # Safety
-    /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV, the workspace)
-    /// while this lives; nobody else accesses these keys' rows of dK and dV, or the workspace of these heads.
-    pub unsafe fn backward(
-        p: &'a BackwardParams<Strided, S>,
+    /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV, the workspace)
+    /// while this lives; nothing else accesses these keys' rows of dK and dV, or the workspace of these heads.
+    pub unsafe fn backward<S: Second<Strided>>(
+        p: &BackwardParams<Strided, S>,
+        dtype: Dtype,
         smem: BackwardSmem,
         index: u32,
         keys: &KvBlock,
-        part: Part,
+        blocks_of: Box<BlocksOf<'a>>,
         weights: &'a Weights,
     ) -> Self {
-        let keys = KvBlock { pair: S::Pairs::COUNT, ..*keys };
+        let (q, k) = p.second.tensors().unwrap_or((&p.q, &p.k));
+        let (shape, workspace) = (p.shape, p.workspace);
+        let tensors = Tensors { shape, dtype, q: [p.q, *q], k: [p.k, *k], v: p.v, d_o: p.d_o, workspace };
+        let keys = KvBlock { pair: p.second.last() + 1, ..*keys };
         let (k, v) = (Vec::new(), Vec::new());
-        Self::with_pipe(ROWS, BackwardPipe { p, smem, index, weights, keys, part, k, v, q: None, d_o: None })
-    }
-
-    /// This warpgroup's rows of a tensor of keys.
-    fn load_keys(&self, tensor: &Strided) -> Vec<f32> {
-        let BackwardPipe { p, smem, keys, .. } = &self.pipe;
-        let mut tile = std::vec![0.0; ROWS * smem.head_dim as usize];
-        let copy = |i: usize, row: &[E]| {
-            for (to, x) in tile[i * smem.head_dim as usize..].iter_mut().zip(row) {
-                *to = x.to_f32();
-            }
-        };
-        let first = keys.n_block * smem.block_n + self.first_key();
-        let rows = first..first + ROWS as u32;
-        // SAFETY: `backward`'s caller promised it.
-        unsafe { for_rows(tensor, (keys.batch, keys.head), &p.shape, rows, p.shape.seqlen_k, copy) };
-        tile
+        let pipe = BackwardPipe { tensors, smem, index, weights, keys, blocks_of, k, v, q: None, d_o: None };
+        CpuWarpgroup { live: ROWS, dtype, pipe }
     }
 
     /// Checks that the pipeline was left as it was found.
@@ -178,52 +209,43 @@ impl<'a, E: Element, M: Mask, S: Second<Strided>> CpuWarpgroup<E, BackwardPipe<'
             Fault::Unfinished.raise();
         }
     }
-
-    /// Rows of `tensor` that `block` names, and their statistics from the array at `statistics`.
-    fn load(&self, tensor: &Strided, statistics: u64, block: &QueryBlock) -> QueryTile {
-        let BackwardPipe { p, smem, .. } = &self.pipe;
-        let (block_m, head_dim) = (smem.block_m as usize, smem.head_dim as usize);
-        let first = block.m_block * smem.block_m;
-        let mut rows = std::vec![0.0; block_m * head_dim];
-        let mut transposed = std::vec![0.0; head_dim * block_m];
-        let copy = |i: usize, row: &[E]| {
-            for (d, x) in row.iter().enumerate() {
-                transposed[d * block_m + i] = x.to_f32();
-                rows[i * head_dim + d] = x.to_f32();
-            }
-        };
-        let range = first..first + smem.block_m;
-        let index = p.workspace.row(&p.shape, block.batch, block.head, first);
-        // SAFETY: `backward`'s caller promised it.
-        let statistics = unsafe {
-            for_rows(tensor, (block.batch, block.head), &p.shape, range, p.shape.seqlen_q, copy);
-            (0..block_m).map(|i| memory::read_f32(statistics, index as usize + i)).collect()
-        };
-        QueryTile { rows, transposed, statistics }
-    }
 }
 
 /// The statistics of a fragment's columns, group by group.
 fn columns<const M8: usize>(statistics: &[f32]) -> [[f32; 8]; M8] {
-    core::array::from_fn(|group| core::array::from_fn(|column| statistics[8 * group + column]))
+    let mut columns = [[0.0; 8]; M8];
+    columns.as_flattened_mut().copy_from_slice(statistics);
+    columns
 }
 
-impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup<E, BackwardPipe<'_, M, S>> {
+/// The product of this warpgroup's rows of K or V with a transposed query block.
+fn product<const D8: usize, const M8: usize>(keys: &[f32], transposed: &[f32]) -> Tile<M8> {
+    let mut product = Tile::ZEROS;
+    multiply_add(ROWS, 8 * D8, Left::rows(keys, 8 * D8), transposed, product.elements_mut(), 8 * M8);
+    product
+}
+
+/// Adds the product of P or dS with a query block.
+fn add_product<const M8: usize, const D8: usize>(sum: &mut Tile<D8>, weights: &Tile<M8>, rows: &[f32]) {
+    multiply_add(ROWS, 8 * M8, Left::rows(weights.elements(), 8 * M8), rows, sum.elements_mut(), 8 * D8);
+}
+
+impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
     type Slot = u32;
     type Columns<const M8: usize> = [[f32; 8]; M8];
 
     fn first_key(&self) -> u32 {
         self.pipe.smem.split.first_key(self.pipe.index)
     }
+    #[inline(never)]
     fn wait_k(&mut self) {
         let Some(blocks) = self.pipe.next_pair() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
-        let p = self.pipe.p;
-        let k = match p.second.tensors() {
-            Some((_, k)) if self.pipe.keys.pair == 1 => k,
-            _ => &p.k,
-        };
-        (self.pipe.k, self.pipe.v) = (self.load_keys(k), self.load_keys(&p.v));
-        if self.pipe.q.replace(QueryRing::new(blocks, self.pipe.smem.stages())).is_some() {
+        let (mut k, mut v) = (core::mem::take(&mut self.pipe.k), core::mem::take(&mut self.pipe.v));
+        let tensors = &self.pipe.tensors;
+        self.pipe.load_keys(self.first_key(), &tensors.k[self.pipe.keys.pair as usize], &mut k);
+        self.pipe.load_keys(self.first_key(), &tensors.v, &mut v);
+        (self.pipe.k, self.pipe.v) = (k, v);
+        if self.pipe.q.replace(QueryRing::new(blocks.clone(), self.pipe.smem.stages())).is_some() {
             Fault::WaitWithoutRelease { slot: 0 }.raise();
         }
         self.pipe.d_o = Some(QueryRing::new(blocks, self.pipe.smem.stages()));
@@ -233,6 +255,7 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
             Fault::WaitWithoutLoad { slot: 0 }.raise();
         }
     }
+    #[inline(never)]
     fn release_kv(&mut self) {
         for ring in [&mut self.pipe.q, &mut self.pipe.d_o] {
             match ring {
@@ -242,118 +265,114 @@ impl<E: Element, M: Mask, S: Second<Strided>> BackwardWarpgroup for CpuWarpgroup
             *ring = None;
         }
     }
+    #[inline(never)]
     fn wait_q(&mut self) -> u32 {
         let block = self.pipe.q().next();
-        let p = self.pipe.p;
-        let q = match p.second.tensors() {
-            Some((q, _)) if block.pair == 1 => q,
-            _ => &p.q,
-        };
-        let tile = self.load(q, p.workspace.offsets, &block);
+        let mut tile = self.pipe.q().memory();
+        let Tensors { q, workspace, .. } = &self.pipe.tensors;
+        self.pipe.load(&q[block.pair as usize], workspace.offsets, &block, &mut tile);
         self.pipe.q().hold(tile)
     }
+    #[inline(never)]
     fn wait_do(&mut self, slot: u32) {
         let block = self.pipe.d_o().next();
-        let tile = self.load(&self.pipe.p.d_o, self.pipe.p.workspace.delta, &block);
+        let mut tile = self.pipe.d_o().memory();
+        let Tensors { d_o, workspace, .. } = &self.pipe.tensors;
+        self.pipe.load(d_o, workspace.delta, &block, &mut tile);
         if self.pipe.d_o().hold(tile) != slot {
             Fault::WrongTile { slot, holds: None }.raise();
         }
     }
+    #[inline(never)]
     fn release(&mut self, slot: u32) {
         self.pipe.q().release(slot);
         self.pipe.d_o().release(slot);
     }
 
+    #[inline(never)]
     fn offsets<const M8: usize>(&self, slot: u32) -> [[f32; 8]; M8] {
         columns(&self.pipe.held_q(slot).statistics)
     }
+    #[inline(never)]
     fn delta<const M8: usize>(&self, slot: u32) -> [[f32; 8]; M8] {
         columns(&self.pipe.held_do(slot).statistics)
     }
     fn read<const M8: usize>(&self, columns: [[f32; 8]; M8]) -> [[f32; 8]; M8] {
         columns
     }
+    #[inline(never)]
     fn map_columns<const M8: usize>(&self, x: &mut Tile<M8>, columns: &[[f32; 8]; M8], f: impl Fn(f32, f32) -> f32) {
-        x.map_columns(ROWS, columns.as_flattened(), f);
+        elementwise::map_columns(x.elements_mut(), columns.as_flattened(), f);
     }
 
+    #[inline(never)]
     fn kq<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Tile<M8>> {
-        let mut s = Tile::ZEROS;
-        multiply_add(ROWS, &self.pipe.k, 8 * D8, &self.pipe.held_q(slot).transposed, &mut s);
-        Pending(s)
+        Pending(product::<D8, M8>(&self.pipe.k, &self.pipe.held_q(slot).transposed))
     }
+    #[inline(never)]
     fn v_do<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Tile<M8>> {
-        let mut dp = Tile::ZEROS;
-        multiply_add(ROWS, &self.pipe.v, 8 * D8, &self.pipe.held_do(slot).transposed, &mut dp);
-        Pending(dp)
+        Pending(product::<D8, M8>(&self.pipe.v, &self.pipe.held_do(slot).transposed))
     }
+    #[inline(never)]
     fn p_do<const M8: usize, const D8: usize>(
         &mut self,
         mut dv: Tile<D8>,
         p: Tile<M8>,
         slot: u32,
     ) -> Pending<Tile<D8>> {
-        multiply_add(ROWS, p.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.held_do(slot).rows, &mut dv);
+        add_product(&mut dv, &p, &self.pipe.held_do(slot).rows);
         Pending(dv)
     }
+    #[inline(never)]
     fn ds_q<const M8: usize, const D8: usize>(
         &mut self,
         mut dk: Tile<D8>,
         ds: Tile<M8>,
         slot: u32,
     ) -> Pending<Tile<D8>> {
-        multiply_add(ROWS, ds.0.as_flattened().as_flattened(), 8 * M8, &self.pipe.held_q(slot).rows, &mut dk);
+        add_product(&mut dk, &ds, &self.pipe.held_q(slot).rows);
         Pending(dk)
     }
     fn take_turn(&mut self) {}
     fn pass_turn(&mut self) {}
     fn wait_ds(&mut self, _: u32) {}
+    #[inline(never)]
     fn add_dq<const M8: usize>(&mut self, ds: &Tile<M8>, _: u32, at: &QueryBlock) {
-        let BackwardPipe { p, smem, k, .. } = &self.pipe;
-        let head_dim = smem.head_dim as usize;
-        let mut dq = std::vec![0.0; 8 * M8 * head_dim];
-        for (row, k) in k.chunks_exact(head_dim).enumerate() {
-            for (ds, dq) in ds.row(row).iter().zip(dq.chunks_exact_mut(head_dim)) {
-                for (dq, k) in dq.iter_mut().zip(k) {
-                    *dq += ds * k;
-                }
-            }
-        }
-        let first = p.workspace.row(&p.shape, at.dq_batch(&p.shape), at.head, at.m_block * smem.block_m) as usize;
-        for (i, x) in dq.into_iter().enumerate() {
-            // SAFETY: `backward`'s caller promised this head's workspace.
-            unsafe { memory::add_f32(p.workspace.dq, first * head_dim + i, x) };
-        }
+        let BackwardPipe { tensors: Tensors { shape, workspace, .. }, smem, k, .. } = &self.pipe;
+        let (rows, columns) = (8 * M8, smem.head_dim as usize);
+        let first = workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * smem.block_m) as usize;
+        // SAFETY: `backward`'s caller promised this head's workspace.
+        let dq = unsafe { memory::floats_mut(workspace.dq, first * columns, rows * columns) };
+        multiply_add(rows, ROWS, Left::columns(ds.elements(), 8 * M8), k, dq, columns);
     }
-
     fn pass_ds(&mut self, _: u32) {}
+    #[inline(never)]
     fn pass_weights<const M8: usize>(&mut self, p: &Tile<M8>, _: u32) {
-        self.pipe.weights.borrow_mut().push_back(p.0.as_flattened().as_flattened().to_vec());
+        self.pipe.weights.borrow_mut().push_back(p.elements().to_vec());
     }
+    #[inline(never)]
     fn take_weights<const M8: usize>(&mut self, slot: u32) -> Tile<M8> {
         let weights = self.pipe.weights.borrow_mut().pop_front();
         let weights = weights.unwrap_or_else(|| Fault::WaitWithoutLoad { slot }.raise());
         let mut p = Tile::ZEROS;
-        p.0.as_flattened_mut().as_flattened_mut().copy_from_slice(&weights);
+        p.elements_mut().copy_from_slice(&weights);
         p
     }
 
+    #[inline(never)]
     fn store_kv<const D8: usize>(&mut self, x: &Tile<D8>, to: &Strided, at: &KvBlock, shape: &Shape) {
         let first = at.n_block * self.pipe.smem.block_n + self.first_key();
         for row in 0..ROWS.min(shape.seqlen_k.saturating_sub(first) as usize) {
             let columns = shape.head_dim as usize;
             // SAFETY: the row is the tensor's and, in these columns, this warpgroup's; `backward`'s caller promised it.
-            let line = unsafe { memory::row_mut::<E>(to, at.batch, at.head, first + row as u32, columns) };
-            for (to, x) in line.iter_mut().zip(x.row(row)) {
-                *to = E::from_f32(*x);
-            }
+            let line = unsafe { memory::row_mut(to, at.batch, at.head, first + row as u32, columns) };
+            convert::narrow(self.dtype, x.row(row), line);
         }
     }
+    #[inline(never)]
     fn store_part<const D8: usize>(&mut self, x: &Tile<D8>, to: u64) {
-        let first = self.first_key() as usize * 8 * D8;
-        for (i, x) in x.0.as_flattened().as_flattened().iter().enumerate() {
-            // SAFETY: this warpgroup's part of a slot of the workspace; `backward`'s caller promised it.
-            unsafe { memory::write_f32(to, first + i, *x) };
-        }
+        // SAFETY: this warpgroup's part of a slot of the workspace; `backward`'s caller promised it.
+        let part = unsafe { memory::floats_mut(to, self.first_key() as usize * 8 * D8, ROWS * 8 * D8) };
+        part.copy_from_slice(x.elements());
     }
 }

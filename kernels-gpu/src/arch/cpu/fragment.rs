@@ -12,23 +12,27 @@ pub type Rows = [f32; ROWS];
 
 impl<const N8: usize> Tile<N8> {
     pub const ZEROS: Self = Tile([[[0.0; 8]; N8]; ROWS]);
+    /// Columns.
+    pub const WIDTH: usize = 8 * N8;
 
+    /// All elements, row by row.
+    pub fn elements(&self) -> &[f32] {
+        self.0.as_flattened().as_flattened()
+    }
+    /// All elements, row by row.
+    pub fn elements_mut(&mut self) -> &mut [f32] {
+        self.0.as_flattened_mut().as_flattened_mut()
+    }
+    /// The elements of the first rows.
+    pub fn first_rows(&self, rows: usize) -> &[f32] {
+        self.0[..rows].as_flattened().as_flattened()
+    }
+    /// The elements of the first rows.
+    pub fn first_rows_mut(&mut self, rows: usize) -> &mut [f32] {
+        self.0[..rows].as_flattened_mut().as_flattened_mut()
+    }
     /// A row's elements.
     pub fn row(&self, row: usize) -> &[f32] {
         self.0[row].as_flattened()
-    }
-
-    /// `f(x, c)` for every element x of the first rows and its column's c.
-    pub fn map_columns<C: Copy>(&mut self, rows: usize, columns: &[C], f: impl Fn(f32, C) -> f32) {
-        for row in 0..rows {
-            for (x, column) in self.row_mut(row).iter_mut().zip(columns) {
-                *x = f(*x, *column);
-            }
-        }
-    }
-
-    /// A row's elements.
-    pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
-        self.0[row].as_flattened_mut()
     }
 }

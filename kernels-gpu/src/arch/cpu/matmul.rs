@@ -1,50 +1,185 @@
-//! The tensor core's stand-in: C += A·B in f32, four rows by sixteen columns at a time.
+//! The tensor core's stand-in: C += A·B in f32, one block of C in registers at a time.
+//!
+//! With AVX-512 a block is 8 × 32 elements, with AVX2 4 × 16, and an element's terms are added in order by fused
+//! multiply-add. Otherwise products are rounded before they are added. A whole panel of B, as wide as a block, is read again
+//! for each block of rows, and stays in the nearest cache.
 
-use super::fragment::Tile;
+use super::isa::Isa;
 
-/// Adds A·B to the first `rows` rows of C. A is row-major with `k` columns, B row-major with 8·N8.
-pub fn multiply_add<const N8: usize>(rows: usize, a: &[f32], k: usize, b: &[f32], c: &mut Tile<N8>) {
-    #[cfg(target_arch = "x86_64")]
-    if std::is_x86_feature_detected!("avx2") {
-        // SAFETY: this processor has AVX2.
-        return unsafe { multiply_add_avx2(rows, a, k, b, c) };
+/// Rows of the largest block: A and C have memory for a multiple of this.
+const BLOCK_ROWS: usize = 8;
+
+/// The left matrix: element (i, s) lies at `i * row + s * step`.
+#[derive(Clone, Copy)]
+pub struct Left<'a> {
+    pub data: &'a [f32],
+    pub row: usize,
+    pub step: usize,
+}
+
+impl<'a> Left<'a> {
+    /// A row-major matrix.
+    pub fn rows(data: &'a [f32], columns: usize) -> Self {
+        Left { data, row: columns, step: 1 }
     }
-    blocked(rows, a, k, b, c);
+    /// The transpose of a row-major matrix.
+    pub fn columns(data: &'a [f32], columns: usize) -> Self {
+        Left { data, row: 1, step: columns }
+    }
 }
 
-/// The same loop, compiled for eight lanes.
-///
-/// # Safety
-/// The processor has AVX2.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-unsafe fn multiply_add_avx2<const N8: usize>(rows: usize, a: &[f32], k: usize, b: &[f32], c: &mut Tile<N8>) {
-    blocked(rows, a, k, b, c);
+/// Adds A·B to the first `rows` rows of C, and possibly further ones up to a multiple of eight. A has `k` columns; B and C
+/// are row-major with `columns` columns, a multiple of 16.
+pub fn multiply_add(rows: usize, k: usize, a: Left, b: &[f32], c: &mut [f32], columns: usize) {
+    multiply_add_on(Isa::best(), rows, k, a, b, c, columns);
 }
 
-#[inline(always)]
-fn blocked<const N8: usize>(rows: usize, a: &[f32], k: usize, b: &[f32], c: &mut Tile<N8>) {
-    // Tiles are multiples of 16 columns wide.
+fn multiply_add_on(isa: Isa, rows: usize, k: usize, a: Left, b: &[f32], c: &mut [f32], columns: usize) {
+    if rows == 0 || k == 0 {
+        return;
+    }
+    let rows = rows.next_multiple_of(BLOCK_ROWS);
+    let fits = (rows - 1) * a.row + (k - 1) * a.step < a.data.len()
+        && k * columns <= b.len()
+        && rows * columns <= c.len()
+        && columns.is_multiple_of(16);
+    assert!(fits, "a product of {rows} × {k} by {k} × {columns} has too little memory");
+    match isa {
+        // SAFETY: the processor has these features; all elements of the matrices lie in their slices.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { x86::avx512(rows, k, a, b, c, columns) },
+        // SAFETY: as for AVX-512.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { x86::avx2(rows, k, a, b, c, columns) },
+        _ => portable(rows, k, a, b, c, columns),
+    }
+}
+
+/// Blocks of 4 × 16, of which the compiler makes what vector code the target allows.
+fn portable(rows: usize, k: usize, a: Left, b: &[f32], c: &mut [f32], columns: usize) {
     let (b, _) = b.as_chunks::<16>();
-    let groups = N8 / 2;
+    let groups = columns / 16;
     for first in (0..rows).step_by(4) {
-        // A block that reaches past the live rows recomputes the last one.
-        let lines = [0, 1, 2, 3].map(|i| (first + i).min(rows - 1));
-        let a = lines.map(|row| &a[row * k..][..k]);
+        let lines = [first, first + 1, first + 2, first + 3];
         for group in 0..groups {
-            let mut sums = lines.map(|row| c.row(row).as_chunks::<16>().0[group]);
+            let mut sums = lines.map(|row| c[row * columns..].as_chunks::<16>().0[group]);
             for (step, b) in b.iter().skip(group).step_by(groups).take(k).enumerate() {
-                for (sum, a) in sums.iter_mut().zip(a) {
+                for (sum, row) in sums.iter_mut().zip(lines) {
+                    let a = a.data[row * a.row + step * a.step];
                     for (sum, b) in sum.iter_mut().zip(b) {
-                        *sum += a[step] * b;
+                        *sum += a * b;
                     }
                 }
             }
             for (row, sum) in lines.into_iter().zip(sums) {
-                c.row_mut(row).as_chunks_mut::<16>().0[group] = sum;
+                c[row * columns..].as_chunks_mut::<16>().0[group] = sum;
             }
         }
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use core::arch::x86_64::*;
+
+    use super::Left;
+
+    macro_rules! blocked {
+        ($name:ident, $block:ident, $features:literal, $rows:literal, $lanes:literal, $zero:ident, $load:ident,
+         $store:ident, $splat:ident, $fma:ident) => {
+            /// C += A·B.
+            ///
+            /// # Safety
+            /// The processor has the features; `rows` is a multiple of eight and `columns` of 16; A has `rows` rows of `k`
+            /// elements, B `k` and C `rows` of `columns`.
+            #[target_feature(enable = $features)]
+            pub unsafe fn $name(rows: usize, k: usize, a: Left, b: &[f32], c: &mut [f32], columns: usize) {
+                let mut first = 0;
+                while first < columns {
+                    let two = first + 2 * $lanes <= columns;
+                    for row in (0..rows).step_by($rows) {
+                        // SAFETY: the block's rows are below `rows` and its columns below `columns`.
+                        unsafe {
+                            let (b, c) = (b.as_ptr().add(first), c.as_mut_ptr().add(row * columns + first));
+                            let data = a.data.as_ptr().add(row * a.row);
+                            if two {
+                                $block::<2>(k, data, (a.row, a.step), b, c, columns);
+                            } else {
+                                $block::<1>(k, data, (a.row, a.step), b, c, columns);
+                            }
+                        }
+                    }
+                    first += if two { 2 * $lanes } else { $lanes };
+                }
+            }
+
+            /// One block, some vectors wide.
+            ///
+            /// # Safety
+            /// The processor has the features; the block lies within C, its rows within A and its columns within B.
+            #[target_feature(enable = $features)]
+            unsafe fn $block<const VECTORS: usize>(
+                k: usize,
+                a: *const f32,
+                (row, step): (usize, usize),
+                b: *const f32,
+                c: *mut f32,
+                columns: usize,
+            ) {
+                let mut sums = [[$zero(); VECTORS]; $rows];
+                for i in 0..$rows {
+                    for v in 0..VECTORS {
+                        // SAFETY: an element of C, with those that follow it in the block.
+                        sums[i][v] = unsafe { $load(c.add(i * columns + v * $lanes)) };
+                    }
+                }
+                for s in 0..k {
+                    let mut line = [$zero(); VECTORS];
+                    for v in 0..VECTORS {
+                        // SAFETY: an element of B, with those that follow it in the block.
+                        line[v] = unsafe { $load(b.add(s * columns + v * $lanes)) };
+                    }
+                    for i in 0..$rows {
+                        // SAFETY: an element of A.
+                        let a = $splat(unsafe { *a.add(i * row + s * step) });
+                        for v in 0..VECTORS {
+                            sums[i][v] = $fma(a, line[v], sums[i][v]);
+                        }
+                    }
+                }
+                for i in 0..$rows {
+                    for v in 0..VECTORS {
+                        // SAFETY: an element of C, with those that follow it in the block.
+                        unsafe { $store(c.add(i * columns + v * $lanes), sums[i][v]) };
+                    }
+                }
+            }
+        };
+    }
+    blocked!(
+        avx512,
+        block_512,
+        "avx512f",
+        8,
+        16,
+        _mm512_setzero_ps,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_set1_ps,
+        _mm512_fmadd_ps
+    );
+    blocked!(
+        avx2,
+        block_256,
+        "avx2,fma",
+        4,
+        8,
+        _mm256_setzero_ps,
+        _mm256_loadu_ps,
+        _mm256_storeu_ps,
+        _mm256_set1_ps,
+        _mm256_fmadd_ps
+    );
 }
 
 #[cfg(test)]
@@ -55,15 +190,20 @@ mod tests {
     #[test]
     fn equals_three_loops() {
         let value = |i: usize| ((i * 37) % 19) as f32 - 9.0;
-        for (rows, k) in [(1, 1), (3, 8), (5, 24), (64, 64)] {
-            let a: Vec<f32> = (0..64 * k).map(value).collect();
-            let b: Vec<f32> = (0..k * 16).map(|i| value(i + 5)).collect();
-            let mut c = Tile::<2>::ZEROS;
-            multiply_add(rows, &a, k, &b, &mut c);
-            for row in 0..64 {
-                for column in 0..16 {
-                    let sum: f32 = (0..k).map(|i| a[row * k + i] * b[i * 16 + column]).sum();
-                    assert_eq!(c.row(row)[column], if row < rows { sum } else { 0.0 });
+        for isa in [Isa::Target, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| *isa <= Isa::best()) {
+            for (rows, k, columns) in [(1, 1, 16), (3, 8, 48), (5, 24, 32), (64, 64, 176)] {
+                let a: Vec<f32> = (0..64 * k).map(value).collect();
+                let b: Vec<f32> = (0..k * columns).map(|i| value(i + 5)).collect();
+                for a in [Left::rows(&a, k), Left::columns(&a, 64)] {
+                    let mut c: Vec<f32> = (0..64 * columns).map(|i| value(i + 3)).collect();
+                    let before = c.clone();
+                    multiply_add_on(isa, rows, k, a, &b, &mut c, columns);
+                    for (row, column) in (0..64).flat_map(|row| (0..columns).map(move |column| (row, column))) {
+                        let at = row * columns + column;
+                        let product = |s: usize| a.data[row * a.row + s * a.step] * b[s * columns + column];
+                        let sum: f32 = if row < rows.next_multiple_of(8) { (0..k).map(product).sum() } else { 0.0 };
+                        assert_eq!(c[at], before[at] + sum, "{isa:?} {rows} {k} {columns}");
+                    }
                 }
             }
         }

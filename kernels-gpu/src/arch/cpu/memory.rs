@@ -1,55 +1,82 @@
-//! Global memory: rows of strided tensors, by address.
+//! Global memory: rows of strided tensors, by address. Elements of either dtype are their 16 bits.
 
 use core::ops::Range;
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use core::slice;
 
-use crate::element::Element;
+use super::convert;
 use crate::params::{Shape, Strided};
+use crate::variants::Dtype;
 
 /// The `columns` elements of one row.
 ///
 /// # Safety
-/// The row lies within a tensor of `E` that is valid for reading and is not written while the slice lives.
-pub unsafe fn row<'a, E>(tensor: &Strided, batch: u32, head: u32, row: u32, columns: usize) -> &'a [E] {
-    let data = with_exposed_provenance::<E>(tensor.address as usize);
+/// The row lies within a tensor that is valid for reading and is not written while the slice lives.
+pub unsafe fn row<'a>(tensor: &Strided, batch: u32, head: u32, row: u32, columns: usize) -> &'a [u16] {
+    let data = with_exposed_provenance::<u16>(tensor.address as usize);
     // SAFETY: the caller's promise.
     unsafe { slice::from_raw_parts(data.offset(tensor.row_offset(batch, head, row) as isize), columns) }
 }
 
-/// As [`row`], for writing.
+/// The `columns` elements of one row, for writing.
 ///
 /// # Safety
-/// The row lies within a tensor of `E` that is valid for writing, and nobody else accesses it while the slice lives.
-pub unsafe fn row_mut<'a, E>(tensor: &Strided, batch: u32, head: u32, row: u32, columns: usize) -> &'a mut [E] {
-    let data = with_exposed_provenance_mut::<E>(tensor.address as usize);
+/// The row lies within a tensor that is valid for writing, and nothing else accesses it while the slice lives.
+pub unsafe fn row_mut<'a>(tensor: &Strided, batch: u32, head: u32, row: u32, columns: usize) -> &'a mut [u16] {
+    let data = with_exposed_provenance_mut::<u16>(tensor.address as usize);
     // SAFETY: the caller's promise.
     unsafe { slice::from_raw_parts_mut(data.offset(tensor.row_offset(batch, head, row) as isize), columns) }
 }
 
-/// `f(i, row)` for those of `rows` that are below `seqlen`, i counting from 0.
+/// Loads a tile: those of `rows` that are below `seqlen`, widened to f32, `columns` of `to` each. Everything else in `to`
+/// becomes 0.
 ///
 /// # Safety
-/// As [`row`], for all of them.
-pub unsafe fn for_rows<E: Element>(
+/// The rows lie within a tensor of that dtype that is valid for reading.
+pub unsafe fn load_rows(
+    dtype: Dtype,
     tensor: &Strided,
     (batch, head): (u32, u32),
     shape: &Shape,
     rows: Range<u32>,
     seqlen: u32,
-    mut f: impl FnMut(usize, &[E]),
+    (to, columns): (&mut [f32], usize),
 ) {
-    for row in rows.start..rows.end.min(seqlen) {
+    let head_dim = shape.head_dim as usize;
+    let there = rows.end.min(seqlen).saturating_sub(rows.start) as usize;
+    let (there, past) = to.split_at_mut(there * columns);
+    past.fill(0.0);
+    for (row, to) in rows.zip(there.chunks_exact_mut(columns)) {
         // SAFETY: the caller's promise.
-        let x = unsafe { self::row::<E>(tensor, batch, head, row, shape.head_dim as usize) };
-        f((row - rows.start) as usize, x);
+        let from = unsafe { self::row(tensor, batch, head, row, head_dim) };
+        let (to, past) = to.split_at_mut(head_dim);
+        convert::widen(dtype, from, to);
+        past.fill(0.0);
     }
+}
+
+/// The f32 array of `len` elements at `address`, for writing.
+///
+/// # Safety
+/// It is valid for reading and writing, and nothing else accesses it while the slice lives.
+pub unsafe fn floats_mut<'a>(address: u64, first: usize, len: usize) -> &'a mut [f32] {
+    // SAFETY: the caller's promise.
+    unsafe { slice::from_raw_parts_mut(with_exposed_provenance_mut::<f32>(address as usize).add(first), len) }
+}
+
+/// The f32 array of `len` elements at `address`.
+///
+/// # Safety
+/// It is valid for reading, and is not written while the slice lives.
+pub unsafe fn floats<'a>(address: u64, first: usize, len: usize) -> &'a [f32] {
+    // SAFETY: the caller's promise.
+    unsafe { slice::from_raw_parts(with_exposed_provenance::<f32>(address as usize).add(first), len) }
 }
 
 /// Writes element `index` of the f32 array at `address`.
 ///
 /// # Safety
-/// The element is valid for writing, and nobody else accesses it.
+/// The element is valid for writing, and nothing else accesses it.
 pub unsafe fn write_f32(address: u64, index: usize, value: f32) {
     // SAFETY: the caller's promise.
     unsafe { with_exposed_provenance_mut::<f32>(address as usize).add(index).write(value) }
@@ -62,13 +89,4 @@ pub unsafe fn write_f32(address: u64, index: usize, value: f32) {
 pub unsafe fn read_f32(address: u64, index: usize) -> f32 {
     // SAFETY: the caller's promise.
     unsafe { with_exposed_provenance::<f32>(address as usize).add(index).read() }
-}
-
-/// Adds to element `index` of the f32 array at `address`.
-///
-/// # Safety
-/// The element is valid for reading and writing, and nobody else accesses it.
-pub unsafe fn add_f32(address: u64, index: usize, value: f32) {
-    // SAFETY: the caller's promise.
-    unsafe { *with_exposed_provenance_mut::<f32>(address as usize).add(index) += value };
 }

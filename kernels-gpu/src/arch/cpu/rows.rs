@@ -2,31 +2,35 @@
 
 use std::vec::Vec;
 
+use super::convert;
+use super::isa::dispatched;
 use super::memory;
 use crate::attention::query_blocks::key_block;
 use crate::attention::row_statistics::{delta, exponent_offset};
 use crate::attention::scheduler::WorkTile;
-use crate::element::Element;
 use crate::params::{FinishParams, PrepareParams};
-use crate::variants::BackwardVariant;
+use crate::variants::{BackwardVariant, Dtype};
 
-/// Fills the workspace of one query head, dQ with zeros whatever the head: nobody stores it here.
+/// Fills the workspace of one query head. dQ gets zeros whatever the head: all work tiles add to it here.
 ///
 /// # Safety
-/// `p` describes tensors of `E`, valid for reading, and a workspace that is valid for writing and that nobody else
+/// `p` describes tensors of `dtype`, valid for reading, and a workspace that is valid for writing and that nothing else
 /// accesses for this head.
-pub unsafe fn prepare<E: Element>(p: &PrepareParams, batch: u32, head: u32) {
+pub unsafe fn prepare(p: &PrepareParams, dtype: Dtype, batch: u32, head: u32) {
     let shape = &p.shape;
     let first = p.workspace.row(shape, batch, head, 0) as usize;
     let columns = shape.head_dim as usize;
+    let (mut wide_o, mut wide_do) = (std::vec![0.0; columns], std::vec![0.0; columns]);
     for row in 0..p.workspace.rows {
         // SAFETY: the caller's promise; rows below seqlen_q are the tensors' and the arrays'.
         unsafe {
             let (offset, delta) = if row < shape.seqlen_q {
                 let index = ((batch * shape.heads_q + head) * shape.seqlen_q) as usize + row as usize;
-                let o = memory::row::<E>(&p.o, batch, head, row, columns);
-                let d_o = memory::row::<E>(&p.d_o, batch, head, row, columns);
-                let dot = o.iter().zip(d_o).map(|(o, d_o)| o.to_f32() * d_o.to_f32()).sum();
+                let o = memory::row(&p.o, batch, head, row, columns);
+                let d_o = memory::row(&p.d_o, batch, head, row, columns);
+                convert::widen(dtype, o, &mut wide_o);
+                convert::widen(dtype, d_o, &mut wide_do);
+                let dot = dot(&wide_o, &wide_do);
                 let d_lse = if p.d_lse == 0 { 0.0 } else { memory::read_f32(p.d_lse, index) };
                 (exponent_offset(memory::read_f32(p.lse, index)), delta(dot, d_lse))
             } else {
@@ -34,14 +38,26 @@ pub unsafe fn prepare<E: Element>(p: &PrepareParams, batch: u32, head: u32) {
             };
             memory::write_f32(p.workspace.offsets, first + row as usize, offset);
             memory::write_f32(p.workspace.delta, first + row as usize, delta);
-            for pair in 0..p.pairs {
-                let first =
-                    p.workspace.row(shape, batch + pair * shape.batch, head, row) as usize * p.head_dim as usize;
-                for index in first..first + p.head_dim as usize {
-                    memory::write_f32(p.workspace.dq, index, 0.0);
-                }
+        }
+    }
+    for pair in 0..p.pairs {
+        let first = p.workspace.row(shape, batch + pair * shape.batch, head, 0) as usize * p.head_dim as usize;
+        let len = p.workspace.rows as usize * p.head_dim as usize;
+        // SAFETY: the caller's promise.
+        unsafe { memory::floats_mut(p.workspace.dq, first, len) }.fill(0.0);
+    }
+}
+
+dispatched! {
+    /// The sum of products, in eight chains that are joined at the end; the length is a multiple of eight.
+    fn dot(a: &[f32], b: &[f32]) -> f32 {
+        let mut chains = [0.0; 8];
+        for (a, b) in a.as_chunks::<8>().0.iter().zip(b.as_chunks::<8>().0) {
+            for ((chain, a), b) in chains.iter_mut().zip(a).zip(b) {
+                *chain += a * b;
             }
         }
+        chains.into_iter().sum()
     }
 }
 
@@ -49,16 +65,18 @@ pub unsafe fn prepare<E: Element>(p: &PrepareParams, batch: u32, head: u32) {
 ///
 /// # Safety
 /// As [`prepare`], with a tensor that is valid for writing.
-pub unsafe fn finish<E: Element>(p: &FinishParams, head_dim: u32, batch: u32, head: u32) {
+pub unsafe fn finish(p: &FinishParams, variant: &BackwardVariant, batch: u32, head: u32) {
+    let head_dim = variant.head_dim as usize;
     let first = p.workspace.row(&p.shape, batch + p.pair * p.shape.batch, head, 0) as usize;
     for row in 0..p.shape.seqlen_q {
+        let columns = p.shape.head_dim as usize;
         // SAFETY: the caller's promise.
-        let line = unsafe { memory::row_mut::<E>(&p.dq, batch, head, row, p.shape.head_dim as usize) };
-        for (column, to) in line.iter_mut().enumerate() {
-            let index = (first + row as usize) * head_dim as usize + column;
-            // SAFETY: the caller's promise.
-            *to = E::from_f32(unsafe { memory::read_f32(p.workspace.dq, index) } * p.scale);
-        }
+        let (line, dq) = unsafe {
+            let line = memory::row_mut(&p.dq, batch, head, row, columns);
+            (line, memory::floats_mut(p.workspace.dq, (first + row as usize) * head_dim, columns))
+        };
+        dq.iter_mut().for_each(|x| *x *= p.scale);
+        convert::narrow(variant.dtype, dq, line);
     }
 }
 
@@ -66,7 +84,7 @@ pub unsafe fn finish<E: Element>(p: &FinishParams, head_dim: u32, batch: u32, he
 ///
 /// # Safety
 /// As [`prepare`], for a key head of which all parts are in the workspace, with dK and dV that are valid for writing.
-pub unsafe fn add_parts<E: Element>(p: &FinishParams, variant: &BackwardVariant, batch: u32, head: u32) {
+pub unsafe fn add_parts(p: &FinishParams, variant: &BackwardVariant, batch: u32, head: u32) {
     let (shape, block_n) = (&p.shape, variant.block_n);
     for m_block in 0..p.key_blocks {
         let tile = WorkTile { batch, head, m_block };
@@ -77,15 +95,17 @@ pub unsafe fn add_parts<E: Element>(p: &FinishParams, variant: &BackwardVariant,
         let first = key_block(shape, block_n, &tile).n_block * block_n;
         for (gradient, to) in [(0, &p.dk), (1, &p.dv)] {
             for row in 0..block_n.min(shape.seqlen_k - first) {
-                let part = |slot| p.workspace.part(slot, gradient, block_n * variant.head_dim);
-                // SAFETY: the caller's promise.
-                let line = unsafe { memory::row_mut::<E>(to, batch, head, first + row, shape.head_dim as usize) };
-                for (column, to) in (0..).zip(line) {
-                    let index = (row * variant.head_dim + column) as usize;
+                let columns = shape.head_dim as usize;
+                let mut sum = std::vec![0.0; columns];
+                for slot in &slots {
+                    let part = p.workspace.part(*slot, gradient, block_n * variant.head_dim);
                     // SAFETY: the caller's promise.
-                    let sum = slots.iter().map(|slot| unsafe { memory::read_f32(part(*slot), index) }).sum();
-                    *to = E::from_f32(sum);
+                    let part = unsafe { memory::floats(part, (row * variant.head_dim) as usize, columns) };
+                    sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
                 }
+                // SAFETY: the caller's promise.
+                let line = unsafe { memory::row_mut(to, batch, head, first + row, columns) };
+                convert::narrow(variant.dtype, &sum, line);
             }
         }
     }

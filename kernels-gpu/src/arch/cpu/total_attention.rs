@@ -1,22 +1,25 @@
 //! [`TotalWarpgroup`] on the CPU.
 
+use std::boxed::Box;
 use std::collections::VecDeque;
 use std::vec::Vec;
 
+use super::convert;
+use super::elementwise;
 use super::fragment::{ROWS, Rows, Tile};
-use super::matmul::multiply_add;
-use super::memory::{self, for_rows};
+use super::matmul::{Left, multiply_add};
+use super::memory::{self, load_rows};
 use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{Pending, TotalWarpgroup};
 use crate::attention::mask::Mask;
 use crate::attention::row_statistics::exponent_offset;
 use crate::attention::shared_tiles::SharedTiles;
-use crate::attention::total_steps::{Part, TotalSteps, TotalTile, TotalTiles};
-use crate::element::Element;
+use crate::attention::total_steps::{Part, TotalTile, TotalTiles};
 use crate::params::{Shape, Strided, TotalParams};
 use crate::pipeline::order::KvBlock;
 use crate::tile::smem_total::TotalSmem;
+use crate::variants::Dtype;
 
 /// A query block in the ring.
 struct QueryTile {
@@ -30,12 +33,12 @@ struct QueryTile {
 }
 
 /// The consumer's end of the pipeline, and its own replays of the producer, for K and for Q.
-pub struct TotalPipe<'a, M> {
+pub struct TotalPipe<'a> {
     p: &'a TotalParams<Strided>,
     smem: TotalSmem,
     index: u32,
-    k_loads: TotalTiles<'a, M, SharedTiles<'a>>,
-    q_loads: TotalSteps<'a, M, SharedTiles<'a>>,
+    k_loads: Box<dyn Iterator<Item = TotalTile> + 'a>,
+    q_loads: Box<dyn Iterator<Item = (KvBlock, u32)> + 'a>,
     /// This warpgroup's rows of K.
     k: Option<(KvBlock, Vec<f32>)>,
     /// Whose rows of K were taken last.
@@ -44,30 +47,38 @@ pub struct TotalPipe<'a, M> {
     q: VecDeque<QueryTile>,
     /// How many query blocks were waited for.
     waited: u32,
+    /// Queries of a block whose weights are computed by the polynomial.
+    by_polynomial: Vec<bool>,
 }
 
-impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
+impl<'a> CpuWarpgroup<TotalPipe<'a>> {
     /// Consumer `index` of a CTA that has `tiles`.
     ///
     /// # Safety
-    /// `p` describes tensors of `E` in memory that is valid for reading (Q, K, the LSE) and writing (the result) while this
-    /// lives; nobody else accesses this consumer's elements of the result.
-    pub unsafe fn total(p: &'a TotalParams<Strided>, smem: TotalSmem, index: u32, tiles: SharedTiles<'a>) -> Self {
+    /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, the LSE) and writing (the result) while
+    /// this lives; nothing else accesses this consumer's elements of the result.
+    pub unsafe fn total<M: Mask + 'a>(
+        p: &'a TotalParams<Strided>,
+        dtype: Dtype,
+        smem: TotalSmem,
+        index: u32,
+        tiles: SharedTiles<'a>,
+    ) -> Self {
         let (block_m, block_n) = (smem.block_m, smem.block_n());
         let loads = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles);
-        let live = (p.shape.seqlen_k as usize).min(ROWS);
         let pipe = TotalPipe {
             p,
             smem,
             index,
-            k_loads: loads,
-            q_loads: loads.steps(),
+            k_loads: Box::new(loads),
+            q_loads: Box::new(loads.steps()),
             k: None,
             taken: None,
             q: VecDeque::new(),
             waited: 0,
+            by_polynomial: (0..block_m).map(|column| smem.by_polynomial(column)).collect(),
         };
-        Self::with_pipe(live, pipe)
+        CpuWarpgroup { live: (p.shape.seqlen_k as usize).min(ROWS), dtype, pipe }
     }
 
     /// Checks that the pipeline was left as it was found.
@@ -86,36 +97,26 @@ impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
     /// This warpgroup's rows of K, of the head that the query head reads.
     fn load_k(&self, tile: &TotalTile) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
-        let head_dim = smem.head_dim as usize;
+        let columns = smem.head_dim as usize;
         let first = tile.first_key + self.part().first_key;
-        let mut rows = std::vec![0.0; ROWS * head_dim];
-        let copy = |i: usize, row: &[E]| {
-            for (to, x) in rows[i * head_dim..].iter_mut().zip(row) {
-                *to = x.to_f32();
-            }
-        };
-        let head = p.order.group.divide(tile.keys.head).0;
+        let mut k = std::vec![0.0; ROWS * columns];
+        let (at, rows) = ((tile.keys.batch, p.order.group.divide(tile.keys.head).0), first..first + ROWS as u32);
         // SAFETY: `total`'s caller promised it.
-        unsafe {
-            for_rows(&p.k, (tile.keys.batch, head), &p.shape, first..first + ROWS as u32, p.shape.seqlen_k, copy)
-        };
-        rows
+        unsafe { load_rows(self.dtype, &p.k, at, &p.shape, rows, p.shape.seqlen_k, (&mut k, columns)) };
+        k
     }
 
     /// A query block, transposed.
     fn load_q(&self, (keys, m_block): (KvBlock, u32)) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
-        let block_m = smem.block_m as usize;
+        let (block_m, columns) = (smem.block_m as usize, smem.head_dim as usize);
         let first = m_block * smem.block_m;
-        let mut transposed = std::vec![0.0; smem.head_dim as usize * block_m];
-        let copy = |i: usize, row: &[E]| {
-            for (d, x) in row.iter().enumerate() {
-                transposed[d * block_m + i] = x.to_f32();
-            }
-        };
-        let at = (keys.batch, keys.head);
+        let mut q = std::vec![0.0; block_m * columns];
+        let (at, rows) = ((keys.batch, keys.head), first..first + smem.block_m);
         // SAFETY: `total`'s caller promised it.
-        unsafe { for_rows(&p.q, at, &p.shape, first..first + smem.block_m, p.shape.seqlen_q, copy) };
+        unsafe { load_rows(self.dtype, &p.q, at, &p.shape, rows, p.shape.seqlen_q, (&mut q, columns)) };
+        let mut transposed = std::vec![0.0; columns * block_m];
+        convert::transpose(&q, columns, &mut transposed, block_m);
         transposed
     }
 
@@ -138,13 +139,14 @@ impl<'a, E: Element, M: Mask> CpuWarpgroup<E, TotalPipe<'a, M>> {
     }
 }
 
-impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
+impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
     type Slot = u32;
 
     fn part(&self) -> Part {
         let keys = ROWS as u32;
         Part { first_key: self.pipe.index * keys, keys, most_passed: self.pipe.smem.stages - 1 }
     }
+    #[inline(never)]
     fn wait_k(&mut self) {
         if self.pipe.k.is_some() {
             Fault::WaitWithoutRelease { slot: 0 }.raise();
@@ -152,11 +154,13 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
         let Some(tile) = self.pipe.k_loads.next() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
         self.pipe.k = Some((tile.keys, self.load_k(&tile)));
     }
+    #[inline(never)]
     fn release_k(&mut self) {
         if self.pipe.k.take().is_none() {
             Fault::ReleaseWithoutWait { slot: 0 }.raise();
         }
     }
+    #[inline(never)]
     fn wait_q(&mut self) -> u32 {
         let (count, stages) = (self.pipe.waited, self.pipe.smem.stages);
         let slot = count % stages;
@@ -169,6 +173,7 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
         self.pipe.waited += 1;
         count
     }
+    #[inline(never)]
     fn release_q(&mut self, q: u32) {
         let stages = self.pipe.smem.stages;
         // The oldest first, as the producer waits for them.
@@ -180,49 +185,55 @@ impl<E: Element, M: Mask> TotalWarpgroup for CpuWarpgroup<E, TotalPipe<'_, M>> {
         self.pipe.q.retain(|tile| tile.count + stages > q);
     }
 
+    #[inline(never)]
     fn take_k<const D8: usize>(&mut self) -> Tile<D8> {
         let mut taken = Tile::ZEROS;
         if let Some((keys, k)) = &self.pipe.k {
-            taken.0.as_flattened_mut().as_flattened_mut().copy_from_slice(k);
+            taken.elements_mut().copy_from_slice(k);
             self.pipe.taken = Some(*keys);
         }
         taken
     }
+    #[inline(never)]
     fn taken_kq<const D8: usize, const M8: usize>(&mut self, k: &Tile<D8>, q: u32) -> Pending<Tile<M8>> {
         let mut s = Tile::ZEROS;
         match self.pipe.q.iter().find(|tile| tile.count == q) {
             Some(QueryTile { keys, transposed: Some(transposed), .. }) if self.pipe.taken == Some(*keys) => {
-                multiply_add(self.live, k.0.as_flattened().as_flattened(), 8 * D8, transposed, &mut s);
+                let k = Left::rows(k.elements(), 8 * D8);
+                multiply_add(self.live, 8 * D8, k, transposed, s.elements_mut(), 8 * M8);
             }
             _ => Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise(),
         }
         Pending(s)
     }
 
+    #[inline(never)]
     fn kq<const D8: usize, const M8: usize>(&mut self, q: u32) -> Pending<Tile<M8>> {
         let mut s = Tile::ZEROS;
         let tile = self.pipe.q.iter().find(|tile| tile.count == q);
         match (&self.pipe.k, tile) {
             (Some((keys, k)), Some(QueryTile { keys: of, transposed: Some(transposed), .. })) if keys == of => {
-                multiply_add(self.live, k, 8 * D8, transposed, &mut s);
+                let k = Left::rows(k, 8 * D8);
+                multiply_add(self.live, 8 * D8, k, transposed, s.elements_mut(), 8 * M8);
             }
             _ => Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise(),
         }
         Pending(s)
     }
 
+    #[inline(never)]
     fn map_offsets<const M8: usize>(&self, q: u32, x: &mut Tile<M8>, f: impl Fn(f32, f32, bool) -> f32) {
         let Some(tile) = self.pipe.q.iter().find(|tile| tile.count == q) else {
             Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise()
         };
-        let by_polynomial = (0..).map(|column| self.pipe.smem.by_polynomial(column));
-        let columns: Vec<(f32, bool)> = tile.offsets.iter().copied().zip(by_polynomial).collect();
-        x.map_columns(self.live, &columns, |x, (offset, by_polynomial)| f(x, offset, by_polynomial));
+        let x = x.first_rows_mut(self.live);
+        elementwise::map_flagged_columns(x, &tile.offsets, &self.pipe.by_polynomial, f);
     }
     fn unknown(x: u32) -> u32 {
         x
     }
 
+    #[inline(never)]
     fn store_keys(&mut self, values: Rows, address: u64, at: &TotalTile, shape: &Shape) {
         let line = (at.keys.batch * shape.heads_q + at.keys.head) as usize * shape.seqlen_k as usize;
         let first = at.first_key + self.part().first_key;
@@ -242,7 +253,7 @@ mod tests {
     use half::f16;
 
     /// One work tile of one query block, of zeros.
-    fn warpgroup(run: impl FnOnce(CpuWarpgroup<f16, TotalPipe<'_, Full>>)) {
+    fn warpgroup(run: impl FnOnce(CpuWarpgroup<TotalPipe<'_>>)) {
         let (data, lse) = ([f16::ZERO; 8], [0.0f32]);
         let x = Strided {
             address: data.as_ptr().expose_provenance() as u64,
@@ -256,7 +267,8 @@ mod tests {
         let lse = lse.as_ptr().expose_provenance() as u64;
         let p = TotalParams { q: x, k: x, lse, total: 0, scale: 1.0, shape, order, shared_from: order.tiles() };
         // SAFETY: the arrays hold what the shape says, and nothing is stored.
-        run(unsafe { CpuWarpgroup::total(&p, smem, 0, SharedTiles::new(&order, order.tiles(), 1, 0, 1)) });
+        let tiles = SharedTiles::new(&order, order.tiles(), 1, 0, 1);
+        run(unsafe { CpuWarpgroup::total::<Full>(&p, Dtype::F16, smem, 0, tiles) });
     }
 
     #[test]

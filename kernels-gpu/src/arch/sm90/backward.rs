@@ -2,16 +2,17 @@
 //!
 //! Rows of a fragment are keys, columns are queries. dSᵀ goes to shared memory as it is, for [`super::backward_dq`].
 
-use super::barrier::{Mbarrier, named_arrive, named_sync, sync_warp};
+use super::barrier::{Mbarrier, sync_warp};
 use super::consumer::Consumer;
 use super::cta;
 use super::fragment::{Fragment, Operand};
 use super::load::{load_shared_16_bytes, load_shared_pair};
 use super::math::Packed;
+use super::named_barrier::BackwardBarrier;
 use super::store::{Lines, fence_async_proxy, store_16_bytes, store_lines, store_shared_16_bytes, write_tile};
 use super::wgmma::{self, Descriptor};
-use crate::arch::{BackwardWarpgroup, Pending, Split, Warpgroup};
-use crate::attention::query_blocks::QueryBlock;
+use crate::arch::{BackwardWarpgroup, Pending, Split};
+use crate::attention::query_blocks::{MAX_QUERY_BLOCKS, QueryBlock};
 use crate::params::{Shape, Strided};
 use crate::pipeline::order::KvBlock;
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
@@ -20,19 +21,20 @@ use crate::variants::WARPGROUP_THREADS;
 /// The consumer's end of the backward pipeline.
 pub struct BackwardPipe<'a> {
     smem: &'a BackwardSmem,
-    /// Query blocks so far, and in the top two bits work tiles; slots and phases follow from it.
+    /// Number of query blocks so far, at most [`MAX_QUERY_BLOCKS`], and in the top two bits of work tiles. Slots and
+    /// phases follow from it.
     count: u32,
 }
 
 /// One work tile in [`BackwardPipe::count`].
-const KV: u32 = 1 << 30;
+const KV: u32 = MAX_QUERY_BLOCKS + 1;
 
 impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     /// Each consumer calls it once, after the barriers were made.
     #[inline(always)]
     pub fn backward(smem: &'a BackwardSmem, index: u32, parameters: u64) -> Self {
         if smem.split == Split::Keys && index == 1 {
-            named_arrive(cta::TURN, 2 * WARPGROUP_THREADS);
+            BackwardBarrier::turn(0).arrive(2 * WARPGROUP_THREADS);
         }
         Self::with_pipe(index, parameters, BackwardPipe { smem, count: 0 })
     }
@@ -153,11 +155,11 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
     #[inline(always)]
     fn take_turn(&mut self) {
-        named_sync(cta::TURN + self.short_lived_index(), 2 * WARPGROUP_THREADS);
+        BackwardBarrier::turn(self.short_lived_index()).sync(2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
     fn pass_turn(&mut self) {
-        named_arrive(cta::TURN + 1 - self.short_lived_index(), 2 * WARPGROUP_THREADS);
+        BackwardBarrier::turn(1 - self.short_lived_index()).arrive(2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
     fn wait_ds(&mut self, slot: u32) {

@@ -5,12 +5,13 @@
 //! hold them: eight columns after eight, sixteen bytes of each thread in turn.
 
 use super::backward_loads::Loads;
-use super::barrier::{Mbarrier, named_sync, sync_warp};
+use super::barrier::{Mbarrier, sync_warp};
 use super::cta::{self, Leader, smem_base, thread_of_warpgroup};
 use super::first_values;
 use super::fragment::Fragment;
 use super::load::{add_global, count_turn, wait_turn};
 use super::math::{Packed, fresh};
+use super::named_barrier::BackwardBarrier;
 use super::store::store_16_bytes;
 use super::wgmma::{self, Descriptor};
 use crate::arch::Pending;
@@ -162,7 +163,7 @@ impl<const N8: usize> Dq<'_, N8> {
     fn count_last(&mut self) {
         if self.counter != 0 {
             // All have issued them; the leader's release is for all.
-            named_sync(cta::WARPGROUP, WARPGROUP_THREADS);
+            BackwardBarrier::sync_third();
             // SAFETY: a counter of the workspace.
             unsafe { count_turn(Leader::of_warpgroup(), self.counter_address()) };
             self.counter = 0;
@@ -174,7 +175,7 @@ impl<const N8: usize> Dq<'_, N8> {
     #[inline(always)]
     fn count_tile(&self, head: &mut u32, stored: &mut bool) {
         if *head != 0 {
-            named_sync(cta::WARPGROUP, WARPGROUP_THREADS);
+            BackwardBarrier::sync_third();
             let leader = cta::converged(Leader::of_warpgroup);
             // SAFETY: a counter of the workspace; all have issued their additions, and the leader's release is for all.
             unsafe { count_turn(leader, self.workspace.tiles_counter(*head - 1)) };

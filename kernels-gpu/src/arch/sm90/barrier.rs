@@ -1,4 +1,4 @@
-//! Barriers: mbarriers in shared memory between threads and the copy engine, named barriers between warpgroups.
+//! Mbarriers in shared memory, between threads and the copy engine, and the fences and warp barriers that go with them.
 
 use core::arch::asm;
 
@@ -117,20 +117,6 @@ impl Mbarrier {
 pub fn fence_mbarrier_init() {
     // SAFETY: a fence has no operands.
     unsafe { asm!("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", options(nostack)) }
-}
-
-/// Waits at named barrier `id` until `threads` threads have synchronised or arrived there.
-#[inline(always)]
-pub fn named_sync(id: u32, threads: u32) {
-    // SAFETY: every caller's warps are converged here, and each id is used by one fixed set of warpgroups.
-    unsafe { asm!("bar.sync {0}, {1};", in(reg32) id, in(reg32) threads, options(nostack)) }
-}
-
-/// Arrives at named barrier `id` without waiting.
-#[inline(always)]
-pub fn named_arrive(id: u32, threads: u32) {
-    // SAFETY: as `named_sync`.
-    unsafe { asm!("bar.arrive {0}, {1};", in(reg32) id, in(reg32) threads, options(nostack)) }
 }
 
 /// Orders memory accesses of a warp's lanes before it before those after it.

@@ -3,7 +3,8 @@
 use core::arch::asm;
 use core::arch::nvptx::_thread_idx_x;
 
-use super::barrier::{Mbarrier, fence_mbarrier_init, named_sync};
+use super::barrier::{Mbarrier, fence_mbarrier_init};
+use super::named_barrier::{BackwardBarrier, ForwardBarrier, TotalBarrier};
 use crate::arch::Split;
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
 use crate::tile::smem_total::TotalSmem;
@@ -13,13 +14,6 @@ core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
 
 /// Warps of a warpgroup, each of which arrives by one lane.
 const WARPS: u32 = WARPGROUP_THREADS / WARP_THREADS;
-
-/// Named barriers: 0 is the whole CTA's.
-pub const CTA: u32 = 0;
-/// From here on, one for each consumer's turn to issue products.
-pub const TURN: u32 = 1;
-/// From here on, one for each consumer's own threads.
-pub const WARPGROUP: u32 = 8;
 
 /// Shared-window address of the dynamic shared memory.
 #[inline(always)]
@@ -107,10 +101,10 @@ pub fn uniform(x: u32) -> u32 {
     y
 }
 
-/// What `f` says where ptxas cannot know that the warp is converged: it does after a barrier of the warpgroup.
+/// Calls `f` after a barrier of the backward kernel's third warpgroup, which tells ptxas that the warp is converged.
 #[inline(always)]
 pub fn converged<T>(f: impl FnOnce() -> T) -> T {
-    named_sync(WARPGROUP, WARPGROUP_THREADS);
+    BackwardBarrier::sync_third();
     f()
 }
 
@@ -164,7 +158,7 @@ pub fn init_barriers(smem: &ForwardSmem) {
         }
     }
     match smem.cluster {
-        1 => named_sync(CTA, (smem.consumers + 1) * WARPGROUP_THREADS),
+        1 => ForwardBarrier::Start.barrier().sync((smem.consumers + 1) * WARPGROUP_THREADS),
         _ => sync_cluster(),
     }
 }
@@ -220,7 +214,7 @@ pub fn init_backward_barriers(smem: &BackwardSmem) {
             fence_mbarrier_init();
         }
     }
-    named_sync(CTA, 3 * WARPGROUP_THREADS);
+    BackwardBarrier::Start.barrier().sync(3 * WARPGROUP_THREADS);
 }
 
 /// As [`init_barriers`], for the kernel of total attention.
@@ -244,7 +238,7 @@ pub fn init_total_barriers(smem: &TotalSmem) {
             fence_mbarrier_init();
         }
     }
-    named_sync(CTA, (smem.consumers + 1) * WARPGROUP_THREADS);
+    TotalBarrier::Start.barrier().sync((smem.consumers + 1) * WARPGROUP_THREADS);
 }
 
 /// Waits until the grid before this one in the stream is complete, and sees all that it wrote, where this one was let

@@ -7,9 +7,9 @@
 use core::arch::asm;
 use core::arch::nvptx::_block_idx_x;
 
-use super::barrier::named_sync;
 use super::cta::{self, Leader, thread_of_warpgroup};
 use super::load::{claim, count_at};
+use super::named_barrier::BackwardBarrier;
 use super::store::store_16_bytes;
 use crate::params::{Shape, Workspace};
 use crate::pipeline::order::KvBlock;
@@ -48,7 +48,7 @@ pub fn stores(workspace: &Workspace, shape: &Shape, head_dim: u32, keys: &KvBloc
 /// [`Workspace::first_values_word`].
 #[inline(always)]
 pub fn make_ready(address: u64) {
-    named_sync(cta::WARPGROUP, WARPGROUP_THREADS);
+    BackwardBarrier::sync_third();
     let leader = cta::converged(Leader::of_warpgroup);
     // SAFETY: a word of the workspace that this CTA has claimed. The leader's release is for all, who have synchronised.
     unsafe {
@@ -56,7 +56,7 @@ pub fn make_ready(address: u64) {
              in(reg64) address, in(reg32) leader.0, in(reg32) READY, options(nostack));
     }
     // The next work tile may be of the same head, and its warps must not find the word as this CTA claimed it.
-    named_sync(cta::WARPGROUP, WARPGROUP_THREADS);
+    BackwardBarrier::sync_third();
 }
 
 /// Fills dQ of all queries of a key head.

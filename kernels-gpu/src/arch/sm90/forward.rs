@@ -3,11 +3,12 @@
 use core::marker::PhantomData;
 use core::mem::offset_of;
 
-use super::barrier::{Mbarrier, named_arrive, named_sync};
+use super::barrier::Mbarrier;
 use super::consumer::Consumer;
 use super::cta::{self, Leader, thread_of_warpgroup};
 use super::fragment::{Fragment, Operand, Rows};
 use super::math::Packed;
+use super::named_barrier::ForwardBarrier;
 use super::store::{
     Lines, commit_stores, fence_async_proxy, store_box, store_f32, store_lines, wait_for_stores, write_tile,
 };
@@ -34,7 +35,7 @@ impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
     #[inline(always)]
     pub fn forward(smem: &'a ForwardSmem, index: u32, parameters: u64) -> Self {
         if index == smem.consumers - 1 {
-            named_arrive(cta::TURN, 2 * WARPGROUP_THREADS);
+            ForwardBarrier::turn(0).arrive(2 * WARPGROUP_THREADS);
         }
         Self::with_pipe(
             index,
@@ -90,7 +91,7 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
     #[inline(always)]
     fn load_q(&mut self, tile: &WorkTile) {
         // Every warp of this warpgroup is past its last product with Q.
-        named_sync(cta::WARPGROUP + self.index(), WARPGROUP_THREADS);
+        ForwardBarrier::queries_read(self.index()).sync(WARPGROUP_THREADS);
         let leader = Leader::of_warpgroup();
         let (smem, pairs) = (self.pipe.smem, self.pipe.smem.pairs);
         // SAFETY: nobody reads the query tiles any more, each panel lies within its own, and the barrier is ready.
@@ -164,13 +165,13 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
 
     #[inline(always)]
     fn take_turn(&mut self) {
-        named_sync(cta::TURN + self.index(), 2 * WARPGROUP_THREADS);
+        ForwardBarrier::turn(self.index()).sync(2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
     fn pass_turn(&mut self) {
         let next = self.index() + 1;
         let next = if next == self.pipe.smem.consumers { 0 } else { next };
-        named_arrive(cta::TURN + next, 2 * WARPGROUP_THREADS);
+        ForwardBarrier::turn(next).arrive(2 * WARPGROUP_THREADS);
     }
 
     #[inline(always)]

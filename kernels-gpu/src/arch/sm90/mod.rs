@@ -15,6 +15,7 @@ pub mod forward;
 pub mod fragment;
 pub mod load;
 pub mod math;
+pub mod named_barrier;
 pub mod producer;
 pub mod rows;
 pub mod store;

@@ -4,12 +4,12 @@
 use core::arch::asm;
 use core::arch::nvptx::{_block_idx_x, _grid_dim_x, _thread_idx_x};
 
-use super::barrier::named_sync;
-use super::cta::{self, await_grid_before};
+use super::cta::await_grid_before;
 use super::first_values::{FREE, READY};
 use super::fragment::Fragment;
 use super::load::{await_count, load_16_bytes, load_f32};
 use super::math::{Packed, fresh, shuffle_xor};
+use super::named_barrier::RowBarrier;
 use super::store::{Lines, store_16_bytes, store_f32, store_lines};
 use crate::attention::query_blocks::key_block;
 use crate::attention::row_statistics::{delta, exponent_offset};
@@ -213,5 +213,5 @@ fn await_dq(p: &FinishParams, batch: u32, head: u32, cta: u32) {
         unsafe { await_count(p.workspace.tiles_counter(key_head), p.key_blocks) };
     }
     // What one thread has acquired is for all.
-    named_sync(cta::CTA, ROW_KERNEL_THREADS);
+    RowBarrier::DqComplete.barrier().sync(ROW_KERNEL_THREADS);
 }

@@ -1,0 +1,102 @@
+//! The properties that a kernel needs for a pass, as the error names them if no kernel has them all.
+
+use std::fmt;
+
+use kernels_gpu::variants::{Dtype, Op};
+
+use super::Determinism;
+use crate::{
+    dropout::Dropout,
+    problem::{Mask, Problem},
+};
+
+/// A pass of attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Pass {
+    /// O and the LSE.
+    Forward,
+    /// The gradients.
+    Backward(Determinism),
+    /// The weight that each key got.
+    TotalAttention,
+}
+
+/// The properties of the kernel that a plan asked for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Needs {
+    /// The pass that was to be planned.
+    pub pass: Pass,
+    /// The attention that it computes, or whose gradients.
+    pub op: Op,
+    /// Head dim of the problem.
+    pub head_dim: usize,
+    /// Mask of the problem.
+    pub mask: Mask,
+    /// Element type of the problem.
+    pub dtype: Dtype,
+    /// Probability that a weight is dropped; 0 if none is.
+    pub dropout: f32,
+}
+
+/// The needs of a pass over `problem`.
+pub(super) fn needs(pass: Pass, op: Op, problem: &Problem, mask: Mask, dropout: Dropout) -> Needs {
+    Needs { pass, op, head_dim: problem.head_dim, mask, dtype: problem.dtype, dropout: dropout.p }
+}
+
+impl fmt::Display for Needs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Needs { pass, op, head_dim, mask, dtype, dropout } = self;
+        let attention = match op {
+            Op::Forward => "attention",
+            Op::Piecewise => "piecewise attention",
+        };
+        match pass {
+            Pass::Forward => write!(f, "forward of {attention}")?,
+            Pass::Backward(_) => write!(f, "backward of {attention}")?,
+            Pass::TotalAttention => f.write_str("total attention")?,
+        }
+        write!(f, " with head_dim {head_dim}, mask {mask}, dtype {}", dtype.name())?;
+        if *dropout > 0.0 {
+            write!(f, ", dropout {dropout}")?;
+        }
+        match pass {
+            Pass::Backward(determinism) => write!(f, ", determinism {determinism}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    #[test]
+    fn errors_name_all_that_was_needed() {
+        let needs = Needs {
+            pass: Pass::Backward(Determinism::Exact),
+            op: Op::Piecewise,
+            head_dim: 96,
+            mask: Mask::Causal,
+            dtype: Dtype::Bf16,
+            dropout: 0.1,
+        };
+        let text = |needs| Error::NoVariant { needs }.to_string();
+        assert_eq!(
+            text(needs),
+            "no kernel is compiled for backward of piecewise attention with head_dim 96, mask causal, dtype bf16, \
+             dropout 0.1, determinism exact"
+        );
+        let plain = Needs { pass: Pass::Forward, op: Op::Forward, dropout: 0.0, ..needs };
+        assert_eq!(
+            text(plain),
+            "no kernel is compiled for forward of attention with head_dim 96, mask causal, dtype bf16"
+        );
+        assert_eq!(
+            text(Needs { pass: Pass::TotalAttention, mask: Mask::None, dtype: Dtype::F16, ..plain }),
+            "no kernel is compiled for total attention with head_dim 96, mask none, dtype f16"
+        );
+        assert!(Error::NoVariant { needs }.is_bad_input());
+    }
+}

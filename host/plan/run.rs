@@ -1,0 +1,87 @@
+//! A plan that is kept, and run again with other tensors of the same problem.
+
+use super::{BackwardPlan, Plan, TotalPlan};
+use crate::{
+    backend::{Backend, Workspace},
+    element::Element,
+    error::Result,
+    operands::{BackwardInputs, ForwardInputs, Gradients, SecondTensors},
+    tensor::Tensor,
+};
+
+impl Plan {
+    /// Runs the plan: computes O, and the LSE if a buffer for it is given, into the caller's memory.
+    ///
+    /// A plan may be run any number of times, on any backend. It is best on a machine with as many multiprocessors as it
+    /// was made for. See [`Attention::forward_into`](crate::Attention::forward_into) for the tensors.
+    ///
+    /// ```
+    /// use ferroflash::{Attention, Backend, Cpu, Dtype, ForwardInputs, Problem, Tensor, bf16};
+    ///
+    /// let problem =
+    ///     Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 40, seqlen_k: 40, head_dim: 32, dtype: Dtype::Bf16 };
+    /// let plan = Attention::new(problem).plan(Cpu.sm_count())?;
+    /// let mut o = vec![bf16::ZERO; 2 * 40 * 32];
+    /// for step in 1..3 {
+    ///     let x: Vec<bf16> = (0..o.len()).map(|i| bf16::from_f32((i as f32 / step as f32).sin())).collect();
+    ///     let x = Tensor::bhsd(&x[..], problem.q_shape());
+    ///     plan.run(&Cpu, ForwardInputs::plain(x, x, x), Tensor::bhsd(&mut o[..], problem.q_shape()), None)?;
+    /// }
+    /// # Ok::<(), ferroflash::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::SecondPair`](crate::Error::SecondPair) for inputs of another kind than the plan's, and those of
+    /// [`Attention::forward_into`](crate::Attention::forward_into) but the plan's own.
+    pub fn run<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: ForwardInputs<B::Slice<'_, E>>,
+        o: Tensor<B::SliceMut<'_, E>>,
+        lse: Option<B::SliceMut<'_, f32>>,
+    ) -> Result<()> {
+        backend.forward_into(self, inputs, o, lse)
+    }
+}
+
+impl BackwardPlan {
+    /// Runs the plan: computes the gradients into the caller's memory, in a workspace that the caller keeps and that grows
+    /// if it is too small. `second` is for a plan of piecewise attention.
+    ///
+    /// A plan may be run any number of times, on any backend. It is best on a machine with as many multiprocessors as it
+    /// was made for. See [`Attention::backward_into`](crate::Attention::backward_into) for the tensors.
+    ///
+    /// # Errors
+    /// [`Error::SecondPair`](crate::Error::SecondPair) for inputs of another kind than the plan's, and those of
+    /// [`Attention::backward_into`](crate::Attention::backward_into) but the plan's own.
+    pub fn run<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+        second: Option<SecondTensors<B::Slice<'_, E>, B::SliceMut<'_, E>>>,
+        outputs: Gradients<Tensor<B::SliceMut<'_, E>>>,
+        workspace: &mut Workspace<B>,
+    ) -> Result<()> {
+        backend.backward_into(self, inputs, outputs, second, workspace)
+    }
+}
+
+impl TotalPlan {
+    /// Runs the plan: computes total attention into the caller's memory.
+    ///
+    /// A plan may be run any number of times, on any backend. See
+    /// [`Attention::total_attention_into`](crate::Attention::total_attention_into) for the tensors.
+    ///
+    /// # Errors
+    /// Those of [`Attention::total_attention_into`](crate::Attention::total_attention_into) but the plan's own.
+    pub fn run<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        q: Tensor<B::Slice<'_, E>>,
+        k: Tensor<B::Slice<'_, E>>,
+        lse: B::Slice<'_, f32>,
+        total: B::SliceMut<'_, f32>,
+    ) -> Result<()> {
+        backend.total_attention_into(self, q, k, lse, total)
+    }
+}
