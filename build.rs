@@ -33,9 +33,11 @@ fn kernels() -> Result<(), String> {
         ("source", true) | ("", true) => (from_source(&root)?, "source"),
         ("prebuilt", _) | ("", false) => (prebuilt(&root)?, "prebuilt"),
         ("source", false) => {
-            return Err("FERROFLASH_KERNELS is source, but this package has no kernel sources: depend on a checkout or \
+            return Err(
+                "FERROFLASH_KERNELS is source, but this package has no kernel sources: depend on a checkout or \
                         on the git repository of ferroflash instead"
-                .to_owned());
+                    .to_owned(),
+            );
         }
         (other, _) => {
             return Err(format!("FERROFLASH_KERNELS is {other}: set it to source or to prebuilt"));
@@ -51,9 +53,11 @@ fn prebuilt(root: &Path) -> Result<PathBuf, String> {
     println!("cargo::rerun-if-changed={}", folder.display());
     match folder.join("kernels.rs").is_file() {
         true => Ok(folder),
-        false => Err("there are no prebuilt kernels in this checkout: run `cargo xtask package`, which makes them, or \
+        false => {
+            Err("there are no prebuilt kernels in this checkout: run `cargo xtask package`, which makes them, or \
                       leave FERROFLASH_KERNELS unset"
-            .to_owned()),
+                .to_owned())
+        }
     }
 }
 

@@ -83,10 +83,7 @@ pub fn find() -> Result<Compiler, String> {
         });
     }
     let active = env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from);
-    [&*active, Path::new(DEBIAN_RUSTC)]
-        .into_iter()
-        .find_map(Compiler::probe)
-        .ok_or_else(|| NONE_FOUND.to_owned())
+    [&*active, Path::new(DEBIAN_RUSTC)].into_iter().find_map(Compiler::probe).ok_or_else(|| NONE_FOUND.to_owned())
 }
 
 /// Major and minor number of a release, as far as they are there.
@@ -173,9 +170,10 @@ impl Compiler {
         let Selection { family, element } = selection;
         // Every process has a folder of its own: rustc's temporary files have the same names in all of them.
         let (scratch, _) = cache.path(&format!("{family}-{element}"));
-        let hash = dependencies.externs.iter().fold(self.hash(), |hash, (_, file)| {
-            hash.with(file.file_name().unwrap_or_default().as_encoded_bytes())
-        });
+        let hash = dependencies
+            .externs
+            .iter()
+            .fold(self.hash(), |hash, (_, file)| hash.with(file.file_name().unwrap_or_default().as_encoded_bytes()));
         let emitted = |flags: &[&str], extension: &str| {
             fs::create_dir_all(&scratch).map_err(|error| format!("{}: {error}", scratch.display()))?;
             let mut rustc = self.rustc(package, dependencies, selection);
@@ -250,7 +248,8 @@ pub fn without_outer_cargo(command: &mut Command) {
 
 /// Finds the library whose file name starts with `name` in cargo's messages, which are JSON.
 fn rlib(messages: &str, name: &str) -> Option<PathBuf> {
-    let strings = messages.lines().filter(|line| line.contains("\"compiler-artifact\"")).flat_map(|line| line.split('"'));
+    let strings =
+        messages.lines().filter(|line| line.contains("\"compiler-artifact\"")).flat_map(|line| line.split('"'));
     strings
         .filter(|string| string.ends_with(".rlib"))
         .map(|string| PathBuf::from(string.replace("\\\\", "\\")))

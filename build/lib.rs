@@ -8,7 +8,7 @@ pub mod compiler;
 pub mod pack;
 pub mod ptx;
 pub mod ptxas;
-mod work;
+pub mod work;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -67,7 +67,8 @@ pub fn from_source(root: &Path) -> Result<Built, String> {
     let ptxas = ptxas::find(root);
     let (modules, compiled) = compile(root, &compiler, &folder.join("crates"), &families)?;
     let mut kernels = modules.into_iter().flatten().collect::<Vec<_>>();
-    let assembled = work::each(&kernels, |kernel| Ok(ptxas.as_ref().map(|ptxas| ptxas.assemble(&cubins, &kernel.text))))?;
+    let assembled =
+        work::each(&kernels, |kernel| Ok(ptxas.as_ref().map(|ptxas| ptxas.assemble(&cubins, &kernel.text))))?;
     drop(lock);
     let mut warnings = Vec::new();
     for (kernel, assembled) in kernels.iter_mut().zip(assembled) {

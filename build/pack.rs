@@ -89,10 +89,11 @@ fn compress(bytes: &[u8], effort: Effort) -> Result<Vec<u8>, String> {
 /// The table as Rust. Paths in it are relative to itself, so the folder can be moved.
 fn table(built: &Built) -> Result<String, String> {
     let mut text = String::from("// Written by ferroflash-build.\n\n");
-    let mut line = |arguments: std::fmt::Arguments<'_>| writeln!(text, "{arguments}").map_err(|error| error.to_string());
+    let mut line =
+        |arguments: std::fmt::Arguments<'_>| writeln!(text, "{arguments}").map_err(|error| error.to_string());
     line(format_args!("/// Compiler of the kernels.\npub const KERNEL_COMPILER: &str = {:?};", built.compiler))?;
     line(format_args!(
-        "/// Assembler of the kernels; none if the build holds PTX alone.\npub const KERNEL_ASSEMBLER: Option<&str> = {:?};",
+        "/// Assembler of the kernels; none if there is PTX alone.\npub const KERNEL_ASSEMBLER: Option<&str> = {:?};",
         built.assembler
     ))?;
     line(format_args!(

@@ -4,7 +4,6 @@ use core::arch::nvptx::{_block_idx_x, _grid_dim_x};
 
 use half::{bf16, f16};
 
-use crate::arch::{Split, Warpgroup};
 use crate::arch::sm90::backward_dq;
 use crate::arch::sm90::consumer::Consumer;
 use crate::arch::sm90::cta::{self, Role};
@@ -16,6 +15,7 @@ use crate::arch::sm90::rows;
 use crate::arch::sm90::store::write_tile;
 use crate::arch::sm90::total_offsets::produce_offsets;
 use crate::arch::sm90::total_producer;
+use crate::arch::{Split, Warpgroup};
 use crate::attention::dropping::{Dropping, NoDropout};
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::{KeyParts, Sharing};
@@ -54,8 +54,7 @@ pub unsafe extern "ptx-kernel" fn shared_functions(tile: u32, row: u32, x: i32, 
     // The first and the last are the least and the largest width of a fragment.
     let tile = tile + (x.clamp(0, 64) + y.clamp(0, 176)) as u32;
     let scores = Fragment([[x as f32, y as f32, 1.0, 2.0]; 16]);
-    const SMEM: ForwardSmem =
-        ForwardSmem { head_dim: 64, block_n: 128, consumers: 2, stages: 2, pairs: 1, cluster: 1 };
+    const SMEM: ForwardSmem = ForwardSmem { head_dim: 64, block_n: 128, consumers: 2, stages: 2, pairs: 1, cluster: 1 };
     let consumer = Consumer::<Element, ForwardPipe<()>>::forward(&SMEM, row, u64::from(tile));
     let maxima = |rows, floats| consumer.maxima(&scores, rows, floats);
     let [a, b] = maxima(maxima([x as f32; 2], true), false);

@@ -78,8 +78,7 @@ pub struct Launch {
 
 /// Lists every kernel, each once.
 pub fn launches() -> Vec<Launch> {
-    let mainloop =
-        |symbol, family, threads, cluster| Launch { symbol, family, threads, cluster, mainloop: true };
+    let mainloop = |symbol, family, threads, cluster| Launch { symbol, family, threads, cluster, mainloop: true };
     let forward = VARIANTS.iter().map(|v| (v, Family::forward(v.op, v.head_dim)));
     let dropout = DROPOUT_VARIANTS.iter().map(|v| (v, Family::ForwardDropout));
     let forward = forward.chain(dropout).map(|(v, family)| mainloop(v.symbol, family, v.threads(), v.cluster));
