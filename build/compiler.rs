@@ -40,8 +40,8 @@ const UNOPTIMISED: [&str; 2] = ["-Cno-prepopulate-passes", "-Zlocation-detail=no
 const NONE_FOUND: &str = concat!(
     "the feature `cuda` compiles GPU kernels, for which a rustc from ",
     env!("CARGO_PKG_RUST_VERSION"),
-    " on with its library source is needed, and none was found: run `rustup component add rust-src`, or `apt-get install \
-     rustc-web rust-web-src` where that is as new, or name one in the environment variable FERROFLASH_RUSTC"
+    " on with its library source is needed, and none was found: run `rustup component add rust-src`, or `apt-get \
+     install rustc-web rust-web-src` where that is as new, or name one in the environment variable FERROFLASH_RUSTC"
 );
 
 /// A rustc that can compile kernels.

@@ -121,7 +121,7 @@ macro_rules! second {
         SecondPair<TensorMap>
     };
 }
-/// Compiles an entry point only with its family, which `variants::Family` names: each rustc process compiles one family.
+/// Compiles an entry point only with its family, which `variants::Family` names. Each rustc process compiles one.
 ///
 /// The build makes the f16 kernels from the PTX of bf16. It compiles f16 only to compare the two.
 macro_rules! in_family {

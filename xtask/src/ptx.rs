@@ -11,8 +11,8 @@ use crate::shell::{Result, output, root, step};
 
 /// Instructions that a kernel with a mainloop must have: tensor cores, TMA, register reallocation.
 const NEEDED: [&str; 3] = ["HGMMA", "UTMALDG", "USETMAXREG"];
-/// Instructions that no kernel may have: local memory, the slow path of a shuffle in a warp that may have diverged, and the
-/// instruction by which a warp reconverges before an operation that needs all its threads.
+/// Instructions that no kernel may have: local memory, the slow path of a shuffle in a warp that may have diverged, and
+/// the instruction by which a warp reconverges before an operation that needs all its threads.
 const FORBIDDEN: [&str; 4] = ["LDL", "STL", "BRA.DIV", "WARPSYNC.ALL"];
 /// Registers of a multiprocessor.
 const REGISTER_FILE: u32 = 65536;
@@ -132,8 +132,8 @@ pub fn f16() -> Result {
             Ok(())
         }
         count => Err(format!(
-            "{count} differ: {}; give each an entry point of its own in kernels-gpu/src/entry.rs, as those that prepare \
-             have",
+            "{count} differ: {}; give each an entry point of its own in kernels-gpu/src/entry.rs, as those that \
+             prepare have",
             different.join(", ")
         )),
     }
