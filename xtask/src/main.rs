@@ -19,6 +19,7 @@ cargo xtask <command>
   setup          install what the feature `cuda` needs to build: a kernel compiler, ptxas, the driver's import library
   demo           check and measure attention, on the GPU where there is one, otherwise on the CPU
   test           every test, on CPU and GPU, and a check of every kernel's machine code
+  machine-code   check every kernel's machine code alone
   package        make the crates as they are published, with prebuilt kernels, in target/package
   dependant      build and run a program that depends on those crates, with no kernel compiler and no toolkit in reach
   times [WHAT…]  measure how long builds take and how large their parts are, in a folder of their own
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         ["setup"] => setup::all(),
         ["demo"] => demo(),
         ["test"] => test(),
+        ["machine-code"] => ptx::check(),
         ["package"] => package::make().map(drop),
         ["dependant"] => dependant::check(),
         ["times", ref what @ ..] => times::measure(what),
