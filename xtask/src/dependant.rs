@@ -102,7 +102,8 @@ impl Dependant {
         let rust = ["cargo", "rustc"].map(|name| Path::new(sysroot.trim()).join("bin").join(name));
         let path = env::var_os("PATH").unwrap_or_default();
         let folders: Vec<PathBuf> = env::split_paths(&path).collect();
-        let linker = ["cc", "ld", "as", "ar"].map(|name| folders.iter().map(|f| f.join(name)).find(|file| file.is_file()));
+        let linker =
+            ["cc", "ld", "as", "ar"].map(|name| folders.iter().map(|f| f.join(name)).find(|file| file.is_file()));
         for tool in rust.into_iter().chain(linker.into_iter().flatten()) {
             let link = self.folder.join("bin").join(tool.file_name().unwrap_or_default());
             std::os::unix::fs::symlink(&tool, &link).map_err(|error| format!("{}: {error}", link.display()))?;
