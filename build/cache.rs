@@ -14,9 +14,9 @@ const UNUSED: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 pub struct Hash(u128);
 
 impl Hash {
-    pub const fn new() -> Self {
-        Hash(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d)
-    }
+    /// The hash of no parts.
+    pub const EMPTY: Self = Hash(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d);
+
     /// Adds one part. Its length is hashed too, so that parts cannot run into each other.
     #[must_use]
     pub fn with(mut self, part: impl AsRef<[u8]>) -> Self {

@@ -111,7 +111,7 @@ impl Compiler {
     /// Hash of this compiler and its flags.
     pub fn hash(&self) -> Hash {
         let flags = FLAGS.iter().chain(&CRATE).chain(&UNOPTIMISED);
-        flags.fold(Hash::new().with(&self.verbose), |hash, flag| hash.with(flag))
+        flags.fold(Hash::EMPTY.with(&self.verbose), |hash, flag| hash.with(flag))
     }
 
     /// Builds `core` and the crates that the kernel crate in `package` needs, and checks the kernel crate itself.

@@ -26,6 +26,12 @@ fn main() -> ExitCode {
 
 fn build(root: &Path, out: &Path) -> Result<(), String> {
     let built = from_source(root)?;
+    // Cargo shows this with -vv.
+    let names: Vec<&str> = built.compiled.iter().map(|family| family.name()).collect();
+    println!(
+        "families compiled: {}; the others were in the cache",
+        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    );
     for warning in &built.warnings {
         println!("cargo::warning={warning}");
     }

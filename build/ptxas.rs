@@ -59,7 +59,7 @@ impl Ptxas {
     /// # Errors
     /// What ptxas says about the text.
     pub fn assemble(&self, cache: &Cache, text: &str) -> Result<Assembled, String> {
-        let name = FLAGS.iter().fold(Hash::new().with(&self.version).with(text), |hash, flag| hash.with(flag)).name();
+        let name = FLAGS.iter().fold(Hash::EMPTY.with(&self.version).with(text), |hash, flag| hash.with(flag)).name();
         let (cubin, report) = (format!("{name}.cubin"), format!("{name}.report"));
         if let (Some(cubin), Some(report)) = (cache.read(&cubin), cache.read(&report)) {
             return assembled(cubin, String::from_utf8_lossy(&report).into_owned());
