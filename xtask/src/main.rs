@@ -16,7 +16,7 @@ use shell::{Result, cargo, run, step};
 const HELP: &str = "\
 cargo xtask <command>
 
-  setup          install what the feature `cuda` needs to build: a kernel compiler, ptxas, the driver's import library
+  setup          install what kernels from source need: a kernel compiler, ptxas; and what the feature `cust` needs to build
   demo           check and measure attention, on the GPU where there is one, otherwise on the CPU
   test           every test, on CPU and GPU, and a check of every kernel's machine code
   machine-code   check every kernel's machine code alone
@@ -82,9 +82,9 @@ fn demo() -> Result {
 fn test() -> Result {
     setup::all()?;
     step("tests on the CPU, and on the GPU where there is one");
-    let mut tests = cargo(&["test", "--workspace", "--features", "cuda"]);
-    driver::provide(&mut tests);
-    run(&mut tests)?;
+    run(&mut cargo(&["test", "--workspace", "--features", "cuda"]))?;
+    step("the examples of conversions from cudarc and cust");
+    run(&mut cargo(&["test", "--doc", "--features", "cudarc,cust", "cuda/cu"]))?;
     step("the library by itself, without the command line and the GPU");
     run(&mut cargo(&["check", "--no-default-features"]))?;
     ptx::check()
