@@ -75,8 +75,8 @@ pub(crate) fn kind(dropout: &Option<Launched>) -> DropoutKind {
 /// ```
 ///
 /// # Errors
-/// Those of [`Problem::validate`]; [`Error::Dropout`]; [`Error::TooLarge`] for more than 2³² query heads of all batch items;
-/// [`Error::OutOfMemory`].
+/// Those of [`Problem::validate`]; [`Error::Dropout`]; [`Error::TooLarge`] for more than 2³² query heads of all batch
+/// items; [`Error::OutOfMemory`].
 pub fn dropout_mask(problem: &Problem, dropout: &Dropout) -> Result<Vec<bool>> {
     problem.validate()?;
     let launched = dropout.launched()?;

@@ -12,6 +12,8 @@ mod driver;
 mod first_tiles;
 #[path = "gpu/graph.rs"]
 mod graph;
+#[path = "gpu/interop.rs"]
+mod interop;
 #[path = "gpu/parts.rs"]
 mod parts;
 #[path = "gpu/piecewise.rs"]
@@ -168,6 +170,10 @@ fn main() {
     trials.push(test("plans and workspaces are kept", Box::new(context::plans_are_kept)));
     trials.push(test("errors say what is wrong", Box::new(context::errors_say_what_is_wrong)));
     trials.push(test("two devices", Box::new(|cuda| context::two_devices(cuda).unwrap())));
+    #[cfg(feature = "cudarc")]
+    trials.push(test("memory of cudarc's", Box::new(interop::cudarc)));
+    #[cfg(feature = "cust")]
+    trials.push(test("memory of cust's", Box::new(interop::cust)));
     trials.push(test("exact passes on two streams", Box::new(graph::two_streams)));
     trials.push(test("work tiles that store dQ, beside another launch", Box::new(graph::beside_another)));
     let conclusion = libtest_mimic::run(&arguments, trials);

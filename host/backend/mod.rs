@@ -33,6 +33,16 @@ pub trait Backend: sealed::Sealed {
 
     /// Allocates `len` elements, whose values are unspecified; `operand` is what errors call it.
     ///
+    /// Elements are plain data, for which any bits are a value. A type with invalid values, such as a reference, is refused
+    /// by the compiler:
+    ///
+    /// ```compile_fail,E0277
+    /// use ferroflash::{Backend, Cpu, Operand};
+    ///
+    /// let references = Cpu.allocate::<&'static str>(Operand::O, 1)?;
+    /// # Ok::<(), ferroflash::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
     fn allocate<T: Pod>(&self, operand: Operand, len: usize) -> Result<Self::Buffer<T>>;

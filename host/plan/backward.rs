@@ -74,8 +74,8 @@ impl BackwardPlan {
     /// # Errors
     /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`] for a
     /// probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or
-    /// more, for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128, for 2³⁰ query blocks or
-    /// more of one CTA, those that the mask hides included, or for an `sm_count` above 2²⁰.
+    /// more, for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128, for 2³⁰ query blocks
+    /// or more of one CTA, counted as if there was no mask, or for an `sm_count` above 2²⁰.
     pub fn new(
         problem: &Problem,
         mask: Mask,

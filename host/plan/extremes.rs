@@ -1,4 +1,4 @@
-//! Plans of the most extreme problems that are valid: each is made, or refused by [`Error::TooLarge`], and nothing overflows.
+//! Plans of the most extreme valid problems: each is made, or refused by [`Error::TooLarge`], and nothing overflows.
 
 use std::{hint::black_box, panic::catch_unwind};
 
@@ -176,7 +176,8 @@ proptest! {
 
     #[test]
     fn backward(
-        problem in problem(), mask in mask(), dropout in dropout(), determinism in determinism(), sm_count in sm_count(),
+        problem in problem(), mask in mask(), dropout in dropout(), determinism in determinism(),
+        sm_count in sm_count(),
     ) {
         check_backward(BackwardPlan::new(&problem, mask, None, dropout, determinism, sm_count));
     }

@@ -6,9 +6,9 @@
 //! attention. [`Scores`] says which queries and keys a score comes from, in plain and in piecewise attention. [`Accuracy`]
 //! is the bar itself.
 //!
-//! The results are f64 and take 8 bytes an element: four times O, or four times dQ, dK and dV, and in between twice that.
-//! Each thread also holds K and V of a key head and a row of scores. Unlike elsewhere in the crate, this memory is not
-//! checked beforehand: the process aborts if there is too little.
+//! The results are f64 and take 8 bytes an element: four times O, or four times dQ, dK and dV, and in between twice
+//! that. Each thread also holds K and V of a key head and a row of scores. Unlike elsewhere in the crate, nothing
+//! checks beforehand that there is so much memory: the process aborts if there is too little.
 
 mod accuracy;
 mod backward;

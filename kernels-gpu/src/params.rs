@@ -374,8 +374,7 @@ check_parameters! {
     PrepareParams: ;
     FinishParams: ;
 }
-// Kernels find tensor maps by these offsets from the start of their parameters, with or without a second pair's gradient,
-// with or without dropout.
+// Kernels find tensor maps by the offsets of the plain structs, also within those with dropout or a second gradient.
 const _: () = {
     assert!(size_of::<TensorMap>() == 128);
     assert!(offset_of!(BackwardSecondPair<TensorMap>, pair) == 0);

@@ -19,6 +19,15 @@ use crate::error::{Error, Operand, Result};
 /// (`cuMemAllocAsync`, `cuMemFreeAsync`), so dropping it does not wait and does not take it away from what was launched
 /// before. On a device without memory pools it is freed after a wait for the stream. A buffer that is dropped while its
 /// stream is captured into a graph is not freed, because the graph may use it.
+///
+/// It holds plain data alone, for which any bits are a value:
+///
+/// ```compile_fail,E0277
+/// # use ferroflash::cuda::DeviceBuffer;
+/// fn references(buffer: &DeviceBuffer<&'static str>) -> Vec<&'static str> {
+///     buffer.to_host().unwrap()
+/// }
+/// ```
 pub struct DeviceBuffer<T: Pod> {
     stream: Arc<Stream>,
     address: u64,

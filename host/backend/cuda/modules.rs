@@ -83,11 +83,11 @@ impl Module {
 
 fn load(calls: &'static Calls, kernel: &'static Kernel, smem_bytes: u32) -> Result<Loaded> {
     let start = Instant::now();
-    let module = match kernel.cubin.map(|cubin| load_cubin(calls, cubin)) {
+    let module = match kernel.cubin()?.map(|cubin| load_cubin(calls, cubin)) {
         Some(Ok(module)) => module,
         // A driver that is older than the build's ptxas refuses the cubin, and compiles the PTX instead.
         Some(Err(Error::Driver { code: sys::INVALID_IMAGE | sys::NO_BINARY_FOR_GPU, .. })) | None => {
-            load_ptx(calls, kernel)?
+            load_ptx(calls, kernel.symbol, kernel.ptx()?)?
         }
         Some(Err(error)) => return Err(error),
     };
@@ -107,7 +107,7 @@ fn function(calls: &'static Calls, kernel: &'static Kernel, module: &Module, sme
     // SAFETY: the module is live, the name a C string; writes one handle.
     let code = unsafe { (calls.cuModuleGetFunction)(&mut handle, module.handle, name.as_ptr()) };
     check(calls, "cuModuleGetFunction", code)?;
-    let function = Function::new(calls, kernel.symbol, handle, kernel.parameter_bytes()?);
+    let function = Function::new(calls, kernel.symbol, handle, kernel.parameter_bytes);
     function.set_shared_memory(smem_bytes)?;
     Ok(function)
 }
@@ -122,9 +122,9 @@ fn load_cubin(calls: &'static Calls, cubin: &[u8]) -> Result<Module> {
 }
 
 /// Lets the driver compile PTX; an error has what its compiler says.
-fn load_ptx(calls: &'static Calls, kernel: &Kernel) -> Result<Module> {
-    let broken = |message: String| Error::BrokenKernel { symbol: kernel.symbol, message };
-    let text = CString::new(kernel.ptx()?).map_err(|_| broken("its PTX holds a zero".to_owned()))?;
+fn load_ptx(calls: &'static Calls, symbol: &'static str, text: String) -> Result<Module> {
+    let broken = |_| Error::BrokenKernel { symbol, message: "its PTX holds a zero".to_owned() };
+    let text = CString::new(text).map_err(broken)?;
     let (mut log, mut handle) = (vec![0u8; LOG_BYTES], ptr::null_mut());
     let mut options: [c_int; 2] = [sys::JIT_ERROR_LOG_BUFFER, sys::JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
     // The driver takes a number as the value of the pointer.
@@ -141,11 +141,65 @@ fn load_ptx(calls: &'static Calls, kernel: &Kernel) -> Result<Module> {
             let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
             let said = String::from_utf8_lossy(&log[..end]);
             let message = match said.trim() {
-                "" => format!("{message}, compiling kernel {}", kernel.symbol),
-                said => format!("{message}, compiling kernel {}: {said}", kernel.symbol),
+                "" => format!("{message}, compiling kernel {symbol}"),
+                said => format!("{message}, compiling kernel {symbol}: {said}"),
             };
             Err(Error::Driver { call, code, message })
         }
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cuda::Cuda;
+    use crate::backend::cuda::driver::Extent;
+
+    /// The first device, if there is one that kernels run on.
+    fn device() -> Option<Cuda> {
+        Cuda::new(0).inspect_err(|error| println!("skipped: {error}")).ok()
+    }
+
+    #[test]
+    fn without_a_device_the_error_says_what_is_missing() {
+        match sys::calls() {
+            Ok(_) => println!("skipped: there is a driver"),
+            Err(Error::NoDevice { reason }) => {
+                assert!(reason.contains("NVIDIA's driver"), "{reason}");
+                assert!(matches!(Cuda::new(0), Err(Error::NoDevice { .. })));
+                assert_eq!(Cuda::device_count(), 0);
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn refused_ptx_carries_the_compilers_words() {
+        let Some(cuda) = device() else { return };
+        let _entered = cuda.device().enter().unwrap();
+        let text = ".version 8.1\n.target sm_90a\n.address_size 64\n.visible .entry k() { mov.u32 %nothing, 1; ret; }";
+        let error = load_ptx(cuda.device().calls(), "k", text.to_owned()).err().unwrap();
+        assert!(matches!(error, Error::Driver { code, .. } if code != sys::SUCCESS), "{error}");
+        assert!(error.to_string().contains("nothing"), "{error}");
+    }
+
+    #[test]
+    fn parameters_of_another_size_are_refused() {
+        let Some(cuda) = device() else { return };
+        let _entered = cuda.device().enter().unwrap();
+        let function = cuda.kernel("prepare_bf16", 0).unwrap().function;
+        let extent = Extent { grid: 1, block: 32, shared_memory: 0 };
+        // SAFETY: refused before the launch.
+        let error = unsafe { function.launch(extent, ptr::null_mut(), &0u64) }.err().unwrap();
+        assert!(matches!(error, Error::BrokenKernel { symbol: "prepare_bf16", .. }), "{error}");
+    }
+
+    #[test]
+    fn codes_without_a_name_are_described() {
+        let Some(cuda) = device() else { return };
+        for code in [912, 54321, u32::MAX] {
+            assert!(cuda.device().calls().describe(code).contains(&code.to_string()));
+        }
     }
 }

@@ -11,11 +11,11 @@ use crate::params::Shape;
 pub trait Mask: Copy {
     /// Whether a query may see fewer than all keys.
     const HIDES: bool;
-    /// Query row `i` sees the keys `0..live_end(i)`, never more than seqlen_k, and never fewer than row `i − 1`. For a row
-    /// of padding, from seqlen_q on, the sum may wrap: no result of such a row is stored.
+    /// Query row `i` sees the keys `0..live_end(i)`, never more than seqlen_k, and never fewer than row `i − 1`. For a
+    /// row of padding, from seqlen_q on, the sum may wrap: no result of such a row is stored.
     fn live_end(shape: &Shape, i: u32) -> u32;
-    /// Key `j` is seen by the query rows from this one on, by the same rule. For a key of padding, from seqlen_k on, the
-    /// difference may wrap: its callers do not use it.
+    /// Key `j` is seen by the query rows from this one on, by the same rule. For a key of padding, from seqlen_k on,
+    /// the difference may wrap: no result of such a key is stored.
     fn live_start(shape: &Shape, j: u32) -> u32;
 }
 

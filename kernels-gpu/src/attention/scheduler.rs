@@ -63,8 +63,8 @@ pub struct TileOrder {
 }
 
 impl TileOrder {
-    /// The order for query tiles of `block_m` rows, in sections of `section` heads. The host has checked that an i32 holds
-    /// the number of all tiles, and so that of all heads.
+    /// The order for query tiles of `block_m` rows, in sections of `section` heads. The host has checked that an i32
+    /// holds the number of all tiles, and so that of all heads.
     pub fn new(shape: &Shape, block_m: u32, section: u32) -> Self {
         let heads = shape.batch * shape.heads_q;
         let section = section.clamp(1, heads.max(1));

@@ -21,8 +21,8 @@ use crate::variants::WARPGROUP_THREADS;
 /// The consumer's end of the backward pipeline.
 pub struct BackwardPipe<'a> {
     smem: &'a BackwardSmem,
-    /// Number of query blocks so far, at most [`MAX_QUERY_BLOCKS`], and in the top two bits of work tiles. Slots and phases
-    /// follow from it.
+    /// Number of query blocks so far, at most [`MAX_QUERY_BLOCKS`], and in the top two bits of work tiles. Slots and
+    /// phases follow from it.
     count: u32,
 }
 

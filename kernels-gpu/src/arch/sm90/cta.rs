@@ -101,7 +101,7 @@ pub fn uniform(x: u32) -> u32 {
     y
 }
 
-/// Calls `f` after a barrier of the backward kernel's third warpgroup, which lets ptxas know that the warp is converged.
+/// Calls `f` after a barrier of the backward kernel's third warpgroup, which tells ptxas that the warp is converged.
 #[inline(always)]
 pub fn converged<T>(f: impl FnOnce() -> T) -> T {
     BackwardBarrier::sync_third();

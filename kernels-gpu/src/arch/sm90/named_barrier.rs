@@ -1,7 +1,7 @@
 //! Named barriers (`bar.sync`, `bar.arrive`) between the warpgroups of a CTA: one enum of ids per kernel family.
 //!
-//! The hardware has sixteen ids per CTA. A variant is named for what its barrier guards. The compiler refuses two variants
-//! of one enum with the same id, so two uses in one kernel cannot collide.
+//! The hardware has sixteen ids per CTA. A variant is named for what its barrier guards. The compiler refuses two
+//! variants of one enum with the same id, so two uses in one kernel cannot collide.
 
 use core::arch::asm;
 
