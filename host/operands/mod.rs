@@ -22,6 +22,9 @@ mod gradients;
 mod pair;
 mod total_attention;
 
+#[cfg(test)]
+mod extremes;
+
 pub(crate) use backward::check_inputs as check_backward_inputs;
 pub use backward::{RawBackward, RawSecond};
 pub(crate) use forward::Buffers;

@@ -7,8 +7,8 @@
 //! is the bar itself.
 //!
 //! The results are f64 and take 8 bytes an element: four times O, or four times dQ, dK and dV, and in between twice
-//! that. Each thread also holds K and V of a key head and a row of scores. Unlike elsewhere in the crate, nothing checks
-//! beforehand that there is so much memory: the process aborts if there is too little.
+//! that. Each thread also holds K and V of a key head and a row of scores. Unlike elsewhere in the crate, nothing
+//! checks beforehand that there is so much memory: the process aborts if there is too little.
 
 mod accuracy;
 mod backward;

@@ -21,8 +21,8 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Multiprocessors of the machine for which work tiles are shared out in parts, whatever the threads that run them: bits
-/// don't depend on those. So few that small problems, too, have both whole work tiles and parts.
+/// Multiprocessors of the machine for which work tiles are shared out in parts, whatever the threads that run them:
+/// bits don't depend on those. So few that small problems, too, have both whole work tiles and parts.
 const SM_COUNT: u32 = 7;
 
 /// Checks the inputs by themselves.
@@ -81,7 +81,8 @@ fn memory<T>(data: &[T]) -> Memory {
     Memory { address: data.as_ptr().expose_provenance() as u64, len: Some(data.len()) }
 }
 
-/// Checks everything and runs every key head of `plan` in the caller's workspace, in parallel; stops at the first fault.
+/// Checks everything and runs every key head of `plan` in the caller's workspace, in parallel; stops at the first
+/// fault.
 ///
 /// # Safety
 /// The memory is valid, for writing the outputs and for reading the inputs, until this function returns.
@@ -111,10 +112,10 @@ unsafe fn run(
         let (batch, head_kv) = (unit / shape.heads_kv, unit % shape.heads_kv);
         let heads = head_kv * shape.group()..(head_kv + 1) * shape.group();
         catch(variant.symbol, unit, || {
-            // SAFETY: the caller promised the memory, and its layouts were checked against the plan, whose variant this is;
-            // the workspace is borrowed mutably. Outputs and workspace alias nothing, and what is written belongs to this
-            // key head or to one of its query heads, so units may run at the same time. The workspace is filled before it is
-            // used, and the main kernel runs only if there is a key.
+            // SAFETY: the caller promised the memory, and its layouts were checked against the plan, whose variant this
+            // is; the workspace is borrowed mutably. Outputs and workspace alias nothing, and what is written belongs
+            // to this key head or to one of its query heads, so units may run at the same time. The workspace is filled
+            // before it is used, and the main kernel runs only if there is a key.
             unsafe {
                 heads.clone().for_each(|head| prepare(&preparation, variant.dtype, batch, head));
                 if problem.seqlen_k > 0 {

@@ -3,11 +3,7 @@
 //! It runs the same plan as the GPU: same variant, tiles and order. A kernel that breaks the pipeline's protocol panics
 //! with a name for what it did; that becomes [`Error::KernelFault`].
 
-use std::{
-    any::Any,
-    ops::Range,
-    panic::{AssertUnwindSafe, catch_unwind},
-};
+use std::{any::Any, ops::Range, thread};
 
 use bytemuck::Pod;
 use kernels_gpu::cpu::forward;
@@ -163,8 +159,8 @@ fn raw<T>(data: *const T, layout: Layout) -> RawTensor {
 /// Checks the arguments and runs every CTA of `plan`, in parallel; stops at the first fault.
 ///
 /// # Safety
-/// The buffers are where `args` says and as long as `buffers` says; they are valid for writing (O, LSE) and for reading (the
-/// rest) until this function returns.
+/// The buffers are where `args` says and as long as `buffers` says; they are valid for writing (O, LSE) and for reading
+/// (the rest) until this function returns.
 unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
     args.validate_buffers(plan, AddressSpace::Host, buffers)?;
     let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
@@ -178,8 +174,8 @@ unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
         // A CTA that panics leaves behind nothing but its rows of the output, which the error calls unspecified.
         catch(plan.variant().symbol, cta, || {
             // SAFETY: the arguments were validated against the plan, whose variant and tile count these are; the caller
-            // promised the memory. Outputs alias nothing, and each row of them belongs to one work tile of one CTA, so CTAs
-            // may run at the same time.
+            // promised the memory. Outputs alias nothing, and each row of them belongs to one work tile of one CTA, so
+            // CTAs may run at the same time.
             unsafe { forward(plan.variant(), &params, plan.launched, cta, ctas) }
         })
     })
@@ -189,10 +185,15 @@ unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
 /// keeps its own copies of them.
 const STACK_BYTES: usize = 32 << 20;
 
-/// Runs a part of a kernel, with the stack that it needs; its panic becomes an error.
-fn catch(symbol: &'static str, cta: u32, run: impl FnOnce()) -> Result<()> {
-    let run = || stacker::maybe_grow(STACK_BYTES, STACK_BYTES, run);
-    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| Error::KernelFault { symbol, cta, message: message(&*panic) })
+/// Runs a part of a kernel on a thread of its own, which has the stack for it; its panic becomes an error. The caller
+/// waits.
+fn catch(symbol: &'static str, cta: u32, run: impl FnOnce() + Send) -> Result<()> {
+    let fault = |message| Error::KernelFault { symbol, cta, message };
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, run);
+        let thread = thread.map_err(|error| fault(format!("no thread could be started: {error}")))?;
+        thread.join().map_err(|panic| fault(message(&*panic)))
+    })
 }
 
 /// What a panic says.
@@ -206,6 +207,8 @@ fn message(panic: &(dyn Any + Send)) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::catch_unwind;
+
     use kernels_gpu::variants::Dtype;
 
     use super::*;

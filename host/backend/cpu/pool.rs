@@ -1,8 +1,9 @@
-//! The threads that work tiles run on: rayon's, or in a process that was forked from one which had them, the caller's alone.
+//! The threads that work tiles run on: rayon's, or in a process that was forked from one which had them, the caller's
+//! alone.
 //!
-//! `fork` copies a process with the calling thread only. In the child rayon still counts the threads of its pool, and would
-//! wait for them without end. So the process that first uses the pool is remembered, and in any other one work tiles run one
-//! after the other on the calling thread. The results are the same bits.
+//! `fork` copies a process with the calling thread only. In the child rayon still counts the threads of its pool, and
+//! would wait for them without end. So the process that first uses the pool is remembered, and in any other one work
+//! tiles run one after the other on the calling thread. The results are the same bits.
 
 use std::{
     process,
@@ -13,8 +14,8 @@ use rayon::prelude::*;
 
 use crate::error::Result;
 
-/// CTAs for each thread of the pool: enough that threads can steal what a causal mask leaves to the end, few enough that
-/// work tiles follow one another in a CTA as they do on a GPU.
+/// CTAs for each thread of the pool: enough that threads can steal what a causal mask leaves to the end, few enough
+/// that work tiles follow one another in a CTA as they do on a GPU.
 const CTAS_PER_THREAD: u32 = 8;
 
 /// The process whose threads the pool has; 0 before it is used.

@@ -1,0 +1,88 @@
+//! Raw arguments with extreme addresses, shapes and strides: validation accepts or refuses them, and nothing overflows.
+
+use kernels_gpu::variants::Dtype;
+use proptest::prelude::*;
+
+use super::{Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention};
+use crate::{
+    dropout::Dropout,
+    plan::{BackwardPlan, Determinism, Plan, TotalPlan},
+    problem::{Mask, Problem},
+    tensor::Layout,
+};
+
+const LARGEST: usize = usize::MAX - 7;
+
+fn address() -> impl Strategy<Value = u64> {
+    prop::sample::select(vec![0, 1, 16, 256, 1 << 32, 1 << 47, 1 << 63, u64::MAX - 255, u64::MAX - 15, u64::MAX])
+}
+
+fn stride() -> impl Strategy<Value = usize> {
+    prop::sample::select(vec![0, 1, 8, 64, 1 << 20, (1 << 39) - 8, 1 << 39, 1 << 62, LARGEST, usize::MAX])
+}
+
+/// A tensor of this shape, or now and then of another.
+fn tensor(shape: [usize; 4]) -> impl Strategy<Value = RawTensor> {
+    let other = prop::sample::select(vec![[0; 4], [usize::MAX; 4], [1, 1, 1, 8]]);
+    let shapes = prop_oneof![9 => Just(shape), 1 => other];
+    (address(), shapes, [stride(), stride(), stride()])
+        .prop_map(|(address, shape, strides)| RawTensor { address, layout: Layout { shape, strides } })
+}
+
+fn problem() -> impl Strategy<Value = Problem> {
+    let extents = || prop::sample::select(vec![0, 1, 3, 128, 1 << 20, 1 << 26]);
+    (extents(), extents(), extents(), 1..3usize)
+        .prop_map(|(batch, seqlen_q, seqlen_k, heads_kv)| Problem {
+            batch,
+            heads_q: 2 * heads_kv,
+            heads_kv,
+            seqlen_q,
+            seqlen_k,
+            head_dim: 64,
+            dtype: Dtype::Bf16,
+        })
+        .prop_filter("invalid", |problem| problem.validate().is_ok())
+}
+
+/// A problem, and ten tensors: of each two, one of the queries' shape and one of the keys'.
+fn arguments() -> impl Strategy<Value = (Problem, [[RawTensor; 2]; 5], [u64; 3], bool)> {
+    problem().prop_flat_map(|problem| {
+        let pair = || [tensor(problem.q_shape()).boxed(), tensor(problem.kv_shape()).boxed()];
+        let pairs = [pair(), pair(), pair(), pair(), pair()];
+        (Just(problem), pairs, [address(), address(), address()], any::<bool>())
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn validation_never_panics((problem, pairs, lines, exact) in arguments()) {
+        let [[q, k], [o, v], [d_o, dk], [dq, dv], [q2, k2]] = pairs;
+        let [lse, other, workspace] = lines;
+        let second = Pair { q: q2, k: k2 };
+        let forward = RawForward { q, k, second: None, v, o, lse: Some(lse) };
+        if let Ok(plan) = Plan::forward(&problem, Mask::None, None, Dropout::NONE, 132) {
+            let _ = forward.validate(&plan);
+        }
+        if let Ok(plan) = Plan::piecewise(&problem, Mask::Causal, None, 7, 132) {
+            let _ = RawForward { second: Some(second), ..forward }.validate(&plan);
+        }
+        let (d_lse, workspace_bytes) = (Some(other), usize::MAX);
+        let backward = RawBackward { q, k, second: None, v, o, d_o, lse, d_lse, dq, dk, dv, workspace, workspace_bytes };
+        let determinism = if exact { Determinism::Exact } else { Determinism::Fast };
+        if let Ok(plan) = BackwardPlan::new(&problem, Mask::None, None, Dropout::NONE, determinism, 132)
+            && backward.validate(&plan).is_ok()
+        {
+            backward.prepare(&plan);
+            backward.finish(&plan).count();
+        }
+        if let Ok(plan) = BackwardPlan::piecewise(&problem, Mask::None, None, 7, determinism, 132) {
+            let second = RawSecond { inputs: second, gradients: Pair { q: dq, k: dk } };
+            let _ = RawBackward { second: Some(second), ..backward }.validate(&plan);
+        }
+        if let Ok(plan) = TotalPlan::new(&problem, Mask::None, None, 132) {
+            let _ = RawTotalAttention { q, k, lse, total: other }.validate(&plan);
+        }
+    }
+}
