@@ -1,4 +1,4 @@
-//! A program outside the checkout that depends on the published crates: it must build with Rust and a C linker alone.
+//! A program outside the checkout that depends on the published crates: it must build with Rust and a C compiler alone.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -105,7 +105,7 @@ impl Dependant {
         Ok(dependant)
     }
 
-    /// Puts Rust and the linker into a folder that will be the whole path: no nvcc, no ptxas, no Python.
+    /// Puts Rust and the C compiler into a folder that will be the whole path: no nvcc, no ptxas, no Python.
     fn link_tools(&self) -> Result {
         let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]).current_dir(root()))?;
         let rust = ["cargo", "rustc"].map(|name| Path::new(sysroot.trim()).join("bin").join(name));
