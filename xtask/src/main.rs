@@ -5,6 +5,8 @@ mod bundle;
 #[allow(dead_code, reason = "build.rs needs the rest of it")]
 mod compiler;
 mod driver;
+#[cfg(test)]
+mod floors;
 mod ptx;
 mod setup;
 mod shell;
