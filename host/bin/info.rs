@@ -7,7 +7,7 @@ use ferroflash::{BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, DROPOUT_VARIANTS,
 use kernels_gpu::params::ROW_KERNEL_THREADS;
 
 use crate::args::InfoArgs;
-use crate::machine::{Machine, commit, kernel_compiler};
+use crate::machine::{Machine, commit};
 use crate::{say, table};
 
 pub fn run(args: &InfoArgs) -> Result<ExitCode> {
@@ -16,7 +16,7 @@ pub fn run(args: &InfoArgs) -> Result<ExitCode> {
         env!("CARGO_PKG_VERSION"),
         commit().map(|c| format!(" ({c})")).unwrap_or_default()
     ));
-    say(format_args!("kernels compiled by: {}", kernel_compiler()));
+    say(format_args!("kernels: {}", kernels()));
     say(format_args!(
         "cpu: {}",
         Machine::open(&crate::args::DeviceArgs { device: Some(crate::args::DeviceName::Cpu) })?.name()
@@ -34,6 +34,23 @@ pub fn run(args: &InfoArgs) -> Result<ExitCode> {
     say("");
     say(variants());
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where the kernels came from, and what compiled them.
+#[cfg(feature = "cuda")]
+fn kernels() -> String {
+    use ferroflash::cuda::{COMMIT, KERNEL_ASSEMBLER, KERNEL_COMPILER, KERNEL_ORIGIN};
+    let origin = match KERNEL_ORIGIN {
+        "prebuilt" => "prebuilt, they came with the package",
+        _ => "compiled from source with this program",
+    };
+    let commit = if COMMIT.is_empty() { "commit unknown".to_owned() } else { format!("commit {COMMIT}") };
+    format!("{origin} ({KERNEL_COMPILER}; {}; {commit})", KERNEL_ASSEMBLER.unwrap_or("no ptxas"))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn kernels() -> String {
+    "none (CPU build)".to_owned()
 }
 
 /// The GPU, or a line that says why there is none.
@@ -80,7 +97,7 @@ fn compiled(symbol: &str) -> (String, String) {
     let kernel = ferroflash::cuda::KERNELS.iter().find(|kernel| kernel.symbol == symbol);
     let registers = kernel.and_then(|kernel| kernel.registers).map_or("unknown".to_owned(), |count| count.to_string());
     let code = match kernel {
-        Some(kernel) if kernel.cubin.is_some() => "cubin",
+        Some(kernel) if kernel.has_cubin() => "cubin",
         Some(_) => "PTX",
         None => "missing",
     };

@@ -4,13 +4,16 @@ use core::arch::nvptx::{_block_idx_x, _grid_dim_x};
 
 use half::{bf16, f16};
 
+use crate::arch::Warpgroup;
 use crate::arch::sm90::backward_dq;
 use crate::arch::sm90::consumer::Consumer;
 use crate::arch::sm90::cta::{self, Role};
 use crate::arch::sm90::forward::ForwardPipe;
+use crate::arch::sm90::fragment::{Fragment, Operand};
 use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
+use crate::arch::sm90::store::write_tile;
 use crate::arch::sm90::total_offsets::produce_offsets;
 use crate::arch::sm90::total_producer;
 use crate::attention::dropout::NoDropout;
@@ -38,6 +41,34 @@ use crate::variants::Op;
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
     cta::trap()
+}
+
+#[cfg(element = "bf16")]
+type Element = bf16;
+#[cfg(not(element = "bf16"))]
+type Element = f16;
+
+/// Keeps the machine code of a family independent of which other kernels are compiled with it. No launch runs this.
+///
+/// LLVM replaces an argument by a constant if all calls in a module agree on it, and only then inlines the function.
+/// So the functions that families share are called here with every kind of argument that some kernel has.
+#[unsafe(no_mangle)]
+pub unsafe extern "ptx-kernel" fn shared_functions(tile: u32, row: u32, x: i32, y: i32) {
+    // The first and the last are the least and the largest width of a fragment.
+    let tile = tile + (x.clamp(0, 64) + y.clamp(0, 176)) as u32;
+    let scores = Fragment([[x as f32, y as f32, 1.0, 2.0]; 16]);
+    const SMEM: ForwardSmem = ForwardSmem { head_dim: 64, block_n: 128, consumers: 2, stages: 2, pairs: 1, cluster: 1 };
+    let consumer = Consumer::<Element, ForwardPipe<()>>::forward(&SMEM, row, u64::from(tile));
+    let maxima = |rows, floats| consumer.maxima(&scores, rows, floats);
+    let [a, b] = maxima(maxima([x as f32; 2], true), false);
+    let tile = tile + a.to_bits() + b.to_bits();
+    // SAFETY: nothing launches this kernel.
+    unsafe {
+        write_tile(&Operand([[tile; 2]; 8]), tile, 64, 0);
+        write_tile(&Operand([[tile; 2]; 8]), tile, 128, row);
+        write_tile(&Operand([[tile; 2]; 16]), tile, 64, 0);
+        write_tile(&Operand([[tile; 2]; 16]), tile, 128, row);
+    }
 }
 
 /// A forward CTA: one producer warpgroup, the others consumers.
@@ -93,25 +124,50 @@ macro_rules! second {
         SecondPair<TensorMap>
     };
 }
+/// Compiles an entry point only with its family, which `variants::Family` names. Each rustc process compiles one.
+///
+/// The build makes the f16 kernels from the PTX of bf16. It compiles f16 only to compare the two.
+macro_rules! in_family {
+    ($family:literal, F16, $($entry:tt)*) => {
+        #[cfg(all(family = $family, element = "f16"))]
+        $($entry)*
+    };
+    ($family:literal, Bf16, $($entry:tt)*) => {
+        #[cfg(all(family = $family, element = "bf16"))]
+        $($entry)*
+    };
+    (Forward, 64, $($entry:tt)*) => { in_family! { "forward_d128", $($entry)* } };
+    (Forward, 96, $($entry:tt)*) => { in_family! { "forward_d128", $($entry)* } };
+    (Forward, 128, $($entry:tt)*) => { in_family! { "forward_d128", $($entry)* } };
+    (Forward, 192, $($entry:tt)*) => { in_family! { "forward_d256", $($entry)* } };
+    (Forward, 256, $($entry:tt)*) => { in_family! { "forward_d256", $($entry)* } };
+    (Piecewise, $head_dim:tt, $($entry:tt)*) => { in_family! { "piecewise", $($entry)* } };
+}
+macro_rules! in_backward_family {
+    (Forward, $($entry:tt)*) => { in_family! { "backward", $($entry)* } };
+    (Piecewise, $($entry:tt)*) => { in_family! { "piecewise_backward", $($entry)* } };
+}
 macro_rules! forward_entries {
-    ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
+    ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:tt, $mask:ident, $consumers:literal, $block_n:literal,
        $stages:literal, $cluster:literal;)*) => {$(
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $symbol(p: ForwardParams<TensorMap, second!($op)>) {
-            const SMEM: ForwardSmem = ForwardSmem {
-                head_dim: $head_dim,
-                block_n: $block_n,
-                consumers: $consumers,
-                stages: $stages,
-                pairs: Op::$op.pairs(),
-                cluster: $cluster,
-            };
-            forward::<element!($dtype), mask!($mask), second!($op), NoDropout, { $head_dim / 8 }, { $block_n / 8 }>(
-                &p,
-                crate::parameter_address!($symbol),
-                &SMEM,
-                NoDropout,
-            );
+        in_family! { $op, $head_dim, $dtype,
+            #[unsafe(no_mangle)]
+            pub unsafe extern "ptx-kernel" fn $symbol(p: ForwardParams<TensorMap, second!($op)>) {
+                const SMEM: ForwardSmem = ForwardSmem {
+                    head_dim: $head_dim,
+                    block_n: $block_n,
+                    consumers: $consumers,
+                    stages: $stages,
+                    pairs: Op::$op.pairs(),
+                    cluster: $cluster,
+                };
+                forward::<element!($dtype), mask!($mask), second!($op), NoDropout, { $head_dim / 8 }, { $block_n / 8 }>(
+                    &p,
+                    crate::parameter_address!($symbol),
+                    &SMEM,
+                    NoDropout,
+                );
+            }
         }
     )*};
 }
@@ -120,22 +176,24 @@ crate::forward_variants!(forward_entries);
 macro_rules! forward_dropout_entries {
     ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
        $stages:literal, $cluster:literal;)*) => {$(
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<ForwardParams<TensorMap>>) {
-            const SMEM: ForwardSmem = ForwardSmem {
-                head_dim: $head_dim,
-                block_n: $block_n,
-                consumers: $consumers,
-                stages: $stages,
-                pairs: Op::$op.pairs(),
-                cluster: $cluster,
-            };
-            forward::<element!($dtype), mask!($mask), (), _, { $head_dim / 8 }, { $block_n / 8 }>(
-                &p.params,
-                crate::parameter_address!($symbol),
-                &SMEM,
-                p.dropout,
-            );
+        in_family! { "forward_dropout", $dtype,
+            #[unsafe(no_mangle)]
+            pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<ForwardParams<TensorMap>>) {
+                const SMEM: ForwardSmem = ForwardSmem {
+                    head_dim: $head_dim,
+                    block_n: $block_n,
+                    consumers: $consumers,
+                    stages: $stages,
+                    pairs: Op::$op.pairs(),
+                    cluster: $cluster,
+                };
+                forward::<element!($dtype), mask!($mask), (), _, { $head_dim / 8 }, { $block_n / 8 }>(
+                    &p.params,
+                    crate::parameter_address!($symbol),
+                    &SMEM,
+                    p.dropout,
+                );
+            }
         }
     )*};
 }
@@ -191,9 +249,11 @@ fn backward<E: Packed, M: Mask, S: BackwardSecond<TensorMap>, R: Dropping, const
 /// The kernel that finishes is the same for every mask and operator; one row of them makes it.
 macro_rules! finish_entry {
     (Forward, None, $finish:ident, $dtype:ident, $head_dim:literal, $block_n:literal) => {
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $finish(p: FinishParams) {
-            rows::finish::<element!($dtype), { $head_dim / 16 }>(&p, $block_n);
+        in_family! { "backward", $dtype,
+            #[unsafe(no_mangle)]
+            pub unsafe extern "ptx-kernel" fn $finish(p: FinishParams) {
+                rows::finish::<element!($dtype), { $head_dim / 16 }>(&p, $block_n);
+            }
         }
     };
     ($($other:tt)*) => {};
@@ -220,13 +280,15 @@ macro_rules! backward_second {
 macro_rules! backward_entries {
     ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
        $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {$(
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $symbol(p: BackwardParams<TensorMap, backward_second!($op)>) {
-            const SMEM: BackwardSmem = backward_smem!($head_dim, $block_m, $block_n, $split, $k_stages);
-            backward::<
-                element!($dtype), mask!($mask), backward_second!($op), NoDropout, { $head_dim / 8 },
-                { $block_m / 8 },
-            >(&p, crate::parameter_address!($symbol), &SMEM, NoDropout);
+        in_backward_family! { $op, $dtype,
+            #[unsafe(no_mangle)]
+            pub unsafe extern "ptx-kernel" fn $symbol(p: BackwardParams<TensorMap, backward_second!($op)>) {
+                const SMEM: BackwardSmem = backward_smem!($head_dim, $block_m, $block_n, $split, $k_stages);
+                backward::<
+                    element!($dtype), mask!($mask), backward_second!($op), NoDropout, { $head_dim / 8 },
+                    { $block_m / 8 },
+                >(&p, crate::parameter_address!($symbol), &SMEM, NoDropout);
+            }
         }
         finish_entry!($op, $mask, $finish, $dtype, $head_dim, $block_n);
     )*};
@@ -236,20 +298,24 @@ crate::backward_variants!(backward_entries);
 macro_rules! backward_dropout_entries {
     ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
        $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {$(
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<BackwardParams<TensorMap>>) {
-            const SMEM: BackwardSmem = backward_smem!($head_dim, $block_m, $block_n, $split, $k_stages);
-            backward::<
-                element!($dtype), mask!($mask), (), _, { $head_dim / 8 },
-                { $block_m / 8 },
-            >(&p.params, crate::parameter_address!($symbol), &SMEM, p.dropout);
+        in_family! { "backward_dropout", $dtype,
+            #[unsafe(no_mangle)]
+            pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<BackwardParams<TensorMap>>) {
+                const SMEM: BackwardSmem = backward_smem!($head_dim, $block_m, $block_n, $split, $k_stages);
+                backward::<
+                    element!($dtype), mask!($mask), (), _, { $head_dim / 8 },
+                    { $block_m / 8 },
+                >(&p.params, crate::parameter_address!($symbol), &SMEM, p.dropout);
+            }
         }
     )*};
 }
 crate::backward_dropout_variants!(backward_dropout_entries);
 
+/// These two have different PTX, so both are compiled.
 macro_rules! prepare_entries {
     ($($prepare:ident, $dtype:ident;)*) => {$(
+        #[cfg(family = "backward")]
         #[unsafe(no_mangle)]
         pub unsafe extern "ptx-kernel" fn $prepare(p: PrepareParams) {
             rows::prepare::<element!($dtype)>(&p);
@@ -293,15 +359,17 @@ fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
 macro_rules! total_entries {
     ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_m:literal,
        $stages:literal;)*) => {$(
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $symbol(p: TotalParams<TensorMap>) {
-            const SMEM: TotalSmem =
-                TotalSmem { head_dim: $head_dim, consumers: $consumers, block_m: $block_m, stages: $stages };
-            total::<element!($dtype), mask!($mask), { $head_dim / 8 }, { $block_m / 8 }>(
-                &p,
-                crate::parameter_address!($symbol),
-                &SMEM,
-            );
+        in_family! { "total", $dtype,
+            #[unsafe(no_mangle)]
+            pub unsafe extern "ptx-kernel" fn $symbol(p: TotalParams<TensorMap>) {
+                const SMEM: TotalSmem =
+                    TotalSmem { head_dim: $head_dim, consumers: $consumers, block_m: $block_m, stages: $stages };
+                total::<element!($dtype), mask!($mask), { $head_dim / 8 }, { $block_m / 8 }>(
+                    &p,
+                    crate::parameter_address!($symbol),
+                    &SMEM,
+                );
+            }
         }
     )*};
 }

@@ -11,12 +11,16 @@ use crate::ground::shape::Shape;
 use crate::tile::smem::ForwardSmem;
 
 mod backward;
+#[cfg(not(target_arch = "nvptx64"))]
+mod launches;
 mod total;
 
 pub use crate::element::Dtype;
 pub use crate::params::{PREPARE_ROWS, ROW_KERNEL_THREADS};
 pub use crate::tile::lane::{WARP_ROWS, WARP_THREADS, WARPGROUP_ROWS, WARPGROUP_THREADS};
 pub use backward::{BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, BackwardVariant, backward};
+#[cfg(not(target_arch = "nvptx64"))]
+pub use launches::{Family, Launch, launches};
 pub use total::{TOTAL_VARIANTS, TotalVariant, total};
 
 /// Which mask a kernel was compiled for.
@@ -292,15 +296,3 @@ macro_rules! forward_table {
 pub static VARIANTS: &[Variant] = forward_variants!(forward_table);
 /// Every compiled variant with dropout.
 pub static DROPOUT_VARIANTS: &[Variant] = forward_dropout_variants!(forward_table);
-
-/// Every kernel: its name, the threads of a CTA and the CTAs of a cluster, for the launch bounds in its PTX.
-#[cfg(not(target_arch = "nvptx64"))]
-pub fn launches() -> std::vec::Vec<(&'static str, u32, u32)> {
-    let forward = VARIANTS.iter().chain(DROPOUT_VARIANTS).map(|v| (v.symbol, v.threads(), v.cluster));
-    let backward = BACKWARD_VARIANTS.iter().chain(BACKWARD_DROPOUT_VARIANTS).map(|v| (v.symbol, v.threads(), 1));
-    let mut rows: std::vec::Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
-    rows.sort_unstable();
-    rows.dedup();
-    let total = TOTAL_VARIANTS.iter().map(|v| (v.symbol, v.threads(), 1));
-    forward.chain(backward).chain(total).chain(rows.into_iter().map(|symbol| (symbol, ROW_KERNEL_THREADS, 1))).collect()
-}

@@ -20,6 +20,7 @@ ops=forward,backward,piecewise,piecewise-backward,total-attention
 case "${1:-all}" in
 all)
     ./gpu
+    ./unit cuda
     ./ferroflash check --device cuda --op "$ops" --cases 200
     ./ferroflash bench --device cuda --op "$ops"
     ;;
@@ -49,13 +50,14 @@ const LARGEST: u64 = 40 << 20;
 /// Builds everything and copies it to `directory`.
 pub fn collect(directory: &str) -> Result {
     setup::all()?;
-    step("building the GPU tests and the command line");
+    step("building the GPU tests, the unit tests and the command line");
     let tests = artifact(&["test", "--release", "--features", "cuda", "--test", "gpu", "--no-run"], "gpu")?;
+    let unit = artifact(&["test", "--release", "--features", "cuda", "--lib", "--no-run"], "ferroflash")?;
     let cli = artifact(&["build", "--release", "--features", "cuda", "--bin", "ferroflash"], "ferroflash")?;
     let to = root().join(directory);
     fs::create_dir_all(&to).map_err(|error| format!("{}: {error}", to.display()))?;
     let mut bytes = 0;
-    for (from, name) in [(&tests, "gpu"), (&cli, "ferroflash")] {
+    for (from, name) in [(&tests, "gpu"), (&unit, "unit"), (&cli, "ferroflash")] {
         let path = to.join(name);
         let failed = |error| format!("{}: {error}", path.display());
         fs::copy(from, &path).map_err(failed)?;

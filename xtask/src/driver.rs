@@ -1,13 +1,12 @@
-//! The CUDA driver, as far as a build needs it: an import library to link with, and a stand-in where there is none.
+//! The CUDA driver: an import library for the feature `cust`, and whether there is a driver and a GPU.
 //!
 //! `cust` links `libcuda`. NVIDIA's toolkit carries an import library for that; without the toolkit, one is made here of
-//! the names that `cust` declares, in which every call returns CUDA_ERROR_NO_DEVICE. On a machine without a driver the
-//! same library lets programs start and say that there is no device.
+//! the names that `cust` declares, in which every call returns CUDA_ERROR_NO_DEVICE. The feature `cuda` needs none.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::{env, fs};
 
 use crate::shell::{Result, cargo, output, run, step, target, works};
 
@@ -21,15 +20,10 @@ fn link_folder() -> PathBuf {
     target("cuda-driver/lib64")
 }
 
-/// For running where there is no driver.
-fn runtime_folder() -> PathBuf {
-    target("cuda-driver-runtime")
-}
-
 /// Makes the import library.
 pub fn import_library() -> Result {
-    step("the driver's import library");
-    if link_folder().join("libcuda.so").is_file() && runtime_folder().join(SONAME).is_file() {
+    step("the driver's import library, for the feature `cust`");
+    if link_folder().join("libcuda.so").is_file() {
         println!("it is in target/cuda-driver");
         return Ok(());
     }
@@ -40,9 +34,7 @@ pub fn import_library() -> Result {
         return Err(format!("{} declares no driver function", source.display()));
     }
     let stubs = link_folder().join("stubs");
-    for folder in [&stubs, &runtime_folder()] {
-        fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    }
+    fs::create_dir_all(&stubs).map_err(|error| format!("{}: {error}", stubs.display()))?;
     let c = target("cuda-driver/libcuda.c");
     let functions: String = names.iter().map(|name| format!("int {name}(void) {{ return {NO_DEVICE}; }}\n")).collect();
     fs::write(&c, functions).map_err(|error| format!("{}: {error}", c.display()))?;
@@ -50,8 +42,6 @@ pub fn import_library() -> Result {
     let mut cc = Command::new("cc");
     cc.args(["-shared", "-fPIC", &format!("-Wl,-soname,{SONAME}"), "-o"]).args([&library, &c]);
     run(&mut cc)?;
-    let runtime = runtime_folder().join(SONAME);
-    fs::copy(&library, &runtime).map_err(|error| format!("{}: {error}", runtime.display()))?;
     println!("{} functions", names.len());
     Ok(())
 }
@@ -59,7 +49,7 @@ pub fn import_library() -> Result {
 /// Where cust_raw declares the driver's functions.
 fn cust_raw() -> Result<PathBuf> {
     let metadata = output(
-        cargo(&["metadata", "--quiet", "--format-version", "1", "--features", "cuda"]).env("CARGO_TERM_QUIET", "true"),
+        cargo(&["metadata", "--quiet", "--format-version", "1", "--features", "cust"]).env("CARGO_TERM_QUIET", "true"),
     )?;
     let json = metadata.lines().find(|line| line.starts_with('{')).unwrap_or_default();
     let metadata: serde_json::Value = serde_json::from_str(json).map_err(|error| format!("cargo metadata: {error}"))?;
@@ -81,25 +71,16 @@ fn driver_functions(text: &str) -> BTreeSet<&str> {
         .collect()
 }
 
-/// Whether the driver's library can be loaded.
-pub fn has_driver() -> bool {
+/// True if the driver's library can be loaded.
+fn has_driver() -> bool {
     output(Command::new("ldconfig").arg("-p"))
         .or_else(|_| output(Command::new("/sbin/ldconfig").arg("-p")))
         .is_ok_and(|list| list.contains(SONAME))
 }
 
-/// Whether there is a GPU to run on.
+/// True if there is a GPU to run on.
 pub fn has_gpu() -> bool {
     has_driver() && (Path::new("/dev/nvidia0").exists() || works("nvidia-smi", &["-L"]))
-}
-
-/// Lets a program that links the driver start where there is none.
-pub fn provide(command: &mut Command) {
-    if !has_driver() {
-        // Last, so that a driver in a folder of the user's own is found first.
-        let inherited = env::var("LD_LIBRARY_PATH").map(|path| format!("{path}:")).unwrap_or_default();
-        command.env("LD_LIBRARY_PATH", format!("{inherited}{}", runtime_folder().display()));
-    }
 }
 
 #[cfg(test)]

@@ -1,15 +1,15 @@
-//! What people and CI run: `cargo xtask setup | demo | test | bundle`.
+//! What people and CI run, each a command of `cargo xtask`.
 
 mod bundle;
-#[path = "../../build/compiler.rs"]
-#[allow(dead_code, reason = "build.rs needs the rest of it")]
-mod compiler;
+mod dependant;
 mod driver;
 #[cfg(test)]
 mod floors;
+mod package;
 mod ptx;
 mod setup;
 mod shell;
+mod times;
 
 use std::process::ExitCode;
 
@@ -18,9 +18,15 @@ use shell::{Result, cargo, run, step};
 const HELP: &str = "\
 cargo xtask <command>
 
-  setup          install what the feature `cuda` needs to build: a kernel compiler, ptxas, the driver's import library
+  setup          install what kernels from source need: a kernel compiler, ptxas; and what the feature `cust` needs to build
   demo           check and measure attention, on the GPU where there is one, otherwise on the CPU
-  test           every test, on CPU and GPU, and ptxas over every kernel
+  test           every test, on CPU and GPU, and a check of every kernel's machine code
+  machine-code   check every kernel's machine code alone
+  package        make the crates as they are published, with prebuilt kernels, in target/package
+  dependant      build and run a program that depends on those crates, with no kernel compiler and no toolkit in reach
+  times [WHAT…]  measure how long builds take and how large their parts are, in a folder of their own
+  compare DIR    compare the machine code of every kernel with the cubins in DIR, byte for byte
+  f16            compile the kernels of f16 too, and compare them with those that the build makes from bf16
   bundle [DIR]   collect the GPU tests and the command line in DIR (gpu-bundle), to run where there is no Rust";
 
 fn main() -> ExitCode {
@@ -29,6 +35,12 @@ fn main() -> ExitCode {
         ["setup"] => setup::all(),
         ["demo"] => demo(),
         ["test"] => test(),
+        ["machine-code"] => ptx::check(),
+        ["package"] => package::make().map(drop),
+        ["dependant"] => dependant::check(),
+        ["times", ref what @ ..] => times::measure(what),
+        ["compare", folder] => ptx::compare(folder),
+        ["f16"] => ptx::f16(),
         ["bundle"] => bundle::collect("gpu-bundle"),
         ["bundle", directory] => bundle::collect(directory),
         ["help" | "--help" | "-h"] => {
@@ -68,13 +80,13 @@ fn demo() -> Result {
     Ok(())
 }
 
-/// Every test, then the kernels' PTX.
+/// Every test, then the kernels' machine code.
 fn test() -> Result {
     setup::all()?;
     step("tests on the CPU, and on the GPU where there is one");
-    let mut tests = cargo(&["test", "--workspace", "--features", "cuda"]);
-    driver::provide(&mut tests);
-    run(&mut tests)?;
+    run(&mut cargo(&["test", "--workspace", "--features", "cuda"]))?;
+    step("the examples of conversions from cudarc and cust");
+    run(&mut cargo(&["test", "--doc", "--features", "cudarc,cust", "cuda/cu"]))?;
     step("the library by itself, without the command line and the GPU");
     run(&mut cargo(&["check", "--no-default-features"]))?;
     ptx::check()

@@ -1,103 +1,92 @@
-//! ptxas over every kernel: no stack, no spill, no serialized product, and the instructions that Hopper is about.
+//! The machine code of every kernel: no stack, no spill, no serialized product, and the instructions that it must have.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::{fs, thread};
+
+use ferroflash_build::ptxas::Assembled;
+use ferroflash_build::{Built, Kernel, cache_folder, from_source, unpack, work};
+use kernels_gpu::variants::{Family, Launch};
 
 use crate::setup::cuda_tool;
-use crate::shell::{Result, cargo, messages, output, step};
+use crate::shell::{Result, output, root, step};
 
-/// What the machine code of a kernel with a mainloop must hold: tensor cores, copy engine, register reallocation.
+/// Instructions that a kernel with a mainloop must have: tensor cores, TMA, register reallocation.
 const NEEDED: [&str; 3] = ["HGMMA", "UTMALDG", "USETMAXREG"];
-/// And must not: local memory, and the slow path of a shuffle in a warp that may have diverged.
+/// Instructions that no kernel may have: local memory, and the slow path of a shuffle in a warp that may have diverged.
 const FORBIDDEN: [&str; 3] = ["LDL", "STL", "BRA.DIV"];
+/// The instruction by which a warp reconverges before an operation that needs all its threads. ptxas puts it where it
+/// cannot tell that a warp is converged.
+const RECONVERGENCE: &str = "WARPSYNC.ALL";
 /// Registers of a multiprocessor.
 const REGISTER_FILE: u32 = 65536;
 
+/// Returns how often [`RECONVERGENCE`] may occur in a kernel: as often as it did when it was first counted, 2026-11-30.
+fn reconvergences(launch: &Launch) -> usize {
+    match launch.family {
+        Family::BackwardDropout | Family::PiecewiseBackward => 9,
+        Family::ForwardDropout => 5,
+        _ if launch.cluster > 1 || launch.symbol.starts_with("finish_") => 1,
+        _ => 0,
+    }
+}
+
 /// What became of one kernel.
-struct Kernel {
-    name: String,
-    threads: u32,
+struct Row {
     registers: u32,
     stack: u32,
     /// Bytes stored and loaded again.
     spilled: u32,
     hgmma: usize,
     shuffles: usize,
+    reconvergences: usize,
     problems: Vec<String>,
 }
 
-/// Checks the PTX of the last build with the feature `cuda`.
+/// Builds every kernel, as far as the cache does not have it, and checks its machine code.
 pub fn check() -> Result {
-    step("ptxas over every kernel");
-    let out = build()?;
-    let table = out.join("kernels.rs");
-    let table = fs::read_to_string(&table).map_err(|error| format!("{}: {error}", table.display()))?;
-    let names = symbols(&table);
-    let kernels = assemble_all(&out.join("ptx"), &names);
+    step("the machine code of every kernel");
+    let built = built()?;
+    let folder = cache_folder(&root()).join("latest");
+    unpack(&built, &folder)?;
+    let rows = work::each(&built.kernels, |kernel| row(&folder, kernel))?;
     println!(
-        "{:28} {:>7} {:>9} {:>5} {:>5} {:>5} {:>5}  result",
-        "kernel", "threads", "registers", "stack", "spill", "HGMMA", "SHFL"
+        "{:35} {:>7} {:>9} {:>9} {:>5} {:>5} {:>5} {:>5} {:>8}  result",
+        "kernel", "threads", "registers", "parameter", "stack", "spill", "HGMMA", "SHFL", "WARPSYNC"
     );
     let mut failed = 0;
-    for kernel in kernels {
-        let Kernel { name, threads, registers, stack, spilled, hgmma, shuffles, problems } = kernel?;
+    for (kernel, row) in built.kernels.iter().zip(rows) {
+        let (name, threads, parameter) = (kernel.launch.symbol, kernel.launch.threads, kernel.parameter_bytes);
+        let Row { registers, stack, spilled, hgmma, shuffles, reconvergences, problems } = row;
         let result = if problems.is_empty() { "ok".to_owned() } else { problems.join("; ") };
         failed += usize::from(!problems.is_empty());
-        println!("{name:28} {threads:>7} {registers:>9} {stack:>5} {spilled:>5} {hgmma:>5} {shuffles:>5}  {result}");
+        println!(
+            "{name:35} {threads:>7} {registers:>9} {parameter:>9} {stack:>5} {spilled:>5} {hgmma:>5} {shuffles:>5} \
+             {reconvergences:>8}  {result}"
+        );
     }
-    match (names.len(), failed) {
-        (0, _) => Err(format!("{} names no kernel", out.join("kernels.rs").display())),
-        (_, 0) => Ok(()),
-        (all, _) => Err(format!("{failed} of {all} kernels are not as they should be")),
+    match failed {
+        0 => Ok(()),
+        _ => Err(format!("{failed} of {} kernels are not as they should be", built.kernels.len())),
     }
 }
 
-/// Where build.rs wrote its PTX, and the table of it.
-fn build() -> Result<PathBuf> {
-    messages(&mut cargo(&["build", "--features", "cuda", "--lib"]))?
-        .iter()
-        .filter(|message| message["reason"] == "build-script-executed")
-        .filter_map(|message| message["out_dir"].as_str().map(PathBuf::from))
-        .find(|out| out.join("ptx").is_dir())
-        .ok_or_else(|| "the build wrote no PTX".to_owned())
+/// Every kernel of the checkout, compiled and assembled.
+pub fn built() -> Result<Built> {
+    let built = from_source(&root())?;
+    match built.warnings.first() {
+        None if built.assembler.is_none() => Err("there is no ptxas: run `cargo xtask setup`".to_owned()),
+        None => Ok(built),
+        Some(warning) => Err(warning.clone()),
+    }
 }
 
-/// The kernels of the table that build.rs writes. The folder may hold more: what an earlier build left.
-fn symbols(table: &str) -> Vec<&str> {
-    table.split("symbol: \"").skip(1).filter_map(|rest| rest.split_once('"')).map(|(name, _)| name).collect()
-}
-
-/// As many at a time as there are cores.
-fn assemble_all(folder: &Path, names: &[&str]) -> Vec<Result<Kernel>> {
-    let cores = thread::available_parallelism().map_or(1, usize::from);
-    let share = names.len().div_ceil(cores).max(1);
-    thread::scope(|scope| {
-        let shares: Vec<_> = names
-            .chunks(share)
-            .map(|names| scope.spawn(|| names.iter().map(|name| assemble(folder, name)).collect::<Vec<_>>()))
-            .collect();
-        let panicked = || vec![Err("a check panicked".to_owned())];
-        shares.into_iter().flat_map(|share| share.join().unwrap_or_else(|_| panicked())).collect()
-    })
-}
-
-fn assemble(folder: &Path, name: &str) -> Result<Kernel> {
-    let ptx = folder.join(format!("{name}.ptx"));
-    let cubin = ptx.with_extension("checked.cubin");
-    let mut ptxas = Command::new(cuda_tool("ptxas"));
-    let report = output(ptxas.args(["-arch=sm_90a", "-v", "-o"]).args([&cubin, &ptx]))?;
-    let code = output(Command::new(cuda_tool("nvdisasm")).arg("-c").arg(&cubin))?;
-    let text = fs::read_to_string(&ptx).map_err(|error| format!("{}: {error}", ptx.display()))?;
-    let threads = text
-        .lines()
-        .find_map(|line| line.strip_prefix(".maxntid "))
-        .and_then(|count| count.trim().parse().ok())
-        .ok_or_else(|| format!("{} has no .maxntid", ptx.display()))?;
-    let reported = |what: &str| {
-        number_before(&report, what).ok_or_else(|| format!("ptxas reports no{what} for {name}:\n{report}"))
-    };
-    let registers = reported(" registers")?;
+fn row(folder: &Path, kernel: &Kernel) -> Result<Row> {
+    let name = kernel.launch.symbol;
+    let Assembled { report, registers, .. } =
+        kernel.assembled.as_ref().ok_or_else(|| format!("{name} has no machine code"))?;
+    let code = output(Command::new(cuda_tool("nvdisasm")).arg("-c").arg(folder.join(name).with_extension("cubin")))?;
+    let reported =
+        |what: &str| number_before(report, what).ok_or_else(|| format!("ptxas reports no{what} for {name}:\n{report}"));
     let stack = reported(" bytes stack frame")?;
     let spilled = reported(" bytes spill stores")? + reported(" bytes spill loads")?;
     let count = |mnemonic: &str| code.lines().filter(|line| line.contains(mnemonic)).count();
@@ -111,7 +100,7 @@ fn assemble(folder: &Path, name: &str) -> Result<Kernel> {
     }
     // C75xx are ptxas's warnings about wgmma and setmaxnreg.
     problems.extend(report.lines().filter(|line| line.contains("(C75")).map(|line| line.trim().to_owned()));
-    if ["forward_", "backward_", "total_"].iter().any(|mainloop| name.starts_with(mainloop)) {
+    if kernel.launch.mainloop {
         problems.extend(NEEDED.iter().filter(|needed| count(needed) == 0).map(|needed| format!("no {needed}")));
     }
     for mnemonic in FORBIDDEN {
@@ -119,19 +108,53 @@ fn assemble(folder: &Path, name: &str) -> Result<Kernel> {
             problems.push(format!("{} {mnemonic}", count(mnemonic)));
         }
     }
-    if registers.saturating_mul(threads) > REGISTER_FILE {
-        problems.push(format!("{registers} registers for {threads} threads"));
+    let reconvergences = (count(RECONVERGENCE), self::reconvergences(&kernel.launch));
+    if reconvergences.0 > reconvergences.1 {
+        problems.push(format!("{} {RECONVERGENCE}, {} at most", reconvergences.0, reconvergences.1));
     }
-    Ok(Kernel {
-        name: name.to_owned(),
-        threads,
-        registers,
-        stack,
-        spilled,
-        hgmma: count("HGMMA"),
-        shuffles: count("SHFL"),
-        problems,
-    })
+    if registers.saturating_mul(kernel.launch.threads) > REGISTER_FILE {
+        problems.push(format!("{registers} registers for {} threads", kernel.launch.threads));
+    }
+    let (hgmma, shuffles) = (count("HGMMA"), count("SHFL"));
+    Ok(Row { registers: *registers, stack, spilled, hgmma, shuffles, reconvergences: reconvergences.0, problems })
+}
+
+/// Compares the cubins of this checkout with those of another build, which lie in `folder`, byte for byte.
+pub fn compare(folder: &str) -> Result {
+    step("cubins of this checkout and of another build");
+    let built = built()?;
+    let mut different = Vec::new();
+    for kernel in &built.kernels {
+        let path = Path::new(folder).join(kernel.launch.symbol).with_extension("cubin");
+        let other = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        if kernel.assembled.as_ref().is_none_or(|assembled| assembled.cubin != other) {
+            different.push(kernel.launch.symbol);
+        }
+    }
+    match different.len() {
+        0 => {
+            println!("all {} are the same, byte for byte", built.kernels.len());
+            Ok(())
+        }
+        count => Err(format!("{count} of {} differ: {}", built.kernels.len(), different.join(", "))),
+    }
+}
+
+/// Compares the kernels of f16, which are made from the PTX of bf16, with what rustc makes of them.
+pub fn f16() -> Result {
+    step("kernels of f16, made from bf16 and compiled by themselves");
+    let different = ferroflash_build::f16_by_itself(&root())?;
+    match different.len() {
+        0 => {
+            println!("they are the same but for the numbers of labels");
+            Ok(())
+        }
+        count => Err(format!(
+            "{count} differ: {}; give each an entry point of its own in kernels-gpu/src/entry.rs, as those that \
+             prepare have",
+            different.join(", ")
+        )),
+    }
 }
 
 /// The number in front of `what`.
@@ -143,13 +166,6 @@ fn number_before(report: &str, what: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn kernels_are_read_from_the_table() {
-        let table =
-            "&[\n    Kernel { symbol: \"a_d64\", ptx: include_str!(\"a.ptx\") },\n    Kernel { symbol: \"b\", .. },";
-        assert_eq!(symbols(table), ["a_d64", "b"]);
-    }
 
     #[test]
     fn numbers_are_read_from_reports() {

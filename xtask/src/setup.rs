@@ -4,7 +4,8 @@ use std::env;
 use std::path::Path;
 use std::process::Command;
 
-use crate::compiler::{Compiler, DEBIAN_RUSTC};
+use ferroflash_build::compiler::{Compiler, DEBIAN_RUSTC};
+
 use crate::driver;
 use crate::shell::{Result, apt_install, run, step, target, works};
 

@@ -8,7 +8,7 @@ use kernels_gpu::{
     variants::Dtype,
 };
 
-use super::{Cpu, catch, pool};
+use super::{Cpu, pool};
 use crate::{
     backend::Workspace,
     element::Element,
@@ -21,8 +21,8 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Multiprocessors of the machine for which work tiles are shared out in parts, whatever the threads that run them: bits
-/// don't depend on those. So few that small problems, too, have both whole work tiles and parts.
+/// Multiprocessors of the machine for which work tiles are shared out in parts, whatever the threads that run them:
+/// bits don't depend on those. So few that small problems, too, have both whole work tiles and parts.
 const SM_COUNT: u32 = 7;
 
 /// Checks the inputs by themselves.
@@ -81,7 +81,8 @@ fn memory<T>(data: &[T]) -> Memory {
     Memory { address: data.as_ptr().expose_provenance() as u64, len: Some(data.len()) }
 }
 
-/// Checks everything and runs every key head of `plan` in the caller's workspace, in parallel; stops at the first fault.
+/// Checks everything and runs every key head of `plan` in the caller's workspace, in parallel; stops at the first
+/// fault.
 ///
 /// # Safety
 /// The memory is valid, for writing the outputs and for reading the inputs, until this function returns.
@@ -107,26 +108,24 @@ unsafe fn run(
     let params = args.params(plan, tensors, args.second(plan, named));
     let preparation = args.prepare(plan);
     let (problem, shape, variant) = (plan.problem(), plan.problem().kernel_shape(), plan.variant());
-    pool::for_each(shape.batch * shape.heads_kv, |unit| {
+    pool::for_each(variant.symbol, shape.batch * shape.heads_kv, |unit| {
         let (batch, head_kv) = (unit / shape.heads_kv, unit % shape.heads_kv);
         let heads = head_kv * shape.group()..(head_kv + 1) * shape.group();
-        catch(variant.symbol, unit, || {
-            // SAFETY: the caller promised the memory, and its layouts were checked against the plan, whose variant this is;
-            // the workspace is borrowed mutably. Outputs and workspace alias nothing, and what is written belongs to this
-            // key head or to one of its query heads, so units may run at the same time. The workspace is filled before it is
-            // used, and the main kernel runs only if there is a key.
-            unsafe {
-                heads.clone().for_each(|head| prepare(&preparation, variant.dtype, batch, head));
+        // SAFETY: the caller promised the memory, and its layouts were checked against the plan, whose variant this
+        // is; the workspace is borrowed mutably. Outputs and workspace alias nothing, and what is written belongs
+        // to this key head or to one of its query heads, so units may run at the same time. The workspace is filled
+        // before it is used, and the main kernel runs only if there is a key.
+        unsafe {
+            heads.clone().for_each(|head| prepare(&preparation, variant.dtype, batch, head));
+            if problem.seqlen_k > 0 {
+                backward(variant, &params, plan.launched, batch, head_kv);
+            }
+            for finishing in args.finish(plan) {
+                heads.clone().for_each(|head| finish(&finishing, variant, batch, head));
                 if problem.seqlen_k > 0 {
-                    backward(variant, &params, plan.launched, batch, head_kv);
-                }
-                for finishing in args.finish(plan) {
-                    heads.clone().for_each(|head| finish(&finishing, variant, batch, head));
-                    if problem.seqlen_k > 0 {
-                        add_parts(&finishing, variant, batch, head_kv);
-                    }
+                    add_parts(&finishing, variant, batch, head_kv);
                 }
             }
-        })
+        }
     })
 }

@@ -3,11 +3,7 @@
 //! It runs the same plan as the GPU: same variant, tiles and order. A kernel that breaks the pipeline's protocol panics
 //! with a name for what it did; that becomes [`Error::KernelFault`].
 
-use std::{
-    any::Any,
-    ops::Range,
-    panic::{AssertUnwindSafe, catch_unwind},
-};
+use std::ops::Range;
 
 use bytemuck::Pod;
 use kernels_gpu::cpu::forward;
@@ -163,8 +159,8 @@ fn raw<T>(data: *const T, layout: Layout) -> RawTensor {
 /// Checks the arguments and runs every CTA of `plan`, in parallel; stops at the first fault.
 ///
 /// # Safety
-/// The buffers are where `args` says and as long as `buffers` says; they are valid for writing (O, LSE) and for reading (the
-/// rest) until this function returns.
+/// The buffers are where `args` says and as long as `buffers` says; they are valid for writing (O, LSE) and for reading
+/// (the rest) until this function returns.
 unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
     args.validate_buffers(plan, AddressSpace::Host, buffers)?;
     let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
@@ -174,34 +170,13 @@ unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
         return Ok(());
     }
     let params = args.params(plan, tensors, second_pair(plan.dist_threshold(), second));
-    pool::for_each(ctas, |cta| {
-        // A CTA that panics leaves behind nothing but its rows of the output, which the error calls unspecified.
-        catch(plan.variant().symbol, cta, || {
-            // SAFETY: the arguments were validated against the plan, whose variant and tile count these are; the caller
-            // promised the memory. Outputs alias nothing, and each row of them belongs to one work tile of one CTA, so CTAs
-            // may run at the same time.
-            unsafe { forward(plan.variant(), &params, plan.launched, cta, ctas) }
-        })
+    pool::for_each(plan.variant().symbol, ctas, |cta| {
+        // SAFETY: the arguments were validated against the plan, whose variant and tile count these are; the caller
+        // promised the memory. Outputs alias nothing, and each row of them belongs to one work tile of one CTA, so CTAs
+        // may run at the same time. A CTA that panics leaves behind nothing but its rows of the output, which the error
+        // calls unspecified.
+        unsafe { forward(plan.variant(), &params, plan.launched, cta, ctas) }
     })
-}
-
-/// Stack that a part of a kernel needs at most: fragments are whole tiles here, and without optimisation every function
-/// keeps its own copies of them.
-const STACK_BYTES: usize = 32 << 20;
-
-/// Runs a part of a kernel, with the stack that it needs; its panic becomes an error.
-fn catch(symbol: &'static str, cta: u32, run: impl FnOnce()) -> Result<()> {
-    let run = || stacker::maybe_grow(STACK_BYTES, STACK_BYTES, run);
-    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| Error::KernelFault { symbol, cta, message: message(&*panic) })
-}
-
-/// What a panic says.
-fn message(panic: &(dyn Any + Send)) -> String {
-    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
-        (Some(text), _) => (*text).to_owned(),
-        (_, Some(text)) => text.clone(),
-        _ => "panicked without a message".to_owned(),
-    }
 }
 
 #[cfg(test)]
@@ -219,18 +194,6 @@ mod tests {
                 Problem { batch: 3, heads_q: 6, heads_kv: 2, seqlen_q, seqlen_k: 50, head_dim, dtype: Dtype::F16 };
             let plan = Plan::forward(&problem, mask, None, Dropout::NONE, 1).unwrap();
             assert_eq!(plan.work_tiles(), kernels_gpu::cpu::grid(plan.variant(), &problem.kernel_shape()));
-        }
-    }
-
-    #[test]
-    fn panics_become_messages() {
-        for (panic, text) in [
-            (catch_unwind(|| panic!("plain")), "plain"),
-            (catch_unwind(|| panic!("stage {}", 3)), "stage 3"),
-            (catch_unwind(|| std::panic::panic_any(1)), "panicked without a message"),
-        ] {
-            let panic: Box<dyn Any + Send> = panic.unwrap_err();
-            assert_eq!(message(&*panic), text);
         }
     }
 

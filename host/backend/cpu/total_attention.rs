@@ -1,11 +1,11 @@
 //! Total attention on the CPU: work tiles spread over rayon's threads.
 //!
-//! A work tile is a block of keys of one query head, and its sums are formed in one order: the bits do not depend on the
-//! number of threads.
+//! A work tile is a block of keys of one query head, and its sums are formed in one order: the bits do not depend on
+//! the number of threads.
 
 use kernels_gpu::variants::Dtype;
 
-use super::{catch, pool};
+use super::pool;
 use crate::{
     element::Element,
     error::Result,
@@ -66,13 +66,11 @@ unsafe fn run(
         return Ok(());
     }
     let params = args.params(plan, [args.q.strided(), args.k.strided()]);
-    pool::for_each(ctas, |cta| {
-        catch(plan.variant().symbol, cta, || {
-            // SAFETY: the memory is valid, and its layouts were checked against the plan, whose variant and tile count these
-            // are; the result aliases nothing, and each element of it belongs to one work tile of one CTA, so CTAs may run at
-            // the same time.
-            unsafe { kernels_gpu::cpu::total_attention(plan.variant(), &params, cta, ctas) }
-        })
+    pool::for_each(plan.variant().symbol, ctas, |cta| {
+        // SAFETY: the memory is valid, and its layouts were checked against the plan, whose variant and tile count
+        // these are; the result aliases nothing, and each element of it belongs to one work tile of one CTA, so CTAs
+        // may run at the same time.
+        unsafe { kernels_gpu::cpu::total_attention(plan.variant(), &params, cta, ctas) }
     })
 }
 

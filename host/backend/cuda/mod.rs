@@ -42,7 +42,7 @@ use kernels_gpu::variants::{WARP_ROWS, WARPGROUP_ROWS};
 pub use cudarc::{CudarcStream, CudarcView, CudarcViewMut};
 #[cfg(feature = "cust")]
 pub use cust::{CustView, CustViewMut};
-pub use kernels::{COMMIT, KERNEL_COMPILER, KERNELS, Kernel};
+pub use kernels::{COMMIT, KERNEL_ASSEMBLER, KERNEL_COMPILER, KERNEL_ORIGIN, KERNELS, Kernel};
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
 
 use crate::backend::{Backend, Workspace, sealed::Sealed};

@@ -83,7 +83,7 @@ impl Module {
 
 fn load(calls: &'static Calls, kernel: &'static Kernel, smem_bytes: u32) -> Result<Loaded> {
     let start = Instant::now();
-    let module = match kernel.cubin.map(|cubin| load_cubin(calls, cubin)) {
+    let module = match kernel.cubin()?.map(|cubin| load_cubin(calls, cubin)) {
         Some(Ok(module)) => module,
         // A driver that is older than the build's ptxas refuses the cubin, and compiles the PTX instead.
         Some(Err(Error::Driver { code: sys::INVALID_IMAGE | sys::NO_BINARY_FOR_GPU, .. })) | None => {
@@ -107,7 +107,7 @@ fn function(calls: &'static Calls, kernel: &'static Kernel, module: &Module, sme
     // SAFETY: the module is live, the name a C string; writes one handle.
     let code = unsafe { (calls.cuModuleGetFunction)(&mut handle, module.handle, name.as_ptr()) };
     check(calls, "cuModuleGetFunction", code)?;
-    let function = Function::new(calls, kernel.symbol, handle, kernel.parameter_bytes()?);
+    let function = Function::new(calls, kernel.symbol, handle, kernel.parameter_bytes);
     function.set_shared_memory(smem_bytes)?;
     Ok(function)
 }

@@ -1,7 +1,7 @@
 //! [`BackwardWarpgroup`] on the CPU.
 //!
-//! Warpgroups run one after the other here, so none can take another's dS: each adds what its own keys contribute to dQ. What
-//! the first passes to the second is kept until that one runs.
+//! Warpgroups run one after the other here, so none can take another's dS: each adds what its own keys contribute to
+//! dQ. What the first passes to the second is kept until that one runs.
 
 use std::boxed::Box;
 use std::cell::RefCell;
@@ -180,12 +180,13 @@ impl BackwardPipe<'_> {
 }
 
 impl<'a> CpuWarpgroup<BackwardPipe<'a>> {
-    /// Consumer `index` of a CTA that has `keys`, or a part of that work tile, and meets the blocks that `blocks_of` lists
-    /// for each pair.
+    /// Consumer `index` of a CTA that has `keys`, or a part of that work tile, and meets the blocks that `blocks_of`
+    /// lists for each pair.
     ///
     /// # Safety
-    /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV, the workspace)
-    /// while this lives; nothing else accesses these keys' rows of dK and dV, or the workspace of these heads.
+    /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV, the
+    /// workspace) while this lives; nothing else accesses these keys' rows of dK and dV, or the workspace of these
+    /// heads.
     pub unsafe fn backward<S: Second<Strided>>(
         p: &BackwardParams<Strided, S>,
         dtype: Dtype,

@@ -1,5 +1,5 @@
-//! Loops over the elements of a tile, which is a slice of rows here: compiled for a function of elements, and not for each
-//! width of a tile again.
+//! Loops over the elements of a tile, which is a slice of rows here: compiled for a function of elements, and not for
+//! each width of a tile again.
 
 use core::ops::Range;
 

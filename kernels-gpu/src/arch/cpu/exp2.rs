@@ -1,7 +1,7 @@
 //! 2^x by multiplications and additions alone, so that loops over it become vector code.
 //!
-//! 2^x = 2^n·2^f with n the integer nearest to x. A float so large that its last bit counts ones rounds x to n, and has n
-//! in its lowest bits, from where a shift makes it the exponent of a scale.
+//! 2^x = 2^n·2^f with n the integer nearest to x. A float so large that its last bit counts ones rounds x to n, and has
+//! n in its lowest bits, from where a shift makes it the exponent of a scale.
 
 /// Exponents from here down give 0.
 const LEAST: f32 = -126.0;

@@ -46,8 +46,8 @@ impl<'a> CpuWarpgroup<ForwardPipe<'a>> {
     /// Consumer `index` of a CTA whose producer sends `loads`.
     ///
     /// # Safety
-    /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, V) and writing (O, LSE) while this lives;
-    /// nothing else accesses this consumer's rows of O and LSE.
+    /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, V) and writing (O, LSE) while this
+    /// lives; nothing else accesses this consumer's rows of O and LSE.
     pub unsafe fn forward<S: Second<Strided>>(
         p: &ForwardParams<Strided, S>,
         dtype: Dtype,

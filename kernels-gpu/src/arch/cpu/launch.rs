@@ -57,13 +57,13 @@ pub fn grid(variant: &Variant, shape: &Shape) -> u32 {
 /// Runs CTA `cta` of the `ctas` of the forward kernel, with all its work tiles.
 ///
 /// # Panics
-/// If the kernel breaks the pipeline's protocol, with the [`Fault`](super::Fault); if the variant has another operator or
-/// other dropout than `p` and `dropout`, or is not in the table.
+/// If the kernel breaks the pipeline's protocol, with the [`Fault`](super::Fault); if the variant has another operator
+/// or other dropout than `p` and `dropout`, or is not in the table.
 ///
 /// # Safety
-/// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, V) and writing (O, LSE) in all of
-/// `p.shape`, which the variant holds; nothing else accesses this CTA's rows of O and LSE; `cta` is below `ctas`, which is at
-/// most [`grid`].
+/// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, V) and writing (O, LSE) in
+/// all of `p.shape`, which the variant holds; nothing else accesses this CTA's rows of O and LSE; `cta` is below
+/// `ctas`, which is at most [`grid`].
 pub unsafe fn forward(
     variant: &Variant,
     p: &ForwardParams<Strided, Option<SecondPair<Strided>>>,
@@ -151,10 +151,10 @@ unsafe fn run_forward<M: Mask, S: Second<Strided>, R: Dropping, const D8: usize,
 /// As [`forward`].
 ///
 /// # Safety
-/// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV) in all
-/// of `p.shape`, which the variant holds, and a workspace that [`prepare`](super::prepare) has filled for every query head of
-/// the group; nothing else accesses this head's rows of dK and dV, or the workspace of its query heads. There is at least one
-/// key.
+/// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV)
+/// in all of `p.shape`, which the variant holds, and a workspace that [`prepare`](super::prepare) has filled for every
+/// query head of the group; nothing else accesses this head's rows of dK and dV, or the workspace of its query heads.
+/// There is at least one key.
 pub unsafe fn backward(
     variant: &BackwardVariant,
     p: &BackwardParams<Strided, Option<BackwardSecondPair<Strided>>>,
@@ -304,10 +304,10 @@ unsafe fn warpgroup<'a, M: Mask + 'a, S: BackwardSecond<Strided>>(
 /// As [`forward`].
 ///
 /// # Safety
-/// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, the LSE) and writing (the result)
-/// in all of `p.shape`, which the variant holds; nothing else accesses this CTA's elements of the result; `cta` is below
-/// `ctas`, which is at most the number of work tiles, those that are shared out counted by their parts. There is at least one
-/// query.
+/// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, the LSE) and writing (the
+/// result) in all of `p.shape`, which the variant holds; nothing else accesses this CTA's elements of the result; `cta`
+/// is below `ctas`, which is at most the number of work tiles, those that are shared out counted by their parts. There
+/// is at least one query.
 pub unsafe fn total_attention(variant: &TotalVariant, p: &TotalParams<Strided>, cta: u32, ctas: u32) {
     let tiles = SharedTiles::new(&p.order, p.shared_from, variant.smem().parts(), cta, ctas);
     macro_rules! dispatch {

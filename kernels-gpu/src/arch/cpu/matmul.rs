@@ -1,8 +1,8 @@
 //! The tensor core's stand-in: C += A·B in f32, one block of C in registers at a time.
 //!
 //! With AVX-512 a block is 8 × 32 elements, with AVX2 4 × 16, and an element's terms are added in order by fused
-//! multiply-add. Otherwise products are rounded before they are added. A whole panel of B, as wide as a block, is read again
-//! for each block of rows, and stays in the nearest cache.
+//! multiply-add. Otherwise products are rounded before they are added. A whole panel of B, as wide as a block, is read
+//! again for each block of rows, and stays in the nearest cache.
 
 use super::isa::Isa;
 
@@ -28,8 +28,8 @@ impl<'a> Left<'a> {
     }
 }
 
-/// Adds A·B to the first `rows` rows of C, and possibly further ones up to a multiple of eight. A has `k` columns; B and C
-/// are row-major with `columns` columns, a multiple of 16.
+/// Adds A·B to the first `rows` rows of C, and possibly further ones up to a multiple of eight. A has `k` columns; B
+/// and C are row-major with `columns` columns, a multiple of 16.
 pub fn multiply_add(rows: usize, k: usize, a: Left, b: &[f32], c: &mut [f32], columns: usize) {
     multiply_add_on(Isa::best(), rows, k, a, b, c, columns);
 }
@@ -52,6 +52,23 @@ fn multiply_add_on(isa: Isa, rows: usize, k: usize, a: Left, b: &[f32], c: &mut 
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::avx2(rows, k, a, b, c, columns) },
         _ => portable(rows, k, a, b, c, columns),
+    }
+}
+
+/// The sum of the products of two vectors, with the same roundings as an element of [`multiply_add`].
+///
+/// In the backward pass dP and δ are such sums. If a query has all its weight on one key, they are of the same numbers,
+/// and their difference is to be 0.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    dot_on(Isa::best(), a, b)
+}
+
+fn dot_on(isa: Isa, a: &[f32], b: &[f32]) -> f32 {
+    match isa {
+        // SAFETY: the processor has these features.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx2 => unsafe { x86::dot(a, b) },
+        _ => a.iter().zip(b).fold(0.0, |sum, (a, b)| sum + a * b),
     }
 }
 
@@ -84,14 +101,24 @@ mod x86 {
 
     use super::Left;
 
+    /// The sum of products by fused multiply-add, in order.
+    #[target_feature(enable = "fma")]
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        let mut sum = 0.0f32;
+        for (a, b) in a.iter().zip(b) {
+            sum = a.mul_add(*b, sum);
+        }
+        sum
+    }
+
     macro_rules! blocked {
         ($name:ident, $block:ident, $features:literal, $rows:literal, $lanes:literal, $zero:ident, $load:ident,
          $store:ident, $splat:ident, $fma:ident) => {
             /// C += A·B.
             ///
             /// # Safety
-            /// The processor has the features; `rows` is a multiple of eight and `columns` of 16; A has `rows` rows of `k`
-            /// elements, B `k` and C `rows` of `columns`.
+            /// The processor has the features; `rows` is a multiple of eight and `columns` of 16; A has `rows` rows of
+            /// `k` elements, B `k` and C `rows` of `columns`.
             #[target_feature(enable = $features)]
             pub unsafe fn $name(rows: usize, k: usize, a: Left, b: &[f32], c: &mut [f32], columns: usize) {
                 let mut first = 0;
@@ -186,6 +213,21 @@ mod x86 {
 mod tests {
     use super::*;
     use std::vec::Vec;
+
+    #[test]
+    fn dot_rounds_as_products_do() {
+        let value = |i: usize| (i as f32 * 1.7).sin();
+        let a: Vec<f32> = (0..8 * 72).map(value).collect();
+        let b: Vec<f32> = (0..72 * 16).map(|i| value(i + 5)).collect();
+        for isa in [Isa::Target, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| *isa <= Isa::best()) {
+            let mut c = std::vec![0.0; 8 * 16];
+            multiply_add_on(isa, 8, 72, Left::rows(&a, 72), &b, &mut c, 16);
+            for (row, column) in (0..8).flat_map(|row| (0..16).map(move |column| (row, column))) {
+                let b: Vec<f32> = (0..72).map(|s| b[s * 16 + column]).collect();
+                assert_eq!(dot_on(isa, &a[row * 72..][..72], &b).to_bits(), c[row * 16 + column].to_bits(), "{isa:?}");
+            }
+        }
+    }
 
     #[test]
     fn equals_three_loops() {

@@ -29,8 +29,8 @@ pub unsafe fn row_mut<'a>(tensor: &Strided, batch: u32, head: u32, row: u32, col
     unsafe { slice::from_raw_parts_mut(data.offset(tensor.row_offset(batch, head, row) as isize), columns) }
 }
 
-/// Loads a tile: those of `rows` that are below `seqlen`, widened to f32, `columns` of `to` each. Everything else in `to`
-/// becomes 0.
+/// Loads a tile: those of `rows` that are below `seqlen`, widened to f32, `columns` of `to` each. Everything else in
+/// `to` becomes 0.
 ///
 /// # Safety
 /// The rows lie within a tensor of that dtype that is valid for reading.

@@ -18,7 +18,7 @@ pub enum Fault {
     ReleaseWithoutWait { slot: u32 },
     /// The query rows are waited for without having been asked for.
     QueryWithoutLoad,
-    /// The CTA ended with tiles that nobody took, or slots that nobody gave back.
+    /// The CTA ended with tiles that were not taken, or slots that were not given back.
     Unfinished,
 }
 

@@ -3,7 +3,7 @@
 use std::vec::Vec;
 
 use super::convert;
-use super::isa::dispatched;
+use super::matmul::dot;
 use super::memory;
 use crate::attention::query_blocks::key_block;
 use crate::attention::row_statistics::{delta, exponent_offset};
@@ -46,19 +46,6 @@ pub unsafe fn prepare(p: &PrepareParams, dtype: Dtype, batch: u32, head: u32) {
         let len = p.workspace.rows as usize * p.head_dim as usize;
         // SAFETY: the caller's promise.
         unsafe { memory::floats_mut(p.workspace.dq, first, len) }.fill(0.0);
-    }
-}
-
-dispatched! {
-    /// The sum of products, in eight chains that are joined at the end; the length is a multiple of eight.
-    fn dot(a: &[f32], b: &[f32]) -> f32 {
-        let mut chains = [0.0; 8];
-        for (a, b) in a.as_chunks::<8>().0.iter().zip(b.as_chunks::<8>().0) {
-            for ((chain, a), b) in chains.iter_mut().zip(a).zip(b) {
-                *chain += a * b;
-            }
-        }
-        chains.into_iter().sum()
     }
 }
 

@@ -57,8 +57,8 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
     /// Consumer `index` of a CTA that has `tiles`.
     ///
     /// # Safety
-    /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, the LSE) and writing (the result) while
-    /// this lives; nothing else accesses this consumer's elements of the result.
+    /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, the LSE) and writing (the result)
+    /// while this lives; nothing else accesses this consumer's elements of the result.
     pub unsafe fn total<M: Mask + 'a>(
         p: &'a TotalParams<Strided>,
         dtype: Dtype,

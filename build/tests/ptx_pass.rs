@@ -1,12 +1,14 @@
 //! The build's PTX pass, on texts like those that LLVM prints.
 
-#[path = "../build/ptx.rs"]
-mod ptx;
-
-use ptx::split;
+use ferroflash_build::ptx::{Module, split};
+use kernels_gpu::variants::{Family, Launch};
 
 const COMPILER: &str = "rustc 1.99.0, LLVM 30.0.0";
-const LAUNCHES: [(&str, u32, u32); 2] = [("forward_a_causal", 384, 1), ("forward_a", 512, 2)];
+const LAUNCHES: [Launch; 2] = [launch("forward_a_causal", 384, 1), launch("forward_a", 512, 2)];
+
+const fn launch(symbol: &'static str, threads: u32, cluster: u32) -> Launch {
+    Launch { symbol, family: Family::Total, threads, cluster, mainloop: true }
+}
 
 const HEADER: &str = "\
 //
@@ -27,8 +29,7 @@ fn entry(symbol: &str) -> String {
     format!(
         "\t// .globl\t{symbol}
 .visible .entry {symbol}(
-\t.param .align 16 .b8 {symbol}_param_0[480],
-\t.param .align 8 .b8 {symbol}_param_1[16]
+\t.param .align 16 .b8 {symbol}_param_0[480]
 )
 {{
 \t.reg .b64 \t%rd<3>;
@@ -52,8 +53,9 @@ fn two() -> String {
 #[test]
 fn each_entry_gets_a_module_with_all_that_is_shared() {
     let modules = split(&two(), &LAUNCHES, COMPILER).unwrap();
-    assert_eq!(modules.iter().map(|(symbol, _)| &**symbol).collect::<Vec<_>>(), ["forward_a_causal", "forward_a"]);
-    for (symbol, text) in &modules {
+    assert_eq!(modules.iter().map(|module| module.symbol).collect::<Vec<_>>(), ["forward_a_causal", "forward_a"]);
+    for Module { symbol, text, parameter_bytes } in &modules {
+        assert_eq!(*parameter_bytes, 480);
         assert!(text.lines().next().unwrap().starts_with("//"), "{text}");
         for shared in [
             COMPILER,
@@ -72,11 +74,10 @@ fn each_entry_gets_a_module_with_all_that_is_shared() {
 #[test]
 fn the_entry_is_bounded_and_its_tensor_maps_are_aligned() {
     let modules = split(&two(), &LAUNCHES, COMPILER).unwrap();
-    let (causal, full) = (&modules[0].1, &modules[1].1);
+    let (causal, full) = (&modules[0].text, &modules[1].text);
     let expected = "\
 .visible .entry forward_a(
-\t.param .align 64 .b8 forward_a_param_0[480],
-\t.param .align 8 .b8 forward_a_param_1[16]
+\t.param .align 64 .b8 forward_a_param_0[480]
 )
 .maxntid 512
 .minnctapersm 1
@@ -100,4 +101,24 @@ fn what_does_not_agree_with_the_table_is_named() {
     let function = ".func helper()\n{\n\tret;\n}\n";
     let error = split(&format!("{HEADER}{function}{}", entry("forward_a")), &LAUNCHES, COMPILER).unwrap_err();
     assert!(error.contains("helper"), "{error}");
+}
+
+#[test]
+fn kernels_of_f16_are_made_from_those_of_bf16() {
+    let launches = [launch("a_bf16", 384, 1), launch("a_f16", 384, 1)];
+    let body = entry("a_bf16").replace("ret;", "cvt.rn.bf16x2.f32 %r1, %r2, %r3;\n\tret;");
+    let modules = split(&format!("{HEADER}{body}"), &launches, COMPILER).unwrap();
+    assert!(modules[1].text.contains(".visible .entry a_f16(\n\t.param .align 64 .b8 a_f16_param_0[480]"));
+    assert!(modules[1].text.contains("cvt.rn.f16x2.f32"));
+    assert!(!modules[1].text.contains("bf16"));
+    assert!(modules[0].text.contains("cvt.rn.bf16x2.f32"));
+    // The other way round there is nothing to make it from.
+    assert!(split(&format!("{HEADER}{}", entry("a_f16")), &launches, COMPILER).unwrap_err().contains("a_bf16"));
+}
+
+#[test]
+fn a_kernel_has_one_parameter() {
+    let two = entry("forward_a").replace("[480]\n", "[480],\n\t.param .b32 forward_a_param_1\n");
+    let error = split(&format!("{HEADER}{two}"), &LAUNCHES[1..], COMPILER).unwrap_err();
+    assert!(error.contains("one parameter"), "{error}");
 }
