@@ -7,7 +7,7 @@
 use std::{fmt, str::FromStr};
 
 use kernels_gpu::{
-    params::Shape,
+    ground::shape::Shape,
     variants::{Dtype, MaskKind},
 };
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use ferroflash::{BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, DROPOUT_VARIANTS, Result, TOTAL_VARIANTS, VARIANTS};
-use kernels_gpu::variants::ROW_KERNEL_THREADS;
+use kernels_gpu::params::ROW_KERNEL_THREADS;
 
 use crate::args::InfoArgs;
 use crate::machine::{Machine, commit};

@@ -1,9 +1,6 @@
 //! The tensors of a forward pass.
 
-use kernels_gpu::{
-    params::{ForwardParams, Output},
-    variants::Dtype,
-};
+use kernels_gpu::{ground::tensor::Output, params::ForwardParams, variants::Dtype};
 
 use super::{
     AddressSpace, Memory, Pair, RawTensor, check_disjoint, check_dtype, check_lse, check_rows_apart, check_second,
@@ -128,7 +125,7 @@ pub(crate) struct Buffers {
 
 #[cfg(test)]
 mod tests {
-    use kernels_gpu::params::Strided;
+    use kernels_gpu::ground::tensor::Strided;
 
     use super::*;
     use crate::dropout::Dropout;

@@ -5,7 +5,8 @@
 //! does not matter.
 
 use kernels_gpu::{
-    params::{SecondPair, Strided},
+    ground::tensor::Strided,
+    params::SecondPair,
     variants::{Dtype, Op},
 };
 

@@ -188,7 +188,8 @@ impl fmt::Display for Plan {
 
 #[cfg(test)]
 mod tests {
-    use kernels_gpu::attention::scheduler::{CtaTiles, WorkTile};
+    use kernels_gpu::attention::scheduler::CtaTiles;
+    use kernels_gpu::ground::places::WorkTile;
     use kernels_gpu::variants::Dtype;
     use proptest::prelude::*;
 

@@ -1,9 +1,6 @@
 //! Where the parts of a backward pass's workspace lie. Its size grows with the sequence, not with its square.
 
-use kernels_gpu::{
-    params::{Shape, Workspace},
-    variants::BackwardVariant,
-};
+use kernels_gpu::{ground::shape::Shape, params::Workspace, variants::BackwardVariant};
 
 use crate::{error::Result, problem::at_most};
 

@@ -2,7 +2,21 @@
 
 use half::{bf16, f16};
 
-use crate::variants::Dtype;
+/// Element type of Q, K, V and O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    F16,
+    Bf16,
+}
+
+impl Dtype {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Dtype::F16 => "f16",
+            Dtype::Bf16 => "bf16",
+        }
+    }
+}
 
 /// A 16-bit floating-point element; products accumulate in f32. Sealed: kernels read memory as what it says.
 pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {

@@ -4,6 +4,7 @@ use core::arch::nvptx::{_block_idx_x, _grid_dim_x};
 
 use half::{bf16, f16};
 
+use crate::arch::Warpgroup;
 use crate::arch::sm90::backward_dq;
 use crate::arch::sm90::consumer::Consumer;
 use crate::arch::sm90::cta::{self, Role};
@@ -15,22 +16,24 @@ use crate::arch::sm90::rows;
 use crate::arch::sm90::store::write_tile;
 use crate::arch::sm90::total_offsets::produce_offsets;
 use crate::arch::sm90::total_producer;
-use crate::arch::{Split, Warpgroup};
-use crate::attention::dropping::{Dropping, NoDropout};
+use crate::attention::dropout::NoDropout;
+use crate::attention::dropping::Dropping;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::{KeyParts, Sharing};
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::Pairs;
 use crate::attention::scheduler::CtaTiles;
 use crate::attention::shared_tiles::SharedTiles;
+use crate::ground::tensor::TensorMap;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::backward_gradients::{consume_dk, consume_dv};
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
 use crate::params::{
     BackwardParams, BackwardSecond, BackwardSecondPair, FinishParams, ForwardParams, PrepareParams, Second, SecondPair,
-    TensorMap, TotalParams, WithDropout,
+    TotalParams, WithDropout,
 };
+use crate::tile::smem::Split;
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
 use crate::tile::smem_total::TotalSmem;
 use crate::variants::Op;
@@ -77,7 +80,7 @@ fn forward<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const D8: usiz
     dropping: R,
 ) {
     cta::init_barriers(smem);
-    let block_m = smem.consumers * crate::variants::WARPGROUP_ROWS;
+    let block_m = smem.consumers * crate::tile::lane::WARPGROUP_ROWS;
     // SAFETY: reads special registers.
     let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
     let tiles = CtaTiles::new(&p.order, cta, ctas);

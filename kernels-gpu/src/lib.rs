@@ -11,6 +11,7 @@ pub mod attention;
 pub mod element;
 #[cfg(target_arch = "nvptx64")]
 pub mod entry;
+pub mod ground;
 pub mod kernels;
 pub mod params;
 pub mod pipeline;

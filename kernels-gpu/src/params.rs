@@ -1,7 +1,7 @@
 //! Launch parameters: the one ABI, written by the host and read by every kernel.
 //!
 //! A kernel takes one `#[repr(C)]` struct by value. It is generic over how a tensor is named: on the GPU a
-//! [`TensorMap`], which the copy engine reads; on the CPU executor a plain [`Strided`] address.
+//! [`TensorMap`](crate::ground::tensor::TensorMap), which TMA reads; on the CPU executor a plain [`Strided`] address.
 
 use core::mem::offset_of;
 
@@ -10,74 +10,8 @@ use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::Sharing;
 use crate::attention::pairs::{ByDistance, OnePair, Pairs};
 use crate::attention::scheduler::TileOrder;
-
-/// A tensor (batch, heads, seqlen, head_dim) in memory; strides are in elements and head_dim is contiguous.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Strided {
-    /// Address of element (0, 0, 0, 0).
-    pub address: u64,
-    pub stride_batch: i64,
-    pub stride_head: i64,
-    pub stride_row: i64,
-}
-
-impl Strided {
-    /// Offset in elements of the row (batch, head, row) from [`Strided::address`].
-    #[inline(always)]
-    pub fn row_offset(&self, batch: u32, head: u32, row: u32) -> i64 {
-        batch as i64 * self.stride_batch + head as i64 * self.stride_head + row as i64 * self.stride_row
-    }
-}
-
-/// A tensor that a kernel writes: row by row, or by tiles through the copy engine.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Output<T> {
-    pub tiles: T,
-    pub rows: Strided,
-}
-
-/// The driver's opaque `CUtensorMap`.
-///
-/// The copy engine wants it 64-byte aligned; the declared alignment is 16, the most that a by-value kernel
-/// parameter may have in rustc, and the PTX pass of the build raises the parameter's own alignment to 64.
-/// The assertions at the end of this file check the place of each map within its parameters.
-#[repr(C, align(16))]
-#[derive(Clone, Copy, Debug)]
-pub struct TensorMap(pub [u64; 16]);
-
-/// Extents of one attention problem, checked by the host to fit.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
-    pub batch: u32,
-    pub heads_q: u32,
-    pub heads_kv: u32,
-    pub seqlen_q: u32,
-    pub seqlen_k: u32,
-    /// The tensors' own head dim; at most the variant's compiled one.
-    pub head_dim: u32,
-}
-
-impl Shape {
-    /// Query heads that share one key/value head.
-    #[inline(always)]
-    pub fn group(&self) -> u32 {
-        quotient(self.heads_q, self.heads_kv)
-    }
-    /// The number of a key head, counted over the batch; a plan with something to do has checked that it fits.
-    #[inline(always)]
-    pub fn key_head(&self, batch: u32, head: u32) -> u32 {
-        batch * self.heads_kv + head
-    }
-}
-
-/// a / b for b ≥ 1, without the panic that a division by zero would compile to: kernels have none.
-#[inline(always)]
-pub fn quotient(a: u32, b: u32) -> u32 {
-    a / b.max(1)
-}
+use crate::ground::shape::Shape;
+use crate::ground::tensor::{Output, Strided, TensorMap};
 
 /// What a kernel's parameters say of a second pair of Q and K: nothing, `()`, or a [`SecondPair`].
 pub trait Second<T>: Copy {
@@ -284,6 +218,11 @@ impl Workspace {
         self.parts + 4 * (2 * slot + gradient) as u64 * elements as u64
     }
 }
+
+/// Threads of a CTA of the kernels that prepare and finish.
+pub const ROW_KERNEL_THREADS: u32 = 256;
+/// Rows of the workspace that a CTA of the preparing kernel takes: eight lanes a row, several rows one after the other.
+pub const PREPARE_ROWS: u32 = ROW_PADDING;
 
 /// Parameters of the kernel that prepares a backward pass's workspace.
 #[repr(C)]

@@ -7,7 +7,7 @@ use crate::attention::block_info::Visits;
 use crate::attention::mask::{Causal, Full};
 use crate::attention::pairs::{ByDistance, OnePair};
 use crate::attention::scheduler::TileOrder;
-use crate::params::Shape;
+use crate::ground::shape::Shape;
 use crate::tile::smem::ForwardSmem;
 
 mod backward;
@@ -15,28 +15,13 @@ mod backward;
 mod launches;
 mod total;
 
-pub use backward::{
-    BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, BackwardVariant, PREPARE_ROWS, ROW_KERNEL_THREADS, backward,
-};
+pub use crate::element::Dtype;
+pub use crate::params::{PREPARE_ROWS, ROW_KERNEL_THREADS};
+pub use crate::tile::lane::{WARP_ROWS, WARP_THREADS, WARPGROUP_ROWS, WARPGROUP_THREADS};
+pub use backward::{BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, BackwardVariant, backward};
 #[cfg(not(target_arch = "nvptx64"))]
 pub use launches::{Family, Launch, launches};
 pub use total::{TOTAL_VARIANTS, TotalVariant, total};
-
-/// Element type of Q, K, V and O.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Dtype {
-    F16,
-    Bf16,
-}
-
-impl Dtype {
-    pub const fn name(self) -> &'static str {
-        match self {
-            Dtype::F16 => "f16",
-            Dtype::Bf16 => "bf16",
-        }
-    }
-}
 
 /// Which mask a kernel was compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -77,15 +62,6 @@ impl Op {
         }
     }
 }
-
-/// Rows of a query tile that one consumer warpgroup owns: the M of wgmma.
-pub const WARPGROUP_ROWS: u32 = 64;
-/// Rows of it that one warp owns.
-pub const WARP_ROWS: u32 = 16;
-/// Threads of a warp.
-pub const WARP_THREADS: u32 = 32;
-/// Threads of a warpgroup.
-pub const WARPGROUP_THREADS: u32 = 128;
 
 /// One compiled kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

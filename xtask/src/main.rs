@@ -3,6 +3,8 @@
 mod bundle;
 mod dependant;
 mod driver;
+#[cfg(test)]
+mod floors;
 mod package;
 mod ptx;
 mod setup;

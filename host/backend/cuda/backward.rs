@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use kernels_gpu::params::{TensorMap, WithDropout};
-use kernels_gpu::variants::ROW_KERNEL_THREADS;
+use kernels_gpu::ground::tensor::TensorMap;
+use kernels_gpu::params::ROW_KERNEL_THREADS;
+use kernels_gpu::params::WithDropout;
 
 use super::driver::{Extent, zero_words};
 use super::modules::Loaded;

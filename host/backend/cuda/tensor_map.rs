@@ -4,7 +4,7 @@
 
 use std::ffi::c_void;
 
-use kernels_gpu::params::TensorMap;
+use kernels_gpu::ground::tensor::TensorMap;
 use kernels_gpu::tile::smem::PANEL_COLUMNS;
 use kernels_gpu::variants::Dtype;
 

@@ -1,6 +1,23 @@
-//! Bytes of words, for machines without an instruction that selects them.
+//! Bytes of words: four of eight, as a selector names them.
+
+#[cfg(target_arch = "nvptx64")]
+use core::arch::asm;
+
+/// Four of the eight bytes of `a` and `b`, as the digits of `selector` name them (PTX ISA, prmt).
+#[cfg(target_arch = "nvptx64")]
+#[inline(always)]
+pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
+    let d: u32;
+    // SAFETY: register arithmetic without side effects.
+    unsafe {
+        asm!("prmt.b32 {0}, {1}, {2}, {3};", out(reg32) d, in(reg32) a, in(reg32) b, in(reg32) selector,
+             options(pure, nomem, nostack));
+    }
+    d
+}
 
 /// Four of the eight bytes of `a` and `b`, as the digits of `selector` name them.
+#[cfg(not(target_arch = "nvptx64"))]
 pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
     let bytes = (a as u64 | (b as u64) << 32).to_le_bytes();
     u32::from_le_bytes(core::array::from_fn(|digit| bytes[(selector >> (4 * digit)) as usize % 8]))

@@ -8,26 +8,21 @@
 //! Products are asynchronous. [`ForwardWarpgroup::qk`], [`ForwardWarpgroup::pv`] and their like return a [`Pending`]
 //! fragment, which has no readable element until [`Warpgroup::wait`] has turned it into one.
 
-#[cfg(not(target_arch = "nvptx64"))]
-mod bytes;
+pub mod bytes;
 #[cfg(all(feature = "cpu", not(target_arch = "nvptx64")))]
 pub mod cpu;
 #[cfg(target_arch = "nvptx64")]
 pub mod sm90;
 mod total_attention;
 
-#[cfg(not(target_arch = "nvptx64"))]
-pub use bytes::select_bytes;
-#[cfg(target_arch = "nvptx64")]
-pub use sm90::select_bytes;
 pub use total_attention::TotalWarpgroup;
 
 use crate::attention::dropout::{Dropout, Place};
-use crate::attention::query_blocks::QueryBlock;
-use crate::attention::scheduler::WorkTile;
-use crate::params::{Output, Shape, Strided};
-use crate::pipeline::order::KvBlock;
-use crate::variants::WARPGROUP_ROWS;
+use crate::ground::places::KvBlock;
+use crate::ground::places::QueryBlock;
+use crate::ground::places::WorkTile;
+use crate::ground::shape::Shape;
+use crate::ground::tensor::{Output, Strided};
 
 /// A fragment that a product still in flight is writing.
 #[must_use = "a product must be waited for"]
@@ -141,33 +136,6 @@ pub trait ForwardWarpgroup: Warpgroup {
     fn store<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: &Output<Self::Tensor>, tile: &WorkTile, shape: &Shape);
     /// Stores one f32 for each of this warpgroup's rows of `tile` in the (batch, heads_q, seqlen_q) array at `address`.
     fn store_rows(&mut self, values: Self::Rows, address: u64, tile: &WorkTile, shape: &Shape);
-}
-
-/// How the gradients of a block of keys are shared out between two warpgroups.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Split {
-    /// Each has half of the keys.
-    Keys,
-    /// One has dV and computes the weights of all keys, which it passes on; the other has dK and dS.
-    Gradients,
-}
-
-impl Split {
-    /// How many warpgroups write dSᵀ.
-    pub const fn writers(self) -> u32 {
-        match self {
-            Split::Keys => 2,
-            Split::Gradients => 1,
-        }
-    }
-    /// The first key of a consumer within the block of keys.
-    #[inline(always)]
-    pub const fn first_key(self, consumer: u32) -> u32 {
-        match self {
-            Split::Keys => consumer * WARPGROUP_ROWS,
-            Split::Gradients => 0,
-        }
-    }
 }
 
 /// A consumer warpgroup of the backward kernel: 64 keys, and its end of the rings of Q, dO and dS.

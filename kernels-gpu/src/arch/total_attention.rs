@@ -2,7 +2,7 @@
 
 use super::{Pending, Warpgroup};
 use crate::attention::total_steps::{Part, TotalTile};
-use crate::params::Shape;
+use crate::ground::shape::Shape;
 
 /// A consumer warpgroup of the kernel of total attention: 64 keys, and its end of the rings of K and Q, with what exponents
 /// add beside Q.

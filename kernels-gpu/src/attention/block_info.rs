@@ -7,12 +7,12 @@
 
 use core::marker::PhantomData;
 
-use super::divisor::Divisor;
 use super::mask::Mask;
 use super::pairs::Pairs;
-use super::scheduler::WorkTile;
-use crate::params::Shape;
-use crate::pipeline::order::KvBlock;
+use crate::ground::divisor::Divisor;
+use crate::ground::places::KvBlock;
+use crate::ground::places::WorkTile;
+use crate::ground::shape::Shape;
 
 /// The n_blocks that a query tile meets through one pair: of `start..end`, those in `full_start..full_end` are full, the
 /// others masked.

@@ -18,7 +18,7 @@
 //! queries, always the last two words.
 
 use super::philox::Philox;
-use crate::arch::select_bytes;
+use crate::arch::bytes::select_bytes;
 use crate::tile::lane::Lane;
 
 /// Rounds of Philox: as many as FlashAttention has.
@@ -48,6 +48,24 @@ pub struct Dropout {
     pub bound_f16x2: u32,
     /// What kept weights are multiplied by: 1 / (1 − threshold/256).
     pub scale: f32,
+}
+
+/// Whether a kernel drops weights at all, known when it is compiled.
+pub trait Drops: Copy {
+    /// True if it can.
+    const DROPS: bool;
+}
+
+/// Every weight counts.
+#[derive(Clone, Copy, Debug)]
+pub struct NoDropout;
+
+impl Drops for NoDropout {
+    const DROPS: bool = false;
+}
+
+impl Drops for Dropout {
+    const DROPS: bool = true;
 }
 
 /// Which way round a tile of weights lies.

@@ -1,12 +1,10 @@
 //! What kernels do with dropout, as a choice at compile time: [`NoDropout`] leaves nothing of it in the code.
 
-use super::dropout::{Dropout, Place};
+use super::dropout::{Dropout, Drops, NoDropout, Place};
 use crate::arch::Warpgroup;
 
 /// A kernel's dropout: a choice at compile time, of which [`NoDropout`] leaves nothing in the code.
-pub trait Dropping: Copy {
-    /// Whether any can be.
-    const DROPS: bool;
+pub trait Dropping: Drops {
     /// Which weights of a tile are kept.
     type Keep<W: Warpgroup, const N8: usize>: Copy;
 
@@ -30,12 +28,7 @@ pub trait Dropping: Copy {
     fn less_delta<W: Warpgroup>(&self, dp: f32, delta: f32) -> f32;
 }
 
-/// Every weight counts.
-#[derive(Clone, Copy, Debug)]
-pub struct NoDropout;
-
 impl Dropping for NoDropout {
-    const DROPS: bool = false;
     type Keep<W: Warpgroup, const N8: usize> = ();
 
     #[inline(always)]
@@ -67,7 +60,6 @@ impl Dropping for NoDropout {
 }
 
 impl Dropping for Dropout {
-    const DROPS: bool = true;
     type Keep<W: Warpgroup, const N8: usize> = W::Keep<N8>;
 
     #[inline(always)]

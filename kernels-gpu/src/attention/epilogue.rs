@@ -1,9 +1,9 @@
 //! The end of a work tile: normalise O, store it and the LSE.
 
 use super::dropping::Dropping;
-use super::scheduler::WorkTile;
 use super::softmax::Softmax;
 use crate::arch::ForwardWarpgroup;
+use crate::ground::places::WorkTile;
 use crate::params::ForwardParams;
 
 /// Stores this warpgroup's rows of O and LSE. Rows without a live key get O = 0 and LSE = −∞, whatever V holds.

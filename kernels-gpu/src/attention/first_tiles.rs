@@ -5,9 +5,10 @@
 //! it would have some heads before. The heads that come first have no such place: their dQ is filled with zeros, and all of
 //! their work tiles add.
 
-use super::dropping::Dropping;
+use super::dropout::Drops;
 use super::pairs::Pairs;
-use super::scheduler::{TileOrder, WorkTile};
+use super::scheduler::TileOrder;
+use crate::ground::places::WorkTile;
 
 /// Rounds of work tiles from the one that stores to those that add. It takes as long as two where a mask hides half of the
 /// queries, and CTAs are not all equally far; more rounds would leave less of it in L2.
@@ -43,7 +44,7 @@ impl FirstTiles {
     }
 
     /// Whether kernels for such pairs and dropout know of them at all. At head dim 64 they bring nothing.
-    pub const fn is_for<P: Pairs, R: Dropping>(head_dim: u32) -> bool {
+    pub const fn is_for<P: Pairs, R: Drops>(head_dim: u32) -> bool {
         P::COUNT == 1 && !R::DROPS && head_dim >= 128
     }
 
@@ -64,7 +65,7 @@ impl FirstTiles {
 mod tests {
     use super::super::key_parts::{KeyPart, Part, Sharing};
     use super::*;
-    use crate::params::Shape;
+    use crate::ground::shape::Shape;
     use std::vec::Vec;
 
     /// Every work tile comes once, those that store whole and rounds before those of the same head that add.

@@ -4,11 +4,12 @@
 //! none, is divided into parts by those query blocks, each taken by a CTA. A part has a slot in the workspace, where it
 //! leaves what it contributes to dK and dV; the kernel that finishes adds parts up in their order.
 
-use super::divisor::Divisor;
 use super::first_tiles::FirstTiles;
 use super::mask::Mask;
 use super::pairs::Pairs;
-use super::scheduler::{CtaTiles, TileOrder, WorkTile};
+use super::scheduler::{CtaTiles, TileOrder};
+use crate::ground::divisor::Divisor;
+use crate::ground::places::WorkTile;
 
 /// Parts of a work tile: with more of them, adding them up takes longer than what they save.
 const MOST_PARTS: u32 = 8;
@@ -176,8 +177,9 @@ mod tests {
     use super::*;
     use crate::attention::mask::Full;
     use crate::attention::pairs::OnePair;
-    use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
-    use crate::params::Shape;
+    use crate::attention::query_blocks::{QueryBlocks, key_block};
+    use crate::ground::places::QueryBlock;
+    use crate::ground::shape::Shape;
     use std::vec::Vec;
 
     /// Every work tile meets every query block once, whole or in parts; no CTA takes more than there are rounds, and of

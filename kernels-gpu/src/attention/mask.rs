@@ -3,9 +3,7 @@
 //! Both what the scheduler needs (which blocks to visit, [`super::block_info`]) and what an element needs (is this key
 //! live) follow from that interval, so they cannot disagree. Keys past the end are masked by the same interval.
 
-use super::pairs::Pairs;
-use crate::arch::Warpgroup;
-use crate::params::Shape;
+use crate::ground::shape::Shape;
 
 /// Which keys a query may see.
 pub trait Mask: Copy {
@@ -50,43 +48,4 @@ impl Mask for Causal {
     fn live_start(shape: &Shape, j: u32) -> u32 {
         (j as i32).wrapping_sub(shape.seqlen_k as i32 - shape.seqlen_q as i32).max(0) as u32
     }
-}
-
-/// Scores of keys that a row may not see through the visit's pair become −∞; the fragment starts at query `row` and key
-/// `first_key`.
-#[inline(always)]
-pub fn mask_scores<W: Warpgroup, M: Mask, P: Pairs, const N8: usize>(
-    wg: &W,
-    shape: &Shape,
-    pairs: P,
-    pair: u32,
-    s: &mut W::Acc<N8>,
-    row: u32,
-    first_key: u32,
-) {
-    wg.fill_outside(s, f32::NEG_INFINITY, |r| {
-        let (start, end) = pairs.keys::<M>(shape, pair, row + r);
-        let column = |key: u32| key as i32 - first_key as i32;
-        // With one pair, keys before the end are live.
-        (if P::COUNT > 1 { column(start) } else { 0 }, column(end))
-    });
-}
-
-/// As [`mask_scores`], for transposed scores: the fragment starts at key `key` and query row `first_row`.
-#[inline(always)]
-pub fn mask_transposed<W: Warpgroup, M: Mask, P: Pairs, const M8: usize>(
-    wg: &W,
-    shape: &Shape,
-    pairs: P,
-    pair: u32,
-    s: &mut W::Acc<M8>,
-    key: u32,
-    first_row: u32,
-) {
-    wg.fill_outside(s, f32::NEG_INFINITY, |r| {
-        let (start, end) = pairs.queries::<M>(shape, pair, key + r);
-        let start = if key + r < shape.seqlen_k { start } else { u32::MAX };
-        let column = |row: u32| (row.min(i32::MAX as u32) as i32).saturating_sub(first_row as i32);
-        (column(start), if P::COUNT > 1 { column(end) } else { i32::MAX })
-    });
 }

@@ -1,7 +1,6 @@
 //! What every attention kernel shares; nothing here names an architecture.
 
 pub mod block_info;
-pub mod divisor;
 pub mod dropout;
 pub mod dropping;
 pub mod epilogue;
@@ -9,6 +8,7 @@ pub mod exponential;
 pub mod first_tiles;
 pub mod key_parts;
 pub mod mask;
+pub mod masking;
 pub mod pairs;
 pub mod philox;
 pub mod query_blocks;

@@ -6,7 +6,7 @@
 //! crosses is in both.
 
 use super::mask::Mask;
-use crate::params::Shape;
+use crate::ground::shape::Shape;
 
 /// The rule that says which pair a score comes from. Pairs count from 0.
 pub trait Pairs: Copy {

@@ -10,9 +10,10 @@ use core::marker::PhantomData;
 use super::key_parts::{Part, Sharing};
 use super::mask::Mask;
 use super::pairs::{OnePair, Pairs};
-use super::scheduler::WorkTile;
-use crate::params::Shape;
-use crate::pipeline::order::KvBlock;
+use crate::ground::places::KvBlock;
+use crate::ground::places::QueryBlock;
+use crate::ground::places::WorkTile;
+use crate::ground::shape::Shape;
 
 /// The query blocks that a block of keys meets through one pair: of `start..end`, those in `full_start..full_end` are
 /// full, the others masked.
@@ -71,26 +72,6 @@ pub const MAX_QUERY_BLOCKS: u32 = (1 << 30) - 1;
 /// turns cost less to wait for and to count.
 pub const fn turn_blocks(head_dim: u32) -> u32 {
     if head_dim <= 128 { 4 } else { 2 }
-}
-
-/// One query block of one head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueryBlock {
-    pub batch: u32,
-    /// The query head.
-    pub head: u32,
-    pub m_block: u32,
-    /// The pair that scores come from.
-    pub pair: u32,
-}
-
-impl QueryBlock {
-    /// The batch item whose dQ of this pair has this place in the workspace: those of the second pair follow those of the
-    /// first.
-    #[inline(always)]
-    pub fn dq_batch(&self, shape: &Shape) -> u32 {
-        self.batch + self.pair * shape.batch
-    }
 }
 
 /// The block of keys of a work tile: the first one comes first, which under a causal mask has the most queries.

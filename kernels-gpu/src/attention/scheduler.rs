@@ -7,8 +7,9 @@
 //!
 //! Small sections keep in L2 what their tiles share; which of them also deal the work out evenly is found by trying.
 
-use super::divisor::Divisor;
-use crate::params::Shape;
+use crate::ground::divisor::Divisor;
+use crate::ground::places::WorkTile;
+use crate::ground::shape::Shape;
 
 /// Bytes that a section may want in L2, when it is more than one group of heads: most of an H200's 60 MB.
 const SECTION_BYTES: u64 = 40 << 20;
@@ -33,14 +34,6 @@ impl From<u64> for GroupBytes {
     fn from(bytes: u64) -> Self {
         GroupBytes { all: bytes, at_once: bytes }
     }
-}
-
-/// One m_block of one query head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WorkTile {
-    pub batch: u32,
-    pub head: u32,
-    pub m_block: u32,
 }
 
 /// All work tiles of one problem, in order. The host makes it; it travels with the launch parameters.

@@ -4,7 +4,8 @@
 //! into parts, each a work tile's keys of one consumer, if there is a CTA for each of them: a part takes less than half as
 //! long, because its consumer has the multiprocessor to itself.
 
-use super::scheduler::{CtaTiles, TileOrder, WorkTile};
+use super::scheduler::{CtaTiles, TileOrder};
+use crate::ground::places::WorkTile;
 
 /// A work tile, or one of the parts that it is divided into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +63,7 @@ impl Iterator for SharedTiles<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::params::Shape;
+    use crate::ground::shape::Shape;
     use std::vec::Vec;
 
     /// Every tile is taken once, whole or in all of its parts, and no CTA takes more than the rounds there are.

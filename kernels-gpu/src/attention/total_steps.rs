@@ -11,8 +11,8 @@ use core::marker::PhantomData;
 use super::mask::Mask;
 use super::query_blocks::{MBlocks, key_block};
 use super::shared_tiles::TilePart;
-use crate::params::Shape;
-use crate::pipeline::order::KvBlock;
+use crate::ground::places::KvBlock;
+use crate::ground::shape::Shape;
 
 /// The keys of a work tile that someone goes by.
 #[derive(Clone, Copy, Debug)]

@@ -12,11 +12,14 @@ use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::dropout::{Place, Rows};
 use crate::attention::dropping::Dropping;
 use crate::attention::key_parts::{KeyPart, Part};
-use crate::attention::mask::{Mask, mask_transposed};
+use crate::attention::mask::Mask;
+use crate::attention::masking::mask_transposed;
 use crate::attention::pairs::Pairs;
-use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
-use crate::params::{BackwardParams, BackwardSecond, Second, Strided};
-use crate::pipeline::order::KvBlock;
+use crate::attention::query_blocks::{QueryBlocks, key_block};
+use crate::ground::places::KvBlock;
+use crate::ground::places::QueryBlock;
+use crate::ground::tensor::Strided;
+use crate::params::{BackwardParams, BackwardSecond, Second};
 
 /// The gradients of a block of keys, and what of the query block last met is still to go into them.
 struct Mainloop<W: BackwardWarpgroup, const D8: usize, const M8: usize> {

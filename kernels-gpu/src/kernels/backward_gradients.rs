@@ -8,9 +8,10 @@ use crate::attention::dropping::Dropping;
 use crate::attention::key_parts::KeyPart;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
-use crate::attention::query_blocks::{QueryBlock, key_block};
+use crate::attention::query_blocks::key_block;
+use crate::ground::places::KvBlock;
+use crate::ground::places::QueryBlock;
 use crate::params::{BackwardParams, BackwardSecond, Second};
-use crate::pipeline::order::KvBlock;
 
 /// dV of a block of keys, and the weights of the query block last met, which are still to go into it.
 struct Dv<W: BackwardWarpgroup, const D8: usize, const M8: usize> {

@@ -9,10 +9,11 @@ use crate::attention::block_info::{Visit, Visits};
 use crate::attention::dropout::{Place, Rows};
 use crate::attention::dropping::Dropping;
 use crate::attention::epilogue;
-use crate::attention::mask::{Mask, mask_scores};
+use crate::attention::mask::Mask;
+use crate::attention::masking::mask_scores;
 use crate::attention::pairs::Pairs;
-use crate::attention::scheduler::WorkTile;
 use crate::attention::softmax::Softmax;
+use crate::ground::places::WorkTile;
 use crate::params::{ForwardParams, Second};
 
 /// What the mainloop carries from block to block: O, the last block's P, and m and l.

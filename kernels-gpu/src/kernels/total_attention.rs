@@ -10,7 +10,8 @@ use core::f32::consts::LOG2_E;
 
 use crate::arch::TotalWarpgroup;
 use crate::attention::exponential::exp2_polynomial;
-use crate::attention::mask::{Mask, mask_transposed};
+use crate::attention::mask::Mask;
+use crate::attention::masking::mask_transposed;
 use crate::attention::pairs::OnePair;
 use crate::attention::shared_tiles::TilePart;
 use crate::attention::total_steps::{TotalTile, TotalTiles};

@@ -4,15 +4,7 @@
 //! one block ahead, because the mainloop issues the scores of the next block before it waits for the output of this
 //! one. Work tiles make no difference to it, so the scores of the next one begin beside the last output of this one.
 
-/// One block of keys of one head, and the pair of Q and K that its scores come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KvBlock {
-    pub batch: u32,
-    /// The key/value head.
-    pub head: u32,
-    pub n_block: u32,
-    pub pair: u32,
-}
+use crate::ground::places::KvBlock;
 
 /// One tile that passes through the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

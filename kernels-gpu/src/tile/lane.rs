@@ -3,6 +3,15 @@
 //! A warp holds sixteen rows. Columns come in groups of eight; of each, a thread holds two neighbouring columns of two
 //! rows that are eight apart, so a row belongs to a quad of four lanes.
 
+/// Rows of a query tile that one consumer warpgroup owns: the M of wgmma.
+pub const WARPGROUP_ROWS: u32 = 64;
+/// Rows of it that one warp owns.
+pub const WARP_ROWS: u32 = 16;
+/// Threads of a warp.
+pub const WARP_THREADS: u32 = 32;
+/// Threads of a warpgroup.
+pub const WARPGROUP_THREADS: u32 = 128;
+
 /// A thread's place in its warpgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lane {

@@ -4,7 +4,34 @@
 //! swizzle (PTX ISA, "Shared memory matrix layout"): what one box of the copy engine writes and what wgmma reads.
 //! Panels start on 1024-byte boundaries, the period of the swizzle, because R is a multiple of 8.
 
-use crate::arch::Split;
+use super::lane::WARPGROUP_ROWS;
+
+/// How the gradients of a block of keys are shared out between two warpgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// Each has half of the keys.
+    Keys,
+    /// One has dV and computes the weights of all keys, which it passes on; the other has dK and dS.
+    Gradients,
+}
+
+impl Split {
+    /// How many warpgroups write dSᵀ.
+    pub const fn writers(self) -> u32 {
+        match self {
+            Split::Keys => 2,
+            Split::Gradients => 1,
+        }
+    }
+    /// The first key of a consumer within the block of keys.
+    #[inline(always)]
+    pub const fn first_key(self, consumer: u32) -> u32 {
+        match self {
+            Split::Keys => consumer * WARPGROUP_ROWS,
+            Split::Gradients => 0,
+        }
+    }
+}
 
 /// Columns of a panel: 128 bytes of 16-bit elements.
 pub const PANEL_COLUMNS: u32 = 64;

@@ -6,7 +6,7 @@
 //! consumer does after the weights of every block before that one, and so of lap n − 2.
 
 use super::smem::{BARRIER_BYTES, tile_bytes};
-use crate::variants::WARPGROUP_ROWS;
+use crate::tile::lane::WARPGROUP_ROWS;
 
 /// Offsets of such a CTA's shared memory.
 #[derive(Clone, Copy, Debug)]

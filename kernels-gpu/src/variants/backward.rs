@@ -1,15 +1,18 @@
 //! The compiled variants of the backward pass.
 
-use super::{DropoutKind, Dtype, MaskKind, Op, WARPGROUP_THREADS};
-use crate::arch::Split;
-use crate::attention::dropping::NoDropout;
+use super::{DropoutKind, MaskKind, Op};
+use crate::attention::dropout::NoDropout;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::{ByDistance, OnePair, Pairs};
 use crate::attention::query_blocks::{MBlocks, turn_blocks};
 use crate::attention::scheduler::{GroupBytes, TileOrder};
-use crate::params::{ROW_PADDING, Shape};
+use crate::element::Dtype;
+use crate::ground::shape::Shape;
+use crate::params::ROW_PADDING;
+use crate::tile::lane::WARPGROUP_THREADS;
 use crate::tile::smem::BackwardSmem;
+use crate::tile::smem::Split;
 
 /// One compiled backward kernel. Two consumer warpgroups, one producer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,11 +38,6 @@ pub struct BackwardVariant {
     /// at head dim 64, one of the third warpgroup with dropout, and at head dim 256 more room than there is.
     pub k_stages: u32,
 }
-
-/// Threads of a CTA of the kernels that prepare and finish.
-pub const ROW_KERNEL_THREADS: u32 = 256;
-/// Rows of the workspace that a CTA of the preparing kernel takes: eight lanes a row, several rows one after the other.
-pub const PREPARE_ROWS: u32 = ROW_PADDING;
 
 impl BackwardVariant {
     /// Threads of a CTA: the producer's warpgroup and the consumers'.

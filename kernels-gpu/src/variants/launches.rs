@@ -2,9 +2,8 @@
 
 use std::vec::Vec;
 
-use super::{
-    BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, DROPOUT_VARIANTS, Op, ROW_KERNEL_THREADS, TOTAL_VARIANTS, VARIANTS,
-};
+use super::{BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, DROPOUT_VARIANTS, Op, TOTAL_VARIANTS, VARIANTS};
+use crate::params::ROW_KERNEL_THREADS;
 
 /// Kernels that one rustc process compiles, and that one compressed stream holds. `entry` selects them by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,10 +1,12 @@
 //! The compiled variants of total attention.
 
-use super::{Dtype, MaskKind, WARPGROUP_THREADS};
+use super::MaskKind;
 use crate::attention::mask::{Causal, Full};
 use crate::attention::query_blocks::MBlocks;
 use crate::attention::scheduler::TileOrder;
-use crate::params::Shape;
+use crate::element::Dtype;
+use crate::ground::shape::Shape;
+use crate::tile::lane::WARPGROUP_THREADS;
 use crate::tile::smem_total::TotalSmem;
 
 /// One compiled kernel of total attention.

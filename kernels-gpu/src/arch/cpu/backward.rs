@@ -16,11 +16,13 @@ use super::memory::{self, load_rows};
 use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{BackwardWarpgroup, Pending};
-use crate::attention::query_blocks::QueryBlock;
-use crate::params::{BackwardParams, Second, Shape, Strided, Workspace};
-use crate::pipeline::order::KvBlock;
+use crate::element::Dtype;
+use crate::ground::places::KvBlock;
+use crate::ground::places::QueryBlock;
+use crate::ground::shape::Shape;
+use crate::ground::tensor::Strided;
+use crate::params::{BackwardParams, Second, Workspace};
 use crate::tile::smem::BackwardSmem;
-use crate::variants::Dtype;
 
 /// Weights of query blocks, passed from one consumer to the other.
 pub type Weights = RefCell<VecDeque<Vec<f32>>>;

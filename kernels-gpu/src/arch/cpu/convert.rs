@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::isa::dispatched;
-use crate::variants::Dtype;
+use crate::element::Dtype;
 
 /// Converts to f32; as many elements as both have.
 pub fn widen(dtype: Dtype, from: &[u16], to: &mut [f32]) {

@@ -10,11 +10,15 @@ use super::memory::{self, load_rows};
 use super::pipeline::{Fault, Ring};
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{ForwardWarpgroup, Pending};
-use crate::attention::scheduler::WorkTile;
-use crate::params::{ForwardParams, Output, Second, Shape, Strided};
-use crate::pipeline::order::{KvBlock, KvTile};
+use crate::element::Dtype;
+use crate::ground::places::KvBlock;
+use crate::ground::places::WorkTile;
+use crate::ground::shape::Shape;
+use crate::ground::tensor::{Output, Strided};
+use crate::params::{ForwardParams, Second};
+use crate::pipeline::order::KvTile;
+use crate::tile::lane::WARPGROUP_ROWS;
 use crate::tile::smem::ForwardSmem;
-use crate::variants::{Dtype, WARPGROUP_ROWS};
 
 /// The consumer's end of the forward pipeline, and its own replay of the producer.
 pub struct ForwardPipe<'a> {

@@ -1,7 +1,7 @@
 //! A whole 64 × 8·N8 tile as one fragment.
 
 /// Rows of a warpgroup.
-pub const ROWS: usize = crate::variants::WARPGROUP_ROWS as usize;
+pub const ROWS: usize = crate::tile::lane::WARPGROUP_ROWS as usize;
 
 /// `[row][column group][column]`, in f32.
 #[derive(Clone, Copy)]

@@ -9,21 +9,27 @@ use super::total_attention::TotalPipe;
 use super::warpgroup::CpuWarpgroup;
 use crate::attention::block_info::KvBlocks;
 use crate::attention::dropout::Dropout;
-use crate::attention::dropping::{Dropping, NoDropout};
+use crate::attention::dropout::NoDropout;
+use crate::attention::dropping::Dropping;
 use crate::attention::key_parts::{KeyPart, Part};
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::Pairs;
-use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block};
-use crate::attention::scheduler::{CtaTiles, TileOrder, WorkTile};
+use crate::attention::query_blocks::{QueryBlocks, key_block};
+use crate::attention::scheduler::{CtaTiles, TileOrder};
 use crate::attention::shared_tiles::SharedTiles;
+use crate::ground::places::KvBlock;
+use crate::ground::places::QueryBlock;
+use crate::ground::places::WorkTile;
+use crate::ground::shape::Shape;
+use crate::ground::tensor::Strided;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::backward_gradients::{consume_dk, consume_dv};
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
 use crate::params::{
-    BackwardParams, BackwardSecond, BackwardSecondPair, ForwardParams, Second, SecondPair, Shape, Strided, TotalParams,
+    BackwardParams, BackwardSecond, BackwardSecondPair, ForwardParams, Second, SecondPair, TotalParams,
 };
-use crate::pipeline::order::{KvBlock, KvOrder};
+use crate::pipeline::order::KvOrder;
 use crate::variants::{BackwardVariant, Op, TotalVariant, Variant};
 
 macro_rules! by_split {

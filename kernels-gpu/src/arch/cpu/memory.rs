@@ -5,8 +5,9 @@ use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use core::slice;
 
 use super::convert;
-use crate::params::{Shape, Strided};
-use crate::variants::Dtype;
+use crate::element::Dtype;
+use crate::ground::shape::Shape;
+use crate::ground::tensor::Strided;
 
 /// The `columns` elements of one row.
 ///

@@ -118,7 +118,8 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::order::{KvBlock, KvOrder};
+    use crate::ground::places::KvBlock;
+    use crate::pipeline::order::KvOrder;
 
     fn ring() -> Ring<impl Iterator<Item = KvTile>> {
         ring_of(1)

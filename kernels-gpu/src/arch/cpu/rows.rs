@@ -7,9 +7,10 @@ use super::matmul::dot;
 use super::memory;
 use crate::attention::query_blocks::key_block;
 use crate::attention::row_statistics::{delta, exponent_offset};
-use crate::attention::scheduler::WorkTile;
+use crate::element::Dtype;
+use crate::ground::places::WorkTile;
 use crate::params::{FinishParams, PrepareParams};
-use crate::variants::{BackwardVariant, Dtype};
+use crate::variants::BackwardVariant;
 
 /// Fills the workspace of one query head. dQ gets zeros whatever the head: all work tiles add to it here.
 ///

@@ -16,10 +16,12 @@ use crate::attention::mask::Mask;
 use crate::attention::row_statistics::exponent_offset;
 use crate::attention::shared_tiles::SharedTiles;
 use crate::attention::total_steps::{Part, TotalTile, TotalTiles};
-use crate::params::{Shape, Strided, TotalParams};
-use crate::pipeline::order::KvBlock;
+use crate::element::Dtype;
+use crate::ground::places::KvBlock;
+use crate::ground::shape::Shape;
+use crate::ground::tensor::Strided;
+use crate::params::TotalParams;
 use crate::tile::smem_total::TotalSmem;
-use crate::variants::Dtype;
 
 /// A query block in the ring.
 struct QueryTile {

@@ -7,8 +7,8 @@ use super::exp2;
 use super::fragment::{ROWS, Rows, Tile};
 use crate::arch::{Pending, Warpgroup};
 use crate::attention::dropout::{Dropout, Place};
-use crate::params::Strided;
-use crate::variants::Dtype;
+use crate::element::Dtype;
+use crate::ground::tensor::Strided;
 
 /// One consumer warpgroup, with its end `P` of the pipeline.
 ///

@@ -11,12 +11,15 @@ use super::math::Packed;
 use super::named_barrier::BackwardBarrier;
 use super::store::{Lines, fence_async_proxy, store_16_bytes, store_lines, store_shared_16_bytes, write_tile};
 use super::wgmma::{self, Descriptor};
-use crate::arch::{BackwardWarpgroup, Pending, Split};
-use crate::attention::query_blocks::{MAX_QUERY_BLOCKS, QueryBlock};
-use crate::params::{Shape, Strided};
-use crate::pipeline::order::KvBlock;
+use crate::arch::{BackwardWarpgroup, Pending};
+use crate::attention::query_blocks::MAX_QUERY_BLOCKS;
+use crate::ground::places::KvBlock;
+use crate::ground::places::QueryBlock;
+use crate::ground::shape::Shape;
+use crate::ground::tensor::Strided;
+use crate::tile::lane::WARPGROUP_THREADS;
+use crate::tile::smem::Split;
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
-use crate::variants::WARPGROUP_THREADS;
 
 /// The consumer's end of the backward pipeline.
 pub struct BackwardPipe<'a> {

@@ -20,11 +20,14 @@ use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::KeyPart;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
-use crate::attention::query_blocks::{QueryBlock, QueryBlocks, key_block, turn_blocks};
-use crate::params::{BackwardParams, Second, Shape, TensorMap, Workspace};
-use crate::pipeline::order::KvBlock;
+use crate::attention::query_blocks::{QueryBlocks, key_block, turn_blocks};
+use crate::ground::places::KvBlock;
+use crate::ground::places::QueryBlock;
+use crate::ground::shape::Shape;
+use crate::ground::tensor::TensorMap;
+use crate::params::{BackwardParams, Second, Workspace};
+use crate::tile::lane::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
-use crate::variants::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 
 /// The end of the ring of dSᵀ that multiplies, 8·N8 columns at a time: few, because the consumers need the registers.
 struct Dq<'a, const N8: usize> {

@@ -7,9 +7,10 @@ use super::cta::{self, Leader, smem_base};
 use super::load::load_bytes;
 use super::math::fresh;
 use super::tma::{BoxOrigin, MapAddress, load_box};
-use crate::attention::query_blocks::QueryBlock;
-use crate::params::{BackwardParams, Second, SecondPair, TensorMap};
-use crate::pipeline::order::KvBlock;
+use crate::ground::places::KvBlock;
+use crate::ground::places::QueryBlock;
+use crate::ground::tensor::TensorMap;
+use crate::params::{BackwardParams, Second, SecondPair};
 use crate::tile::smem::{BackwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
 
 /// The producer's end of the rings. All threads of its warpgroup wait for slots, one of them loads.

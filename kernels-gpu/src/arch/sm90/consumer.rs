@@ -9,7 +9,7 @@ use super::math::{self, Packed, fresh};
 use super::wgmma;
 use crate::arch::{Pending, Warpgroup};
 use crate::attention::dropout::{Dropout, Place};
-use crate::params::TensorMap;
+use crate::ground::tensor::TensorMap;
 use crate::tile::lane::Lane;
 
 /// One of the CTA's consumers, with its end `P` of the pipeline.

@@ -5,10 +5,10 @@ use core::arch::nvptx::_thread_idx_x;
 
 use super::barrier::{Mbarrier, fence_mbarrier_init};
 use super::named_barrier::{BackwardBarrier, ForwardBarrier, TotalBarrier};
-use crate::arch::Split;
+use crate::tile::lane::{WARP_THREADS, WARPGROUP_THREADS};
+use crate::tile::smem::Split;
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
 use crate::tile::smem_total::TotalSmem;
-use crate::variants::{WARP_THREADS, WARPGROUP_THREADS};
 
 core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
 

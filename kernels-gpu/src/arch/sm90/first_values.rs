@@ -11,9 +11,10 @@ use super::cta::{self, Leader, thread_of_warpgroup};
 use super::load::{claim, count_at};
 use super::named_barrier::BackwardBarrier;
 use super::store::store_16_bytes;
-use crate::params::{Shape, Workspace};
-use crate::pipeline::order::KvBlock;
-use crate::variants::WARPGROUP_THREADS;
+use crate::ground::places::KvBlock;
+use crate::ground::shape::Shape;
+use crate::params::Workspace;
+use crate::tile::lane::WARPGROUP_THREADS;
 
 /// Nobody has begun. Between this and [`READY`], one more than the number of the CTA that has.
 pub const FREE: u32 = 0;

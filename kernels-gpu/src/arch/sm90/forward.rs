@@ -15,11 +15,13 @@ use super::store::{
 use super::tma::{BoxOrigin, MapAddress, load_box};
 use super::wgmma::{self, Descriptor};
 use crate::arch::{ForwardWarpgroup, Pending};
-use crate::attention::scheduler::WorkTile;
-use crate::params::{ForwardParams, Output, SecondPair, Shape, TensorMap};
+use crate::ground::places::WorkTile;
+use crate::ground::shape::Shape;
+use crate::ground::tensor::{Output, TensorMap};
+use crate::params::{ForwardParams, SecondPair};
 use crate::pipeline::ring::Position;
+use crate::tile::lane::{WARP_ROWS, WARPGROUP_ROWS, WARPGROUP_THREADS};
 use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, columns_step, panels, rows_step};
-use crate::variants::{WARP_ROWS, WARPGROUP_ROWS, WARPGROUP_THREADS};
 
 /// The consumer's end of the forward pipeline.
 pub struct ForwardPipe<'a, S> {

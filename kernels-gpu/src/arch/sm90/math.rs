@@ -90,18 +90,6 @@ pub fn ones(count: u32) -> u32 {
     d
 }
 
-/// Four of the eight bytes of `a` and `b`, as the digits of `selector` name them (PTX ISA, prmt).
-#[inline(always)]
-pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
-    let d: u32;
-    // SAFETY: register arithmetic without side effects.
-    unsafe {
-        asm!("prmt.b32 {0}, {1}, {2}, {3};", out(reg32) d, in(reg32) a, in(reg32) b, in(reg32) selector,
-             options(pure, nomem, nostack));
-    }
-    d
-}
-
 /// The value that the lane `self XOR mask` holds; every lane of the warp must call it.
 #[inline(always)]
 pub fn shuffle_xor<const MASK: u32>(x: u32) -> u32 {

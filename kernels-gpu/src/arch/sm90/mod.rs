@@ -24,5 +24,3 @@ pub mod total_attention;
 pub mod total_offsets;
 pub mod total_producer;
 pub mod wgmma;
-
-pub use math::select_bytes;

@@ -5,7 +5,7 @@
 
 use core::arch::asm;
 
-use crate::variants::WARPGROUP_THREADS;
+use crate::tile::lane::WARPGROUP_THREADS;
 
 /// An id of one of the enums below.
 #[derive(Clone, Copy)]

@@ -8,12 +8,14 @@ use super::tma::{BoxOrigin, MapAddress, load_box, load_box_for_both, prefetch_bo
 use crate::attention::block_info::KvBlocks;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
-use crate::attention::scheduler::WorkTile;
-use crate::params::{ForwardParams, Second, SecondPair, TensorMap};
-use crate::pipeline::order::{KvBlock, KvOrder, KvTile};
+use crate::ground::places::KvBlock;
+use crate::ground::places::WorkTile;
+use crate::ground::tensor::TensorMap;
+use crate::params::{ForwardParams, Second, SecondPair};
+use crate::pipeline::order::{KvOrder, KvTile};
 use crate::pipeline::ring::Position;
+use crate::tile::lane::WARPGROUP_ROWS;
 use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
-use crate::variants::WARPGROUP_ROWS;
 
 /// Loads the K and V tiles of every work tile, in the order of [`KvOrder`], as slots become empty.
 ///

@@ -13,8 +13,11 @@ use super::named_barrier::RowBarrier;
 use super::store::{Lines, store_16_bytes, store_f32, store_lines};
 use crate::attention::query_blocks::key_block;
 use crate::attention::row_statistics::{delta, exponent_offset};
-use crate::params::{FinishParams, PrepareParams, Strided, quotient};
-use crate::variants::{PREPARE_ROWS, ROW_KERNEL_THREADS, WARPGROUP_ROWS, WARPGROUP_THREADS};
+use crate::ground::shape::quotient;
+use crate::ground::tensor::Strided;
+use crate::params::{FinishParams, PrepareParams};
+use crate::params::{PREPARE_ROWS, ROW_KERNEL_THREADS};
+use crate::tile::lane::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 
 /// Lanes that share a row, each with eight elements at a time.
 const LANES: u32 = 8;

@@ -8,10 +8,11 @@ use core::arch::asm;
 use super::cta::{Leader, thread_of_warpgroup};
 use super::fragment::{Operand, transpose_quad};
 use super::tma::{BoxOrigin, MapAddress};
-use crate::params::{Shape, Strided};
+use crate::ground::shape::Shape;
+use crate::ground::tensor::Strided;
 use crate::tile::lane::Lane;
+use crate::tile::lane::WARP_ROWS;
 use crate::tile::smem::PANEL_ROW_BYTES;
-use crate::variants::WARP_ROWS;
 
 /// Stores 16 bytes at `address` where `live`.
 ///

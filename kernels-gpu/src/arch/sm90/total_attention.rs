@@ -12,11 +12,11 @@ use super::store::store_f32;
 use super::wgmma::{self, Descriptor};
 use crate::arch::{Pending, TotalWarpgroup};
 use crate::attention::total_steps::{Part, TotalTile};
-use crate::params::Shape;
+use crate::ground::shape::Shape;
 use crate::pipeline::ring::Position;
+use crate::tile::lane::WARPGROUP_ROWS;
 use crate::tile::smem::{PANEL_ROW_BYTES, columns_step};
 use crate::tile::smem_total::TotalSmem;
-use crate::variants::WARPGROUP_ROWS;
 
 /// The consumer's end of the pipeline.
 pub struct TotalPipe<'a> {

@@ -11,11 +11,12 @@ use crate::attention::mask::Mask;
 use crate::attention::row_statistics::exponent_offset;
 use crate::attention::shared_tiles::TilePart;
 use crate::attention::total_steps::{Part, TotalTiles};
-use crate::params::{TensorMap, TotalParams};
-use crate::pipeline::order::KvBlock;
+use crate::ground::places::KvBlock;
+use crate::ground::tensor::TensorMap;
+use crate::params::TotalParams;
 use crate::pipeline::ring::Position;
+use crate::tile::lane::{WARP_THREADS, WARPGROUP_THREADS};
 use crate::tile::smem_total::TotalSmem;
-use crate::variants::{WARP_THREADS, WARPGROUP_THREADS};
 
 /// Queries of a block that one lane cares for, at most.
 const LANE_ROWS: usize = (WARPGROUP_THREADS / WARP_THREADS) as usize;

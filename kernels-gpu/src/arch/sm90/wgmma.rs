@@ -10,7 +10,7 @@ use core::mem::MaybeUninit;
 use super::fragment::{Fragment, Operand};
 use super::math::{Packed, fresh};
 use crate::arch::Pending;
-use crate::variants::Dtype;
+use crate::element::Dtype;
 
 /// A matrix in shared memory as wgmma sees it (PTX ISA, matrix descriptor), in the 128-byte swizzle.
 #[derive(Clone, Copy)]

@@ -1,0 +1,6 @@
+//! Pure values that everything else is made of. Nothing here imports from another folder.
+
+pub mod divisor;
+pub mod places;
+pub mod shape;
+pub mod tensor;

@@ -1,0 +1,37 @@
+//! A tensor in memory, as kernels name it.
+
+/// A tensor (batch, heads, seqlen, head_dim) in memory; strides are in elements and head_dim is contiguous.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Strided {
+    /// Address of element (0, 0, 0, 0).
+    pub address: u64,
+    pub stride_batch: i64,
+    pub stride_head: i64,
+    pub stride_row: i64,
+}
+
+impl Strided {
+    /// Offset in elements of the row (batch, head, row) from [`Strided::address`].
+    #[inline(always)]
+    pub fn row_offset(&self, batch: u32, head: u32, row: u32) -> i64 {
+        batch as i64 * self.stride_batch + head as i64 * self.stride_head + row as i64 * self.stride_row
+    }
+}
+
+/// A tensor that a kernel writes: row by row, or by tiles through the copy engine.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Output<T> {
+    pub tiles: T,
+    pub rows: Strided,
+}
+
+/// The driver's opaque `CUtensorMap`.
+///
+/// The copy engine wants it 64-byte aligned; the declared alignment is 16, the most that a by-value kernel
+/// parameter may have in rustc, and the PTX pass of the build raises the parameter's own alignment to 64.
+/// The assertions at the end of `params` check the place of each map within its parameters.
+#[repr(C, align(16))]
+#[derive(Clone, Copy, Debug)]
+pub struct TensorMap(pub [u64; 16]);
