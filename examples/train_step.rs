@@ -1,9 +1,9 @@
 //! Trains one attention layer from scratch, on the CPU or, with the feature `cuda`, on the GPU where there is one:
 //! `cargo run --release --example train_step`.
 //!
-//! The task is associative recall. A sequence shows pairs, each a token made of a key and a value, and then asks for the
-//! value of each key in another order. Values are drawn anew for every sequence, so a question alone does not tell its
-//! answer: a layer has to look the key up among the tokens before, which is what attention does.
+//! The task is associative recall. A sequence shows pairs, each a token made of a key and a value, and then asks for
+//! the value of each key in another order. Values are drawn anew for every sequence, so a question alone does not tell
+//! its answer: a layer has to look the key up among the tokens before, which is what attention does.
 //!
 //! ```text
 //! x = embedding of a token            q, k, v = x·Wq, x·Wk, x·Wv, rounded to bf16

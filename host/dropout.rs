@@ -9,13 +9,16 @@ use crate::problem::{Problem, at_most};
 /// Steps that a probability is resolved to: one random byte decides on a weight.
 const STEPS: f32 = 256.0;
 
-/// Dropout of attention weights: each is dropped with probability `p`, and those that are kept are scaled by 1 / (1 − p).
+/// Dropout of attention weights: each is dropped with probability `p`, and those that are kept are scaled by 1 / (1 −
+/// p).
 ///
 /// Which weights are kept is a function of seed, offset, batch item, query head, query and key alone
-/// ([`dropout_mask`](crate::dropout_mask)): the same in both passes, whatever the machine, the tiles and the mask. `p` is
-/// resolved to 1/256 ([`Dropout::probability`]). With `p` 0, which is the default, nothing is dropped and nothing spent.
+/// ([`dropout_mask`](crate::dropout_mask)): the same in both passes, whatever the machine, the tiles and the mask. `p`
+/// is resolved to 1/256 ([`Dropout::probability`]). With `p` 0, which is the default, nothing is dropped and nothing
+/// spent.
 ///
-/// A training step takes a seed, or an offset, that none before it had; two that differ in either have independent masks.
+/// A training step takes a seed, or an offset, that none before it had; two that differ in either have independent
+/// masks.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Dropout {
     /// The probability that a weight is dropped: at least 0 and below 1.
@@ -59,8 +62,8 @@ pub(crate) fn kind(dropout: &Option<Launched>) -> DropoutKind {
     if dropout.is_some() { DropoutKind::Philox } else { DropoutKind::None }
 }
 
-/// Which weights are kept, (batch, heads_q, seqlen_q, seqlen_k), contiguous: the mask that both passes use. It takes memory
-/// that neither of them needs, and is for tests.
+/// Which weights are kept, (batch, heads_q, seqlen_q, seqlen_k), contiguous: the mask that both passes use. It takes
+/// memory that neither of them needs, and is for tests.
 ///
 /// ```
 /// use ferroflash::{Dropout, Dtype, Problem, dropout_mask};

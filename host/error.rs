@@ -216,7 +216,8 @@ pub enum Error {
     },
     /// A tensor lies on another device than the one that is to compute.
     #[error(
-        "{operand} lies on device {found}; the backend is device {expected}: copy it there, or use a backend of its device"
+        "{operand} lies on device {found}; the backend is device {expected}: copy it there, or use a backend of its \
+         device"
     )]
     WrongDevice {
         /// The tensor.

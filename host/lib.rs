@@ -40,10 +40,11 @@
 //! - **Causal** is aligned to the bottom right: query i sees key j when j ≤ i + seqlen_k − seqlen_q, so the last query
 //!   sees every key. PyTorch's `is_causal` is aligned to the top left, which differs where the lengths do.
 //! - **Rows without a key**, by the mask or because seqlen_k is 0, give O = 0 and LSE = −∞, never NaN.
-//! - **Dropout** ([`Attention::dropout`]) drops weights after the softmax, by random numbers that are a function of seed,
-//!   offset, head, query and key: both passes drop the same ones, on every machine. The LSE is that of all of them.
-//! - **Gradients** ([`Attention::backward`]) are of the inputs' dtype, accumulated in f32. [`Determinism`] says whether dQ
-//!   is the same bits on every run.
+//! - **Dropout** ([`Attention::dropout`]) drops weights after the softmax, by random numbers that are a function of
+//!   seed, offset, head, query and key: both passes drop the same ones, on every machine. The LSE is that of all of
+//!   them.
+//! - **Gradients** ([`Attention::backward`]) are of the inputs' dtype, accumulated in f32. [`Determinism`] says whether
+//!   dQ is the same bits on every run.
 //! - **LSE** is the natural logarithm of the sum of the exponentials of the scaled scores.
 //! - **Total attention** ([`Attention::total_attention`]) is the weight that each key got from all queries, f32 (batch,
 //!   heads_q, seqlen_k).
@@ -53,7 +54,8 @@
 //! # Backends
 //! [`Cpu`] runs everywhere, over [rayon](https://docs.rs/rayon)'s threads. With the feature `cuda`, `Cuda` runs the
 //! same kernels on a GPU of compute capability 9.0, on slices of device memory or, for frameworks, from raw device
-//! pointers on the caller's stream with neither allocation nor synchronisation ([`RawForward`], [`RawBackward`], [`RawTotalAttention`]).
+//! pointers on the caller's stream with neither allocation nor synchronisation ([`RawForward`], [`RawBackward`],
+//! [`RawTotalAttention`]).
 //!
 //! # Where things are
 //! [`Problem`] and [`Mask`] say what to compute, [`Plan`], [`BackwardPlan`] and [`TotalPlan`] how it will run (kernel,

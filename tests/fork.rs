@@ -1,11 +1,12 @@
-//! The CPU backend in a process that was forked from one that used it. A test binary of its own, since the child has a
-//! copy of no thread but the test's.
-#![cfg(unix)]
+//! The CPU backend in a process that was forked from one that used it, and in one whose memory is short. A test binary
+//! of its own, since the child has a copy of no thread but the test's.
+#![cfg(target_os = "linux")]
 
+use std::panic::AssertUnwindSafe;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, Problem, Tensor, bf16};
+use ferroflash::{Attention, Backend, BackwardInputs, Cpu, Dtype, Error, Operand, Problem, Tensor, bf16};
 
 /// Longer than the child can take by far.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -27,16 +28,15 @@ fn results() -> Vec<u32> {
     halves.chain(lse.iter().chain(&total).map(|x| x.to_bits())).collect()
 }
 
-#[test]
-fn works_after_fork() {
-    let expected = results();
+/// Runs `check` in a child process; fails if it is not true, panics or does not end.
+fn in_child(check: impl FnOnce() -> bool) {
     // SAFETY: the child calls what follows, which waits for no other thread, and leaves without running the parent's
     // destructors.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        let same = std::panic::catch_unwind(|| results() == expected).unwrap_or(false);
+        let passed = std::panic::catch_unwind(AssertUnwindSafe(check)).unwrap_or(false);
         // SAFETY: ends the process.
-        unsafe { libc::_exit(if same { 0 } else { 1 }) };
+        unsafe { libc::_exit(if passed { 0 } else { 1 }) };
     }
     assert!(child > 0, "no process could be started");
     let start = Instant::now();
@@ -50,5 +50,32 @@ fn works_after_fork() {
         }
         sleep(Duration::from_millis(10));
     }
-    assert_eq!(status, 0, "the child failed or its results differ");
+    assert_eq!(status, 0, "the child failed");
+}
+
+#[test]
+fn works_after_fork() {
+    let expected = results();
+    in_child(|| results() == expected);
+}
+
+#[test]
+fn short_memory_is_an_error() {
+    const LEN: usize = 64 << 20;
+    let buffer = Cpu.upload(Operand::Q, &vec![1.0f32; LEN]).unwrap();
+    in_child(|| {
+        // SAFETY: reads a number of the system's.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
+        let pages = std::fs::read_to_string("/proc/self/statm").ok();
+        let held = pages.and_then(|text| text.split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) * page;
+        // Less than a second buffer more than the process has.
+        let limit = libc::rlimit { rlim_cur: held + (32 << 20), rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: the limit is valid for reading.
+        let limited = held > 0 && unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) } == 0;
+        let bytes = 4 * LEN as u128;
+        limited
+            && Cpu.upload(Operand::K, &buffer) == Err(Error::OutOfMemory { operand: Operand::K, bytes })
+            && Cpu.download(&buffer) == Err(Error::OutOfMemory { operand: Operand::Download, bytes })
+            && Cpu.allocate::<f32>(Operand::O, LEN) == Err(Error::OutOfMemory { operand: Operand::O, bytes })
+    });
 }

@@ -252,8 +252,8 @@ fn many_tiles(cuda: &Cuda) {
     }
 }
 
-/// CTAs that load K and V for each other: partial tiles and blocks, an odd number of tiles a query head, several tiles a
-/// CTA; and the same bits on every run.
+/// CTAs that load K and V for each other: partial tiles and blocks, an odd number of tiles a query head, several tiles
+/// a CTA; and the same bits on every run.
 fn clusters(cuda: &Cuda, head_dim: usize) {
     for dtype in [Dtype::Bf16, Dtype::F16] {
         let few = Problem { batch: 1, heads_q: 12, heads_kv: 2, seqlen_q: 300, seqlen_k: 4999, head_dim, dtype };

@@ -10,8 +10,8 @@ mod train_step;
 
 use train_step::{Layer, VALUES, batch, train};
 
-/// Without attention, the loss stays at ln(values), 2.77: a question alone does not tell its answer. Attention that looks
-/// nowhere in particular knows at most how often a sequence has each value, which saves about 0.1.
+/// Without attention, the loss stays at ln(values), 2.77: a question alone does not tell its answer. Attention that
+/// looks nowhere in particular knows at most how often a sequence has each value, which saves about 0.1.
 #[test]
 fn a_layer_learns_to_recall() {
     let score = train(&Cpu, 200).unwrap();
@@ -20,8 +20,8 @@ fn a_layer_learns_to_recall() {
     assert!(score.accuracy > 0.9, "{score:?}");
 }
 
-/// Along each gradient, the loss changes by the gradient's norm, as central differences measure it. The distance is long
-/// enough to drown the rounding to bf16, and short enough for the loss to be nearly quadratic.
+/// Along each gradient, the loss changes by the gradient's norm, as central differences measure it. The distance is
+/// long enough to drown the rounding to bf16, and short enough for the loss to be nearly quadratic.
 #[test]
 fn gradients_are_those_of_the_loss() {
     const DISTANCE: f32 = 0.8;

@@ -21,14 +21,14 @@ impl Attention {
         BackwardPlan::new(&self.problem, self.mask, self.scale, self.dropout, self.determinism, sm_count)
     }
 
-    /// Computes dQ, dK and dV into memory that the backend allocates, each contiguous in the order batch, heads, seqlen,
-    /// head_dim.
+    /// Computes dQ, dK and dV into memory that the backend allocates, each contiguous in the order batch, heads,
+    /// seqlen, head_dim.
     ///
-    /// With P the probabilities, dP = dO·Vᵀ and δ the row sums of dO∘O less the LSE's gradient: dV = Pᵀ·dO,
-    /// dS = P∘(dP − δ), dQ = scale·dS·K, dK = scale·dSᵀ·Q (FlashAttention-2, arXiv 2307.08691, algorithm 2). P is
-    /// computed again from Q, K and the LSE, so the memory needed is linear in the sequence:
-    /// [`BackwardPlan::workspace_bytes`] beside the results. The mask, the scale and the dropout are those of the forward pass that
-    /// gave O and the LSE. A query that sees no key has dQ = 0 and contributes nothing.
+    /// With P the probabilities, dP = dO·Vᵀ and δ the row sums of dO∘O less the LSE's gradient: dV = Pᵀ·dO, dS = P∘(dP
+    /// − δ), dQ = scale·dS·K, dK = scale·dSᵀ·Q (FlashAttention-2, arXiv 2307.08691, algorithm 2). P is computed again
+    /// from Q, K and the LSE, so the memory needed is linear in the sequence: [`BackwardPlan::workspace_bytes`] beside
+    /// the results. The mask, the scale and the dropout are those of the forward pass that gave O and the LSE. A query
+    /// that sees no key has dQ = 0 and contributes nothing.
     ///
     /// With dropout, dV = (P∘Z / (1 − p))ᵀ·dO and dP = (dO·Vᵀ)∘Z / (1 − p), the rest as it is.
     ///

@@ -55,8 +55,8 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Attention without a mask, with the scale 1/√head_dim and no dropout, returning the LSE, with fast gradients. The problem is
-    /// checked when it is planned or run.
+    /// Attention without a mask, with the scale 1/√head_dim and no dropout, returning the LSE, with fast gradients. The
+    /// problem is checked when it is planned or run.
     pub fn new(problem: Problem) -> Self {
         Attention {
             problem,
@@ -92,8 +92,8 @@ impl Attention {
         self
     }
 
-    /// Which attention weights are dropped; a backward pass takes the same as the forward pass that it belongs to. Total
-    /// attention counts weights before they are dropped, and [`Piecewise`] drops none.
+    /// Which attention weights are dropped; a backward pass takes the same as the forward pass that it belongs to.
+    /// Total attention counts weights before they are dropped, and [`Piecewise`] drops none.
     pub fn dropout(mut self, dropout: Dropout) -> Self {
         self.dropout = dropout;
         self

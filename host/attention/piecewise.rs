@@ -15,10 +15,10 @@ use crate::{
 /// Attention whose scores come from one of two pairs of queries and keys, by distance: for position embeddings that
 /// change with it.
 ///
-/// score(i, j) = scale · q2ᵢ·k2ⱼ where i + seqlen_k − seqlen_q − j ≥ dist_threshold, and scale · q1ᵢ·k1ⱼ elsewhere; then
-/// the mask, the softmax and V as in [`Attention`], which says the rest: problem, mask, scale, LSE, determinism; there is no dropout. The
-/// distance is signed: a key behind its query has a positive one. A block of scores that the threshold does not cross
-/// costs what it costs in plain attention, one that it crosses twice that.
+/// score(i, j) = scale · q2ᵢ·k2ⱼ where i + seqlen_k − seqlen_q − j ≥ dist_threshold, and scale · q1ᵢ·k1ⱼ elsewhere;
+/// then the mask, the softmax and V as in [`Attention`], which says the rest: problem, mask, scale, LSE, determinism;
+/// there is no dropout. The distance is signed: a key behind its query has a positive one. A block of scores that the
+/// threshold does not cross costs what it costs in plain attention, one that it crosses twice that.
 ///
 /// ```
 /// use ferroflash::{Attention, Cpu, Dtype, Mask, Pair, Piecewise, Problem, Tensor, bf16};

@@ -11,8 +11,8 @@ use crate::{
 };
 
 impl Attention {
-    /// How total attention is computed on a machine with `sm_count` multiprocessors, or threads on the CPU; needs no such
-    /// machine.
+    /// How total attention is computed on a machine with `sm_count` multiprocessors, or threads on the CPU; needs no
+    /// such machine.
     ///
     /// # Errors
     /// Those of [`TotalPlan::new`].
@@ -20,15 +20,15 @@ impl Attention {
         TotalPlan::new(&self.problem, self.mask, self.scale, sm_count)
     }
 
-    /// Computes how much attention each key got: total_j = Σᵢ exp(scale·qᵢ·kⱼ − LSEᵢ) over the queries i that see key j,
-    /// f32 (batch, heads_q, seqlen_k), contiguous, into memory that the backend allocates.
+    /// Computes how much attention each key got: total_j = Σᵢ exp(scale·qᵢ·kⱼ − LSEᵢ) over the queries i that see key
+    /// j, f32 (batch, heads_q, seqlen_k), contiguous, into memory that the backend allocates.
     ///
     /// Weights are counted as the softmax gives them, before [`Attention::dropout`], which makes no difference here.
     ///
-    /// It is a second pass over Q, K and the LSE that the forward pass gave, with the same mask and scale, and stores no
-    /// score. Heads stay apart: there is a line for every query head, also of those that share a key head. A query that
-    /// sees no key (LSE = −∞) counts nothing, so a line adds up to the number of queries that see one; without queries
-    /// all is 0. The bits are the same on every run.
+    /// It is a second pass over Q, K and the LSE that the forward pass gave, with the same mask and scale, and stores
+    /// no score. Heads stay apart: there is a line for every query head, also of those that share a key head. A query
+    /// that sees no key (LSE = −∞) counts nothing, so a line adds up to the number of queries that see one; without
+    /// queries all is 0. The bits are the same on every run.
     ///
     /// ```
     /// use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, Tensor, bf16};
@@ -48,8 +48,8 @@ impl Attention {
     /// ```
     ///
     /// # Errors
-    /// Those of [`TotalPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names `q`,
-    /// `k` or `lse`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    /// Those of [`TotalPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
+    /// `q`, `k` or `lse`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
     pub fn total_attention<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -69,8 +69,8 @@ impl Attention {
     /// [`Attention::total_attention`].
     ///
     /// # Errors
-    /// Those of [`Attention::total_attention`], and every error that names `total`. Unless the error comes from running,
-    /// nothing was written.
+    /// Those of [`Attention::total_attention`], and every error that names `total`. Unless the error comes from
+    /// running, nothing was written.
     pub fn total_attention_into<B: Backend, E: Element>(
         &self,
         backend: &B,

@@ -33,8 +33,8 @@ pub trait Backend: sealed::Sealed {
 
     /// Allocates `len` elements, whose values are unspecified; `operand` is what errors call it.
     ///
-    /// Elements are plain data, for which any bits are a value. A type with invalid values, such as a reference, is refused
-    /// by the compiler:
+    /// Elements are plain data, for which any bits are a value. A type with invalid values, such as a reference, is
+    /// refused by the compiler:
     ///
     /// ```compile_fail,E0277
     /// use ferroflash::{Backend, Cpu, Operand};
@@ -138,8 +138,8 @@ pub trait Backend: sealed::Sealed {
 
 /// Memory that backward passes work in. It can be kept and used again, so that a pass allocates nothing.
 ///
-/// It is empty at first, and grows when a plan needs more: [`BackwardPlan::workspace_bytes`]. Its content carries nothing
-/// from one pass to the next.
+/// It is empty at first, and grows when a plan needs more: [`BackwardPlan::workspace_bytes`]. Its content carries
+/// nothing from one pass to the next.
 ///
 /// ```
 /// use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, Problem, Tensor, Workspace, bf16};

@@ -205,12 +205,12 @@ pub struct BenchArgs {
     /// Key heads, for grouped queries [default: as many as query heads].
     #[arg(long)]
     pub heads_kv: Option<usize>,
-    /// Runs back to back after a warm-up as long as the measurement: what the chip sustains under its power limit. On the
-    /// CPU it is always so.
+    /// Runs back to back after a warm-up as long as the measurement: what the chip sustains under its power limit. On
+    /// the CPU it is always so.
     #[arg(long)]
     pub sustained: bool,
-    /// Milliseconds that one measurement runs, after a warm-up of a third of that; of as long with --sustained and on the
-    /// CPU [default: 150; with --sustained 300; on the CPU 500].
+    /// Milliseconds that one measurement runs, after a warm-up of a third of that; of as long with --sustained and on
+    /// the CPU [default: 150; with --sustained 300; on the CPU 500].
     #[arg(long)]
     pub budget_ms: Option<u64>,
     /// Also write the results to this file.

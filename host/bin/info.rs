@@ -59,8 +59,8 @@ fn gpu() -> Option<Machine> {
     Machine::open(&cuda).inspect_err(|error| say(format_args!("gpu: {error}"))).ok()
 }
 
-/// Every kernel: the forward ones, the main kernels of the backward pass, those of total attention, and those that prepare
-/// and finish a backward pass.
+/// Every kernel: the forward ones, the main kernels of the backward pass, those of total attention, and those that
+/// prepare and finish a backward pass.
 fn variants() -> comfy_table::Table {
     let mut table =
         table(["kernel", "tile M × N", "head dim", "threads", "stages", "shared memory", "registers", "code"]);

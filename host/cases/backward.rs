@@ -82,7 +82,8 @@ impl Case {
     /// and judges the gradients.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into) and of [`Attention::backward_into`](crate::Attention::backward_into).
+    /// Those of [`Attention::forward_into`](crate::Attention::forward_into) and of
+    /// [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn run_backward<B: Backend>(&self, backend: &B, determinism: Determinism) -> Result<BackwardOutcome> {
         match self.problem.dtype {
             Dtype::F16 => self.judge_backward::<B, half::f16>(backend, &self.backward_data(backend)?, determinism),

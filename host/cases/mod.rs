@@ -135,8 +135,8 @@ impl Case {
         let case = Case::random(seed, limit);
         let mut rng = StdRng::seed_from_u64(seed.wrapping_add(1));
         let dropout: f32 = *[0.05, 0.1, 0.1, 0.25, 0.5, 0.9, 0.99].choose(&mut rng).unwrap_or(&0.1);
-        // Where a row keeps a weight or two, one rounding is the whole error, and the plain implementation's is no measure of
-        // it (docs/numerics.md).
+        // Where a row keeps a weight or two, one rounding is the whole error, and the plain implementation's is no
+        // measure of it (docs/numerics.md).
         let kept = (1.0 - dropout) * case.problem.seqlen_k as f32;
         Case { dropout: if kept < 4.0 { 0.1 } else { dropout }, ..case }
     }
@@ -244,7 +244,8 @@ pub fn for_rows(layout: &Layout, mut f: impl FnMut(usize)) {
     }
 }
 
-/// The flags of `ferroflash check` that run the case again. Padding has no flag; the values in the rows don't depend on it.
+/// The flags of `ferroflash check` that run the case again. Padding has no flag; the values in the rows don't depend on
+/// it.
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Problem { batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, dtype } = self.problem;

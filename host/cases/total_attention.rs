@@ -65,7 +65,8 @@ impl Case {
     /// Runs the case's forward pass, then its total attention from the LSE, and judges that.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into) and of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
+    /// Those of [`Attention::forward_into`](crate::Attention::forward_into) and of
+    /// [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn run_total<B: Backend>(&self, backend: &B) -> Result<TotalOutcome> {
         match self.problem.dtype {
             Dtype::F16 => self.judge_total::<B, half::f16>(backend, &self.total_data(backend)?),

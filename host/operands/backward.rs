@@ -148,8 +148,8 @@ impl RawBackward {
         Some(BackwardSecondPair { pair, dk: self.second?.gradients.k.strided() })
     }
 
-    /// Parameters of the main kernel of a plan that has work tiles; `q`, `k`, `v` and `d_o` as the machine names them, and
-    /// what [`RawBackward::second`] made of the second pair.
+    /// Parameters of the main kernel of a plan that has work tiles; `q`, `k`, `v` and `d_o` as the machine names them,
+    /// and what [`RawBackward::second`] made of the second pair.
     pub(crate) fn params<T, S>(&self, plan: &BackwardPlan, [q, k, v, d_o]: [T; 4], second: S) -> BackwardParams<T, S> {
         BackwardParams {
             second,

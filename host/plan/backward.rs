@@ -30,8 +30,8 @@ pub enum Determinism {
     #[default]
     Fast,
     /// Parts of dQ are added in the order of their keys: the same bits on every run. Slower, for tiles wait for each
-    /// other. On a GPU the pass starts once all its CTAs can run at the same time (a cooperative launch), so of two exact
-    /// passes on two streams one waits where they don't fit together.
+    /// other. On a GPU the pass starts once all its CTAs can run at the same time (a cooperative launch), so of two
+    /// exact passes on two streams one waits where they don't fit together.
     Exact,
 }
 
@@ -72,10 +72,10 @@ impl BackwardPlan {
     /// default scale is 1/√head_dim.
     ///
     /// # Errors
-    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`] for a
-    /// probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or
-    /// more, for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128, for 2³⁰ query blocks
-    /// or more of one CTA, counted as if there was no mask, or for an `sm_count` above 2²⁰.
+    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`]
+    /// for a probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work
+    /// tiles or more, for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128, for 2³⁰ query
+    /// blocks or more of one CTA, counted as if there was no mask, or for an `sm_count` above 2²⁰.
     pub fn new(
         problem: &Problem,
         mask: Mask,

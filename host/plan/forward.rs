@@ -47,9 +47,9 @@ impl Plan {
     /// Plans a forward pass for a machine with `sm_count` multiprocessors, or threads on the CPU; 0 counts as 1.
     ///
     /// # Errors
-    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`] for a
-    /// probability that is not at least 0 and below 1; [`Error::NoVariant`];
-    /// [`Error::TooLarge`] for 2³¹ work tiles or more, or for an `sm_count` above 2²⁰.
+    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`]
+    /// for a probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work
+    /// tiles or more, or for an `sm_count` above 2²⁰.
     pub fn forward(problem: &Problem, mask: Mask, scale: Option<f32>, dropout: Dropout, sm_count: u32) -> Result<Plan> {
         Self::new(problem, mask, scale, Extra { dist_threshold: None, dropout }, sm_count)
     }
@@ -272,8 +272,8 @@ mod tests {
         assert_eq!([512, 1024, 2048, 4096, 16384].map(blocks), [64, 64, 80, 80, 80]);
     }
 
-    /// CTAs of a cluster take neighbouring work tiles, which have the same keys; short problems are not worth the wait for
-    /// two CTAs.
+    /// CTAs of a cluster take neighbouring work tiles, which have the same keys; short problems are not worth the wait
+    /// for two CTAs.
     #[test]
     fn clusters_share_their_keys() {
         let long = Problem { seqlen_k: 9000, head_dim: 256, ..PROBLEM };

@@ -1,7 +1,7 @@
 //! How a problem will be run: kernel, tiles, grid. Pure functions of the problem and the machine's size.
 //!
-//! A [`Plan`], [`BackwardPlan`] or [`TotalPlan`] can only be made by a function that has validated the problem, so whoever holds one
-//! need not do so again. The CPU executor and the GPU run the same plan.
+//! A [`Plan`], [`BackwardPlan`] or [`TotalPlan`] can only be made by a function that has validated the problem, so
+//! whoever holds one need not do so again. The CPU executor and the GPU run the same plan.
 
 use std::fmt;
 

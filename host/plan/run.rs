@@ -12,8 +12,8 @@ use crate::{
 impl Plan {
     /// Runs the plan: computes O, and the LSE if a buffer for it is given, into the caller's memory.
     ///
-    /// A plan may be run any number of times, on any backend. It is best on a machine with as many multiprocessors as it
-    /// was made for. See [`Attention::forward_into`](crate::Attention::forward_into) for the tensors.
+    /// A plan may be run any number of times, on any backend. It is best on a machine with as many multiprocessors as
+    /// it was made for. See [`Attention::forward_into`](crate::Attention::forward_into) for the tensors.
     ///
     /// ```
     /// use ferroflash::{Attention, Backend, Cpu, Dtype, ForwardInputs, Problem, Tensor, bf16};
@@ -45,11 +45,11 @@ impl Plan {
 }
 
 impl BackwardPlan {
-    /// Runs the plan: computes the gradients into the caller's memory, in a workspace that the caller keeps and that grows
-    /// if it is too small. `second` is for a plan of piecewise attention.
+    /// Runs the plan: computes the gradients into the caller's memory, in a workspace that the caller keeps and that
+    /// grows if it is too small. `second` is for a plan of piecewise attention.
     ///
-    /// A plan may be run any number of times, on any backend. It is best on a machine with as many multiprocessors as it
-    /// was made for. See [`Attention::backward_into`](crate::Attention::backward_into) for the tensors.
+    /// A plan may be run any number of times, on any backend. It is best on a machine with as many multiprocessors as
+    /// it was made for. See [`Attention::backward_into`](crate::Attention::backward_into) for the tensors.
     ///
     /// # Errors
     /// [`Error::SecondPair`](crate::Error::SecondPair) for inputs of another kind than the plan's, and those of

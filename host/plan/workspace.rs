@@ -36,11 +36,12 @@ pub(crate) struct WorkspaceLayout {
 }
 
 impl WorkspaceLayout {
-    /// The layout for a problem with something to do, with so many slots for parts of work tiles; `exact` passes take turns.
+    /// The layout for a problem with something to do, with so many slots for parts of work tiles; `exact` passes take
+    /// turns.
     ///
     /// # Errors
-    /// [`Error::TooLarge`](crate::Error::TooLarge) for more than 2³¹ rows of dQ, the padding of each head included, or for
-    /// more bytes than memory can have.
+    /// [`Error::TooLarge`](crate::Error::TooLarge) for more than 2³¹ rows of dQ, the padding of each head included, or
+    /// for more bytes than memory can have.
     pub(crate) fn new(variant: &BackwardVariant, shape: &Shape, slots: u32, exact: bool) -> Result<Self> {
         let rows = variant.rows(shape);
         let heads = shape.batch as u128 * shape.heads_q as u128;

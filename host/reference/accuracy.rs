@@ -69,9 +69,9 @@ pub struct GradientAccuracy {
 impl GradientAccuracy {
     /// For each gradient: twice the plain error + 10⁻⁵.
     ///
-    /// Where every query sees a single key, the exact dQ and dK are 0: dP and delta are equal sums. A plain loop forms them
-    /// in the same order and gets 0; a machine that forms them in different ones gets f32's rounding of them. There the
-    /// 10⁻⁵ count in units of `cancelled`, the size of the terms whose difference is 0; elsewhere it is 1.
+    /// Where every query sees a single key, the exact dQ and dK are 0: dP and delta are equal sums. A plain loop forms
+    /// them in the same order and gets 0; a machine that forms them in different ones gets f32's rounding of them.
+    /// There the 10⁻⁵ count in units of `cancelled`, the size of the terms whose difference is 0; elsewhere it is 1.
     pub fn of(found: &Backward, plain: &Backward, exact: &Backward, cancelled: f64) -> Self {
         let compare = |of: fn(&Backward) -> &[f64], slack| Accuracy::compare(of(found), of(plain), of(exact), slack);
         let slack = SLACK * cancelled.max(1.0);

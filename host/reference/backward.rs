@@ -1,8 +1,10 @@
-//! The gradients of attention by their definition: one row of P and of dS at a time, in a precision that is a parameter.
+//! The gradients of attention by their definition: one row of P and of dS at a time, in a precision that is a
+//! parameter.
 //!
-//! With S = scale·Q·Kᵀ and P = softmax(S + mask): dV = Pᵀ·dO, dP = dO·Vᵀ, δᵢ = Σⱼ Pᵢⱼ·dPᵢⱼ − dLSEᵢ, dS = P∘(dP − δ), dQ = scale·dS·K
-//! and dK = scale·dSᵀ·Q. With dropout, dV = (P∘Z)ᵀ·dO and dP = (dO·Vᵀ)∘Z, Z being 0 or 1 / (1 − p) (FlashAttention-2, arXiv 2307.08691, section 2.2; ∂LSEᵢ/∂Sᵢⱼ = Pᵢⱼ, which is where dLSE comes in).
-//! Where scores come from two pairs of Q and K, each dSᵢⱼ goes to the pair that Sᵢⱼ came from.
+//! With S = scale·Q·Kᵀ and P = softmax(S + mask): dV = Pᵀ·dO, dP = dO·Vᵀ, δᵢ = Σⱼ Pᵢⱼ·dPᵢⱼ − dLSEᵢ, dS = P∘(dP − δ), dQ
+//! = scale·dS·K and dK = scale·dSᵀ·Q. With dropout, dV = (P∘Z)ᵀ·dO and dP = (dO·Vᵀ)∘Z, Z being 0 or 1 / (1 − p)
+//! (FlashAttention-2, arXiv 2307.08691, section 2.2; ∂LSEᵢ/∂Sᵢⱼ = Pᵢⱼ, which is where dLSE comes in). Where scores come
+//! from two pairs of Q and K, each dSᵢⱼ goes to the pair that Sᵢⱼ came from.
 
 use std::ops::Range;
 
@@ -34,8 +36,8 @@ pub struct Backward {
 }
 
 /// The gradients in f64, given that of O, `d_o`, and that of the natural-log LSE, `d_lse`: (batch, heads_q, seqlen_q),
-/// contiguous, 0 where there is none. Keys that the mask hides take no part, whatever they hold, and rows without a live
-/// key contribute nothing.
+/// contiguous, 0 where there is none. Keys that the mask hides take no part, whatever they hold, and rows without a
+/// live key contribute nothing.
 ///
 /// # Errors
 /// Those of [`Plan::forward`] and of the tensors' shapes.
@@ -55,8 +57,8 @@ pub fn backward_f64<E: Element>(
 /// The same in the precision of a kernel, without its tiles: products of 16-bit operands in f32, softmax, δ and dS in
 /// f32, P and dS rounded to the inputs' dtype before they are multiplied, the gradients rounded to it at the end.
 ///
-/// `o` is what the forward pass stored, where δ is to be taken from it as a kernel does: δᵢ = dOᵢ·Oᵢ − dLSEᵢ. Its rounding
-/// to 16 bits is then in δ too; where P is close to 1 and dP − δ close to 0, that is most of the error of dS.
+/// `o` is what the forward pass stored, where δ is to be taken from it as a kernel does: δᵢ = dOᵢ·Oᵢ − dLSEᵢ. Its
+/// rounding to 16 bits is then in δ too; where P is close to 1 and dP − δ close to 0, that is most of the error of dS.
 ///
 /// # Errors
 /// As [`backward_f64`].

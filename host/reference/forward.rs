@@ -76,8 +76,9 @@ pub(super) fn factors<R: Real>(dropout: &Option<Launched>, head: usize, i: usize
     (0..weights).map(factor).collect()
 }
 
-/// softmax(S + mask)·V in f64, the weights after dropout, where `scores` says which products S consists of. Keys that the mask hides take no part, whatever they hold: a kernel gives them
-/// the weight 0 in the blocks that it visits, so where V holds a NaN or an infinity under the mask the two differ.
+/// softmax(S + mask)·V in f64, the weights after dropout, where `scores` says which products S consists of. Keys that
+/// the mask hides take no part, whatever they hold: a kernel gives them the weight 0 in the blocks that it visits, so
+/// where V holds a NaN or an infinity under the mask the two differ.
 ///
 /// # Errors
 /// Those of [`Plan::forward`] and of the tensors' shapes; [`Error::TooLarge`] for a row that the problem doesn't have.
@@ -105,9 +106,10 @@ pub fn forward_f64<E: Element>(
     })
 }
 
-/// The same in the precision of a kernel, without its tiles: products of 16-bit inputs in f32, softmax in f32, P rounded
-/// to the inputs' dtype before the second product, O rounded to it at the end. With dropout it is flash-attention's own
-/// (`attention_ref` of its tests): kept weights meet V times the factor, rounded to that dtype too.
+/// The same in the precision of a kernel, without its tiles: products of 16-bit inputs in f32, softmax in f32, P
+/// rounded to the inputs' dtype before the second product, O rounded to it at the end. With dropout it is
+/// flash-attention's own (`attention_ref` of its tests): kept weights meet V times the factor, rounded to that dtype
+/// too.
 ///
 /// # Errors
 /// As [`forward_f64`].
@@ -205,8 +207,8 @@ fn head_row<E: Element, R: Real>(
     tensor.data[start..start + tensor.layout.shape[3]].iter().map(|x| R::from_f32(x.to_f32()))
 }
 
-/// Runs `row(s, [v, z], o) -> lse` over every row that has a live key, heads and rows in parallel; s and v hold the scaled
-/// scores and the values of the live keys only, and z the factors of their weights.
+/// Runs `row(s, [v, z], o) -> lse` over every row that has a live key, heads and rows in parallel; s and v hold the
+/// scaled scores and the values of the live keys only, and z the factors of their weights.
 fn evaluate<E: Element, R: Real>(
     plan: &Plan,
     scores: Scores<Tensor<&[E]>>,

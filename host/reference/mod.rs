@@ -2,9 +2,9 @@
 //!
 //! [`forward_f64`] follows the definition in f64. [`forward_plain`] is what the accuracy bar compares with: the same
 //! computation with 16-bit inputs, f32 accumulation, softmax in f32 and P rounded, row by row and without tiles.
-//! [`backward_f64`] and [`backward_plain`] are the same two for the gradients, [`total_f64`] and [`total_plain`] for total
-//! attention. [`Scores`] says which queries and keys a score comes from, in plain and in piecewise attention. [`Accuracy`]
-//! is the bar itself.
+//! [`backward_f64`] and [`backward_plain`] are the same two for the gradients, [`total_f64`] and [`total_plain`] for
+//! total attention. [`Scores`] says which queries and keys a score comes from, in plain and in piecewise attention.
+//! [`Accuracy`] is the bar itself.
 //!
 //! The results are f64 and take 8 bytes an element: four times O, or four times dQ, dK and dV, and in between twice
 //! that. Each thread also holds K and V of a key head and a row of scores. Unlike elsewhere in the crate, nothing

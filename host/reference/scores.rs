@@ -1,8 +1,9 @@
 //! Which pair of queries and keys a score comes from.
 //!
-//! Plain attention has one pair, Q and K. Piecewise attention has two: the score of query i and key j comes from the second
-//! where their signed distance, i + seqlen_k − seqlen_q − j, is at least a threshold, otherwise from the first. The distance
-//! falls along a row, so each row's keys are cut in two: the second pair has those before the cut, the first the rest.
+//! Plain attention has one pair, Q and K. Piecewise attention has two: the score of query i and key j comes from the
+//! second where their signed distance, i + seqlen_k − seqlen_q − j, is at least a threshold, otherwise from the first.
+//! The distance falls along a row, so each row's keys are cut in two: the second pair has those before the cut, the
+//! first the rest.
 
 use std::ops::Range;
 
@@ -23,8 +24,8 @@ impl<T> Scores<T> {
         Scores { first: Pair { q, k }, second: None }
     }
 
-    /// Those of piecewise attention: score (i, j) is scale·q2ᵢ·k2ⱼ where i + seqlen_k − seqlen_q − j ≥ `dist_threshold`,
-    /// otherwise scale·q1ᵢ·k1ⱼ.
+    /// Those of piecewise attention: score (i, j) is scale·q2ᵢ·k2ⱼ where i + seqlen_k − seqlen_q − j ≥
+    /// `dist_threshold`, otherwise scale·q1ᵢ·k1ⱼ.
     pub fn piecewise(first: Pair<T>, second: Pair<T>, dist_threshold: i32) -> Self {
         Scores { first, second: Some((second, dist_threshold)) }
     }

@@ -10,8 +10,8 @@ use crate::plan::TotalPlan;
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
 
-/// Σᵢ softmax(scale·Q·Kᵀ + mask)ᵢⱼ in f64, (batch, heads_q, seqlen_k), contiguous. Rows without a live key count nothing,
-/// and keys that the mask hides take no part, whatever they hold.
+/// Σᵢ softmax(scale·Q·Kᵀ + mask)ᵢⱼ in f64, (batch, heads_q, seqlen_k), contiguous. Rows without a live key count
+/// nothing, and keys that the mask hides take no part, whatever they hold.
 ///
 /// # Errors
 /// Those of [`TotalPlan::new`] and of the tensors' shapes.
@@ -51,8 +51,8 @@ pub fn total_plain<E: Element>(
     })
 }
 
-/// Adds up what `weights(scores, row)` makes of the scaled scores of each row that has a live key, its live keys' alone;
-/// `row` is its place in the LSE. Heads in parallel.
+/// Adds up what `weights(scores, row)` makes of the scaled scores of each row that has a live key, its live keys'
+/// alone; `row` is its place in the LSE. Heads in parallel.
 fn evaluate<E: Element, R: Real>(
     problem: &Problem,
     mask: Mask,

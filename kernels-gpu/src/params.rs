@@ -176,21 +176,23 @@ pub struct BackwardParams<T, S = ()> {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Workspace {
-    /// f32 (batch, heads_q, rows): what exponents add, the negative LSE in base 2; −∞ for rows without a key and for rows of padding.
+    /// f32 (batch, heads_q, rows): what exponents add, the negative LSE in base 2; −∞ for rows without a key and for
+    /// rows of padding.
     pub offsets: u64,
     /// f32 (batch, heads_q, rows): rowsum(dO∘O) less the gradient of the LSE.
     pub delta: u64,
-    /// f32 (pairs, batch, heads_q, rows, compiled head_dim), unscaled; within a query block in an order of the machine's
-    /// own.
+    /// f32 (pairs, batch, heads_q, rows, compiled head_dim), unscaled; within a query block in an order of the
+    /// machine's own.
     pub dq: u64,
-    /// u32 (pairs, batch, heads_q, query blocks, 2): how many key blocks have added to a part of dQ; 0 where order is free.
+    /// u32 (pairs, batch, heads_q, query blocks, 2): how many key blocks have added to a part of dQ; 0 where order is
+    /// free.
     pub turns: u64,
     /// u32 (batch, heads_kv): how many work tiles of a key head have added all that they have to dQ.
     pub tiles: u64,
     /// u32 (batch, heads_kv): who gives dQ of a key head its first values, in a code of the machine's own.
     pub first_values: u64,
-    /// f32 (slots, {dK, dV}, block of keys, compiled head_dim): what parts of work tiles contribute, each gradient in an order
-    /// of the machine's own.
+    /// f32 (slots, {dK, dV}, block of keys, compiled head_dim): what parts of work tiles contribute, each gradient in
+    /// an order of the machine's own.
     pub parts: u64,
     /// Query rows of a head, padding included.
     pub rows: u32,

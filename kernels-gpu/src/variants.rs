@@ -124,8 +124,8 @@ impl MaskKind {
 }
 
 impl Variant {
-    /// Whether the CTAs of a cluster, which take neighbouring work tiles, always visit the same blocks of keys: without a
-    /// mask, where those of a key head's query heads come in pairs.
+    /// Whether the CTAs of a cluster, which take neighbouring work tiles, always visit the same blocks of keys: without
+    /// a mask, where those of a key head's query heads come in pairs.
     pub fn shares(&self, shape: &Shape) -> bool {
         let tiles = shape.group() as u64 * shape.seqlen_q.div_ceil(self.block_m()) as u64;
         self.cluster == 1 || self.mask == MaskKind::None && tiles.is_multiple_of(self.cluster as u64)
@@ -140,8 +140,8 @@ impl Variant {
         let (order, blocks) = TileOrder::balanced(shape, block_m, ctas, group_bytes, |m_block| {
             self.mask.visits(shape, dist_threshold, m_block, (block_m, block_n))
         });
-        // Two consumers hide less of each other's softmax than three, and a step's fixed cost weighs less in a larger one.
-        // Two CTAs that share K and V take half of it from L2; short launches were slower with them.
+        // Two consumers hide less of each other's softmax than three, and a step's fixed cost weighs less in a larger
+        // one. Two CTAs that share K and V take half of it from L2; short launches were slower with them.
         let (saved, start) = if self.cluster > 1 { (20, 10_000) } else { (0, 0) };
         let step = match block_n {
             129.. => -25,

@@ -12,8 +12,8 @@ pub fn named() -> Vec<(String, Case)> {
         .collect()
 }
 
-/// The weights that the kernels drop are those of `dropout_mask`: with Q = 0 every weight of a row is the same, and V and dO
-/// that are rows of unit matrices show them one by one, in O and in dV.
+/// The weights that the kernels drop are those of `dropout_mask`: with Q = 0 every weight of a row is the same, and V
+/// and dO that are rows of unit matrices show them one by one, in O and in dV.
 pub fn mask_is_recovered<B: Backend>(backend: &B, head_dim: usize, mask: Mask) {
     let problem =
         Problem { batch: 2, heads_q: 2, heads_kv: 1, seqlen_q: 150, seqlen_k: 210, head_dim, dtype: Dtype::Bf16 };

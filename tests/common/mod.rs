@@ -54,8 +54,8 @@ pub fn named() -> Vec<(&'static str, Case)> {
     ]
 }
 
-/// (name, case): the shapes that the backward pass has to get right beside those of [`named`]. Odd seeds have a gradient of
-/// the LSE.
+/// (name, case): the shapes that the backward pass has to get right beside those of [`named`]. Odd seeds have a
+/// gradient of the LSE.
 pub fn named_backward() -> Vec<(String, Case)> {
     let mut cases: Vec<(String, Case)> =
         named().into_iter().map(|(name, case)| (name.to_owned(), Case { seed: case.seed + 1, ..case })).collect();
@@ -124,8 +124,9 @@ pub fn repeats<B: Backend>(backend: &B, case: &Case, runs: usize) {
     }
 }
 
-/// Logits up to ±2.5·10⁵ give a finite answer. There the exponent of the largest score is not exactly 0 (docs/numerics.md),
-/// so P's largest element is rounded where plain softmax has an exact 1: half a unit in the last place of f16.
+/// Logits up to ±2.5·10⁵ give a finite answer. There the exponent of the largest score is not exactly 0
+/// (docs/numerics.md), so P's largest element is rounded where plain softmax has an exact 1: half a unit in the last
+/// place of f16.
 pub fn large_logits<B: Backend>(backend: &B, mask: Mask) {
     let problem =
         Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 200, seqlen_k: 150, head_dim: 64, dtype: Dtype::F16 };
@@ -147,8 +148,8 @@ pub fn large_logits<B: Backend>(backend: &B, mask: Mask) {
     assert!(live >= 2 * 149 && output.o.iter().all(|x| x.is_finite()), "{case}: {live} finite LSE");
 }
 
-/// Rows whose scores are all negative, or negative but for one key, beside rows whose scores are all positive. They spread so
-/// far that a maximum taken too low overflows the exponentials.
+/// Rows whose scores are all negative, or negative but for one key, beside rows whose scores are all positive. They
+/// spread so far that a maximum taken too low overflows the exponentials.
 pub fn negative_scores<B: Backend>(backend: &B, head_dim: usize, mask: Mask) {
     let problem =
         Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 333, seqlen_k: 700, head_dim, dtype: Dtype::Bf16 };

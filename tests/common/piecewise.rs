@@ -60,9 +60,9 @@ pub fn pass_backward<B: Backend>(backend: &B, case: &PiecewiseCase, determinism:
     assert!(outcome.passed(), "{case} ({determinism})\n{outcome}");
 }
 
-/// With the same tensors in both pairs it is plain attention, whatever the threshold, also at a distance and beside it; with
-/// the threshold beyond every distance it is that of the first pair, bit for bit, and at 0 with a causal mask that of the
-/// second.
+/// With the same tensors in both pairs it is plain attention, whatever the threshold, also at a distance and beside it;
+/// with the threshold beyond every distance it is that of the first pair, bit for bit, and at 0 with a causal mask that
+/// of the second.
 pub fn becomes_plain<B: Backend>(backend: &B) {
     for (mask, head_dim) in [(Mask::None, 64), (Mask::Causal, 64), (Mask::None, 128), (Mask::Causal, 128)] {
         let case = Case::new(Problem { head_dim, ..PROBLEM }, mask);

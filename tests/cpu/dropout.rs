@@ -42,7 +42,8 @@ fn the_mask_is_recovered() {
     }
 }
 
-/// Where a CTA goes on from one work tile to the next, each has its own mask: on one thread there are a few CTAs for many.
+/// Where a CTA goes on from one work tile to the next, each has its own mask: on one thread there are a few CTAs for
+/// many.
 #[test]
 fn work_tiles_have_their_own_masks() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
@@ -76,8 +77,8 @@ fn no_dropout_changes_nothing() {
     let (out, gradients, symbols) = run(without);
     assert!(with.0.o != out.o && with.1.dq != gradients.dq && with.1.dk != gradients.dk && with.1.dv != gradients.dv);
     assert!(with.2.0 != symbols.0 && with.2.1 != symbols.1);
-    // The LSE is that of the undropped scores: it does not depend on the mask by a bit. Without dropout its terms are added in
-    // another order; half of them missing would make it 0.7 less.
+    // The LSE is that of the undropped scores: it does not depend on the mask by a bit. Without dropout its terms are
+    // added in another order; half of them missing would make it 0.7 less.
     let other = run(Attention::new(PROBLEM).mask(Mask::Causal).dropout(Dropout { p: 0.9, seed: 5, offset: 6 }));
     assert!(with.0.o != other.0.o);
     assert_eq!(with.0.lse, other.0.lse);

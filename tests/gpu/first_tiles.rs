@@ -6,8 +6,8 @@ use ferroflash::{Backend, Determinism, Dtype, Mask, Problem};
 
 use crate::common;
 
-/// Short heads, so many that most of them have no zeros: with groups of query heads, lengths that are not whole blocks, and
-/// work tiles in parts; dK and dV are the same bits on every run.
+/// Short heads, so many that most of them have no zeros: with groups of query heads, lengths that are not whole blocks,
+/// and work tiles in parts; dK and dV are the same bits on every run.
 pub fn backward(cuda: &Cuda, head_dim: usize) {
     let two_blocks = if head_dim == 256 { 110 } else { 250 };
     let single = Problem {

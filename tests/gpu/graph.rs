@@ -97,7 +97,8 @@ pub fn backward(cuda: &Cuda, determinism: Determinism) {
     }
 }
 
-/// Whether two runs gave the same gradients: the same bits, but for dQ of a fast pass, whose parts are added as they come.
+/// Whether two runs gave the same gradients: the same bits, but for dQ of a fast pass, whose parts are added as they
+/// come.
 fn same(found: &[Vec<u16>; 3], expected: &[Vec<u16>; 3], determinism: Determinism) -> bool {
     let value = |bits: u16| bf16::from_bits(bits).to_f32();
     let bound = expected[0].iter().map(|&x| value(x).abs()).fold(0.0, f32::max) / 128.0;
@@ -109,8 +110,8 @@ fn same(found: &[Vec<u16>; 3], expected: &[Vec<u16>; 3], determinism: Determinis
         }
 }
 
-/// Exact passes on two streams at once, whose CTAs do not all fit on the device together, give the bits of one by itself.
-/// That neither waits for ever is the cooperative launch's promise: ordinary ones have passed here as well.
+/// Exact passes on two streams at once, whose CTAs do not all fit on the device together, give the bits of one by
+/// itself. That neither waits for ever is the cooperative launch's promise: ordinary ones have passed here as well.
 pub fn two_streams(cuda: &Cuda) {
     let _current = Primary::enter(cuda.ordinal());
     let case = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
@@ -140,8 +141,8 @@ pub fn two_streams(cuda: &Cuda) {
     assert!(first == expected, "{case}");
 }
 
-/// A fast pass whose CTAs can't all run at first, because another launch holds some of the multiprocessors: work tiles that
-/// add find no dQ stored by those that are to come, wait for none of them, and dQ is the same.
+/// A fast pass whose CTAs can't all run at first, because another launch holds some of the multiprocessors: work tiles
+/// that add find no dQ stored by those that are to come, wait for none of them, and dQ is the same.
 pub fn beside_another(cuda: &Cuda) {
     let _current = Primary::enter(cuda.ordinal());
     let problem = Problem { batch: 6, heads_q: 100, heads_kv: 100, seqlen_q: 200, seqlen_k: 256, ..BIG };

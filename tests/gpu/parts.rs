@@ -6,8 +6,8 @@ use ferroflash::{Backend, Determinism, Dtype, Mask, Problem};
 
 use crate::common;
 
-/// Work tiles that whole rounds leave over are taken in parts, some of a last block of keys that is not whole; dK and dV are
-/// the same bits on every run.
+/// Work tiles that whole rounds leave over are taken in parts, some of a last block of keys that is not whole; dK and
+/// dV are the same bits on every run.
 pub fn backward(cuda: &Cuda, head_dim: usize) {
     // Five rounds of 132 and fifteen work tiles more, and seven in all.
     let seqlen_k = if head_dim == 256 { 300 } else { 600 };

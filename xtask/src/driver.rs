@@ -1,7 +1,7 @@
 //! The CUDA driver: an import library for the feature `cust`, and whether there is a driver and a GPU.
 //!
-//! `cust` links `libcuda`. NVIDIA's toolkit carries an import library for that; without the toolkit, one is made here of
-//! the names that `cust` declares, in which every call returns CUDA_ERROR_NO_DEVICE. The feature `cuda` needs none.
+//! `cust` links `libcuda`. NVIDIA's toolkit carries an import library for that; without the toolkit, one is made here
+//! of the names that `cust` declares, in which every call returns CUDA_ERROR_NO_DEVICE. The feature `cuda` needs none.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,7 +1,7 @@
 //! The floors of the kernel crate: a file imports from its own floor and those below it, so that no circle can arise.
 //!
-//! The list of floors is the table in docs/architecture.md, from the lowest to the highest. A folder's floor is that of all
-//! its files, unless a file has one of its own.
+//! The list of floors is the table in docs/architecture.md, from the lowest to the highest. A folder's floor is that of
+//! all its files, unless a file has one of its own.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,8 +31,8 @@ impl Floors {
     /// The floor of a module, by the longest path that names it or a folder of it.
     fn of(&self, module: &str) -> Option<usize> {
         let floor = |path: &str| self.0.iter().position(|floor| floor.iter().any(|module| module == path));
-        let ends = module.match_indices('/').map(|(at, _)| at).chain([module.len()]);
-        ends.filter_map(|end| floor(&module[..end])).last()
+        let mut ends = [module.len()].into_iter().chain(module.rmatch_indices('/').map(|(at, _)| at));
+        ends.find_map(|end| floor(&module[..end]))
     }
 }
 

@@ -18,7 +18,7 @@ use shell::{Result, cargo, run, step};
 const HELP: &str = "\
 cargo xtask <command>
 
-  setup          install what kernels from source need: a kernel compiler, ptxas; and what the feature `cust` needs to build
+  setup          install what kernels from source need, a kernel compiler and ptxas, and what the feature `cust` needs
   demo           check and measure attention, on the GPU where there is one, otherwise on the CPU
   test           every test, on CPU and GPU, and a check of every kernel's machine code
   machine-code   check every kernel's machine code alone

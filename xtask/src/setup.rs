@@ -1,4 +1,5 @@
-//! What the feature `cuda` needs to build: none of it is NVIDIA's toolkit. Each step is skipped when it was done before.
+//! What the feature `cuda` needs to build: none of it is NVIDIA's toolkit. Each step is skipped when it was done
+//! before.
 
 use std::env;
 use std::path::Path;

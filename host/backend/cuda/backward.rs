@@ -47,9 +47,9 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launches have run, the addresses are valid on this device for all that their layouts span, of elements
-    /// of the plan's dtype, f32 for the LSE and its gradient, and the workspace for all of its size; inputs are not written,
-    /// and outputs and workspace not accessed, by anything else. `stream` is a stream of this device's primary context, or
-    /// null.
+    /// of the plan's dtype, f32 for the LSE and its gradient, and the workspace for all of its size; inputs are not
+    /// written, and outputs and workspace not accessed, by anything else. `stream` is a stream of this device's primary
+    /// context, or null.
     pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward, stream: RawStream) -> Result<()> {
         args.validate(plan)?;
         let _entered = self.device().enter()?;
@@ -119,9 +119,9 @@ impl Cuda {
         args.workspace = workspace.address;
         args.workspace_bytes = plan.workspace_bytes();
         let _entered = self.device().enter()?;
-        // SAFETY: the arguments were validated against the plan, and the workspace is borrowed mutably and large enough; the
-        // slices stand for valid memory of this device, borrowed as the kernels use it. What is done with that memory later
-        // comes after the launches in its stream, by `Order`.
+        // SAFETY: the arguments were validated against the plan, and the workspace is borrowed mutably and large
+        // enough; the slices stand for valid memory of this device, borrowed as the kernels use it. What is done with
+        // that memory later comes after the launches in its stream, by `Order`.
         order.run(|| unsafe { self.launch_backward(plan, &args, self.stream()) })
     }
 

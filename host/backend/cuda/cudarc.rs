@@ -41,8 +41,8 @@ impl CudarcStream {
     /// The backend for a stream of cudarc's, which is kept for as long as the backend and its buffers are.
     ///
     /// # Errors
-    /// [`Error::WrongContext`] for a stream of another context than its device's primary one; [`Error::ThreadStream`] for
-    /// a per-thread stream; those of [`Cuda::new`].
+    /// [`Error::WrongContext`] for a stream of another context than its device's primary one; [`Error::ThreadStream`]
+    /// for a per-thread stream; those of [`Cuda::new`].
     pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         let ordinal = u32::try_from(stream.context().ordinal()).unwrap_or(u32::MAX);
         let device = Device::shared(ordinal)?;
@@ -103,8 +103,8 @@ pub struct CudarcView<'a, T> {
 impl<T: Pod> CudarcView<'_, T> {
     /// All of it.
     pub fn as_slice(&self) -> DeviceSlice<'_, T> {
-        // SAFETY: cudarc's memory is borrowed for longer than this view. What is launched on other streams meanwhile is put
-        // in order with this backend's stream, on which cudarc waits once the view is dropped.
+        // SAFETY: cudarc's memory is borrowed for longer than this view. What is launched on other streams meanwhile is
+        // put in order with this backend's stream, on which cudarc waits once the view is dropped.
         unsafe { DeviceSlice::from_raw(self.cuda, self.address, self.len) }.on(self.cuda)
     }
 }
@@ -121,8 +121,8 @@ pub struct CudarcViewMut<'a, T> {
 impl<T: Pod> CudarcViewMut<'_, T> {
     /// All of it.
     pub fn as_slice_mut(&mut self) -> DeviceSliceMut<'_, T> {
-        // SAFETY: cudarc's memory is mutably borrowed for longer than this view. What is launched on other streams meanwhile
-        // is put in order with this backend's stream, on which cudarc waits once the view is dropped.
+        // SAFETY: cudarc's memory is mutably borrowed for longer than this view. What is launched on other streams
+        // meanwhile is put in order with this backend's stream, on which cudarc waits once the view is dropped.
         unsafe { DeviceSliceMut::from_raw(self.cuda, self.address, self.len) }.on(self.cuda)
     }
 }

@@ -1,8 +1,8 @@
 //! cust's contexts, streams and device slices, for a program that uses Rust-CUDA's host half.
 //!
-//! cust frees memory without regard to streams, so a view of its memory waits, when it is dropped, for everything that was
-//! launched with it. cust knows no 16-bit floats of the crate `half` 2, so they are `u16` there, and a view says what they
-//! are: its elements have the size of cust's.
+//! cust frees memory without regard to streams, so a view of its memory waits, when it is dropped, for everything that
+//! was launched with it. cust knows no 16-bit floats of the crate `half` 2, so they are `u16` there, and a view says
+//! what they are: its elements have the size of cust's.
 //!
 //! ```no_run
 //! use cust::memory::{CopyDestination, DeviceBuffer};
@@ -58,7 +58,8 @@ impl Cuda {
         Ok(cuda)
     }
 
-    /// The same device, with safe calls on a stream of cust's, which is kept for as long as the backend and its buffers are.
+    /// The same device, with safe calls on a stream of cust's, which is kept for as long as the backend and its buffers
+    /// are.
     ///
     /// # Errors
     /// [`Error::WrongContext`] for a stream of another device.
@@ -134,8 +135,8 @@ pub struct CustView<'a, T> {
 impl<T: Pod> CustView<'_, T> {
     /// All of it.
     pub fn as_slice(&self) -> DeviceSlice<'_, T> {
-        // SAFETY: cust's memory is borrowed for longer than this view. What is launched on other streams meanwhile is put in
-        // order with this backend's stream, for which dropping the view waits.
+        // SAFETY: cust's memory is borrowed for longer than this view. What is launched on other streams meanwhile is
+        // put in order with this backend's stream, for which dropping the view waits.
         unsafe { DeviceSlice::from_raw(self.wait.0, self.address, self.len) }.on(self.wait.0)
     }
 }
@@ -151,8 +152,8 @@ pub struct CustViewMut<'a, T> {
 impl<T: Pod> CustViewMut<'_, T> {
     /// All of it.
     pub fn as_slice_mut(&mut self) -> DeviceSliceMut<'_, T> {
-        // SAFETY: cust's memory is mutably borrowed for longer than this view. What is launched on other streams meanwhile is
-        // put in order with this backend's stream, for which dropping the view waits.
+        // SAFETY: cust's memory is mutably borrowed for longer than this view. What is launched on other streams
+        // meanwhile is put in order with this backend's stream, for which dropping the view waits.
         unsafe { DeviceSliceMut::from_raw(self.wait.0, self.address, self.len) }.on(self.wait.0)
     }
 }

@@ -82,7 +82,8 @@ impl Drop for Entered {
 /// Sets `words` 32-bit words to 0, on the stream; neither allocates nor waits.
 ///
 /// # Safety
-/// They are valid at `address`, a multiple of 4, until that has run; `stream` is a stream of the current context or null.
+/// They are valid at `address`, a multiple of 4, until that has run; `stream` is a stream of the current context or
+/// null.
 pub(super) unsafe fn zero_words(calls: &Calls, address: u64, words: usize, stream: Handle) -> Result<()> {
     // SAFETY: the caller's promise.
     check(calls, "cuMemsetD32Async", unsafe { (calls.cuMemsetD32Async)(address, 0, words, stream) })
@@ -149,8 +150,8 @@ impl Function {
         Function { start: Start::Together, ..self }
     }
 
-    /// As a kernel that waits by itself for what it needs of the one before it in the stream, and may start before that is
-    /// complete, as far as it and the driver allow.
+    /// As a kernel that waits by itself for what it needs of the one before it in the stream, and may start before that
+    /// is complete, as far as it and the driver allow.
     pub(super) fn early(self, launch: Option<EarlyLaunch>) -> Self {
         Function { start: launch.map_or(Start::After, Start::Early), ..self }
     }
@@ -170,8 +171,8 @@ impl Function {
     ///
     /// # Safety
     /// `parameter` is what the kernel takes, the addresses in it are valid until the kernel has run, `stream` is a
-    /// stream of the kernel's context or null, and the context is current. One that starts early waits by itself for what
-    /// it needs of the one before it.
+    /// stream of the kernel's context or null, and the context is current. One that starts early waits by itself for
+    /// what it needs of the one before it.
     pub(super) unsafe fn launch<P: Copy>(self, extent: Extent, stream: Handle, parameter: &P) -> Result<()> {
         if size_of::<P>() != self.parameter_bytes as usize {
             let message =

@@ -108,8 +108,8 @@ impl<T: Pod> DeviceBuffer<T> {
         if bytes > 0 {
             let (calls, _entered) = (self.stream.device.calls(), self.stream.device.enter()?);
             let spare: &mut [MaybeUninit<T>] = &mut to.spare_capacity_mut()[..self.len];
-            // SAFETY: the spare capacity is that many bytes, and so is the buffer; the copy is over before this function
-            // returns.
+            // SAFETY: the spare capacity is that many bytes, and so is the buffer; the copy is over before this
+            // function returns.
             let code = unsafe {
                 let (to, stream) = (spare.as_mut_ptr().cast(), self.stream.handle());
                 (calls.cuMemcpyDtoHAsync_v2)(to, self.address, bytes, stream)
@@ -117,7 +117,8 @@ impl<T: Pod> DeviceBuffer<T> {
             let copied = check(calls, "cuMemcpyDtoHAsync", code);
             self.stream.synchronize().and(copied)?;
         }
-        // SAFETY: the copy has succeeded, so every element is what the device holds, and any bits are valid for plain data.
+        // SAFETY: the copy has succeeded, so every element is what the device holds, and any bits are valid for plain
+        // data.
         unsafe { to.set_len(self.len) };
         Ok(to)
     }
@@ -133,8 +134,8 @@ impl DeviceBuffer<u32> {
             return Ok(());
         }
         let _entered = self.stream.device.enter()?;
-        // SAFETY: the buffer holds that many words, aligned as the driver aligns what it allocates, and is freed in the order
-        // of this stream, whose context is current.
+        // SAFETY: the buffer holds that many words, aligned as the driver aligns what it allocates, and is freed in the
+        // order of this stream, whose context is current.
         unsafe { driver::zero_words(self.stream.device.calls(), self.address, self.len, self.stream.handle()) }
     }
 }
@@ -151,8 +152,8 @@ impl<T: Pod> Drop for DeviceBuffer<T> {
         }
         // An error here is one of an earlier launch, which other calls report.
         if device.pools {
-            // SAFETY: allocated by `new` on this stream; no slice of it is left, and other streams that used it were made to
-            // wait for by this one.
+            // SAFETY: allocated by `new` on this stream; no slice of it is left, and other streams that used it were
+            // made to wait for by this one.
             let _ = unsafe { (device.calls().cuMemFreeAsync)(self.address, stream.handle()) };
         } else {
             let _ = stream.synchronize();
@@ -226,8 +227,8 @@ impl<T: Pod> DeviceSliceMut<'_, T> {
     /// `len` elements at an address on the device of `cuda`, for instance a framework's.
     ///
     /// # Safety
-    /// They are valid on that device until everything that writes this slice has run. Nothing else accesses them meanwhile,
-    /// and what accessed them before comes first in the order of the stream that writes them.
+    /// They are valid on that device until everything that writes this slice has run. Nothing else accesses them
+    /// meanwhile, and what accessed them before comes first in the order of the stream that writes them.
     pub unsafe fn from_raw(cuda: &Cuda, address: u64, len: usize) -> Self {
         let home = Home { ordinal: cuda.ordinal(), stream: None };
         DeviceSliceMut { address, len, home, memory: PhantomData }

@@ -1,15 +1,15 @@
 //! NVIDIA GPUs, through the driver API.
 //!
-//! [`Cuda`] holds the device's primary context, the one that CUDA's runtime and the frameworks on it use, so memory
-//! and streams of theirs can be passed in. The safe calls run on the backend's stream and return before the GPU is done;
-//! reading a [`DeviceBuffer`] waits. [`Cuda::forward_raw`], [`Cuda::backward_raw`] and
-//! [`Cuda::total_attention_raw`] are for frameworks: raw addresses, the caller's stream, no allocation and no waiting.
+//! [`Cuda`] holds the device's primary context, the one that CUDA's runtime and the frameworks on it use, so memory and
+//! streams of theirs can be passed in. The safe calls run on the backend's stream and return before the GPU is done;
+//! reading a [`DeviceBuffer`] waits. [`Cuda::forward_raw`], [`Cuda::backward_raw`] and [`Cuda::total_attention_raw`]
+//! are for frameworks: raw addresses, the caller's stream, no allocation and no waiting.
 //!
 //! # Context and streams
 //! - Every call, and every drop, leaves the calling thread's current context as it was.
 //! - [`Cuda::new`] works on the device's default stream, [`Cuda::on_new_stream`] on one of its own, [`Cuda::on_stream`]
-//!   on one of the caller's. Memory belongs to the stream that allocated it, and calls on other streams of the device are
-//!   put in order with it by events, so safe calls may mix streams.
+//!   on one of the caller's. Memory belongs to the stream that allocated it, and calls on other streams of the device
+//!   are put in order with it by events, so safe calls may mix streams.
 //! - Raw calls take any stream of the device's primary context, also null and `CU_STREAM_LEGACY` (1) for the default
 //!   stream and `CU_STREAM_PER_THREAD` (2) for the calling thread's.
 
@@ -25,6 +25,8 @@ mod modules;
 mod stream;
 mod sys;
 mod tensor_map;
+#[cfg(test)]
+mod tests;
 mod timing;
 mod total_attention;
 
@@ -141,8 +143,8 @@ impl Drop for Device {
     /// Unloads the kernels once everything in the context has run.
     fn drop(&mut self) {
         let Ok(_entered) = self.context.enter() else { return };
-        // SAFETY: the context is current. The wait fails while a stream is captured; then the modules stay loaded, for the
-        // graph may use them.
+        // SAFETY: the context is current. The wait fails while a stream is captured; then the modules stay loaded, for
+        // the graph may use them.
         if unsafe { (self.calls().cuCtxSynchronize)() } == sys::SUCCESS {
             // SAFETY: functions are used through a reference to this device alone, and all that was launched has run.
             unsafe { self.modules.unload() };
@@ -181,8 +183,8 @@ impl Cuda {
 
     /// Opens device `ordinal`; safe calls run on its default stream.
     ///
-    /// NVIDIA's driver is opened here, at run time. Every [`Cuda`] of a device shares its loaded kernels. Dropping the last
-    /// one waits for the device and unloads them.
+    /// NVIDIA's driver is opened here, at run time. Every [`Cuda`] of a device shares its loaded kernels. Dropping the
+    /// last one waits for the device and unloads them.
     ///
     /// # Errors
     /// [`Error::NoDevice`], which says what is missing; [`Error::UnsupportedDevice`] for a GPU that is not of compute
@@ -297,8 +299,8 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for all that their layouts span, of elements of
-    /// the plan's dtype; Q, K and V are not written, and O and the LSE not accessed, by anything else. `stream` is a stream
-    /// of this device's primary context, or null.
+    /// the plan's dtype; Q, K and V are not written, and O and the LSE not accessed, by anything else. `stream` is a
+    /// stream of this device's primary context, or null.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward, stream: RawStream) -> Result<()> {
         args.validate(plan)?;
         let _entered = self.device().enter()?;
@@ -427,8 +429,9 @@ impl Backend for Cuda {
         };
         args.validate_buffers(plan, AddressSpace::Device, &buffers)?;
         let _entered = self.device().enter()?;
-        // SAFETY: the arguments were validated against the plan; the slices stand for valid memory of this device, borrowed as
-        // the kernel uses it. What is done with that memory later comes after the launch in its stream, by `Order`.
+        // SAFETY: the arguments were validated against the plan; the slices stand for valid memory of this device,
+        // borrowed as the kernel uses it. What is done with that memory later comes after the launch in its stream, by
+        // `Order`.
         order.run(|| unsafe { self.launch(plan, &args, self.stream()) })
     }
 

@@ -129,8 +129,8 @@ fn load_ptx(calls: &'static Calls, symbol: &'static str, text: String) -> Result
     let mut options: [c_int; 2] = [sys::JIT_ERROR_LOG_BUFFER, sys::JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
     // The driver takes a number as the value of the pointer.
     let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), ptr::without_provenance_mut(log.len())];
-    // SAFETY: the text ends with a zero; two options with their values, of which the first is a buffer of as many bytes as
-    // the second says; writes one handle.
+    // SAFETY: the text ends with a zero; two options with their values, of which the first is a buffer of as many bytes
+    // as the second says; writes one handle.
     let code = unsafe {
         let (options, values) = (options.as_mut_ptr(), values.as_mut_ptr());
         (calls.cuModuleLoadDataEx)(&mut handle, text.as_ptr().cast(), 2, options, values)

@@ -1,8 +1,8 @@
 //! Streams, and the order between them: a call sees what other streams have written, and they see what it writes.
 //!
-//! Every buffer belongs to the stream that it was allocated on. A call whose tensors belong to other streams than its own
-//! waits for those by an event, and makes them wait for it afterwards, all on the device. So memory is freed, in its own
-//! stream's order, after everything that uses it (CUDA driver API, stream ordered memory allocator).
+//! Every buffer belongs to the stream that it was allocated on. A call whose tensors belong to other streams than its
+//! own waits for those by an event, and makes them wait for it afterwards, all on the device. So memory is freed, in
+//! its own stream's order, after everything that uses it (CUDA driver API, stream ordered memory allocator).
 
 use std::ptr;
 use std::sync::Arc;
@@ -30,8 +30,8 @@ enum Owner {
     Kept { _owner: Box<dyn std::any::Any + Send + Sync> },
 }
 
-// SAFETY: a stream handle is a name for something in a context, not in a thread, because `caller` refuses the one name that
-// means another stream in each thread; what an owner keeps is `Send`.
+// SAFETY: a stream handle is a name for something in a context, not in a thread, because `caller` refuses the one name
+// that means another stream in each thread; what an owner keeps is `Send`.
 unsafe impl Send for Stream {}
 // SAFETY: the driver's calls on a stream are thread-safe; what an owner keeps is `Sync`.
 unsafe impl Sync for Stream {}

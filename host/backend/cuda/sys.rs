@@ -1,8 +1,8 @@
 //! The CUDA driver, opened at run time: the calls that the backend makes, and nothing that interprets them.
 //!
-//! A result is a plain `u32`, because drivers return codes that no list of this crate has: an enum would make each of them
-//! undefined behaviour. Names, types and numbers are those of cuda.h of CUDA 12. The library stays open for the life of the
-//! process, so its functions have addresses that never go stale.
+//! A result is a plain `u32`, because drivers return codes that no list of this crate has: an enum would make each of
+//! them undefined behaviour. Names, types and numbers are those of cuda.h of CUDA 12. The library stays open for the
+//! life of the process, so its functions have addresses that never go stale.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
@@ -55,7 +55,8 @@ pub(super) struct LaunchConfig {
     pub(super) attributes_len: c_uint,
 }
 
-/// `CUlaunchAttribute`, whose value is a union of 64 bytes, aligned to 8, that starts with an `int` in the one used here.
+/// `CUlaunchAttribute`, whose value is a union of 64 bytes, aligned to 8, that starts with an `int` in the one used
+/// here.
 #[repr(C, align(8))]
 pub(super) struct LaunchAttribute {
     pub(super) id: c_uint,
@@ -194,8 +195,8 @@ impl Calls {
     /// The driver's name and words for a code, as far as it has any.
     pub(super) fn describe(&self, code: Code) -> String {
         let (mut name, mut words) = (std::ptr::null(), std::ptr::null());
-        // SAFETY: each call writes the address of a static string, or null or nothing for a code that the driver does not
-        // know.
+        // SAFETY: each call writes the address of a static string, or null or nothing for a code that the driver does
+        // not know.
         let text = |address: *const c_char| unsafe {
             (!address.is_null()).then(|| CStr::from_ptr(address).to_string_lossy().into_owned())
         };

@@ -1,6 +1,7 @@
 //! Tensor maps: how the copy engine is told what a tensor looks like (CUDA driver API, cuTensorMapEncodeTiled).
 //!
-//! Encoding is arithmetic on the host: it touches neither the device nor its memory, and takes well under a microsecond.
+//! Encoding is arithmetic on the host: it touches neither the device nor its memory, and takes well under a
+//! microsecond.
 
 use std::ffi::c_void;
 

@@ -30,8 +30,8 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for all that their layouts span, of elements of
-    /// the plan's dtype, f32 for the LSE and the result; inputs are not written, and the result not accessed, by anything
-    /// else. `stream` is a stream of this device's primary context, or null.
+    /// the plan's dtype, f32 for the LSE and the result; inputs are not written, and the result not accessed, by
+    /// anything else. `stream` is a stream of this device's primary context, or null.
     pub unsafe fn total_attention_raw(
         &self,
         plan: &TotalPlan,
@@ -72,8 +72,9 @@ impl Cuda {
         let (tensors, lines) = ([tensor(q), tensor(k)], [memory(lse), result]);
         let args = RawTotalAttention::lower(plan, E::DTYPE, AddressSpace::Device, tensors, lines)?;
         let _entered = self.device().enter()?;
-        // SAFETY: the arguments were validated against the plan; the slices stand for valid memory of this device, borrowed as
-        // the kernel uses it. What is done with that memory later comes after the launch in its stream, by `Order`.
+        // SAFETY: the arguments were validated against the plan; the slices stand for valid memory of this device,
+        // borrowed as the kernel uses it. What is done with that memory later comes after the launch in its stream, by
+        // `Order`.
         order.run(|| unsafe { self.launch_total(plan, &args, self.stream()) })
     }
 

@@ -22,7 +22,8 @@ const DEFAULT_CASES: u64 = 50;
 /// Multiply-adds of a random case at most.
 const FLOPS_CPU: f64 = 1e8;
 const FLOPS_GPU: f64 = 4e8;
-/// Score elements of one case that the reference computes in a few seconds; larger cases are judged by a sample of rows.
+/// Score elements of one case that the reference computes in a few seconds; larger cases are judged by a sample of
+/// rows.
 const REFERENCE_SCORES: usize = 1 << 29;
 /// Rows of such a sample, of each head.
 const SAMPLED_ROWS: usize = 64;

@@ -44,8 +44,8 @@ pub trait Warpgroup: Sized {
     type Keep<const N8: usize>: Copy;
 
     fn zeros<const N8: usize>(&self) -> Self::Acc<N8>;
-    /// Elements of row r outside the columns `start..end` of `columns(r)` become `fill`; rows and columns count from the
-    /// fragment's corner.
+    /// Elements of row r outside the columns `start..end` of `columns(r)` become `fill`; rows and columns count from
+    /// the fragment's corner.
     fn fill_outside<const N8: usize>(&self, x: &mut Self::Acc<N8>, fill: f32, columns: impl Fn(u32) -> (i32, i32));
     /// `f(x, y)` for every element x and the one of y in its place.
     fn zip_with<const N8: usize>(&self, x: &mut Self::Acc<N8>, y: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32);
@@ -65,8 +65,8 @@ pub trait Warpgroup: Sized {
     fn fold<const N8: usize>(&self, x: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     /// Folds the elements of the left or right half of each row.
     fn fold_half<const N8: usize>(&self, x: &Self::Acc<N8>, half: usize, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
-    /// The largest of each of `rows` and the row's elements. `floats` tells that integers, which find positive ones sooner, are
-    /// of no use: many may be −∞, or there is other work for them.
+    /// The largest of each of `rows` and the row's elements. `floats` tells that integers, which find positive ones
+    /// sooner, are of no use: many may be −∞, or there is other work for them.
     fn maxima<const N8: usize>(&self, x: &Self::Acc<N8>, rows: Self::Rows, floats: bool) -> Self::Rows;
     /// Joins the partial folds of each row.
     fn reduce(&self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
@@ -109,7 +109,8 @@ pub trait ForwardWarpgroup: Warpgroup {
 
     /// The query row of `tile` where this warpgroup's 64 begin.
     fn first_row(&self, tile: &WorkTile) -> u32;
-    /// Starts loading this warpgroup's query rows of `tile`, of every pair; every earlier product with Q must have been waited for.
+    /// Starts loading this warpgroup's query rows of `tile`, of every pair; every earlier product with Q must have been
+    /// waited for.
     fn load_q(&mut self, tile: &WorkTile);
     /// Waits until the rows that [`ForwardWarpgroup::load_q`] asked for are there.
     fn wait_q(&mut self);
@@ -211,6 +212,7 @@ pub trait BackwardWarpgroup: Warpgroup {
 
     /// Stores this warpgroup's part of dK or dV, in the input's dtype, as far as it is rows and columns of `shape`.
     fn store_kv<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: &Strided, at: &KvBlock, shape: &Shape);
-    /// Stores this warpgroup's part of dK or dV as a part of a work tile contributes it, in f32, to the workspace at `to`.
+    /// Stores this warpgroup's part of dK or dV as a part of a work tile contributes it, in f32, to the workspace at
+    /// `to`.
     fn store_part<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: u64);
 }

@@ -14,8 +14,8 @@ use crate::ground::places::KvBlock;
 use crate::ground::places::WorkTile;
 use crate::ground::shape::Shape;
 
-/// The n_blocks that a query tile meets through one pair: of `start..end`, those in `full_start..full_end` are full, the
-/// others masked.
+/// The n_blocks that a query tile meets through one pair: of `start..end`, those in `full_start..full_end` are full,
+/// the others masked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct NBlocks {
     start: u32,
@@ -99,8 +99,8 @@ impl Visits {
         (self.first_full.0 <= u && u < self.first_full.1) || u < self.second_full
     }
 
-    /// Of run `index`, of as many as there are pairs: the full visits, `.0` up to but not `.1`. Counted down, the run's masked visits come
-    /// before them, from where the run before ended.
+    /// Of run `index`, of as many as there are pairs: the full visits, `.0` up to but not `.1`. Counted down, the run's
+    /// masked visits come before them, from where the run before ended.
     #[inline(always)]
     pub fn run(&self, index: u32) -> (u32, u32) {
         if index == 0 { self.first_full } else { (0, self.second_full) }

@@ -2,20 +2,20 @@
 //!
 //! A weight has a random byte, of which t in 256 drop it. One call of Philox gives four words, and so four times eight
 //! nibbles: the upper halves of the bytes of 32 weights, one each. The lower half of a weight's byte is the sum, by
-//! exclusive or, of the three nibbles that the other words have in one place. So every byte is uniform, and the bytes of any
-//! three weights are independent of each other; four can be dependent, as in the extended Hamming code, but only where an
-//! upper half leaves open whether its weight is kept: for one of its sixteen values.
+//! exclusive or, of the three nibbles that the other words have in one place. So every byte is uniform, and the bytes
+//! of any three weights are independent of each other; four can be dependent, as in the extended Hamming code, but only
+//! where an upper half leaves open whether its weight is kept: for one of its sixteen values.
 //!
 //! The 32 weights are those of a tile of 16 queries × 32 keys that fragments of both passes, whose rows are queries or
 //! keys, find in few threads. The call is that of (i/16, j/32) and, within the tile, of ((i mod 8)/2, (j mod 8)/2); its
-//! word is 2·((i + j/32) mod 2) + j/8 mod 2, of which `bytes` takes what belongs to the half j/16 mod 2 of the tile; the
-//! byte is 2·(j mod 2) + i/8 mod 2. Words are rotated right by one, so that bytes 1 and 3 are what comparisons of two f16
-//! see when they ignore signs.
+//! word is 2·((i + j/32) mod 2) + j/8 mod 2, of which `bytes` takes what belongs to the half j/16 mod 2 of the tile;
+//! the byte is 2·(j mod 2) + i/8 mod 2. Words are rotated right by one, so that bytes 1 and 3 are what comparisons of
+//! two f16 see when they ignore signs.
 //!
-//! In a fragment a thread holds rows r and r + 8, and two neighbouring columns of each eight: half of what a call gives, or
-//! a quarter where rows are keys. As much belongs to the next row, or the one before, four lanes away. So threads of
-//! even rows make the calls of every second tile, those of odd rows the rest, and they exchange halves: where rows are
-//! queries, always the last two words.
+//! In a fragment a thread holds rows r and r + 8, and two neighbouring columns of each eight: half of what a call
+//! gives, or a quarter where rows are keys. As much belongs to the next row, or the one before, four lanes away. So
+//! threads of even rows make the calls of every second tile, those of odd rows the rest, and they exchange halves:
+//! where rows are queries, always the last two words.
 
 use super::philox::Philox;
 use crate::arch::bytes::select_bytes;
@@ -77,8 +77,8 @@ pub enum Rows {
     Keys,
 }
 
-/// Where a fragment of weights lies: the query head, counted over the batch, and the first row and column, multiples of 64
-/// for keys and of 32 for queries.
+/// Where a fragment of weights lies: the query head, counted over the batch, and the first row and column, multiples of
+/// 64 for keys and of 32 for queries.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
     pub head: u32,
@@ -122,8 +122,8 @@ const fn decides(i: u32, j: u32) -> (usize, u32, usize) {
     ((2 * ((i + j / KEYS) % 2) + j / 8 % 2) as usize, j / 16 % 2, (2 * (j % 2) + i / 8 % 2) as usize)
 }
 
-/// What a word has for one half of the keys of a tile, 0 or 1: bytes, once they are turned; `parity` is the sum of the call's
-/// words. A nibble is the upper half of a byte for one half of the keys, and in the lower ones for the other.
+/// What a word has for one half of the keys of a tile, 0 or 1: bytes, once they are turned; `parity` is the sum of the
+/// call's words. A nibble is the upper half of a byte for one half of the keys, and in the lower ones for the other.
 #[inline(always)]
 fn nibbles(word: u32, parity: u32, half: u32) -> u32 {
     let lower = 0x8787_8787 ^ half.wrapping_neg();
@@ -142,16 +142,16 @@ fn parity([a, b, c, d]: [u32; 4]) -> u32 {
     a ^ b ^ c ^ d
 }
 
-/// The bytes of 16 × 32 weights for each half of the columns, as [`in_sight`] takes them, from their words and the call's
-/// parity; rows are queries.
+/// The bytes of 16 × 32 weights for each half of the columns, as [`in_sight`] takes them, from their words and the
+/// call's parity; rows are queries.
 #[inline(always)]
 pub fn halves([a, b, parity]: [u32; 3]) -> [Bytes; 2] {
     [0, 1].map(|half| [a, b].map(|word| nibbles(word, parity, half)))
 }
 
-/// What one of the [`halves`] has for the upper rows or the lower, in bits 7 to 14 of each half word, where comparisons see
-/// it. A shift does for one of the rotations: what it loses is not compared, and it is a product, which integer units
-/// need not do.
+/// What one of the [`halves`] has for the upper rows or the lower, in bits 7 to 14 of each half word, where comparisons
+/// see it. A shift does for one of the rotations: what it loses is not compared, and it is a product, which integer
+/// units need not do.
 #[inline(always)]
 pub fn in_sight(nibbles: u32, half: usize, lower: usize) -> u32 {
     match (half, lower) {
@@ -185,8 +185,8 @@ impl<const WORDS: usize> Call<WORDS> {
     }
 }
 
-/// What [`Dropout::kept_call`] says of a tile in rows from `row`, with the top bits of each byte for its weights: even columns
-/// have the top bit and odd ones the bit below it, or the other way round in every second tile of rows.
+/// What [`Dropout::kept_call`] says of a tile in rows from `row`, with the top bits of each byte for its weights: even
+/// columns have the top bit and odd ones the bit below it, or the other way round in every second tile of rows.
 #[inline(always)]
 pub fn top_bits([both]: [u32; 1], row: u32) -> Bytes {
     let swapped = row / KEYS % 2;
@@ -194,8 +194,8 @@ pub fn top_bits([both]: [u32; 1], row: u32) -> Bytes {
 }
 
 impl Dropout {
-    /// Drops weights with probability threshold/256. The mask is that of the key `seed` and of counters from `offset`, of
-    /// which the upper half is added to the key's: no two masks of one seed are the same.
+    /// Drops weights with probability threshold/256. The mask is that of the key `seed` and of counters from `offset`,
+    /// of which the upper half is added to the key's: no two masks of one seed are the same.
     pub fn new(threshold: u8, seed: u64, offset: u64) -> Self {
         let key = seed.wrapping_add(offset & (u32::MAX as u64) << 32);
         let scale = 256.0 / (256.0 - threshold as f32);
@@ -217,8 +217,8 @@ impl Dropout {
         1.0 - self.threshold as f32 / 256.0
     }
 
-    /// The call that decides on the weight of query `i` for key `j`, and on 31 others; `head` counts query heads over the
-    /// batch.
+    /// The call that decides on the weight of query `i` for key `j`, and on 31 others; `head` counts query heads over
+    /// the batch.
     #[inline(always)]
     fn words(&self, head: u32, i: u32, j: u32) -> [u32; 4] {
         self.philox.at([call(i, QUERIES), call(j, KEYS), head, self.offset])
@@ -258,13 +258,13 @@ impl Dropout {
         (bytes | lower) ^ self.flipped
     }
 
-    /// The call that the thread at `lane` makes for a pair of tiles of a fragment: for the first where its rows are even, for
-    /// the second where they are odd.
+    /// The call that the thread at `lane` makes for a pair of tiles of a fragment: for the first where its rows are
+    /// even, for the second where they are odd.
     #[inline(always)]
     fn words_at(&self, at: &Place, lane: Lane, pair: u32) -> [u32; 4] {
         if at.rows == Rows::Queries {
-            // Calls are counted along rows and columns as lanes are: eight lanes share two rows, and so a call's, and their
-            // calls are all that two tiles have there.
+            // Calls are counted along rows and columns as lanes are: eight lanes share two rows, and so a call's, and
+            // their calls are all that two tiles have there.
             let [i, j] = [at.row / 4 + lane.thread / 8, at.column / 8 + 8 * pair + lane.thread % 8];
             return self.philox.at([i, j, at.head, self.offset]);
         }

@@ -1,8 +1,8 @@
-//! 2^x by multiplications and additions: for a few weights where the special-function unit, which computes the others, is
-//! what a step waits for.
+//! 2^x by multiplications and additions: for a few weights where the special-function unit, which computes the others,
+//! is what a step waits for.
 //!
-//! 2^x = 2^n·2^f with n the integer nearest to x. A float so large that its last bit counts ones rounds x to n, and has n in
-//! its lowest bits, from where a shift makes it the exponent of a scale.
+//! 2^x = 2^n·2^f with n the integer nearest to x. A float so large that its last bit counts ones rounds x to n, and has
+//! n in its lowest bits, from where a shift makes it the exponent of a scale.
 
 use crate::arch::Warpgroup;
 

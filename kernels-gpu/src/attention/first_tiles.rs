@@ -1,22 +1,23 @@
-//! The work tiles of the backward pass that store dQ where all others add to it, so that it need not be filled with zeros
-//! before: those with the first keys of each key head, which every query of the head meets.
+//! The work tiles of the backward pass that store dQ where all others add to it, so that it need not be filled with
+//! zeros before: those with the first keys of each key head, which every query of the head meets.
 //!
-//! What others add must find something there. So such a work tile comes earlier than its head's others, in the place that
-//! it would have some heads before. The heads that come first have no such place: their dQ is filled with zeros, and all of
-//! their work tiles add.
+//! What others add must find something there. So such a work tile comes earlier than its head's others, in the place
+//! that it would have some heads before. The heads that come first have no such place: their dQ is filled with zeros,
+//! and all of their work tiles add.
 
 use super::dropout::Drops;
 use super::pairs::Pairs;
 use super::scheduler::TileOrder;
 use crate::ground::places::WorkTile;
 
-/// Rounds of work tiles from the one that stores to those that add. It takes as long as two where a mask hides half of the
-/// queries, and CTAs are not all equally far; more rounds would leave less of it in L2.
+/// Rounds of work tiles from the one that stores to those that add. It takes as long as two where a mask hides half of
+/// the queries, and CTAs are not all equally far; more rounds would leave less of it in L2.
 const ROUNDS: u32 = 3;
 /// With more blocks of keys in a head, zeros are so small a part of the work that what stays in L2 outweighs them.
 const MOST_BLOCKS: u32 = 16;
 
-/// Which key heads, of all batch items, have such a work tile. The host makes it; it travels with the launch parameters.
+/// Which key heads, of all batch items, have such a work tile. The host makes it; it travels with the launch
+/// parameters.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FirstTiles {
@@ -32,8 +33,8 @@ impl FirstTiles {
         FirstTiles { zeroed: heads, heads }
     }
 
-    /// For `heads` key heads of `key_blocks` work tiles each, in sections of so many heads, on `ctas` CTAs, where the first
-    /// keys meet every query.
+    /// For `heads` key heads of `key_blocks` work tiles each, in sections of so many heads, on `ctas` CTAs, where the
+    /// first keys meet every query.
     pub fn new(heads: u32, key_blocks: u32, section: u32, ctas: u32) -> Self {
         // A section may end with the work tiles that store.
         let zeroed = ROUNDS.saturating_mul(ctas).div_ceil(key_blocks.max(1)).saturating_add(section.saturating_sub(1));

@@ -1,8 +1,8 @@
 //! The last round of the backward pass's work tiles, shared out where it has so few that most CTAs would have none.
 //!
-//! Where all work tiles meet the same number of query blocks, what is left after the last whole round, or all where there is
-//! none, is divided into parts by those query blocks, each taken by a CTA. A part has a slot in the workspace, where it
-//! leaves what it contributes to dK and dV; the kernel that finishes adds parts up in their order.
+//! Where all work tiles meet the same number of query blocks, what is left after the last whole round, or all where
+//! there is none, is divided into parts by those query blocks, each taken by a CTA. A part has a slot in the workspace,
+//! where it leaves what it contributes to dK and dV; the kernel that finishes adds parts up in their order.
 
 use super::first_tiles::FirstTiles;
 use super::mask::Mask;
@@ -71,8 +71,8 @@ pub struct Sharing {
 }
 
 impl Sharing {
-    /// All of `tiles` work tiles are whole, on `ctas` CTAs at most, and meet `m_blocks` query blocks of each of `heads` heads
-    /// where they are alike.
+    /// All of `tiles` work tiles are whole, on `ctas` CTAs at most, and meet `m_blocks` query blocks of each of `heads`
+    /// heads where they are alike.
     pub fn none(tiles: u32, ctas: u32, heads: u32, m_blocks: u32) -> Self {
         let (all, m_blocks) = (heads.saturating_mul(m_blocks), Divisor::new(m_blocks));
         let ctas = tiles.min(ctas.max(1));
@@ -128,8 +128,8 @@ impl Sharing {
         (first..first + parts).map(move |index| KeyPart { tile, part: self.part(index) })
     }
 
-    /// Of a part of a work tile: the head and the place in it, from its last query block on, where the part starts; and how
-    /// many query blocks it has.
+    /// Of a part of a work tile: the head and the place in it, from its last query block on, where the part starts; and
+    /// how many query blocks it has.
     #[inline(always)]
     pub fn blocks(&self, part: Part) -> (u32, u32, u32) {
         let before = self.parts.divide(part.slot().unwrap_or(0)).1 * self.blocks;
@@ -229,7 +229,8 @@ mod tests {
 
     #[test]
     fn shares_what_the_last_round_leaves() {
-        // Work tiles, CTAs, heads of a group, query blocks of each; the first that is shared, parts, query blocks of a part.
+        // Work tiles, CTAs, heads of a group, query blocks of each; the first that is shared, parts, query blocks of a
+        // part.
         for (tiles, ctas, heads, m_blocks, expected) in [
             (4096, 132, 1, 64, Some((4092, 8, 8))),
             (165, 132, 2, 3, Some((132, 3, 2))),

@@ -1,9 +1,9 @@
 //! Which pair of Q and K a score comes from: one pair for all scores, or two by distance (piecewise attention).
 //!
-//! The second pair has the keys that are far behind a query: score(i, j) is scale·q2_i·k2_j where
-//! i + seqlen_k − seqlen_q − j ≥ dist_threshold, and scale·q1_i·k1_j elsewhere. Of the keys that a query sees, each pair
-//! has one interval. So piecewise attention is one softmax over two sequences of blocks, and a block that the threshold
-//! crosses is in both.
+//! The second pair has the keys that are far behind a query: score(i, j) is scale·q2_i·k2_j where i + seqlen_k −
+//! seqlen_q − j ≥ dist_threshold, and scale·q1_i·k1_j elsewhere. Of the keys that a query sees, each pair has one
+//! interval. So piecewise attention is one softmax over two sequences of blocks, and a block that the threshold crosses
+//! is in both.
 
 use super::mask::Mask;
 use crate::ground::shape::Shape;
@@ -12,8 +12,8 @@ use crate::ground::shape::Shape;
 pub trait Pairs: Copy {
     /// How many there are.
     const COUNT: u32;
-    /// Query row `i` has its scores with the keys `0..second_end(i)` from the second pair; at most seqlen_k, and never less
-    /// than for row `i − 1`.
+    /// Query row `i` has its scores with the keys `0..second_end(i)` from the second pair; at most seqlen_k, and never
+    /// less than for row `i − 1`.
     fn second_end(self, shape: &Shape, i: u32) -> u32;
     /// Key `j` has its scores with the query rows from this one on from the second pair, by the same rule.
     fn second_start(self, shape: &Shape, j: u32) -> u32;

@@ -1,5 +1,5 @@
-//! Philox-4x32: random numbers from a counter and a key, with no state in between (Salmon, Moraes, Dror and Shaw, "Parallel
-//! random numbers: as easy as 1, 2, 3", SC 2011).
+//! Philox-4x32: random numbers from a counter and a key, with no state in between (Salmon, Moraes, Dror and Shaw,
+//! "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
 /// One multiplier for each half of the counter.
 const MULTIPLIERS: [u32; 2] = [0xd251_1f53, 0xcd9e_8d57];

@@ -1,9 +1,9 @@
-//! Which query blocks a block of keys meets in the backward pass: those of every query head of its group, from the first
-//! that sees a key of it to the last.
+//! Which query blocks a block of keys meets in the backward pass: those of every query head of its group, from the
+//! first that sees a key of it to the last.
 //!
 //! A block of keys that no query sees meets its last query block all the same, wholly masked: so every work tile has a
-//! first and a last step, and gradients of 0 come out of it by themselves. With two pairs that may be so for one of them,
-//! which is then left out.
+//! first and a last step, and gradients of 0 come out of it by themselves. With two pairs that may be so for one of
+//! them, which is then left out.
 
 use core::marker::PhantomData;
 
@@ -68,8 +68,8 @@ impl MBlocks {
 /// Maximum number of query blocks that a CTA of the backward kernel visits: its consumers count them in 30 bits.
 pub const MAX_QUERY_BLOCKS: u32 = (1 << 30) - 1;
 
-/// Query blocks that share a turn in an exact pass. Blocks of keys of one head follow each other at that distance; fewer
-/// turns cost less to wait for and to count.
+/// Query blocks that share a turn in an exact pass. Blocks of keys of one head follow each other at that distance;
+/// fewer turns cost less to wait for and to count.
 pub const fn turn_blocks(head_dim: u32) -> u32 {
     if head_dim <= 128 { 4 } else { 2 }
 }
@@ -163,8 +163,8 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
         block.m_block >= self.blocks.full_start && (P::COUNT == 1 || block.m_block < self.blocks.full_end)
     }
 
-    /// How many blocks of keys come before block `n_block` in an exact pass, of those that meet a query block of the same
-    /// turn: `turn_blocks` query blocks share one.
+    /// How many blocks of keys come before block `n_block` in an exact pass, of those that meet a query block of the
+    /// same turn: `turn_blocks` query blocks share one.
     #[inline(always)]
     pub fn turn(&self, shape: &Shape, block: &QueryBlock, n_block: u32, turn_blocks: u32, tile: (u32, u32)) -> u32 {
         if P::COUNT == 1 || self.pair == 1 {

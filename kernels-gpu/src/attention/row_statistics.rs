@@ -2,8 +2,8 @@
 
 use core::f32::consts::LOG2_E;
 
-/// What a row's exponents add: its LSE in base 2, negative, so that P = 2^(s·scale·log₂e + this). A row without a live key
-/// gets −∞, and so P = 0.
+/// What a row's exponents add: its LSE in base 2, negative, so that P = 2^(s·scale·log₂e + this). A row without a live
+/// key gets −∞, and so P = 0.
 #[inline(always)]
 pub fn exponent_offset(lse: f32) -> f32 {
     if lse == f32::NEG_INFINITY { lse } else { -lse * LOG2_E }

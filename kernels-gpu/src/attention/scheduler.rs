@@ -75,14 +75,14 @@ impl TileOrder {
         }
     }
 
-    /// The same sections, each from its last m_block to the first, taken by the CTAs in the same turn: for work tiles that
-    /// wait for those before them, so that who is behind stays behind and waits no more.
+    /// The same sections, each from its last m_block to the first, taken by the CTAs in the same turn: for work tiles
+    /// that wait for those before them, so that who is behind stays behind and waits no more.
     pub fn one_way(self) -> Self {
         TileOrder { one_way: 1, ..self }
     }
 
-    /// The order in which `ctas` CTAs finish soonest, where m_block i takes `blocks(i)` steps of the mainloop, and the work
-    /// tiles of a group of heads have `bytes` in common; and how many steps the busiest one takes.
+    /// The order in which `ctas` CTAs finish soonest, where m_block i takes `blocks(i)` steps of the mainloop, and the
+    /// work tiles of a group of heads have `bytes` in common; and how many steps the busiest one takes.
     pub fn balanced(
         shape: &Shape,
         block_m: u32,
@@ -156,8 +156,8 @@ impl TileOrder {
         self.work_tile(head, m_block)
     }
 
-    /// The same where the last m_block of each head has the place that belongs to the head `lead` before it, of `heads` that
-    /// follow each other in a circle.
+    /// The same where the last m_block of each head has the place that belongs to the head `lead` before it, of `heads`
+    /// that follow each other in a circle.
     #[inline(always)]
     pub fn tile_ahead(&self, index: u32, lead: u32, heads: u32) -> WorkTile {
         let (head, m_block) = self.place(index);

@@ -1,8 +1,8 @@
 //! The last round of work tiles, shared out where it has so few that most CTAs would have none.
 //!
-//! CTAs take whole work tiles in rounds. What is left after the last whole round, or all where there is none, is divided
-//! into parts, each a work tile's keys of one consumer, if there is a CTA for each of them: a part takes less than half as
-//! long, because its consumer has the multiprocessor to itself.
+//! CTAs take whole work tiles in rounds. What is left after the last whole round, or all where there is none, is
+//! divided into parts, each a work tile's keys of one consumer, if there is a CTA for each of them: a part takes less
+//! than half as long, because its consumer has the multiprocessor to itself.
 
 use super::scheduler::{CtaTiles, TileOrder};
 use crate::ground::places::WorkTile;

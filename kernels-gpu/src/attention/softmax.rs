@@ -86,7 +86,8 @@ impl<W: Warpgroup> Softmax<W> {
     #[inline(always)]
     pub fn finish(self, wg: &W) -> (W::Rows, W::Rows) {
         let (l, c) = (wg.reduce(self.l, |a, b| a + b), self.c);
-        // Computed for every row and then selected: a branch would stand between what else the end of a work tile mixes.
+        // Computed for every row and then selected: a branch would stand between what else the end of a work tile
+        // mixes.
         let normaliser = wg.zip(l, wg.zip(l, l, |l, _| W::recip(l)), |l, r| if l == 0.0 { 0.0 } else { r });
         let lse = wg.zip(self.m, l, |m, l| (exponent_offset(m, c) + W::log2(l)) * LN_2);
         let lse = wg.zip(l, lse, |l, lse| if l == 0.0 { f32::NEG_INFINITY } else { lse });

@@ -2,9 +2,10 @@
 //! query blocks that see a key of it, from the last to the first.
 //!
 //! Producer and consumers walk them alike. The producer goes by all keys of a work tile, each consumer by its own, and
-//! passes over what the others alone see: it comes last, since a key that sees a query block sees those after it. Keys that
-//! no query sees meet the last query block all the same, wholly masked: so every work tile has at least one step. Of a
-//! part of a work tile ([`super::shared_tiles`]) the first consumer has all keys, and the others pass over all of it.
+//! passes over what the others alone see: it comes last, since a key that sees a query block sees those after it. Keys
+//! that no query sees meet the last query block all the same, wholly masked: so every work tile has at least one step.
+//! Of a part of a work tile ([`super::shared_tiles`]) the first consumer has all keys, and the others pass over all of
+//! it.
 
 use core::marker::PhantomData;
 
@@ -148,8 +149,9 @@ mod tests {
     use crate::attention::shared_tiles::SharedTiles;
     use std::collections::BTreeSet;
 
-    /// Every live (head, query, key) is met once, by one CTA and one of two consumers, and full blocks have only live ones; a
-    /// consumer meets or passes over as many blocks as the producer sends. Tiles from `shared` on are taken in two parts.
+    /// Every live (head, query, key) is met once, by one CTA and one of two consumers, and full blocks have only live
+    /// ones; a consumer meets or passes over as many blocks as the producer sends. Tiles from `shared` on are taken in
+    /// two parts.
     fn covers<M: Mask>(shape: Shape, block_m: u32, block_n: u32, ctas: u32, most_passed: u32, shared: u32) {
         let order = TileOrder::new(&Shape { seqlen_q: shape.seqlen_k, ..shape }, block_n, 2);
         let mut seen = BTreeSet::new();

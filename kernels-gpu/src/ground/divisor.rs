@@ -1,5 +1,5 @@
-//! Division by a number that a launch does not change: a multiplication and a shift (Granlund and Montgomery, "Division by
-//! invariant integers using multiplication", PLDI 1994), where a GPU takes some twenty instructions.
+//! Division by a number that a launch does not change: a multiplication and a shift (Granlund and Montgomery, "Division
+//! by invariant integers using multiplication", PLDI 1994), where a GPU takes some twenty instructions.
 
 /// A divisor, and what the host has prepared.
 #[repr(C)]

@@ -32,8 +32,8 @@ pub struct QueryBlock {
 }
 
 impl QueryBlock {
-    /// The batch item whose dQ of this pair has this place in the workspace: those of the second pair follow those of the
-    /// first.
+    /// The batch item whose dQ of this pair has this place in the workspace: those of the second pair follow those of
+    /// the first.
     #[inline(always)]
     pub fn dq_batch(&self, shape: &Shape) -> u32 {
         self.batch + self.pair * shape.batch

@@ -1,10 +1,10 @@
-//! Backward attention by recomputation: dQ, dK and dV without a stored score matrix (FlashAttention-2, arXiv 2307.08691,
-//! algorithm 2; FlashAttention-3, arXiv 2407.08608, section 3).
+//! Backward attention by recomputation: dQ, dK and dV without a stored score matrix (FlashAttention-2, arXiv
+//! 2307.08691, algorithm 2; FlashAttention-3, arXiv 2407.08608, section 3).
 //!
 //! A CTA keeps one block of keys, with dK and dV in registers, and walks over the query blocks that see it. Scores are
 //! recomputed transposed, so that Pᵀ and dSᵀ go from registers into dV and dK. dSᵀ also goes through shared memory to a
-//! warpgroup that does nothing but multiply it by K, and adds up dQ in f32 in the workspace; so the two that have the keys
-//! never wait for each other, and one's exponentials run beside the other's products.
+//! warpgroup that does nothing but multiply it by K, and adds up dQ in f32 in the workspace; so the two that have the
+//! keys never wait for each other, and one's exponentials run beside the other's products.
 
 use core::f32::consts::LOG2_E;
 
@@ -44,8 +44,8 @@ const fn passes_early(head_dim: u32) -> bool {
     head_dim <= 64
 }
 
-/// Whether S is issued before dV and dK are there, so that products follow each other without a pause. dP has room only where
-/// P and dS were.
+/// Whether S is issued before dV and dK are there, so that products follow each other without a pause. dP has room only
+/// where P and dS were.
 const fn queues_scores(head_dim: u32) -> bool {
     head_dim == 128
 }
@@ -213,7 +213,8 @@ pub(super) fn dk_of<T, S: BackwardSecond<T>>(p: &BackwardParams<T, S>, pair: u32
     }
 }
 
-/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys, or parts of them; it has half of the keys.
+/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys, or parts of them; it has half of the
+/// keys.
 #[inline(always)]
 pub fn consume<
     W: BackwardWarpgroup,

@@ -1,6 +1,6 @@
-//! Backward attention where a warpgroup's registers hold one gradient of a block of keys, and not two: one warpgroup has dV
-//! and computes the weights, which the other takes for dS and dK. So no product is computed twice, as it would be if each had
-//! half of the columns of both.
+//! Backward attention where a warpgroup's registers hold one gradient of a block of keys, and not two: one warpgroup
+//! has dV and computes the weights, which the other takes for dS and dK. So no product is computed twice, as it would
+//! be if each had half of the columns of both.
 
 use super::backward::{Step, blocks_met, dk_of};
 use crate::arch::BackwardWarpgroup;

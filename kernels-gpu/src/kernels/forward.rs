@@ -55,8 +55,8 @@ impl BlockAt {
 }
 
 impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloop<W, R, D8, N8> {
-    /// Whether a look at the corrections, which are 1 where no row's maximum has moved, costs less than what it saves: it
-    /// stands between instructions that would mix without it.
+    /// Whether a look at the corrections, which are 1 where no row's maximum has moved, costs less than what it saves:
+    /// it stands between instructions that would mix without it.
     const fn looks_first() -> bool {
         D8 > 16 || R::DROPS
     }
@@ -119,8 +119,8 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         wg.release_kv(v);
         wg.scale_rows(&mut self.o, raised.1, const { Self::looks_first() });
         if R::DROPS {
-            // The look keeps apart what ptxas would put last otherwise: half the exponentials go with the Philox calls, half
-            // with what they decide.
+            // The look keeps apart what ptxas would put last otherwise: half the exponentials go with the Philox calls,
+            // half with what they decide.
             self.softmax.half_the_exponents(wg, &mut s, raised, 1);
         }
         self.p = Self::weights(wg, &s, &keep);

@@ -1,10 +1,10 @@
 //! Total attention, total_j = Σ_i P_ij with P = exp(scale·Q·Kᵀ − LSE): how much weight each key got, from a second pass
 //! over Q, K and the LSE of the forward pass.
 //!
-//! A consumer warpgroup owns 64 keys of one query head and walks over the query blocks that see them. Scores are computed
-//! transposed, so that a key is a row and its sum stays in registers until its work tile ends. Exponentials run beside
-//! products: those of other consumers where there are many, otherwise that of this consumer's own next block, be it of the
-//! next work tile.
+//! A consumer warpgroup owns 64 keys of one query head and walks over the query blocks that see them. Scores are
+//! computed transposed, so that a key is a row and its sum stays in registers until its work tile ends. Exponentials
+//! run beside products: those of other consumers where there are many, otherwise that of this consumer's own next
+//! block, be it of the next work tile.
 
 use core::f32::consts::LOG2_E;
 
@@ -73,8 +73,8 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
         });
         // The block by itself first: a long column's sum is too large to take small terms one by one.
         self.total = wg.zip(self.total, wg.fold(&s, |a, p| a + p), |total, block| total + block);
-        // A branch that may need the sums keeps the exponentials before it. Without one, in the steps that are never the
-        // last, compilers wait for the next scores first, and leave the exponentials behind the product.
+        // A branch that may need the sums keeps the exponentials before it. Without one, in the steps that are never
+        // the last, compilers wait for the next scores first, and leave the exponentials behind the product.
         if m_block == W::unknown(tile.start) {
             let total = wg.reduce(self.total, |a, b| a + b);
             wg.store_keys(total, p.total, tile, &p.shape);

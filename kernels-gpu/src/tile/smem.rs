@@ -52,7 +52,8 @@ pub const fn tile_bytes(rows: u32, columns: u32) -> u32 {
     panels(columns) * rows * PANEL_ROW_BYTES
 }
 
-/// Byte offset of columns 16·step of a tile of `rows` rows: where a k16 step of a product begins whose k runs along rows.
+/// Byte offset of columns 16·step of a tile of `rows` rows: where a k16 step of a product begins whose k runs along
+/// rows.
 #[inline(always)]
 pub const fn columns_step(rows: u32, step: u32) -> u32 {
     // Four steps to a panel.
@@ -65,8 +66,8 @@ pub const fn rows_step(step: u32) -> u32 {
     step * 16 * PANEL_ROW_BYTES
 }
 
-/// Offsets of a forward CTA's shared memory: a query tile of each pair for each consumer, the ring's slots, an output tile for each
-/// consumer where there is room, the barriers.
+/// Offsets of a forward CTA's shared memory: a query tile of each pair for each consumer, the ring's slots, an output
+/// tile for each consumer where there is room, the barriers.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardSmem {
     pub head_dim: u32,
@@ -124,8 +125,8 @@ impl ForwardSmem {
     }
 }
 
-/// Offsets of a backward CTA's shared memory: K, V, the rings of Q, dO and dSᵀ, weights that are passed on, the statistics of the
-/// query rows in the rings, the barriers.
+/// Offsets of a backward CTA's shared memory: K, V, the rings of Q, dO and dSᵀ, weights that are passed on, the
+/// statistics of the query rows in the rings, the barriers.
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardSmem {
     pub head_dim: u32,
@@ -236,7 +237,8 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    /// Byte offset of element (row, column) in a tile of `rows` rows: panel, row, then 16-byte chunks XORed with row mod 8.
+    /// Byte offset of element (row, column) in a tile of `rows` rows: panel, row, then 16-byte chunks XORed with row
+    /// mod 8.
     fn swizzled_offset(rows: u32, row: u32, column: u32) -> u32 {
         let panel = column / PANEL_COLUMNS;
         let chunk = column % PANEL_COLUMNS / 8;
@@ -291,7 +293,8 @@ mod tests {
             for panel in [smem.v(), smem.q(1), smem.d_o(0), smem.d_o(1), smem.ds(0), smem.ds(1)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
-            // The ring of dS and what is passed on have a barrier for full and one for empty; Q and dO share the latter.
+            // The ring of dS and what is passed on have a barrier for full and one for empty; Q and dO share the
+            // latter.
             let barriers = 3 + 3 * smem.stages() + 2 * (BackwardSmem::DS_STAGES + 1);
             assert_eq!(smem.bytes(), smem.k_full(0) + barriers * BARRIER_BYTES, "{}", variant.symbol);
         }

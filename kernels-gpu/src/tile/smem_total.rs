@@ -1,9 +1,9 @@
-//! Shared memory of a CTA that computes total attention: tiles of K, one for the work tile in hand and one for the next,
-//! the ring of query tiles, beside each of its slots what exponents add, the barriers.
+//! Shared memory of a CTA that computes total attention: tiles of K, one for the work tile in hand and one for the
+//! next, the ring of query tiles, beside each of its slots what exponents add, the barriers.
 //!
-//! Weights are computed one step after the product that read a query tile, when its slot may already be filled anew. So a
-//! slot has the offsets of two laps of the ring: who fills lap n knows that lap n − 1 of the slot was given back, which a
-//! consumer does after the weights of every block before that one, and so of lap n − 2.
+//! Weights are computed one step after the product that read a query tile, when its slot may already be filled anew. So
+//! a slot has the offsets of two laps of the ring: who fills lap n knows that lap n − 1 of the slot was given back,
+//! which a consumer does after the weights of every block before that one, and so of lap n − 2.
 
 use super::smem::{BARRIER_BYTES, tile_bytes};
 use crate::tile::lane::WARPGROUP_ROWS;
@@ -23,8 +23,8 @@ impl TotalSmem {
     /// Tiles of K.
     pub const K_STAGES: u32 = 2;
 
-    /// Whether so many consumers work beside each other's products, with one fragment of scores each, that none has to work
-    /// beside its own.
+    /// Whether so many consumers work beside each other's products, with one fragment of scores each, that none has to
+    /// work beside its own.
     pub const fn many_consumers(&self) -> bool {
         self.consumers >= 4
     }
@@ -37,8 +37,8 @@ impl TotalSmem {
         if self.many_consumers() { self.consumers } else { 1 }
     }
 
-    /// Whether the weights of a block's query `column` are computed without the special-function unit: one in sixteen, where
-    /// exponentials are the limit. With more of them other units cost more than that one saves.
+    /// Whether the weights of a block's query `column` are computed without the special-function unit: one in sixteen,
+    /// where exponentials are the limit. With more of them other units cost more than that one saves.
     pub const fn by_polynomial(&self, column: u32) -> bool {
         self.head_dim <= 64 && column % 2 == 1 && column + 16 >= self.block_m
     }

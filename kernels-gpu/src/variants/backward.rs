@@ -34,8 +34,8 @@ pub struct BackwardVariant {
     pub block_n: u32,
     /// How the warpgroups share the work.
     pub split: Split,
-    /// Buffers of K: with two, the next work tile's is loaded beside this one's steps. They want a register of the consumers
-    /// at head dim 64, one of the third warpgroup with dropout, and at head dim 256 more room than there is.
+    /// Buffers of K: with two, the next work tile's is loaded beside this one's steps. They want a register of the
+    /// consumers at head dim 64, one of the third warpgroup with dropout, and at head dim 256 more room than there is.
     pub k_stages: u32,
 }
 
@@ -66,8 +66,8 @@ impl BackwardVariant {
     pub const fn part_bytes(&self) -> u32 {
         2 * self.block_n * self.head_dim * 4
     }
-    /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one key head, which
-    /// in [`TileOrder`] are query tiles of one query head. Piecewise attention has a threshold.
+    /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one key head,
+    /// which in [`TileOrder`] are query tiles of one query head. Piecewise attention has a threshold.
     pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> TileOrder {
         let n_blocks = shape.seqlen_k.div_ceil(self.block_n);
         // Q and dO, and in f32 dQ. A work tile goes through the query heads of its group one after the other.
@@ -78,14 +78,14 @@ impl BackwardVariant {
         })
         .0
     }
-    /// As [`BackwardVariant::order`], for an exact pass: blocks of keys of one head come in order, each some turns behind
-    /// the one before. With more heads in a section fewer of a head run at once, and what they wait for at the start of
-    /// a launch is small beside the work tile; with fewer, more of Q, dO and dQ stays in L2.
+    /// As [`BackwardVariant::order`], for an exact pass: blocks of keys of one head come in order, each some turns
+    /// behind the one before. With more heads in a section fewer of a head run at once, and what they wait for at the
+    /// start of a launch is small beside the work tile; with fewer, more of Q, dO and dQ stays in L2.
     pub fn exact_order(&self, shape: &Shape, ctas: u32) -> TileOrder {
         let steps = shape.seqlen_q.div_ceil(self.block_m);
-        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next; of grouped
-        // queries those of one head count, by measurement. The heads of the largest head dim are so large that fewer stay in
-        // L2.
+        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next; of
+        // grouped queries those of one head count, by measurement. The heads of the largest head dim are so large that
+        // fewer stay in L2.
         let large = self.head_dim > 128;
         let (steps, fewest) = match self.mask {
             MaskKind::None => ((steps * shape.group()).max(1), if large { 2 } else { 1 }),

@@ -57,7 +57,8 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         (slot % BackwardSmem::DS_STAGES, slot / BackwardSmem::DS_STAGES & 1)
     }
 
-    /// Which consumer this is, without a register from one use to the next where there is none: reading it anew takes time.
+    /// Which consumer this is, without a register from one use to the next where there is none: reading it anew takes
+    /// time.
     #[inline(always)]
     fn short_lived_index(&self) -> u32 {
         if self.pipe.smem.head_dim <= 64 { cta::consumer_of_thread() } else { self.index() }
@@ -90,8 +91,8 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         unsafe { wgmma::accumulate::<E, M8, D8>(acc, x, |step| b.offset(rows_step(step))) }
     }
 
-    /// Shared address of what this thread passes on of a group of eight columns, or takes: both have the same place in their
-    /// warpgroups.
+    /// Shared address of what this thread passes on of a group of eight columns, or takes: both have the same place in
+    /// their warpgroups.
     #[inline(always)]
     fn weights(&self, group: usize) -> u32 {
         let first = self.base() + self.pipe.smem.weights() + 16 * cta::thread_of_warpgroup();
@@ -249,8 +250,8 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     #[inline(always)]
     fn pass_weights<const M8: usize>(&mut self, p: &Fragment<M8>, slot: u32) {
         let smem = self.pipe.smem;
-        // SAFETY: initialised before the roles parted; each thread writes what one thread of the other warpgroup has read, and
-        // is to read.
+        // SAFETY: initialised before the roles parted; each thread writes what one thread of the other warpgroup has
+        // read, and is to read.
         unsafe {
             Mbarrier(self.base() + smem.weights_empty()).wait(slot & 1 ^ 1);
             for (group, p) in p.0.iter().enumerate() {
@@ -280,7 +281,8 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         let at = Lines { batch: at.batch, head: at.head, row, column: 0 };
         // SAFETY: the host has checked the tensor, of which these rows and columns belong to this warpgroup.
         unsafe { store_lines(&x.pack::<E>(), to, at, shape.seqlen_k, shape) };
-        // Behind a branch, ptxas would make one of the last predicate, too, and not know then that the warp is converged.
+        // Behind a branch, ptxas would make one of the last predicate, too, and not know then that the warp is
+        // converged.
         sync_warp();
     }
     #[inline(always)]

@@ -1,5 +1,5 @@
-//! The backward kernel's third warpgroup, which has no keys of its own: it loads what the two others need, multiplies the
-//! dS that they leave it by K, and adds dQ up in the workspace.
+//! The backward kernel's third warpgroup, which has no keys of its own: it loads what the two others need, multiplies
+//! the dS that they leave it by K, and adds dQ up in the workspace.
 //!
 //! With one k a row, dSᵀ is the left operand of dQ = dS·K as it lies. In the workspace 64 rows of dQ lie as the threads
 //! hold them: eight columns after eight, sixteen bytes of each thread in turn.
@@ -37,9 +37,9 @@ struct Dq<'a, const N8: usize> {
     count: u32,
     /// The tile of a query block's dQ beside which the next loads start.
     loads_at: u32,
-    /// Where this thread adds the first of what it has of a query block's dQ, and the block's first row in the workspace.
-    /// From block to block the address moves in registers of its own: those of one that is computed anew would be taken
-    /// from what the last additions hold until memory has taken them.
+    /// Where this thread adds the first of what it has of a query block's dQ, and the block's first row in the
+    /// workspace. From block to block the address moves in registers of its own: those of one that is computed anew
+    /// would be taken from what the last additions hold until memory has taken them.
     address: u64,
     row: u32,
     /// One more than the counter where an exact pass has still to count the last additions; 0 for none.
@@ -67,7 +67,8 @@ impl<const N8: usize> Dq<'_, N8> {
         }
     }
 
-    /// dQ = dQ + dS·K of a query block, or dS·K where it `STORES`; `load` runs while the tile [`Dq::loads_at`] of it is in flight.
+    /// dQ = dQ + dS·K of a query block, or dS·K where it `STORES`; `load` runs while the tile [`Dq::loads_at`] of it is
+    /// in flight.
     #[inline(always)]
     fn add<E: Packed, const STORES: bool>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32, load: impl FnOnce()) {
         let smem = self.smem;
@@ -121,14 +122,14 @@ impl<const N8: usize> Dq<'_, N8> {
     fn add_global<const STORES: bool>(&mut self, dq: &Fragment<N8>, shape: &Shape, at: &QueryBlock, tile: u32) {
         if tile == 0 {
             let row = self.workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * self.smem.block_m) as u32;
-            // Not before the product was waited for: by then memory has taken the last additions. The host has checked that
-            // an i32 holds the step from any row to any other.
+            // Not before the product was waited for: by then memory has taken the last additions. The host has checked
+            // that an i32 holds the step from any row to any other.
             let rows = fresh(row.wrapping_sub(self.row)) as i32;
             self.address = self.address.wrapping_add_signed(rows as i64 * (self.smem.head_dim * 4) as i64);
             self.row = row;
         }
-        // ptxas gives two tiles that follow each other registers that overlap by a group: the one that is added first here,
-        // so that the next product does not wait until memory has taken the others.
+        // ptxas gives two tiles that follow each other registers that overlap by a group: the one that is added first
+        // here, so that the next product does not wait until memory has taken the others.
         for group in 0..N8 {
             let group = if (tile + self.loads_at).is_multiple_of(2) { group } else { N8 - 1 - group };
             let place = tile * N8 as u32 + group as u32;
@@ -173,8 +174,8 @@ impl<const N8: usize> Dq<'_, N8> {
         }
     }
 
-    /// Counts a work tile of a key head, one less than `head`, unless that is 0: dQ may be read once all have been, and added to
-    /// once what was `stored` is there.
+    /// Counts a work tile of a key head, one less than `head`, unless that is 0: dQ may be read once all have been, and
+    /// added to once what was `stored` is there.
     #[inline(always)]
     fn count_tile(&self, head: &mut u32, stored: &mut bool) {
         if *head != 0 {
@@ -197,8 +198,8 @@ impl<const N8: usize> Dq<'_, N8> {
     }
 }
 
-/// The tile of dQ beside which loads are started: early, because the slots are empty by then, but not where registers are
-/// needed for more.
+/// The tile of dQ beside which loads are started: early, because the slots are empty by then, but not where registers
+/// are needed for more.
 #[inline(always)]
 fn loads_at<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
     match (smem.head_dim, S::Pairs::COUNT) {
@@ -223,11 +224,11 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
     let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
     let mut dq = Dq::<N8> { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, counter: 0, k: 0 };
     let warp = cta::warp_of_warpgroup();
-    // A work tile that is taken a turn ahead lives in registers that all threads share, where what it is made from takes each
-    // thread's own; others than plain attention lack registers for it.
+    // A work tile that is taken a turn ahead lives in registers that all threads share, where what it is made from
+    // takes each thread's own; others than plain attention lack registers for it.
     let ahead = const { S::Pairs::COUNT == 1 && !R::DROPS };
-    // One more than the key head whose work tile has still to be counted; 0 for none. With registers to remember it, that is
-    // beside the first loads of the next one, which so need not wait until memory has taken what was added.
+    // One more than the key head whose work tile has still to be counted; 0 for none. With registers to remember it,
+    // that is beside the first loads of the next one, which so need not wait until memory has taken what was added.
     let mut counted = 0;
     let mut stored = false;
     let knows_first = FirstTiles::is_for::<S::Pairs, R>(smem.head_dim);
@@ -251,7 +252,8 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
             if S::Pairs::COUNT > 1 && blocks.count() == 0 {
                 continue;
             }
-            // All dS of the work tile before has come, and been multiplied: its consumers need K and V no more, nor does dQ.
+            // All dS of the work tile before has come, and been multiplied: its consumers need K and V no more, nor
+            // does dQ.
             let leader = cta::converged(Leader::of_warpgroup);
             if !k_loaded {
                 loads.k(&keys, dq.k, leader);

@@ -68,8 +68,8 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
         self.tile(leader, tensor, self.smem.block_n, at, to, full);
     }
 
-    /// Loads Q, dO and the statistics of a query block into the next slots, once they are empty; the leader is one thread of
-    /// the warpgroup.
+    /// Loads Q, dO and the statistics of a query block into the next slots, once they are empty; the leader is one
+    /// thread of the warpgroup.
     #[inline(always)]
     pub fn queries(&mut self, block: &QueryBlock, leader: Leader) {
         let (p, smem, base) = (self.p, self.smem, fresh(smem_base()));

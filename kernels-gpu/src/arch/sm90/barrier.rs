@@ -37,8 +37,8 @@ impl Mbarrier {
         }
     }
 
-    /// As [`Mbarrier::arrive_elected`], at the barrier in the same place of another CTA of the cluster. It orders nothing
-    /// that generic accesses wrote (PTX ISA, mbarrier.arrive: its scope is the CTA).
+    /// As [`Mbarrier::arrive_elected`], at the barrier in the same place of another CTA of the cluster. It orders
+    /// nothing that generic accesses wrote (PTX ISA, mbarrier.arrive: its scope is the CTA).
     ///
     /// # Safety
     /// As [`Mbarrier::arrive_elected`], and that CTA runs.

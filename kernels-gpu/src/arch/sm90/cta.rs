@@ -67,8 +67,8 @@ impl Leader {
         Leader(leader)
     }
 
-    /// The same where it is known which `warp` of the warpgroup this is, without the time that reading a thread's number
-    /// takes.
+    /// The same where it is known which `warp` of the warpgroup this is, without the time that reading a thread's
+    /// number takes.
     #[inline(always)]
     pub fn of_first_warp(warp: u32) -> Self {
         let leader: u32;

@@ -1,5 +1,5 @@
-//! Which weights a thread keeps: one Philox call for 32 of them, or sixteen where rows are keys, and an exchange with the
-//! neighbouring row.
+//! Which weights a thread keeps: one Philox call for 32 of them, or sixteen where rows are keys, and an exchange with
+//! the neighbouring row.
 
 use super::fragment::{Fragment, Operand};
 use super::math::{at_least_f16x2, or_and_not, shuffle_xor};
@@ -9,8 +9,8 @@ use crate::tile::lane::Lane;
 /// The sign of an f32.
 const SIGN: u32 = 1 << 31;
 
-/// The bytes of each eight columns; two neighbours share them. Where rows are keys, only the top bit of a byte is left, which
-/// says whether the weight is kept.
+/// The bytes of each eight columns; two neighbours share them. Where rows are keys, only the top bit of a byte is left,
+/// which says whether the weight is kept.
 #[derive(Clone, Copy)]
 pub struct Keep<const N8: usize> {
     bytes: [Bytes; N8],
@@ -64,8 +64,8 @@ impl<const N8: usize> Keep<N8> {
         }
     }
 
-    /// Dropped weights become 0, two at a time, where rows are queries: compared by the units for f16, because those for
-    /// integers have Philox to do.
+    /// Dropped weights become 0, two at a time, where rows are queries: compared by the units for f16, because those
+    /// for integers have Philox to do.
     #[inline(always)]
     pub fn apply_operand(&self, x: &mut Operand<N8>) {
         for (group, registers) in x.0.iter_mut().enumerate() {

@@ -1,8 +1,9 @@
 //! Who gives dQ of a key head its first values: the kernel that prepares, with zeros, or the work tile that stores
 //! ([`crate::attention::first_tiles`]).
 //!
-//! A work tile that adds waits until they are there, which is long before it starts as a rule. Where nobody has begun to
-//! store them, it fills dQ with zeros by itself, and whoever was to store adds: so no CTA waits for one that does not run.
+//! A work tile that adds waits until they are there, which is long before it starts as a rule. Where nobody has begun
+//! to store them, it fills dQ with zeros by itself, and whoever was to store adds: so no CTA waits for one that does
+//! not run.
 
 use core::arch::asm;
 use core::arch::nvptx::_block_idx_x;
@@ -21,8 +22,8 @@ pub const FREE: u32 = 0;
 /// They are there.
 pub const READY: u32 = u32::MAX;
 
-/// Whether the work tile of `keys` is to store dQ. If not, all that it meets has values when this returns. Called by a whole
-/// warpgroup.
+/// Whether the work tile of `keys` is to store dQ. If not, all that it meets has values when this returns. Called by a
+/// whole warpgroup.
 #[inline(always)]
 pub fn stores(workspace: &Workspace, shape: &Shape, head_dim: u32, keys: &KvBlock) -> bool {
     let address = workspace.first_values_word(shape.key_head(keys.batch, keys.head));
@@ -51,7 +52,8 @@ pub fn stores(workspace: &Workspace, shape: &Shape, head_dim: u32, keys: &KvBloc
 pub fn make_ready(address: u64) {
     BackwardBarrier::sync_third();
     let leader = cta::converged(Leader::of_warpgroup);
-    // SAFETY: a word of the workspace that this CTA has claimed. The leader's release is for all, who have synchronised.
+    // SAFETY: a word of the workspace that this CTA has claimed. The leader's release is for all, who have
+    // synchronised.
     unsafe {
         asm!("{{ .reg .pred p; setp.ne.u32 p, {1}, 0; @p st.release.gpu.global.u32 [{0}], {2}; }}",
              in(reg64) address, in(reg32) leader.0, in(reg32) READY, options(nostack));

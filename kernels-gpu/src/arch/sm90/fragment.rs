@@ -113,8 +113,8 @@ impl<const N8: usize> Fragment<N8> {
 
     /// The same, sooner, unless a thread of the warp finds only negative numbers in a row.
     ///
-    /// The bits of floats that are not negative, taken for integers, have the order of the floats and lie above those of all
-    /// negative ones; and integers have an instruction for the largest of three, which halves the work.
+    /// The bits of floats that are not negative, taken for integers, have the order of the floats and lie above those
+    /// of all negative ones; and integers have an instruction for the largest of three, which halves the work.
     #[inline(always)]
     pub fn maxima_mostly_positive(&self, rows: Rows) -> Rows {
         let bits = |x: f32| x.to_bits() as i32;

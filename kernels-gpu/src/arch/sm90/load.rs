@@ -36,8 +36,8 @@ pub unsafe fn load_shared_16_bytes(address: u32) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// Reads the rows of a tile of `rows` rows in shared memory, at `tile`, from row `first_row` on, as a left operand; each
-/// warp its own sixteen, as [`super::store::write_tile`] would write them.
+/// Reads the rows of a tile of `rows` rows in shared memory, at `tile`, from row `first_row` on, as a left operand;
+/// each warp its own sixteen, as [`super::store::write_tile`] would write them.
 ///
 /// # Safety
 /// All lanes of the warp run it together. The rows are readable, and have been made visible to this thread.
@@ -181,7 +181,8 @@ pub unsafe fn count_turn(leader: Leader, address: u64) {
     }
 }
 
-/// Where `leader`, sets the word at `address` to `owner` if it is 0, and tells what it is then; others get nothing of meaning.
+/// Where `leader`, sets the word at `address` to `owner` if it is 0, and tells what it is then; others get nothing of
+/// meaning.
 ///
 /// # Safety
 /// The address is a word that others change by this alone while it is 0.

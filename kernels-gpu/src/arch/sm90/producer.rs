@@ -64,8 +64,8 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
         let slot = base + smem.slot(position.slot);
         let mine = smem.cluster == 1 || turn == cluster_rank();
         turn ^= 1;
-        // SAFETY: the barriers were initialised before the roles parted; the slot is empty once the wait returns, in both CTAs
-        // of a cluster, and each panel lies within it.
+        // SAFETY: the barriers were initialised before the roles parted; the slot is empty once the wait returns, in
+        // both CTAs of a cluster, and each panel lies within it.
         unsafe {
             Mbarrier(base + smem.empty(position.slot)).wait(position.parity);
             full.arrive_expect(Leader::SOLE, smem.slot_bytes());

@@ -23,7 +23,8 @@ use crate::tile::lane::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 const LANES: u32 = 8;
 const LARGEST_HEAD_DIM: u32 = 256;
 
-/// Fills the workspace's rows of one CTA: LSE, delta, and zeros for dQ where no work tile stores it; and sets counters to 0.
+/// Fills the workspace's rows of one CTA: LSE, delta, and zeros for dQ where no work tile stores it; and sets counters
+/// to 0.
 #[inline(always)]
 pub fn prepare<E: Packed>(p: &PrepareParams) {
     // SAFETY: reads special registers.
@@ -95,8 +96,8 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
     }
 }
 
-/// Turns 64 rows of the workspace's dQ into rows of the tensor; each warpgroup half of the columns, as the threads of the
-/// backward kernel added them. CTAs behind those for dQ add up parts of dK and dV.
+/// Turns 64 rows of the workspace's dQ into rows of the tensor; each warpgroup half of the columns, as the threads of
+/// the backward kernel added them. CTAs behind those for dQ add up parts of dK and dV.
 ///
 /// It runs on multiprocessors that the backward kernel has left while others are still at its last work tiles. CTAs of
 /// this kernel start only when all of that one run or are done, so none of those that they wait for needs their place.
@@ -140,8 +141,8 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
 /// Columns that a warpgroup adds up parts of, eights.
 const PART_N8: usize = 4;
 
-/// Adds up the parts of 64 rows of dK or dV, of a work tile that was taken in parts, in their order: of each half of the
-/// columns as many as a warpgroup takes.
+/// Adds up the parts of 64 rows of dK or dV, of a work tile that was taken in parts, in their order: of each half of
+/// the columns as many as a warpgroup takes.
 #[inline(always)]
 fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index: u32) {
     // SAFETY: reads a special register.
@@ -188,8 +189,8 @@ fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index
     unsafe { store_lines(&sum.pack::<E>(), &to, at, p.shape.seqlen_k, &p.shape) };
 }
 
-/// The first, 0, or the second, 1, of two tensors, by arithmetic: a choice between two addresses of parameters would have them
-/// copied to memory.
+/// The first, 0, or the second, 1, of two tensors, by arithmetic: a choice between two addresses of parameters would
+/// have them copied to memory.
 #[inline(always)]
 fn choose(second: u32, a: &Strided, b: &Strided) -> Strided {
     let mask = fresh(second.wrapping_neg()) as i32 as i64;
@@ -202,8 +203,8 @@ fn choose(second: u32, a: &Strided, b: &Strided) -> Strided {
     }
 }
 
-/// Waits until all work tiles have added what they have to a head's dQ. Where some may have been taken in parts, and in the
-/// last CTA, it waits for the whole backward kernel instead: who waits for this grid then finds dK and dV, too.
+/// Waits until all work tiles have added what they have to a head's dQ. Where some may have been taken in parts, and in
+/// the last CTA, it waits for the whole backward kernel instead: who waits for this grid then finds dK and dV, too.
 #[inline(always)]
 fn await_dq(p: &FinishParams, batch: u32, head: u32, cta: u32) {
     // SAFETY: reads special registers.

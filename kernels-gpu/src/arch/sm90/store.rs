@@ -123,8 +123,8 @@ pub fn wait_for_stores() {
     unsafe { asm!("cp.async.bulk.wait_group.read 0; bar.warp.sync 0xffffffff;", options(nostack)) }
 }
 
-/// The address that this lane holds of the four 8 × 8 matrices of a pair of column groups, in the sixteen rows of its warp;
-/// they lie in a tile of `rows` rows, from row `first_row` on.
+/// The address that this lane holds of the four 8 × 8 matrices of a pair of column groups, in the sixteen rows of its
+/// warp; they lie in a tile of `rows` rows, from row `first_row` on.
 #[inline(always)]
 pub fn matrices_of_pair(tile: u32, rows: u32, first_row: u32, pair: u32) -> u32 {
     let thread = thread_of_warpgroup();

@@ -38,8 +38,8 @@ pub unsafe fn load_box(leader: Leader, map: MapAddress, at: BoxOrigin, to: u32, 
     }
 }
 
-/// Starts the copy of one box to the same place in both CTAs of a cluster; its bytes count at the barrier in the same place
-/// of each.
+/// Starts the copy of one box to the same place in both CTAs of a cluster; its bytes count at the barrier in the same
+/// place of each.
 ///
 /// # Safety
 /// As [`load_box`], in both; one thread calls it.

@@ -52,8 +52,8 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
     #[inline(always)]
     fn release_k(&mut self) {
-        // By every thread, as below: after an election in this loop ptxas takes the warp for one that may have diverged.
-        // SAFETY: as above.
+        // By every thread, as below: after an election in this loop ptxas takes the warp for one that may have
+        // diverged. SAFETY: as above.
         unsafe { Mbarrier(self.base() + self.pipe.smem.k_empty(self.pipe.k.slot)).arrive() };
         self.pipe.k.advance(TotalSmem::K_STAGES);
     }

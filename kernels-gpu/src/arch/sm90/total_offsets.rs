@@ -42,8 +42,8 @@ pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, ti
     while let Some(lse) = loaded {
         loaded = steps.next().map(load);
         let Position { slot, parity } = position;
-        // SAFETY: the barriers were initialised before the roles parted; once the wait returns, nobody reads the offsets of
-        // this lap any more, and each lane stores its own.
+        // SAFETY: the barriers were initialised before the roles parted; once the wait returns, nobody reads the
+        // offsets of this lap any more, and each lane stores its own.
         unsafe {
             Mbarrier(base + smem.q_empty(slot)).wait(parity);
             for (i, lse) in lse.into_iter().enumerate() {

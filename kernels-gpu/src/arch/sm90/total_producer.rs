@@ -1,4 +1,5 @@
-//! The first warp of total attention's producer: one thread that loads each work tile's K, and keeps the ring of Q full.
+//! The first warp of total attention's producer: one thread that loads each work tile's K, and keeps the ring of Q
+//! full.
 
 use core::mem::offset_of;
 
@@ -15,7 +16,8 @@ use crate::pipeline::ring::Position;
 use crate::tile::smem::{PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
 use crate::tile::smem_total::TotalSmem;
 
-/// Loads the tiles that the work tiles need, in order, by the first warp of the warpgroup. `parameters` is the address of `p` in the kernel's parameter space.
+/// Loads the tiles that the work tiles need, in order, by the first warp of the warpgroup. `parameters` is the address
+/// of `p` in the kernel's parameter space.
 #[inline(always)]
 pub fn produce<M: Mask>(
     p: &TotalParams<TensorMap>,

@@ -114,8 +114,8 @@ pub fn wait<const LATER: usize>() {
 /// A·B with both in shared memory, in flight; `operands` names the tiles of each k16 step.
 ///
 /// # Safety
-/// There is at least one step. The descriptors name tiles of 64 × 16 and 16 × 8·N8 elements of E, both of the same major,
-/// that are full and stay unwritten until the wait.
+/// There is at least one step. The descriptors name tiles of 64 × 16 and 16 × 8·N8 elements of E, both of the same
+/// major, that are full and stay unwritten until the wait.
 #[inline(always)]
 pub unsafe fn multiply<E: Packed, const N8: usize>(
     steps: u32,
@@ -139,7 +139,8 @@ pub unsafe fn multiply<E: Packed, const N8: usize>(
     Pending(unsafe { d.assume_init() })
 }
 
-/// A·B with A in registers and B in shared memory, columns of consecutive k, in flight; `b` names the tile of each k16 step.
+/// A·B with A in registers and B in shared memory, columns of consecutive k, in flight; `b` names the tile of each k16
+/// step.
 ///
 /// # Safety
 /// K8 is not 0. The descriptors name tiles of 16 × 8·N8 elements of E that are full and stay unwritten until the wait.
@@ -166,7 +167,8 @@ pub unsafe fn multiply_registers<E: Packed, const K8: usize, const N8: usize>(
     Pending(unsafe { d.assume_init() })
 }
 
-/// D + A·B with A in registers and B in shared memory, rows of one k each, in flight; `b` names the tile of each k16 step.
+/// D + A·B with A in registers and B in shared memory, rows of one k each, in flight; `b` names the tile of each k16
+/// step.
 ///
 /// # Safety
 /// The descriptors name tiles of 16 × 8·N8 elements of E that are full and stay unwritten until the wait.
