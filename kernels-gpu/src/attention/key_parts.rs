@@ -15,7 +15,7 @@ use crate::ground::places::WorkTile;
 /// Maximum number of parts of a work tile. With more, summing them takes longer than what they save.
 const MOST_PARTS: u32 = 8;
 
-/// Part of a work tile, by the number of its workspace slot, or the whole tile.
+/// Part of a work tile, by the number of its workspace slot, or the unsplit tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part(u32);
 

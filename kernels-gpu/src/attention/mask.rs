@@ -1,4 +1,4 @@
-//! Masks, each defined by one interval of valid keys for each query row.
+//! Masks, each defined by one interval of valid keys for each query row. `live` in a name means valid.
 //!
 //! The blocks to visit ([`super::block_info`]) and the validity of a single key both follow from that interval, so they
 //! cannot disagree. Keys past the end are masked by the same interval.

@@ -2,8 +2,8 @@
 //! 2307.08691, algorithm 2; FlashAttention-3, arXiv 2407.08608, section 3).
 //!
 //! A CTA keeps one block of keys, K and V in shared memory, dK and dV in registers. Each of two consumer warpgroups has
-//! half of the keys (for head dim 256 see [`super::backward_gradients`]). With c = scale·log₂e, neg_lse_log2 =
-//! −LSE·log₂e and δ = rowsum(dO∘O) − dLSE, the CTA computes, transposed:
+//! half of the keys (for head dim 256 see [`super::backward_gradients`]). Let c = scale·log₂e, δ = rowsum(dO∘O) − dLSE
+//! and neg_lse_log2 = −LSE·log₂e, which is `offsets` in the code. The CTA computes, transposed:
 //!
 //! ```text
 //! for each work tile of the CTA, a block of keys of one key head:
@@ -26,14 +26,15 @@
 //! 2. The consumers also write dSᵀ to a ring in shared memory. A third warpgroup, which issues the loads too, computes
 //!    dS·K from it and accumulates dQ in f32 in the workspace (`arch/sm90/backward_dq.rs`). So the consumers never wait
 //!    for each other's dS (notebook 41).
-//! 3. A ping-pong barrier overlaps one consumer's exponentials with the other's products. A consumer holds it while it
-//!    issues dV and dK of the last query block and S of the next, and above head dim 64 also dP (notebook 43, 44).
+//! 3. A ping-pong barrier (`take_turn`, `pass_turn`) overlaps one consumer's exponentials with the other's products. A
+//!    consumer holds it while it issues dV and dK of the last query block and S of the next, and above head dim 64 also
+//!    dP (notebook 43, 44).
 //! 4. At head dim 128, S is issued before dV and dK are waited for, so that products follow each other without a pause
 //!    (`queues_scores`, notebook 59).
 //! 5. `neg_lse_log2` is read before the ping-pong barrier, and δ before a wait, if registers allow (`read_early`,
 //!    notebook 46).
-//! 6. dS is written at the end of a step, but published while the next step's products run (`Mainloop::issue`, notebook
-//!    47).
+//! 6. dS is written to the ring at the end of a step (`add_dq`), but published while the next step's products run
+//!    (`pass_ds`, notebook 47).
 //! 7. At head dim 128, plain attention without dropout has a second buffer for K, into which the next work tile's K is
 //!    loaded early (notebook 83).
 //! 8. The tail of a launch is split along queries ([`crate::attention::key_parts`], notebook 65), and some work tiles

@@ -2,17 +2,22 @@
 //! two. One consumer warpgroup has dV, the other has dK. The algorithm is that of [`super::backward`]:
 //!
 //! ```text
-//! consumer 0          Sᵀ = K·Qᵢᵀ → Pᵀ → shared memory        dV = dV + Pᵀ·dOᵢ
-//! consumer 1          dPᵀ = V·dOᵢᵀ; Pᵀ from there → dSᵀ      dK = dK + dSᵀ·Qᵢ
-//! third warpgroup     loads; dSᵀ from its ring               dQᵢ = dQᵢ + dS·K
+//! consumer 0          Sᵀ = K·Qᵢᵀ → Pᵀ → shared memory          dV = dV + Pᵀ·dOᵢ
+//! consumer 1          dPᵀ = V·dOᵢᵀ, Pᵀ from shared memory      → dSᵀ → ring, dK = dK + dSᵀ·Qᵢ
+//! third warpgroup     dSᵀ from the ring                        dQᵢ = dQᵢ + dS·K, and all loads
 //! ```
+//!
+//! `pass_weights` writes P to shared memory in f32, and `take_weights` reads it, thread to thread. `offsets` is
+//! neg_lse_log2 = −LSE·log₂e.
 //!
 //! No product is computed twice. If each consumer had half of the columns of both gradients, both would compute all of
 //! S and dP, seven products instead of five (notebook 80).
 //!
-//! Done for speed: Pᵀ·dO of the last block overlaps the exponentials of the next one (`Dv::step`), and dSᵀ·Q of the
-//! last block overlaps dS of the next one (`Dk::step`). A consumer with one gradient has registers to spare, so that
-//! the third warpgroup gets 72 of them (notebook 81).
+//! Done for speed:
+//!
+//! 1. Pᵀ·dO of the last block overlaps the exponentials of the next one (`Dv::step`), and dSᵀ·Q of the last block
+//!    overlaps dS of the next one (`Dk::step`).
+//! 2. A consumer with one gradient needs fewer registers, so that the third warpgroup has 72 (notebook 81).
 
 use super::backward::{Step, blocks_met, dk_of};
 use crate::arch::BackwardWarpgroup;

@@ -20,10 +20,10 @@
 //!
 //! 1. S of the next block is issued together with P·V of this one, and the softmax starts as soon as S has arrived. So
 //!    the tensor cores work during the softmax (`Mainloop::step`).
-//! 2. A ping-pong barrier lets one consumer at a time issue, so that one's softmax overlaps the other's products
-//!    (notebook 11).
+//! 2. A ping-pong barrier (`take_turn`, `pass_turn`) lets one consumer at a time issue, so that one's softmax overlaps
+//!    the other's products (notebook 11).
 //! 3. S of the next work tile's first block is issued with the last P·V of this one (`Mainloop::turn_over`, notebook
-//!    14). The pipeline drains once a launch.
+//!    14). The pipeline drains once per launch.
 //! 4. Q of the next work tile is requested as soon as the last S of this one has arrived (`Upcoming`, notebook 9).
 //! 5. Full blocks run without masking code, in loops of their own ([`Visits`]); the first and the last block are masked
 //!    only if they are not full (notebook 17).
@@ -36,7 +36,7 @@
 //!
 //! ```text
 //! producer    K₀ K₁ V₀ K₂ V₁ K₃ V₂ …                        TMA loads into the ring
-//! consumer 0  [S₀] softmax₀ [S₁ P₀V₀] softmax₁ [S₂ P₁V₁] …  [ ] = issued together; softmaxⱼ starts once Sⱼ is there
+//! consumer 0  [S₀] softmax₀ [S₁ P₀V₀] softmax₁ [S₂ P₁V₁] …  [ ] = issued together; softmaxⱼ waits for Sⱼ alone
 //! consumer 1            [S₀] softmax₀ [S₁ P₀V₀] softmax₁ …  about half a step later, by the ping-pong barrier
 //! ```
 

@@ -1,7 +1,8 @@
 //! Total attention, total_j = Σ_i P_ij with P = exp(scale·Q·Kᵀ − LSE): the weight that each key gets from all queries.
 //! It is a second pass over Q, K and the LSE of the forward pass.
 //!
-//! A consumer warpgroup owns 64 keys of one query head. With c = scale·log₂e and neg_lse_log2 = −LSE·log₂e it computes:
+//! A consumer warpgroup owns 64 keys of one query head. With c = scale·log₂e and neg_lse_log2 = −LSE·log₂e, which
+//! `map_offsets` reads, it computes:
 //!
 //! ```text
 //! for each work tile of the CTA:
@@ -16,15 +17,15 @@
 //! Done for speed:
 //!
 //! 1. S is computed transposed, so that a key is a row. Its sum stays in registers until the work tile ends.
-//! 2. Up to head dim 128 there are four consumers, each with one fragment of scores. One's product overlaps the others'
-//!    exponentials (notebook 102, 120).
-//! 3. Above it there are two consumers with two fragments each. S of the next block, also of the next work tile's first
-//!    one, overlaps the exponentials of this block (`Mainloop::step`).
+//! 2. Up to head dim 128 there are four consumers, each with one fragment of scores. The product of one overlaps the
+//!    exponentials of the others (notebook 102, 120).
+//! 3. Above head dim 128 there are two consumers with two fragments each. S of the next block, which may be the first
+//!    of the next work tile, overlaps the exponentials of this block (`Mainloop::step`).
 //! 4. Up to head dim 64, K is the left operand from registers, so that a product reads only Q from shared memory
 //!    (notebook 110).
 //! 5. Up to head dim 64, one exponential in sixteen is a polynomial, which takes no time of the SFU
 //!    ([`crate::attention::exponential`], notebook 116).
-//! 6. The tail of a launch is split along keys ([`crate::attention::shared_tiles`], notebook 111).
+//! 6. Up to head dim 128, the tail of a launch is split along keys ([`crate::attention::shared_tiles`], notebook 111).
 //! 7. A second warp of the producer loads the LSE and stores `neg_lse_log2` next to Q's slot
 //!    (`arch/sm90/total_offsets.rs`, notebook 99).
 
