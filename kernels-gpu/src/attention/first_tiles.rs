@@ -10,9 +10,9 @@ use super::pairs::Pairs;
 use super::scheduler::TileOrder;
 use crate::ground::places::WorkTile;
 
-/// Number of waves from the work tile that initialises dQ to those that accumulate. It takes as long as two waves if a
-/// mask masks out half of the queries, and CTAs are not all equally far. More waves would leave less of dQ in L2
-/// (notebook 73, 74).
+/// Number of waves from the work tile that initialises dQ to those that accumulate. The initialising tile takes as long
+/// as two waves if a mask masks out half of the queries, and CTAs are not all equally far. More waves would leave less
+/// of dQ in L2 (notebook 73, 74).
 const ROUNDS: u32 = 3;
 /// Maximum number of blocks of keys per head. With more, zeroing is so small a part of the work that what is lost from
 /// L2 outweighs it (notebook 73).

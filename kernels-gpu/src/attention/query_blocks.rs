@@ -54,7 +54,8 @@ impl MBlocks {
         }
         let queries = |j| pairs.queries::<M>(shape, pair, j);
         let (first, last) = (queries(first_key), queries(last_key.min(shape.seqlen_k - 1)));
-        // Starts and ends grow with the key. If no query attends to the first or the last key, none attends to any.
+        // Starts and ends grow with the key. If queries attend neither to the first key nor to the last one, they
+        // attend to none.
         let any = |(start, end): (u32, u32)| start < end.min(shape.seqlen_q);
         let end = if any(first) || any(last) { last.1.div_ceil(block_m).min(m_blocks) } else { 0 };
         MBlocks {

@@ -98,9 +98,9 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
         // Sums the block first, then adds it to the total: the sum of a long column is too large to take small terms
         // one by one.
         self.total = wg.zip(self.total, wg.fold(&s, |a, p| a + p), |total, block| total + block);
-        // Tests in every step whether the tile ends; `unknown` hides from compilers that most steps are never the last.
-        // A branch that may need the sums keeps the exponentials before it. Without it, compilers wait for the next
-        // scores first, and leave the exponentials until after that product.
+        // Tests in every step for the end of the tile; `unknown` hides from compilers which steps can never be the
+        // last. A branch that may need the sums keeps the exponentials before it. Without it, compilers wait for the
+        // next scores first, and leave the exponentials until after that product.
         if m_block == W::unknown(tile.start) {
             let total = wg.reduce(self.total, |a, b| a + b);
             wg.store_keys(total, p.total, tile, &p.shape);
