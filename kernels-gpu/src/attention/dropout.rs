@@ -5,7 +5,7 @@
 //! Each nibble is the upper half of the byte of one of 32 elements. The lower half of that byte is the exclusive or of
 //! the three nibbles that the other words have at the same position. So every byte is uniform, and the bytes of any
 //! three elements are independent of each other. Four can be dependent, as in the extended Hamming code, but only if an
-//! upper half leaves open whether its element is kept, which one of its sixteen values does.
+//! upper half leaves open whether its element is kept. One of the sixteen values of an upper half does so.
 //!
 //! The 32 elements are chosen from a tile of 16 queries × 32 keys so that few threads hold them in the fragments of
 //! both passes, whose rows are queries or keys. For query i and key j:
