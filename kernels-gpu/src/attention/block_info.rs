@@ -1,9 +1,10 @@
-//! Which n_blocks a query tile visits: skipped blocks hold no live key, full blocks hold only live ones.
+//! Blocks of keys (n_blocks) that a query tile visits. A skipped block has no valid key, a full block has only valid
+//! ones.
 //!
-//! Blocks are visited from the last to the first, so that the masked ones come before the full ones and the mainloop
-//! runs over consecutive ranges with one step function; with two pairs, those of the first pair and then those of the
-//! second. A query tile without a live key visits its first block all the same, wholly masked: so every work tile has a
-//! first and a last visit, and the mainloop no case of none.
+//! Blocks are visited from the last to the first. So masked blocks come before full ones, and the mainloop runs over
+//! consecutive ranges with one step function. With two pairs, the blocks of the first pair come before those of the
+//! second. A query tile without a valid key visits its first block, wholly masked. So every work tile has a first and a
+//! last visit, and the mainloop needs no case for none.
 
 use core::marker::PhantomData;
 
@@ -14,7 +15,7 @@ use crate::ground::places::KvBlock;
 use crate::ground::places::WorkTile;
 use crate::ground::shape::Shape;
 
-/// The n_blocks that a query tile meets through one pair: of `start..end`, those in `full_start..full_end` are full,
+/// Blocks of keys that a query tile visits through one pair. Of `start..end`, those in `full_start..full_end` are full,
 /// the others masked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct NBlocks {
@@ -28,7 +29,7 @@ impl NBlocks {
     #[inline(always)]
     fn new<M: Mask, P: Pairs>(shape: &Shape, pairs: P, pair: u32, rows: (u32, u32), block_n: u32) -> Self {
         let (first, last) = (pairs.keys::<M>(shape, pair, rows.0), pairs.keys::<M>(shape, pair, rows.1));
-        // Starts and ends grow with the row; where neither the first nor the last row sees a key, none does.
+        // Starts and ends grow with the row. If neither the first nor the last row attends to a key, no row does.
         let any = P::COUNT == 1 || first.0 < first.1 || last.0 < last.1;
         let end = if any { last.1.div_ceil(block_n) } else { 0 };
         NBlocks {
@@ -40,20 +41,21 @@ impl NBlocks {
     }
 }
 
-/// What a query tile visits, counted down: visit `u` has `u` more behind it.
+/// Visits of a query tile. They count down: visit `u` is followed by `u` more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Visits {
     pub count: u32,
-    /// Those below are of the second pair.
+    /// Visits below this one are of the second pair.
     second: u32,
     /// Visit `u` of the first pair is n_block `u − base`, modulo 2³².
     base: u32,
-    /// Where runs of full blocks begin and end.
+    /// First and end of the first pair's full visits.
     first_full: (u32, u32),
+    /// End of the second pair's full visits, which begin at 0.
     second_full: u32,
 }
 
-/// One block of keys, and the pair that its scores come from.
+/// Block of keys, and the pair that its scores come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Visit {
     pub pair: u32,
@@ -61,7 +63,8 @@ pub struct Visit {
 }
 
 impl Visits {
-    /// For the query rows `first_row..first_row + block_m`, of which there is at least one before seqlen_q.
+    /// Computes the visits of the query rows `first_row..first_row + block_m`, of which at least one is before
+    /// seqlen_q.
     #[inline(always)]
     pub fn new<M: Mask, P: Pairs>(shape: &Shape, pairs: P, first_row: u32, block_m: u32, block_n: u32) -> Self {
         let rows = (first_row, (first_row + block_m).min(shape.seqlen_q) - 1);
@@ -93,30 +96,30 @@ impl Visits {
         Visit { pair: second as u32, n_block: if second { u } else { u.wrapping_sub(self.base) } }
     }
 
-    /// Whether every row sees every key of the block through the pair.
+    /// True if every row attends to every key of the block through the pair.
     #[inline(always)]
     pub fn is_full(&self, u: u32) -> bool {
         (self.first_full.0 <= u && u < self.first_full.1) || u < self.second_full
     }
 
-    /// Of run `index`, of as many as there are pairs: the full visits, `.0` up to but not `.1`. Counted down, the run's
-    /// masked visits come before them, from where the run before ended.
+    /// Returns the full visits of run `index`, from `.0` up to but not `.1`. There is one run per pair. A run's masked
+    /// visits come before its full ones, counting down from where the previous run's full visits ended.
     #[inline(always)]
     pub fn run(&self, index: u32) -> (u32, u32) {
         if index == 0 { self.first_full } else { (0, self.second_full) }
     }
 }
 
-/// The blocks of keys that a CTA's work tiles visit, in the order in which they visit them.
+/// Blocks of keys that a CTA's work tiles visit, in the order of their visits.
 pub struct KvBlocks<'a, M, P, I> {
     shape: &'a Shape,
     pairs: P,
     block_m: u32,
     block_n: u32,
     tiles: I,
-    /// Query heads of a key/value head.
+    /// Query heads per key/value head.
     group: Divisor,
-    /// The work tile's batch item and key/value head, and its visits; `left` of them are still to come.
+    /// Batch item and key/value head of the current work tile, and its visits. `left` of them are still to come.
     batch: u32,
     head: u32,
     visits: Visits,
@@ -187,7 +190,7 @@ mod tests {
                     );
                 }
             }
-            // Runs of masked and full visits follow each other from the top, as the mainloop takes them.
+            // Runs of masked and full visits follow each other from the top, in the order of the mainloop.
             let mut above = visits.count;
             for (full_start, full_end) in (0..P::COUNT).map(|run| visits.run(run)) {
                 let full_end = full_end.min(above);

@@ -1,62 +1,71 @@
-//! Dropout of attention weights: which are kept is a function of (seed, offset, head, query, key), and of nothing else.
+//! Dropout of elements of P. Whether an element is kept is a function of (seed, offset, head, query, key), and of
+//! nothing else.
 //!
-//! A weight has a random byte, of which t in 256 drop it. One call of Philox gives four words, and so four times eight
-//! nibbles: the upper halves of the bytes of 32 weights, one each. The lower half of a weight's byte is the sum, by
-//! exclusive or, of the three nibbles that the other words have in one place. So every byte is uniform, and the bytes
-//! of any three weights are independent of each other; four can be dependent, as in the extended Hamming code, but only
-//! where an upper half leaves open whether its weight is kept: for one of its sixteen values.
+//! An element has a random byte, of whose 256 values t drop it. One Philox call gives four words of eight nibbles each.
+//! Each nibble is the upper half of the byte of one of 32 elements. The lower half of that byte is the exclusive or of
+//! the three nibbles that the other words have at the same position. So every byte is uniform, and the bytes of any
+//! three elements are independent of each other. Four can be dependent, as in the extended Hamming code, but only if an
+//! upper half leaves open whether its element is kept. One of the sixteen values of an upper half does so.
 //!
-//! The 32 weights are those of a tile of 16 queries × 32 keys that fragments of both passes, whose rows are queries or
-//! keys, find in few threads. The call is that of (i/16, j/32) and, within the tile, of ((i mod 8)/2, (j mod 8)/2); its
-//! word is 2·((i + j/32) mod 2) + j/8 mod 2, of which `bytes` takes what belongs to the half j/16 mod 2 of the tile;
-//! the byte is 2·(j mod 2) + i/8 mod 2. Words are rotated right by one, so that bytes 1 and 3 are what comparisons of
-//! two f16 see when they ignore signs.
+//! The 32 elements are chosen from a tile of 16 queries × 32 keys so that few threads hold them in the fragments of
+//! both passes, whose rows are queries or keys. For query i and key j:
 //!
-//! In a fragment a thread holds rows r and r + 8, and two neighbouring columns of each eight: half of what a call
-//! gives, or a quarter where rows are keys. As much belongs to the next row, or the one before, four lanes away. So
-//! threads of even rows make the calls of every second tile, those of odd rows the rest, and they exchange halves:
-//! where rows are queries, always the last two words.
+//! | what | value |
+//! | --- | --- |
+//! | tile of the call | (i/16, j/32) |
+//! | call within the tile | ((i mod 8)/2, (j mod 8)/2) |
+//! | word of the call | 2·((i + j/32) mod 2) + j/8 mod 2 |
+//! | half of the tile, for which `bytes` takes the bytes of the word | j/16 mod 2 |
+//! | byte of the word | 2·(j mod 2) + i/8 mod 2 |
+//!
+//! Words are rotated right by one bit, so that bytes 1 and 3 are what comparisons of two f16 see when they ignore
+//! signs.
+//!
+//! A thread holds rows r and r + 8 of a fragment, and two neighbouring columns of each n8 column group. That is half of
+//! what a call decides, or a quarter if rows are keys. As much belongs to the neighbouring row, which the thread four
+//! lanes away holds. So threads of even rows make the calls of every second tile, threads of odd rows make the rest,
+//! and they exchange halves. If rows are queries, these are always the last two words.
 
 use super::philox::Philox;
 use crate::arch::bytes::select_bytes;
 use crate::tile::lane::Lane;
 
-/// Rounds of Philox: as many as FlashAttention has.
+/// Number of Philox rounds, the same as FlashAttention's.
 pub const ROUNDS: usize = 7;
 
-/// Queries and keys of the tiles that calls belong to.
+/// Queries and keys of the tiles to which calls belong.
 const QUERIES: u32 = 16;
 const KEYS: u32 = 32;
-/// A byte in each byte of a word.
+/// Factor that copies a byte to each byte of a word.
 const EACH_BYTE: u32 = 0x0101_0101;
-/// The top bit of each byte.
+/// Top bit of each byte.
 const TOP_BITS: u32 = 0x8080_8080;
 
-/// Which weights are dropped, as launch parameters.
+/// Dropout as launch parameters.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
     philox: Philox<ROUNDS>,
-    /// The lower half of the offset.
+    /// Lower half of the offset.
     offset: u32,
     threshold: u32,
-    /// Bytes that are at least this, which is 128 at most, keep a weight.
+    /// Bound of at most 128. Bytes that are at least as large keep an element.
     bound: u32,
-    /// All ones where they drop it instead.
+    /// All ones if such bytes drop the element instead; 0 otherwise.
     pub flipped: u32,
-    /// Twice the bound as the f16 whose magnitude it is: bits 7 to 14 of it.
+    /// Two f16, each with `bound` in bits 7 to 14 of its magnitude.
     pub bound_f16x2: u32,
-    /// What kept weights are multiplied by: 1 / (1 − threshold/256).
+    /// Factor of kept elements: 1 / (1 − threshold/256).
     pub scale: f32,
 }
 
-/// Whether a kernel drops weights at all, known when it is compiled.
+/// Property of a kernel, known when it is compiled: with or without dropout.
 pub trait Drops: Copy {
-    /// True if it can.
+    /// True if the kernel can drop elements.
     const DROPS: bool;
 }
 
-/// Every weight counts.
+/// No dropout: every element is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct NoDropout;
 
@@ -68,7 +77,7 @@ impl Drops for Dropout {
     const DROPS: bool = true;
 }
 
-/// Which way round a tile of weights lies.
+/// Orientation of a tile of P.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rows {
     /// Rows are queries, columns keys.
@@ -77,8 +86,8 @@ pub enum Rows {
     Keys,
 }
 
-/// Where a fragment of weights lies: the query head, counted over the batch, and the first row and column, multiples of
-/// 64 for keys and of 32 for queries.
+/// Position of a fragment of P: the query head, counted over the batch, and the first row and column. They are
+/// multiples of 64 for keys and of 32 for queries.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
     pub head: u32,
@@ -87,8 +96,8 @@ pub struct Place {
     pub rows: Rows,
 }
 
-/// Which of a thread's sixteen weights in two neighbouring eights of columns: its upper or lower row, the left or right
-/// eight, the even or odd column.
+/// Position of one of a thread's elements in two neighbouring n8 column groups: its upper or lower row, the left or
+/// right group, the even or odd column.
 #[derive(Clone, Copy, Debug)]
 pub struct Element {
     pub lower: usize,
@@ -97,7 +106,7 @@ pub struct Element {
 }
 
 impl Rows {
-    /// The word of [`Bytes`] and its byte that belong to a weight.
+    /// Returns the word of [`Bytes`], and the byte in it, that belong to an element.
     #[inline(always)]
     pub const fn byte(self, Element { lower, right, odd }: Element) -> (usize, usize) {
         match self {
@@ -107,51 +116,53 @@ impl Rows {
     }
 }
 
-/// The random bytes of what a thread holds of a 16 × 16 tile, in the places that [`Rows::byte`] names; where rows are
-/// queries, as [`in_sight`] takes them.
+/// Random bytes of a thread's elements of a 16 × 16 tile, at the positions that [`Rows::byte`] returns. If rows are
+/// queries, they are still as [`in_sight`] takes them.
 pub type Bytes = [u32; 2];
 
-/// The call that a query or key takes part in, counted along it: four to a tile.
+/// Returns the number of the call to which a query or key belongs, counted along its axis. A tile has four.
 #[inline(always)]
 const fn call(x: u32, tile: u32) -> u32 {
     x / tile * 4 + x % 8 / 2
 }
 
-/// The word of a call that decides on a weight, the half of the tile that it is in, and the byte.
+/// Returns the word of a call that decides on an element, the half of the tile that the element is in, and the byte.
 const fn decides(i: u32, j: u32) -> (usize, u32, usize) {
     ((2 * ((i + j / KEYS) % 2) + j / 8 % 2) as usize, j / 16 % 2, (2 * (j % 2) + i / 8 % 2) as usize)
 }
 
-/// What a word has for one half of the keys of a tile, 0 or 1: bytes, once they are turned; `parity` is the sum of the
-/// call's words. A nibble is the upper half of a byte for one half of the keys, and in the lower ones for the other.
+/// Returns the bytes of a word for one half of a tile's keys, 0 or 1, before they are rotated into place. `parity` is
+/// the exclusive or of the call's words, so that `word ^ parity` is that of the three others. A nibble of the word is
+/// the upper half of a byte for one half of the keys. For the other half of the keys, the exclusive or in its position
+/// is a lower half.
 #[inline(always)]
 fn nibbles(word: u32, parity: u32, half: u32) -> u32 {
     let lower = 0x8787_8787 ^ half.wrapping_neg();
     word ^ parity & lower
 }
 
-/// The same, turned to where bytes begin.
+/// Returns [`nibbles`], rotated so that their bytes are the bytes of the word.
 #[inline(always)]
 fn bytes(word: u32, parity: u32, half: u32) -> u32 {
     nibbles(word, parity, half).rotate_left(4 * half + 1)
 }
 
-/// The sum of a call's words, by exclusive or.
+/// Returns the exclusive or of a call's words.
 #[inline(always)]
 fn parity([a, b, c, d]: [u32; 4]) -> u32 {
     a ^ b ^ c ^ d
 }
 
-/// The bytes of 16 × 32 weights for each half of the columns, as [`in_sight`] takes them, from their words and the
-/// call's parity; rows are queries.
+/// Returns a thread's bytes of a tile of 16 × 32 elements for each half of the columns, as [`in_sight`] takes them.
+/// Rows are queries. The arguments are two words of a call, and the call's parity.
 #[inline(always)]
 pub fn halves([a, b, parity]: [u32; 3]) -> [Bytes; 2] {
     [0, 1].map(|half| [a, b].map(|word| nibbles(word, parity, half)))
 }
 
-/// What one of the [`halves`] has for the upper rows or the lower, in bits 7 to 14 of each half word, where comparisons
-/// see it. A shift does for one of the rotations: what it loses is not compared, and it is a product, which integer
-/// units need not do.
+/// Returns the bytes that one of the [`halves`] has for the upper or lower rows, in bits 7 to 14 of each half word,
+/// where comparisons see them. One of the rotations may be a shift, because the bits that it loses are not compared. A
+/// shift is a product, which need not run on the integer pipe (notebook 135).
 #[inline(always)]
 pub fn in_sight(nibbles: u32, half: usize, lower: usize) -> u32 {
     match (half, lower) {
@@ -162,31 +173,33 @@ pub fn in_sight(nibbles: u32, half: usize, lower: usize) -> u32 {
     }
 }
 
-/// `b` where a lane's rows are odd, `a` elsewhere: by arithmetic, because a branch by lane could take shuffles with it.
+/// Returns `b` if a lane's rows are odd, and `a` otherwise. It is arithmetic, because a branch by lane could take
+/// shuffles with it.
 #[inline(always)]
 fn where_odd<const WORDS: usize>(lane: Lane, a: [u32; WORDS], b: [u32; WORDS]) -> [u32; WORDS] {
     let odd = (lane.row(0) % 2).wrapping_neg();
     core::array::from_fn(|word| a[word] ^ (a[word] ^ b[word]) & odd)
 }
 
-/// What one thread's call gives to its own row, and to the neighbouring one.
+/// Words that one thread's call gives to its own row and to the neighbouring one.
 #[derive(Clone, Copy)]
 pub struct Call<const WORDS: usize> {
     own: [u32; WORDS],
-    /// What the thread of the neighbouring row, four lanes away, needs.
+    /// Words for the thread of the neighbouring row, four lanes away.
     pub sent: [u32; WORDS],
 }
 
 impl<const WORDS: usize> Call<WORDS> {
-    /// What this thread's rows have in the two tiles, with what its neighbour has sent.
+    /// Returns the words of this thread's rows in the two tiles, given the words that its neighbour has sent.
     #[inline(always)]
     pub fn joined(&self, lane: Lane, received: [u32; WORDS]) -> [[u32; WORDS]; 2] {
         [where_odd(lane, self.own, received), where_odd(lane, received, self.own)]
     }
 }
 
-/// What [`Dropout::kept_call`] says of a tile in rows from `row`, with the top bits of each byte for its weights: even
-/// columns have the top bit and odd ones the bit below it, or the other way round in every second tile of rows.
+/// Moves what [`Dropout::kept_call`] returns for a tile, in rows from `row`, to the top bits of bytes: one word for
+/// even columns, one for odd ones. In `both`, even columns have the top bit of each byte and odd ones the bit below it.
+/// In every second tile of rows it is the opposite.
 #[inline(always)]
 pub fn top_bits([both]: [u32; 1], row: u32) -> Bytes {
     let swapped = row / KEYS % 2;
@@ -194,8 +207,8 @@ pub fn top_bits([both]: [u32; 1], row: u32) -> Bytes {
 }
 
 impl Dropout {
-    /// Drops weights with probability threshold/256. The mask is that of the key `seed` and of counters from `offset`,
-    /// of which the upper half is added to the key's: no two masks of one seed are the same.
+    /// Drops elements with probability threshold/256. The Philox key is `seed` plus the upper half of `offset`, in its
+    /// place; counters contain the lower half. So no two masks of one seed are the same.
     pub fn new(threshold: u8, seed: u64, offset: u64) -> Self {
         let key = seed.wrapping_add(offset & (u32::MAX as u64) << 32);
         let scale = 256.0 / (256.0 - threshold as f32);
@@ -212,31 +225,32 @@ impl Dropout {
         }
     }
 
-    /// The share of weights that are kept: the probability.
+    /// Returns the probability that an element is kept.
     pub fn keeps(&self) -> f32 {
         1.0 - self.threshold as f32 / 256.0
     }
 
-    /// The call that decides on the weight of query `i` for key `j`, and on 31 others; `head` counts query heads over
-    /// the batch.
+    /// Makes the call that decides on the element of query `i` and key `j`, and on 31 others. `head` counts query heads
+    /// over the batch.
     #[inline(always)]
     fn words(&self, head: u32, i: u32, j: u32) -> [u32; 4] {
         self.philox.at([call(i, QUERIES), call(j, KEYS), head, self.offset])
     }
 
-    /// Whether the weight of query `i` for key `j` is kept, by the words of its call.
+    /// True if the element of query `i` and key `j` is kept, by the words of its call.
     fn kept_by(&self, words: [u32; 4], i: u32, j: u32) -> bool {
         let (word, half, byte) = decides(i, j);
         let byte = bytes(words[word], parity(words), half).to_le_bytes()[byte];
         (byte as u32 >= self.bound) != (self.flipped != 0)
     }
 
-    /// Whether the weight of query `i` for key `j` is kept; `head` counts query heads over the batch.
+    /// True if the element of query `i` and key `j` is kept. `head` counts query heads over the batch.
     pub fn kept(&self, head: u32, i: u32, j: u32) -> bool {
         self.kept_by(self.words(head, i, j), i, j)
     }
 
-    /// `f(i, j, kept)` for all that a call decides on, if `i` and `j` are the first of them, and for none otherwise.
+    /// Calls `f(i, j, kept)` for all elements on which a call decides if `i` and `j` are the first of them, and for
+    /// none otherwise.
     pub fn for_call(&self, head: u32, i: u32, j: u32, mut f: impl FnMut(u32, u32, bool)) {
         let first = |x: u32, tile| x % tile < 8 && x.is_multiple_of(2);
         if !first(i, QUERIES) || !first(j, KEYS) {
@@ -250,21 +264,21 @@ impl Dropout {
         }
     }
 
-    /// Sets the top bit of each byte that keeps its weight, and clears that of the others.
+    /// Sets the top bit of each byte that keeps its element, and clears it in the others.
     #[inline(always)]
     fn compare(&self, bytes: u32) -> u32 {
-        // The lower seven bits by an addition that carries into the eighth, and no further.
+        // Compares the lower seven bits by an addition that carries into the eighth, and no further.
         let lower = (bytes & !TOP_BITS).wrapping_add((0x80 - self.bound) * EACH_BYTE);
         (bytes | lower) ^ self.flipped
     }
 
-    /// The call that the thread at `lane` makes for a pair of tiles of a fragment: for the first where its rows are
-    /// even, for the second where they are odd.
+    /// Makes the call of the thread at `lane` for a pair of tiles of a fragment: for the first tile if its rows are
+    /// even, for the second if they are odd.
     #[inline(always)]
     fn words_at(&self, at: &Place, lane: Lane, pair: u32) -> [u32; 4] {
         if at.rows == Rows::Queries {
-            // Calls are counted along rows and columns as lanes are: eight lanes share two rows, and so a call's, and
-            // their calls are all that two tiles have there.
+            // Calls are counted along rows and columns as lanes are. Eight lanes share two rows, which belong to one
+            // call along their axis. The calls of these lanes are all that the two tiles have in those rows.
             let [i, j] = [at.row / 4 + lane.thread / 8, at.column / 8 + 8 * pair + lane.thread % 8];
             return self.philox.at([i, j, at.head, self.offset]);
         }
@@ -273,7 +287,8 @@ impl Dropout {
         self.words(at.head, column, row)
     }
 
-    /// That call where rows are queries, a pair has 64 columns: what [`halves`] takes.
+    /// Makes the thread's call for a pair of tiles if rows are queries; the pair has 64 columns. The words are
+    /// arguments of [`halves`].
     #[inline(always)]
     pub fn call(&self, at: &Place, lane: Lane, pair: u32) -> Call<3> {
         let words = self.words_at(at, lane, pair);
@@ -281,7 +296,8 @@ impl Dropout {
         Call { own: [a, b, parity], sent: [c, d, parity] }
     }
 
-    /// Where rows are keys, and a pair has 32 columns, what that call decides.
+    /// Makes the thread's call for a pair of tiles if rows are keys; the pair has 32 columns. Returns which elements
+    /// are kept, as [`top_bits`] takes it.
     #[inline(always)]
     pub fn kept_call(&self, at: &Place, lane: Lane, pair: u32) -> Call<1> {
         let words = self.words_at(at, lane, pair);

@@ -1,30 +1,31 @@
-//! What kernels do with dropout, as a choice at compile time: [`NoDropout`] leaves nothing of it in the code.
+//! Operations of dropout in kernels, as a choice at compile time. [`NoDropout`] leaves none of them in the code.
 
 use super::dropout::{Dropout, Drops, NoDropout, Place};
 use crate::arch::Warpgroup;
 
-/// A kernel's dropout: a choice at compile time, of which [`NoDropout`] leaves nothing in the code.
+/// Dropout of a kernel, chosen at compile time. [`NoDropout`] leaves nothing of it in the code. The elements are those
+/// of P, and the scale is 1 / (1 − dropout probability).
 pub trait Dropping: Drops {
-    /// Which weights of a tile are kept.
+    /// Record of which elements of a tile are kept.
     type Keep<W: Warpgroup, const N8: usize>: Copy;
 
-    /// Of the tile at `place`.
+    /// Makes the record of the tile at `place`.
     fn keep<W: Warpgroup, const N8: usize>(&self, wg: &W, place: impl FnOnce(&W) -> Place) -> Self::Keep<W, N8>;
-    /// Packed weights that are dropped become 0; the others still lack the scale.
+    /// Zeroes dropped elements of a packed P. The others still lack the scale.
     fn drop_operand<W: Warpgroup, const N8: usize>(wg: &W, x: &mut W::Operand<N8>, keep: &Self::Keep<W, N8>);
-    /// Marks weights that are dropped by a negative sign, so that no register has to say so beside them.
+    /// Marks dropped elements by their sign bit, so that no further register has to say which they are.
     fn mark<W: Warpgroup, const N8: usize>(wg: &W, p: &mut W::Acc<N8>, keep: &Self::Keep<W, N8>);
-    /// Packs weights, marked ones as 0; the others still lack the scale.
+    /// Packs P, with 0 for marked elements. The others still lack the scale.
     fn pack_unmarked<W: Warpgroup, const N8: usize>(wg: &W, p: &W::Acc<N8>) -> W::Operand<N8>;
-    /// Gradients of marked weights become 0; the others still lack the scale.
+    /// Zeroes dP of marked elements. The others still lack the scale.
     fn drop_marked<W: Warpgroup, const N8: usize>(wg: &W, dp: &mut W::Acc<N8>, p: &W::Acc<N8>);
-    /// A weight without its mark.
+    /// Returns an element without its mark.
     fn unmarked(p: f32) -> f32;
-    /// Multiplies rows of factors by the scale.
+    /// Multiplies one factor per row by the scale.
     fn scale_factors<W: Warpgroup>(&self, wg: &W, factors: W::Rows) -> W::Rows;
-    /// Multiplies a sum over kept weights by the scale.
+    /// Multiplies a sum over kept elements by the scale.
     fn scale<W: Warpgroup, const N8: usize>(&self, wg: &W, x: &mut W::Acc<N8>);
-    /// scale·dP − delta.
+    /// Returns scale·dP − δ.
     fn less_delta<W: Warpgroup>(&self, dp: f32, delta: f32) -> f32;
 }
 

@@ -1,4 +1,4 @@
-//! The end of a work tile: normalise O, store it and the LSE.
+//! End of a work tile: normalises O, and stores it and the LSE.
 
 use super::dropping::Dropping;
 use super::softmax::Softmax;
@@ -6,7 +6,7 @@ use crate::arch::ForwardWarpgroup;
 use crate::ground::places::WorkTile;
 use crate::params::ForwardParams;
 
-/// Stores this warpgroup's rows of O and LSE. Rows without a live key get O = 0 and LSE = −∞, whatever V holds.
+/// Stores this warpgroup's rows of O and LSE. Rows without a valid key get O = 0 and LSE = −∞, whatever V holds.
 #[inline(always)]
 pub fn store<W: ForwardWarpgroup, S, R: Dropping, const D8: usize>(
     wg: &mut W,

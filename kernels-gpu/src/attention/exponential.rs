@@ -1,19 +1,21 @@
-//! 2^x by multiplications and additions: for a few weights where the special-function unit, which computes the others,
-//! is what a step waits for.
+//! 2^x by multiplications and additions, without the SFU. Kernels compute a few elements of P in this way if a step
+//! waits for the SFU, which computes the others (notebook 116).
 //!
-//! 2^x = 2^n·2^f with n the integer nearest to x. A float so large that its last bit counts ones rounds x to n, and has
-//! n in its lowest bits, from where a shift makes it the exponent of a scale.
+//! 2^x = 2^n·2^f with n the integer nearest to x. Adding a float so large that its last bit counts ones rounds x to n.
+//! The sum has n in its lowest bits, and a shift makes n the exponent of the scale 2^n.
 
 use crate::arch::Warpgroup;
 
-/// Exponents below it give 0: the scale 2^n, whose bits are n + 127 in the place of the exponent, is 0 there.
+/// Smallest exponent; those below it give 0. The scale 2^n is 0 there, because its exponent field is n + 127 = 0.
 const LEAST: f32 = -127.0;
-/// 1.5·2²³ + 127: the last bit of a float of this size counts ones, and its lowest eight bits are 127.
+/// 1.5·2²³ + 127. The last bit of a float of this size counts ones, and its lowest eight bits are 127.
 const ROUND: f32 = 12_583_039.0;
-/// 2^f for |f| ≤ 1/2, the lowest power first: the polynomial of least relative error among those that are exact at 0.
+/// Coefficients of 2^f for |f| ≤ 1/2, lowest power first: the polynomial of least relative error among those that are
+/// exact at 0.
 const COEFFICIENTS: [f32; 5] = [1.0, 0.693_124_2, 0.240_240_99, 0.055_906_39, 0.009_582_836];
 
-/// 2^x for x below 128, with a relative error of 3·10⁻⁶; exact for whole x, 0 below −126.5, NaN for NaN.
+/// Returns 2^x for x below 128 with a relative error of 3·10⁻⁶. It is exact for whole x, 0 below −126.5, and NaN for
+/// NaN.
 #[inline(always)]
 pub fn exp2_polynomial<W: Warpgroup>(x: f32) -> f32 {
     let x = W::larger(x, LEAST);

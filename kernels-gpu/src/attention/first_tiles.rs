@@ -1,42 +1,44 @@
-//! The work tiles of the backward pass that store dQ where all others add to it, so that it need not be filled with
-//! zeros before: those with the first keys of each key head, which every query of the head meets.
+//! Initialisation of dQ by work tiles of the backward pass. The work tile of each key head's first keys, to which every
+//! query of the head attends, stores dQ, and all others accumulate into it. So dQ need not be zeroed before.
 //!
-//! What others add must find something there. So such a work tile comes earlier than its head's others, in the place
-//! that it would have some heads before. The heads that come first have no such place: their dQ is filled with zeros,
-//! and all of their work tiles add.
+//! The stored dQ must be there before the others accumulate. So such a work tile comes earlier than its head's other
+//! tiles: it takes the place of the corresponding tile of a head that comes some heads before. The heads that come
+//! first have no such place. Their dQ is zeroed by the preprocess kernel, and all of their work tiles accumulate.
 
 use super::dropout::Drops;
 use super::pairs::Pairs;
 use super::scheduler::TileOrder;
 use crate::ground::places::WorkTile;
 
-/// Rounds of work tiles from the one that stores to those that add. It takes as long as two where a mask hides half of
-/// the queries, and CTAs are not all equally far; more rounds would leave less of it in L2.
+/// Number of waves from the work tile that initialises dQ to those that accumulate. The initialising tile takes as long
+/// as two waves if a mask masks out half of the queries, and CTAs are not all equally far. More waves would leave less
+/// of dQ in L2 (notebook 73, 74).
 const ROUNDS: u32 = 3;
-/// With more blocks of keys in a head, zeros are so small a part of the work that what stays in L2 outweighs them.
+/// Maximum number of blocks of keys per head. With more, zeroing is so small a part of the work that what is lost from
+/// L2 outweighs it (notebook 73).
 const MOST_BLOCKS: u32 = 16;
 
-/// Which key heads, of all batch items, have such a work tile. The host makes it; it travels with the launch
+/// Key heads, of all batch items, whose dQ is initialised by a work tile. The host makes it; it travels with the launch
 /// parameters.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FirstTiles {
-    /// How many have none, the first ones: their dQ is filled with zeros.
+    /// Number of key heads whose dQ is zeroed instead. They are the first ones.
     pub zeroed: u32,
-    /// All of them.
+    /// Number of all key heads.
     pub heads: u32,
 }
 
 impl FirstTiles {
-    /// No head of `heads` has one.
+    /// Initialises dQ by a work tile for none of `heads` heads.
     pub const fn none(heads: u32) -> Self {
         FirstTiles { zeroed: heads, heads }
     }
 
-    /// For `heads` key heads of `key_blocks` work tiles each, in sections of so many heads, on `ctas` CTAs, where the
-    /// first keys meet every query.
+    /// Selects the heads for `heads` key heads of `key_blocks` work tiles each, in sections of `section` heads, on
+    /// `ctas` CTAs. Every query must attend to the first keys.
     pub fn new(heads: u32, key_blocks: u32, section: u32, ctas: u32) -> Self {
-        // A section may end with the work tiles that store.
+        // The work tiles that initialise dQ may be the last ones of a section.
         let zeroed = ROUNDS.saturating_mul(ctas).div_ceil(key_blocks.max(1)).saturating_add(section.saturating_sub(1));
         match key_blocks <= MOST_BLOCKS && zeroed <= heads / 2 {
             true => FirstTiles { zeroed, heads },
@@ -44,18 +46,19 @@ impl FirstTiles {
         }
     }
 
-    /// Whether kernels for such pairs and dropout know of them at all. At head dim 64 they bring nothing.
+    /// True if kernels for such pairs and dropout support this initialisation. At head dim 64 it gains nothing
+    /// (notebook 73).
     pub const fn is_for<P: Pairs, R: Drops>(head_dim: u32) -> bool {
         P::COUNT == 1 && !R::DROPS && head_dim >= 128
     }
 
-    /// The `index`-th work tile.
+    /// Returns the `index`-th work tile.
     #[inline(always)]
     pub fn tile(&self, order: &TileOrder, index: u32) -> WorkTile {
         order.tile_ahead(index, self.zeroed, self.heads)
     }
 
-    /// The key head in whose place the first keys of `head` come.
+    /// Returns the key head in whose place in the order the first keys of `head` come.
     #[inline(always)]
     pub fn place(&self, head: u32) -> u32 {
         if head >= self.zeroed { head - self.zeroed } else { head + (self.heads - self.zeroed) }
@@ -69,7 +72,8 @@ mod tests {
     use crate::ground::shape::Shape;
     use std::vec::Vec;
 
-    /// Every work tile comes once, those that store whole and rounds before those of the same head that add.
+    /// Checks that every work tile comes once, and that those that initialise dQ are unsplit and come waves before
+    /// those of the same head that accumulate.
     #[test]
     fn who_stores_comes_first() {
         for (batch, heads, seqlen, ctas) in [(2, 400, 256, 132), (1, 130, 1000, 132), (5, 20, 260, 8), (1, 41, 60, 4)] {

@@ -1,8 +1,9 @@
-//! The last round of the backward pass's work tiles, shared out where it has so few that most CTAs would have none.
+//! Splits the last partial wave of backward work tiles along the query dimension.
 //!
-//! Where all work tiles meet the same number of query blocks, what is left after the last whole round, or all where
-//! there is none, is divided into parts by those query blocks, each taken by a CTA. A part has a slot in the workspace,
-//! where it leaves what it contributes to dK and dV; the kernel that finishes adds parts up in their order.
+//! Applies if all work tiles visit equally many query blocks. The tail is what is left after the last full wave; a
+//! launch of less than one wave is all tail. If the tail fills at most half of the CTAs, each of its tiles is split
+//! into parts of consecutive query blocks, one CTA per part (notebook 65). A part writes its share of dK and dV, in
+//! f32, to its own slot in the workspace. The postprocess kernel sums the slots in a fixed order.
 
 use super::first_tiles::FirstTiles;
 use super::mask::Mask;
@@ -11,24 +12,24 @@ use super::scheduler::{CtaTiles, TileOrder};
 use crate::ground::divisor::Divisor;
 use crate::ground::places::WorkTile;
 
-/// Parts of a work tile: with more of them, adding them up takes longer than what they save.
+/// Maximum number of parts of a work tile. With more, summing them takes longer than what they save.
 const MOST_PARTS: u32 = 8;
 
-/// Which part of a work tile: the number of its slot, or the whole.
+/// Part of a work tile, by the number of its workspace slot, or the unsplit tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part(u32);
 
 impl Part {
     pub const WHOLE: Part = Part(u32::MAX);
 
-    /// The slot in the workspace; a whole one has none.
+    /// Returns the slot in the workspace. An unsplit tile has none.
     #[inline(always)]
     pub fn slot(self) -> Option<u32> {
         (self != Part::WHOLE).then_some(self.0)
     }
 }
 
-/// A work tile, or one of the parts that it is divided into.
+/// Work tile, or one of the parts that it is split into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyPart {
     pub tile: WorkTile,
@@ -36,7 +37,8 @@ pub struct KeyPart {
 }
 
 impl KeyPart {
-    /// The `index`-th; without a sharing all are whole, and without first tiles none comes earlier.
+    /// Returns the `index`-th work tile or part. Without `sharing` no tile is split; without `first` none comes ahead
+    /// of its place in the order.
     #[inline(always)]
     pub fn new(order: &TileOrder, sharing: Option<&Sharing>, first: Option<&FirstTiles>, index: u32) -> Self {
         let tile = |index| match first {
@@ -44,47 +46,50 @@ impl KeyPart {
             None => order.tile(index),
         };
         let Some(sharing) = sharing else { return KeyPart { tile: tile(index), part: Part::WHOLE } };
-        // Without a branch: whole ones as the first part of a tile that is none.
+        // Branch-free. For an unsplit tile `slot` is 0 and `whole` its index; for a part, `from + slot / parts` is the
+        // index of its tile.
         let (whole, slot) = (index.min(sharing.from), index.saturating_sub(sharing.from));
         KeyPart { tile: tile(whole + sharing.parts.divide(slot).0), part: sharing.part(index) }
     }
 }
 
-/// Which work tiles are taken in parts. The host makes it; it travels with the launch parameters.
+/// Split of the tail: which work tiles are split, and into how many parts. The host makes it; it travels with the
+/// launch parameters.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sharing {
-    /// The first of them; where all are whole, how many there are.
+    /// Index of the first split tile, or the number of tiles if none is split.
     pub from: u32,
-    /// How many there are to be taken, whole or in parts.
+    /// Number of items that CTAs take: unsplit tiles and parts.
     pub count: u32,
-    /// CTAs of the grid: read from here, their number takes no register either.
+    /// CTAs of the grid. The number is read from the launch parameters, where it takes no register.
     pub ctas: u32,
-    /// In how many each; 1 where all are whole.
+    /// Parts per split tile; 1 if none is split.
     pub parts: Divisor,
-    /// Query blocks that a work tile meets: read from here, they take no register from one work tile to the next.
+    /// Query blocks that a work tile visits. The number is read from the launch parameters, where it takes no register
+    /// from one work tile to the next.
     all: u32,
-    /// Query blocks of a part, of which the last may have fewer.
+    /// Query blocks of a part; the last part of a tile may have fewer.
     blocks: u32,
     /// Query blocks of a head.
     pub m_blocks: Divisor,
 }
 
 impl Sharing {
-    /// All of `tiles` work tiles are whole, on `ctas` CTAs at most, and meet `m_blocks` query blocks of each of `heads`
-    /// heads where they are alike.
+    /// Splits none of `tiles` work tiles, on up to `ctas` CTAs. If all tiles are alike, each visits `m_blocks` query
+    /// blocks of each of `heads` heads.
     pub fn none(tiles: u32, ctas: u32, heads: u32, m_blocks: u32) -> Self {
         let (all, m_blocks) = (heads.saturating_mul(m_blocks), Divisor::new(m_blocks));
         let ctas = tiles.min(ctas.max(1));
         Sharing { from: tiles, count: tiles, ctas, parts: Divisor::new(1), all, blocks: all, m_blocks }
     }
 
-    /// Whether kernels for such a mask and pairs know of parts at all.
+    /// True if kernels for such a mask and pairs can split work tiles.
     pub const fn is_for<M: Mask, P: Pairs>() -> bool {
         !M::HIDES && P::COUNT == 1
     }
 
-    /// The same for work tiles that are alike.
+    /// Splits the tail of `tiles` work tiles that are alike. The parameters are those of [`Sharing::none`].
     pub fn new(tiles: u32, ctas: u32, heads: u32, m_blocks: u32) -> Self {
         let left = tiles % ctas.max(1);
         let whole = Self::none(tiles, ctas, heads, m_blocks);
@@ -92,7 +97,7 @@ impl Sharing {
         if left == 0 || all == 0 {
             return whole;
         }
-        // Parts of as many query blocks, and not one more than that takes.
+        // All parts but the last have equally many query blocks; their number is the smallest that suffices.
         let blocks = all.div_ceil((ctas / left).min(MOST_PARTS).min(all));
         match all.div_ceil(blocks) {
             1 => whole,
@@ -107,18 +112,18 @@ impl Sharing {
         }
     }
 
-    /// The part of the `index`-th.
+    /// Returns the part of the `index`-th item.
     #[inline(always)]
     fn part(&self, index: u32) -> Part {
         if index < self.from { Part::WHOLE } else { Part(index - self.from) }
     }
 
-    /// Parts of all work tiles, for which there are slots in the workspace.
+    /// Returns the number of parts of all work tiles. Each has a slot in the workspace.
     pub fn slots(&self) -> u32 {
         self.count - self.from
     }
 
-    /// All that a work tile is taken in.
+    /// Returns all items of a work tile: its parts, or the unsplit tile.
     pub fn parts_of(&self, order: &TileOrder, tile: WorkTile) -> impl Iterator<Item = KeyPart> {
         let index = order.index(&tile);
         let (first, parts) = match index.checked_sub(self.from) {
@@ -128,8 +133,8 @@ impl Sharing {
         (first..first + parts).map(move |index| KeyPart { tile, part: self.part(index) })
     }
 
-    /// Of a part of a work tile: the head and the place in it, from its last query block on, where the part starts; and
-    /// how many query blocks it has.
+    /// Returns where a part of a work tile starts and how many query blocks it has: the head within the group, the
+    /// distance of its first query block from the head's last one, and the count.
     #[inline(always)]
     pub fn blocks(&self, part: Part) -> (u32, u32, u32) {
         let before = self.parts.divide(part.slot().unwrap_or(0)).1 * self.blocks;
@@ -139,7 +144,7 @@ impl Sharing {
     }
 }
 
-/// The work tiles, whole or in parts, of one CTA of a persistent grid.
+/// Work tiles, unsplit or in parts, of one CTA of a persistent grid.
 #[derive(Clone, Copy, Debug)]
 pub struct KeyParts<'a> {
     tiles: CtaTiles<'a>,
@@ -148,7 +153,7 @@ pub struct KeyParts<'a> {
 }
 
 impl<'a> KeyParts<'a> {
-    /// For CTA `cta` of `ctas`; see [`KeyPart::new`].
+    /// Makes the iterator for CTA `cta` of `ctas`; see [`KeyPart::new`] for the others.
     #[inline(always)]
     pub fn new(
         order: &'a TileOrder,
@@ -182,8 +187,8 @@ mod tests {
     use crate::ground::shape::Shape;
     use std::vec::Vec;
 
-    /// Every work tile meets every query block once, whole or in parts; no CTA takes more than there are rounds, and of
-    /// parts at most one.
+    /// Checks that every work tile visits every query block once, unsplit or in parts. No CTA takes more items than
+    /// there are waves, and none takes more than one part.
     #[test]
     fn every_query_block_once() {
         let (block_m, block_n) = (16, 8);
@@ -229,8 +234,8 @@ mod tests {
 
     #[test]
     fn shares_what_the_last_round_leaves() {
-        // Work tiles, CTAs, heads of a group, query blocks of each; the first that is shared, parts, query blocks of a
-        // part.
+        // Work tiles, CTAs, heads of a group, query blocks of each; then the first split tile, parts, and query blocks
+        // of a part.
         for (tiles, ctas, heads, m_blocks, expected) in [
             (4096, 132, 1, 64, Some((4092, 8, 8))),
             (165, 132, 2, 3, Some((132, 3, 2))),

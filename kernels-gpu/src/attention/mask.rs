@@ -1,23 +1,24 @@
-//! A mask is one interval of live keys for each query row.
+//! Masks, each defined by one interval of valid keys for each query row. `live` in a name means valid.
 //!
-//! Both what the scheduler needs (which blocks to visit, [`super::block_info`]) and what an element needs (is this key
-//! live) follow from that interval, so they cannot disagree. Keys past the end are masked by the same interval.
+//! The blocks to visit ([`super::block_info`]) and the validity of a single key both follow from that interval, so they
+//! cannot disagree. Keys past the end are masked by the same interval.
 
 use crate::ground::shape::Shape;
 
-/// Which keys a query may see.
+/// Rule that says which keys a query attends to.
 pub trait Mask: Copy {
-    /// Whether a query may see fewer than all keys.
+    /// True if a query may attend to fewer than all keys.
     const HIDES: bool;
-    /// Query row `i` sees the keys `0..live_end(i)`, never more than seqlen_k, and never fewer than row `i − 1`. For a
-    /// row of padding, from seqlen_q on, the sum may wrap: no result of such a row is stored.
+    /// Returns the end of the valid keys of query row `i`, `0..live_end(i)`. It is at most seqlen_k, and never less
+    /// than for row `i − 1`. For a row of padding, from seqlen_q on, the sum may wrap; no result of such a row is
+    /// stored.
     fn live_end(shape: &Shape, i: u32) -> u32;
-    /// Key `j` is seen by the query rows from this one on, by the same rule. For a key of padding, from seqlen_k on,
-    /// the difference may wrap: no result of such a key is stored.
+    /// Returns the first query row that attends to key `j`, by the same rule. All later rows attend to it, too. For a
+    /// key of padding, from seqlen_k on, the difference may wrap; no result of such a key is stored.
     fn live_start(shape: &Shape, j: u32) -> u32;
 }
 
-/// Every query sees every key.
+/// No mask: every query attends to every key.
 #[derive(Clone, Copy, Debug)]
 pub struct Full;
 
@@ -33,7 +34,7 @@ impl Mask for Full {
     }
 }
 
-/// Query `i` sees key `j` when j ≤ i + seqlen_k − seqlen_q: aligned to the bottom right.
+/// Causal mask, aligned to the bottom right: query `i` attends to key `j` if j ≤ i + seqlen_k − seqlen_q.
 #[derive(Clone, Copy, Debug)]
 pub struct Causal;
 

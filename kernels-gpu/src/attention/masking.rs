@@ -1,12 +1,12 @@
-//! Scores that a mask hides, as an operation on a fragment.
+//! Masking of scores, as an operation on a fragment.
 
 use super::mask::Mask;
 use super::pairs::Pairs;
 use crate::arch::Warpgroup;
 use crate::ground::shape::Shape;
 
-/// Scores of keys that a row may not see through the visit's pair become −∞; the fragment starts at query `row` and key
-/// `first_key`.
+/// Sets scores to −∞ if their query does not attend to their key through the visit's pair. The fragment starts at query
+/// `row` and key `first_key`.
 #[inline(always)]
 pub fn mask_scores<W: Warpgroup, M: Mask, P: Pairs, const N8: usize>(
     wg: &W,
@@ -20,12 +20,12 @@ pub fn mask_scores<W: Warpgroup, M: Mask, P: Pairs, const N8: usize>(
     wg.fill_outside(s, f32::NEG_INFINITY, |r| {
         let (start, end) = pairs.keys::<M>(shape, pair, row + r);
         let column = |key: u32| key as i32 - first_key as i32;
-        // With one pair, keys before the end are live.
+        // With one pair, all keys before the end are valid.
         (if P::COUNT > 1 { column(start) } else { 0 }, column(end))
     });
 }
 
-/// As [`mask_scores`], for transposed scores: the fragment starts at key `key` and query row `first_row`.
+/// Masks transposed scores as [`mask_scores`] masks others. The fragment starts at key `key` and query row `first_row`.
 #[inline(always)]
 pub fn mask_transposed<W: Warpgroup, M: Mask, P: Pairs, const M8: usize>(
     wg: &W,

@@ -1,4 +1,4 @@
-//! What every attention kernel shares; nothing here names an architecture.
+//! Parts of attention that all kernels share. Nothing here names an architecture.
 
 pub mod block_info;
 pub mod dropout;

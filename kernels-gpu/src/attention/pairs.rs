@@ -1,30 +1,33 @@
-//! Which pair of Q and K a score comes from: one pair for all scores, or two by distance (piecewise attention).
+//! Pairs of Q and K: one for all scores, or two by distance (piecewise attention).
 //!
-//! The second pair has the keys that are far behind a query: score(i, j) is scale·q2_i·k2_j where i + seqlen_k −
-//! seqlen_q − j ≥ dist_threshold, and scale·q1_i·k1_j elsewhere. Of the keys that a query sees, each pair has one
-//! interval. So piecewise attention is one softmax over two sequences of blocks, and a block that the threshold crosses
-//! is in both.
+//! The second pair, the far pair, has the keys that are far behind a query: score(i, j) is scale·q2_i·k2_j if i +
+//! seqlen_k − seqlen_q − j ≥ dist_threshold, and scale·q1_i·k1_j otherwise. Of the valid keys of a query, each pair has
+//! one interval. So piecewise attention is one softmax over two sequences of blocks, and a block that the threshold
+//! crosses is in both.
 
 use super::mask::Mask;
 use crate::ground::shape::Shape;
 
-/// The rule that says which pair a score comes from. Pairs count from 0.
+/// Rule that selects the pair of Q and K for each score. Pairs count from 0.
 pub trait Pairs: Copy {
-    /// How many there are.
+    /// Number of pairs.
     const COUNT: u32;
-    /// Query row `i` has its scores with the keys `0..second_end(i)` from the second pair; at most seqlen_k, and never
-    /// less than for row `i − 1`.
+    /// Returns the end of the keys `0..second_end(i)` whose scores with query row `i` come from the second pair. It is
+    /// at most seqlen_k, and never less than for row `i − 1`.
     fn second_end(self, shape: &Shape, i: u32) -> u32;
-    /// Key `j` has its scores with the query rows from this one on from the second pair, by the same rule.
+    /// Returns the first query row whose score with key `j` comes from the second pair, by the same rule. All later
+    /// rows' scores with it do, too.
     fn second_start(self, shape: &Shape, j: u32) -> u32;
 
-    /// The keys that query row `i` sees through a pair; none where the end is not behind the start.
+    /// Returns the interval of keys that query row `i` attends to through a pair. There are none if the end is not
+    /// behind the start.
     #[inline(always)]
     fn keys<M: Mask>(self, shape: &Shape, pair: u32, i: u32) -> (u32, u32) {
         let (end, second_end) = (M::live_end(shape, i), self.second_end(shape, i));
         if pair == 0 { (second_end, end) } else { (0, second_end.min(end)) }
     }
-    /// The query rows, of those below seqlen_q, that see key `j` through a pair.
+    /// Returns the interval of query rows that attend to key `j` through a pair. Its end may exceed seqlen_q; only rows
+    /// below that count.
     #[inline(always)]
     fn queries<M: Mask>(self, shape: &Shape, pair: u32, j: u32) -> (u32, u32) {
         let (start, second_start) = (M::live_start(shape, j), self.second_start(shape, j));
@@ -48,15 +51,16 @@ impl Pairs for OnePair {
     }
 }
 
-/// Two pairs: the second from this distance on. A distance is that of a query behind a key, both counted from the end.
+/// Two pairs: scores from a distance of `threshold` on come from the second. The distance of query i to key j is i +
+/// seqlen_k − seqlen_q − j: both are counted from the end.
 #[derive(Clone, Copy, Debug)]
 pub struct ByDistance {
-    /// Within −seqlen_q..=seqlen_k: beyond every distance there is.
+    /// Threshold, clamped to −seqlen_q..=seqlen_k, whose ends are beyond every distance of the shape.
     threshold: i32,
 }
 
 impl ByDistance {
-    /// For any threshold; those beyond every distance of the shape mean the same as the next beyond.
+    /// Accepts any threshold. All thresholds beyond every distance of the shape, on one side, mean the same.
     #[inline(always)]
     pub fn new(dist_threshold: i32, shape: &Shape) -> Self {
         ByDistance { threshold: dist_threshold.max(-(shape.seqlen_q as i32)).min(shape.seqlen_k as i32) }
@@ -67,13 +71,13 @@ impl Pairs for ByDistance {
     const COUNT: u32 = 2;
     #[inline(always)]
     fn second_end(self, shape: &Shape, i: u32) -> u32 {
-        // Wraps as `Causal::live_end` does.
+        // May wrap for a row of padding, as `Causal::live_end` may.
         let end = (i as i32).wrapping_add(1).wrapping_add(shape.seqlen_k as i32 - shape.seqlen_q as i32);
         end.saturating_sub(self.threshold).max(0).min(shape.seqlen_k as i32) as u32
     }
     #[inline(always)]
     fn second_start(self, shape: &Shape, j: u32) -> u32 {
-        // Wraps as `Causal::live_start` does.
+        // May wrap for a key of padding, as `Causal::live_start` may.
         let live = (j as i32).wrapping_sub(shape.seqlen_k as i32 - shape.seqlen_q as i32);
         live.saturating_add(self.threshold).max(0) as u32
     }

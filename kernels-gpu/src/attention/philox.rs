@@ -1,12 +1,12 @@
 //! Philox-4x32: random numbers from a counter and a key, with no state in between (Salmon, Moraes, Dror and Shaw,
 //! "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-/// One multiplier for each half of the counter.
+/// Multipliers, one for each half of the counter.
 const MULTIPLIERS: [u32; 2] = [0xd251_1f53, 0xcd9e_8d57];
-/// What a round's key is ahead of the one before.
+/// Difference between the keys of one round and the next.
 const KEY_STEPS: [u32; 2] = [0x9e37_79b9, 0xbb67_ae85];
 
-/// The generator of one key. The keys of its rounds depend on nothing else, so the host computes them once.
+/// Generator of one key. The keys of its rounds depend on nothing else, so the host computes them once.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Philox<const ROUNDS: usize> {
@@ -24,7 +24,7 @@ impl<const ROUNDS: usize> Philox<ROUNDS> {
         Philox { keys }
     }
 
-    /// 128 random bits for a counter, the lowest word first.
+    /// Returns 128 random bits for a counter, lowest word first.
     #[inline(always)]
     pub fn at(&self, counter: [u32; 4]) -> [u32; 4] {
         let mut x = counter;
@@ -37,7 +37,7 @@ impl<const ROUNDS: usize> Philox<ROUNDS> {
     }
 }
 
-/// A product of two words.
+/// Product of two words.
 struct Product {
     low: u32,
     high: u32,
@@ -53,7 +53,7 @@ fn product(a: u32, b: u32) -> Product {
 mod tests {
     use super::*;
 
-    /// The known answers that the authors publish with their code (Random123, kat_vectors).
+    /// Checks the known answers that the authors publish with their code (Random123, kat_vectors).
     #[test]
     fn known_answers() {
         let pi = ([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], 0x299f_31d0_a409_3822);

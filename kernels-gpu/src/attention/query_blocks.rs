@@ -1,9 +1,9 @@
-//! Which query blocks a block of keys meets in the backward pass: those of every query head of its group, from the
-//! first that sees a key of it to the last.
+//! Query blocks that a block of keys visits in the backward pass: those of every query head of its group, from the
+//! first that attends to a key of it to the last.
 //!
-//! A block of keys that no query sees meets its last query block all the same, wholly masked: so every work tile has a
-//! first and a last step, and gradients of 0 come out of it by themselves. With two pairs that may be so for one of
-//! them, which is then left out.
+//! A block of keys to which no query attends visits its last query block, wholly masked. So every work tile has a first
+//! and a last step, which yields gradients of 0 without a special case. With two pairs, this may hold for one of them;
+//! that pair is left out.
 
 use core::marker::PhantomData;
 
@@ -15,7 +15,7 @@ use crate::ground::places::QueryBlock;
 use crate::ground::places::WorkTile;
 use crate::ground::shape::Shape;
 
-/// The query blocks that a block of keys meets through one pair: of `start..end`, those in `full_start..full_end` are
+/// Query blocks that a block of keys visits through one pair. Of `start..end`, those in `full_start..full_end` are
 /// full, the others masked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MBlocks {
@@ -26,13 +26,14 @@ pub struct MBlocks {
 }
 
 impl MBlocks {
-    /// With one pair; see [`MBlocks::new`].
+    /// Computes the query blocks for one pair; see [`MBlocks::new`].
     #[inline(always)]
     pub fn plain<M: Mask>(shape: &Shape, first_key: u32, block_n: u32, block_m: u32) -> Self {
         Self::new::<M, OnePair>(shape, OnePair, 0, first_key, block_n, block_m)
     }
 
-    /// For the keys `first_key..first_key + block_n`, of which there is at least one before seqlen_k.
+    /// Computes the query blocks of the keys `first_key..first_key + block_n`, of which at least one is before
+    /// seqlen_k.
     #[inline(always)]
     pub fn new<M: Mask, P: Pairs>(
         shape: &Shape,
@@ -53,7 +54,8 @@ impl MBlocks {
         }
         let queries = |j| pairs.queries::<M>(shape, pair, j);
         let (first, last) = (queries(first_key), queries(last_key.min(shape.seqlen_k - 1)));
-        // Starts and ends grow with the key; where neither the first nor the last key is seen, none is.
+        // Starts and ends grow with the key. If queries attend neither to the first key nor to the last one, they
+        // attend to none.
         let any = |(start, end): (u32, u32)| start < end.min(shape.seqlen_q);
         let end = if any(first) || any(last) { last.1.div_ceil(block_m).min(m_blocks) } else { 0 };
         MBlocks {
@@ -65,29 +67,30 @@ impl MBlocks {
     }
 }
 
-/// Maximum number of query blocks that a CTA of the backward kernel visits: its consumers count them in 30 bits.
+/// Maximum number of query blocks that a CTA of the backward kernel visits. Its consumers count them in 30 bits.
 pub const MAX_QUERY_BLOCKS: u32 = (1 << 30) - 1;
 
-/// Query blocks that share a turn in an exact pass. Blocks of keys of one head follow each other at that distance;
-/// fewer turns cost less to wait for and to count.
+/// Number of query blocks that share one counter of the dQ semaphore in an exact pass. Blocks of keys of one head
+/// follow each other at that distance. Fewer counters cost less waiting and signalling (notebook 38, 82).
 pub const fn turn_blocks(head_dim: u32) -> u32 {
     if head_dim <= 128 { 4 } else { 2 }
 }
 
-/// The block of keys of a work tile: the first one comes first, which under a causal mask has the most queries.
+/// Returns the block of keys of a work tile. The work tile that comes first in the order has the first block of keys,
+/// which under a causal mask has the most queries.
 #[inline(always)]
 pub fn key_block(shape: &Shape, block_n: u32, tile: &WorkTile) -> KvBlock {
     let last = shape.seqlen_k.div_ceil(block_n) - 1;
     KvBlock { batch: tile.batch, head: tile.head, n_block: last - tile.m_block, pair: 0 }
 }
 
-/// The query blocks that a block of keys meets through a pair, head by head, from the last to the first: under a causal
-/// mask all blocks of keys have the last one in common, and can follow each other from there.
+/// Query blocks that a block of keys visits through a pair, head by head, from the last to the first. Under a causal
+/// mask all blocks of keys have the last query block in common, and can follow each other from there.
 #[derive(Clone, Copy, Debug)]
 pub struct QueryBlocks<M, P> {
     blocks: MBlocks,
     batch: u32,
-    /// The head and the query block of the first.
+    /// Head and query block of the first visit.
     first_head: u32,
     first_block: u32,
     count: u32,
@@ -97,7 +100,7 @@ pub struct QueryBlocks<M, P> {
 }
 
 impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
-    /// For `keys` and the pair that they name.
+    /// Computes the query blocks of `keys` and the pair that they name.
     #[inline(always)]
     pub fn new(shape: &Shape, pairs: P, block_m: u32, block_n: u32, keys: &KvBlock) -> Self {
         let first_key = keys.n_block * block_n;
@@ -115,7 +118,7 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
         }
     }
 
-    /// Those of a part of the work tile.
+    /// Restricts them to a part of the work tile.
     #[inline(always)]
     pub fn part(self, sharing: &Sharing, part: Part) -> Self {
         if const { !Sharing::is_for::<M, P>() } {
@@ -126,7 +129,8 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
         QueryBlocks { first_head, first_block, count, ..self }
     }
 
-    /// The same with their end read from the parameters, for who lacks a register for it.
+    /// Replaces the end of the block range by its copy in the launch parameters. It then stays in constant memory; the
+    /// consumers use this to reduce register pressure.
     #[inline(always)]
     pub fn end_of(self, sharing: &Sharing) -> Self {
         if const { !Sharing::is_for::<M, P>() } {
@@ -135,7 +139,7 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
         QueryBlocks { blocks: MBlocks { end: sharing.m_blocks.value, ..self.blocks }, ..self }
     }
 
-    /// How many there are; with one pair at least one.
+    /// Returns the number of query blocks. With one pair it is at least one.
     #[inline(always)]
     pub fn count(&self) -> u32 {
         self.count
@@ -146,7 +150,7 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
         QueryBlock { batch: self.batch, head: self.first_head, m_block: self.first_block, pair: self.pair }
     }
 
-    /// The one after `block`.
+    /// Returns the query block after `block`.
     #[inline(always)]
     pub fn after(&self, block: &QueryBlock) -> QueryBlock {
         let last = block.m_block == self.blocks.start;
@@ -157,14 +161,14 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
         }
     }
 
-    /// Whether every query of the block sees every key.
+    /// True if every query of the block attends to every key.
     #[inline(always)]
     pub fn is_full(&self, block: &QueryBlock) -> bool {
         block.m_block >= self.blocks.full_start && (P::COUNT == 1 || block.m_block < self.blocks.full_end)
     }
 
-    /// How many blocks of keys come before block `n_block` in an exact pass, of those that meet a query block of the
-    /// same turn: `turn_blocks` query blocks share one.
+    /// Returns how many blocks of keys precede block `n_block` at the dQ semaphore in an exact pass, of those that
+    /// visit a query block with the same counter. `turn_blocks` query blocks share a counter.
     #[inline(always)]
     pub fn turn(&self, shape: &Shape, block: &QueryBlock, n_block: u32, turn_blocks: u32, tile: (u32, u32)) -> u32 {
         if P::COUNT == 1 || self.pair == 1 {
@@ -184,7 +188,7 @@ mod tests {
     use std::vec::Vec;
 
     fn agrees<M: Mask, P: Pairs>(shape: Shape, pairs: P, block_m: u32, block_n: u32) {
-        // How many blocks of keys have met each turn of each pair's dQ.
+        // Number of blocks of keys that have visited each counter of each pair's dQ semaphore.
         let mut turns = std::vec![[0; 2]; shape.seqlen_q.div_ceil(2 * block_m) as usize];
         for (n_block, pair) in (0..shape.seqlen_k.div_ceil(block_n)).flat_map(|n| (0..P::COUNT).map(move |p| (n, p))) {
             let key_block = KvBlock { batch: 0, head: 0, n_block, pair };

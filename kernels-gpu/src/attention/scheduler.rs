@@ -1,32 +1,35 @@
-//! Which work tile a CTA takes next: a static order, the same for producer and consumers, with no communication.
+//! Static order of work tiles, from which each CTA takes its own. Producer and consumers compute it alike, without
+//! communication.
 //!
-//! A work tile is one m_block of one query head. Heads are taken in sections; within a section the tiles run from the
-//! last m_block to the first, which under a causal mask is from the longest to the shortest, and in the section before
-//! it the other way, so that lengths never jump. CTAs of the grid take them in turn, in alternating direction: the one
-//! that got the longest tile of a round gets the shortest of the next.
+//! A work tile is one m_block of one query head. Heads are taken in sections. Within a section the tiles run from the
+//! last m_block to the first, which under a causal mask is from the longest to the shortest. The section before it runs
+//! in the opposite direction, so that lengths never jump. The CTAs of the grid take tiles in waves of alternating
+//! direction (snake order): the CTA that got the longest tile of a wave gets the shortest of the next.
 //!
-//! Small sections keep in L2 what their tiles share; which of them also deal the work out evenly is found by trying.
+//! Small sections keep in L2 what their tiles share. A simulated schedule finds those that also balance the work
+//! (notebook 5, 6).
 
 use crate::ground::divisor::Divisor;
 use crate::ground::places::WorkTile;
 use crate::ground::shape::Shape;
 
-/// Bytes that a section may want in L2, when it is more than one group of heads: most of an H200's 60 MB.
+/// Maximum number of bytes of L2 for a section of more than one group of heads: most of an H200's 60 MB.
 const SECTION_BYTES: u64 = 40 << 20;
-/// Tiles that are dealt out on trial; what more of them would show is small beside it.
+/// Number of tiles in a simulated schedule. More of them would change the result little.
 const TRIAL_TILES: u32 = 8192;
-/// What starting and storing a tile costs, in blocks of the mainloop.
+/// Cost of starting and storing a tile, in blocks of the mainloop.
 const TILE_OVERHEAD: u64 = 1;
 
-/// Maximum number of CTAs of a persistent grid. With it, the index that ends a CTA's tiles fits in 32 bits
-/// ([`CtaTiles::next_index`]): it is below tiles + 2 · CTAs.
+/// Maximum number of CTAs of a persistent grid. With it, the index that ends a CTA's tiles ([`CtaTiles::next_index`])
+/// fits in 32 bits, because it is below tiles + 2 · CTAs.
 pub const MAX_CTAS: u32 = 1 << 20;
 
-/// What the work tiles of a group of heads have in common, in bytes.
+/// Bytes that the work tiles of a group of heads share.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupBytes {
     pub all: u64,
-    /// What they read and write at a time; less than all of it where a work tile goes through one head after the other.
+    /// Bytes that they read and write at a time. They are fewer than `all` if a work tile goes through one head after
+    /// the other.
     pub at_once: u64,
 }
 
@@ -36,28 +39,29 @@ impl From<u64> for GroupBytes {
     }
 }
 
-/// All work tiles of one problem, in order. The host makes it; it travels with the launch parameters.
+/// Order of all work tiles of one problem. The host makes it; it travels with the launch parameters.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TileOrder {
     heads_q: Divisor,
-    /// Query heads of a key/value head.
+    /// Query heads per key/value head.
     pub group: Divisor,
     m_blocks: u32,
-    /// Heads of a section, and of the last one.
+    /// Heads of a section, and of the last section.
     section: Divisor,
     last_section: Divisor,
     sections: u32,
-    /// Work tiles of a whole section, and of all.
+    /// Work tiles of a full section, and of all sections.
     section_tiles: Divisor,
     tiles: u32,
-    /// 1 where every section runs from its last m_block to the first, and CTAs take tiles in the same turn.
+    /// 1 for the fixed order: every section runs from its last m_block to its first, and every wave assigns tiles to
+    /// CTAs in the same order. 0 for the snake order.
     one_way: u32,
 }
 
 impl TileOrder {
-    /// The order for query tiles of `block_m` rows, in sections of `section` heads. The host has checked that an i32
-    /// holds the number of all tiles, and so that of all heads.
+    /// Makes the order for query tiles of `block_m` rows, in sections of `section` heads. The host has checked that an
+    /// i32 holds the number of all tiles, and so that of all heads.
     pub fn new(shape: &Shape, block_m: u32, section: u32) -> Self {
         let heads = shape.batch * shape.heads_q;
         let section = section.clamp(1, heads.max(1));
@@ -75,14 +79,15 @@ impl TileOrder {
         }
     }
 
-    /// The same sections, each from its last m_block to the first, taken by the CTAs in the same turn: for work tiles
-    /// that wait for those before them, so that who is behind stays behind and waits no more.
+    /// Disables the snake order: every section runs from its last m_block to its first, and every wave assigns tiles to
+    /// CTAs in the same order. For exact passes, whose tiles wait for earlier ones: a CTA that once fell behind its
+    /// predecessor stays behind and does not wait again.
     pub fn one_way(self) -> Self {
         TileOrder { one_way: 1, ..self }
     }
 
-    /// The order in which `ctas` CTAs finish soonest, where m_block i takes `blocks(i)` steps of the mainloop, and the
-    /// work tiles of a group of heads have `bytes` in common; and how many steps the busiest one takes.
+    /// Returns the order in which `ctas` CTAs finish soonest, and its makespan: the steps of the CTA with most work.
+    /// m_block i takes `blocks(i)` steps of the mainloop; the work tiles of a group of heads share `bytes`.
     pub fn balanced(
         shape: &Shape,
         block_m: u32,
@@ -100,7 +105,7 @@ impl TileOrder {
         if blocks(0) == blocks(smallest.m_blocks - 1) {
             return (smallest, tiles.div_ceil(ctas as u64) * cost(0));
         }
-        // What a CTA would take if all took the same.
+        // Steps of each CTA if all took equally many.
         let all: u64 = (0..smallest.m_blocks).map(cost).sum();
         let heads = shape.batch * shape.heads_q;
         let even = (all as u128 * heads as u128 / ctas as u128) as u64;
@@ -116,7 +121,7 @@ impl TileOrder {
             }
             let order = Self::new(shape, block_m, groups as u32 * group);
             let time = scale(order.trial(ctas, cost));
-            // A larger section has to be worth what it costs in L2, 1 %, or more where it will not stay there.
+            // A larger section must gain more than it costs in L2: 1 %, or 2.5 % if it does not stay there.
             let worth = if bytes.all.saturating_mul(groups) > SECTION_BYTES { 40 } else { 100 };
             if time * (worth + 1) < best.1 * worth {
                 best = (order, time);
@@ -125,7 +130,7 @@ impl TileOrder {
         best
     }
 
-    /// How long the busiest of `ctas` CTAs takes for the first tiles, and how many tiles those are.
+    /// Simulates the schedule of the first tiles on `ctas` CTAs. Returns the makespan and the number of those tiles.
     fn trial(&self, ctas: u32, cost: impl Fn(u32) -> u64) -> (u64, u64) {
         let each = TRIAL_TILES.div_ceil(ctas) as usize;
         let mut tried = 0;
@@ -138,26 +143,26 @@ impl TileOrder {
         (busiest, tried.max(1))
     }
 
-    /// Heads of a section.
+    /// Returns the number of heads of a section.
     pub fn section(&self) -> u32 {
         self.section.value
     }
 
-    /// Number of work tiles.
+    /// Returns the number of work tiles.
     #[inline(always)]
     pub fn tiles(&self) -> u32 {
         self.tiles
     }
 
-    /// The `index`-th work tile: batch item, query head, m_block.
+    /// Returns the `index`-th work tile: batch item, query head, m_block.
     #[inline(always)]
     pub fn tile(&self, index: u32) -> WorkTile {
         let (head, m_block) = self.place(index);
         self.work_tile(head, m_block)
     }
 
-    /// The same where the last m_block of each head has the place that belongs to the head `lead` before it, of `heads`
-    /// that follow each other in a circle.
+    /// Returns the `index`-th work tile of a changed order: the last m_block of each head has the place that belongs to
+    /// the head `lead` before it, of `heads` that follow each other in a circle.
     #[inline(always)]
     pub fn tile_ahead(&self, index: u32, lead: u32, heads: u32) -> WorkTile {
         let (head, m_block) = self.place(index);
@@ -165,7 +170,7 @@ impl TileOrder {
         self.work_tile(if head >= heads { head - heads } else { head }, m_block)
     }
 
-    /// The head, of all batch items, and the m_block of the `index`-th work tile.
+    /// Returns the head, counted over all batch items, and the m_block of the `index`-th work tile.
     #[inline(always)]
     fn place(&self, index: u32) -> (u32, u32) {
         let (section, within) = self.section_tiles.divide(index);
@@ -186,13 +191,14 @@ impl TileOrder {
         if section + 1 == self.sections { self.last_section } else { self.section }
     }
 
-    /// The last section runs from its last m_block to the first, the one before it the other way, and so on.
+    /// True if a section runs from its last m_block to its first. The last section does, the one before it does not,
+    /// and so on. In the fixed order all do.
     #[inline(always)]
     fn descends(&self, section: u32) -> bool {
         (self.sections - section) & 1 | self.one_way == 1
     }
 
-    /// The index of a work tile, the other way round.
+    /// Returns the index of a work tile: the inverse of [`TileOrder::tile`].
     pub fn index(&self, tile: &WorkTile) -> u32 {
         let (section, place) = self.section.divide(tile.batch * self.heads_q.value + tile.head);
         let heads = self.heads_of(section);
@@ -200,37 +206,38 @@ impl TileOrder {
         section * self.section_tiles.value + from_last * heads.value + place
     }
 
-    /// A head, of all batch items, before whose tiles come those of all heads before it, and not behind the `index`-th.
+    /// Returns the first head, counted over all batch items, of the `index`-th work tile's section. All tiles of the
+    /// heads before it come before its own, and its own do not begin after the `index`-th.
     pub fn first_head(&self, index: u32) -> u32 {
         self.section_tiles.divide(index).0 * self.section.value
     }
 }
 
-/// The work tiles of one CTA of a persistent grid.
+/// Work tiles of one CTA of a persistent grid.
 #[derive(Clone, Copy, Debug)]
 pub struct CtaTiles<'a> {
     order: &'a TileOrder,
     cta: u32,
     ctas: u32,
-    /// How many tiles it has taken.
+    /// Number of tiles that it has taken, which is the number of its current wave.
     round: u32,
 }
 
 impl<'a> CtaTiles<'a> {
-    /// For CTA `cta` of `ctas`, of which there are at most [`MAX_CTAS`].
+    /// Makes the iterator for CTA `cta` of `ctas`, of which there are at most [`MAX_CTAS`].
     #[inline(always)]
     pub fn new(order: &'a TileOrder, cta: u32, ctas: u32) -> Self {
         CtaTiles { order, cta, ctas, round: 0 }
     }
-    /// All of them.
+    /// Returns the order of all work tiles.
     #[inline(always)]
     pub fn order(&self) -> &'a TileOrder {
         self.order
     }
-    /// The index of its next one, of so many.
+    /// Returns the index of this CTA's next tile, of `tiles` in all.
     #[inline(always)]
     pub fn next_index(&mut self, tiles: u32) -> Option<u32> {
-        // From the first CTA to the last, and then from the last to the first.
+        // Waves assign tiles from the first CTA to the last and from the last to the first, alternately.
         let forth = self.round.is_multiple_of(2) || self.order.one_way == 1;
         let place = if forth { self.cta } else { self.ctas - 1 - self.cta };
         let index = self.round * self.ctas + place;
@@ -289,7 +296,7 @@ mod tests {
 
     #[test]
     fn causal_work_is_dealt_out_evenly() {
-        // Shapes whose tiles of one head are close to a multiple or a divisor of the CTAs.
+        // Shapes in which the number of tiles of one head is close to a multiple or a divisor of the number of CTAs.
         for (batch, heads, seqlen, block_m) in [(2, 8, 16384, 128), (8, 32, 4096, 192), (8, 16, 4096, 128)] {
             let s = shape(batch, heads, heads, seqlen);
             let blocks = |m_block: u32| ((m_block + 1) * block_m).div_ceil(128);
@@ -303,7 +310,7 @@ mod tests {
         }
     }
 
-    /// A section of more than one group wants no more of L2 than there is, whatever the balance.
+    /// Checks that a section of more than one group takes no more of L2 than there is, whatever the balance.
     #[test]
     fn sections_stay_in_l2() {
         let s = shape(32, 8, 8, 1024);

@@ -1,28 +1,30 @@
-//! The last round of work tiles, shared out where it has so few that most CTAs would have none.
+//! Splits the last partial wave of total attention's work tiles along the keys.
 //!
-//! CTAs take whole work tiles in rounds. What is left after the last whole round, or all where there is none, is
-//! divided into parts, each a work tile's keys of one consumer, if there is a CTA for each of them: a part takes less
-//! than half as long, because its consumer has the multiprocessor to itself.
+//! CTAs take unsplit work tiles in waves. The tail is what is left after the last full wave; a launch of less than one
+//! wave is all tail. If there is a CTA for each part, every tile of the tail is split into parts, each of them the keys
+//! of one consumer. A part takes less than half as long as a tile, because its consumer has the SM to itself (notebook
+//! 111).
 
 use super::scheduler::{CtaTiles, TileOrder};
 use crate::ground::places::WorkTile;
 
-/// A work tile, or one of the parts that it is divided into.
+/// Work tile, or one of the parts that it is split into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TilePart {
     pub tile: WorkTile,
-    /// Which part, of how many; a whole one is the first of 1.
+    /// Index of the part, of `parts` in all; an unsplit tile is part 0 of 1.
     pub part: u32,
     pub parts: u32,
 }
 
-/// The first of `tiles` work tiles that is shared out in `parts`, on `ctas` CTAs at most; `tiles` where none is.
+/// Returns the index of the first of `tiles` work tiles that is split into `parts`, on up to `ctas` CTAs. Returns
+/// `tiles` if none is.
 pub fn shared_from(tiles: u32, parts: u32, ctas: u32) -> u32 {
     let left = tiles % ctas.max(1);
     if left as u64 * parts as u64 <= ctas as u64 { tiles - left } else { tiles }
 }
 
-/// The work tiles, whole or in parts, of one CTA of a persistent grid.
+/// Work tiles, unsplit or in parts, of one CTA of a persistent grid.
 #[derive(Clone, Copy, Debug)]
 pub struct SharedTiles<'a> {
     tiles: CtaTiles<'a>,
@@ -31,14 +33,14 @@ pub struct SharedTiles<'a> {
 }
 
 impl<'a> SharedTiles<'a> {
-    /// For CTA `cta` of `ctas`; from the tile `shared_from` on, tiles are taken in `parts`.
+    /// Makes the iterator for CTA `cta` of `ctas`. Tiles from index `shared_from` on are split into `parts`.
     #[inline(always)]
     pub fn new(order: &'a TileOrder, shared_from: u32, parts: u32, cta: u32, ctas: u32) -> Self {
         SharedTiles { tiles: CtaTiles::new(order, cta, ctas), shared_from, parts }
     }
 }
 
-/// How many there are to be taken of `tiles`, whole or, from `shared_from` on, in `parts`.
+/// Returns the number of items that CTAs take: unsplit tiles, and the `parts` of each tile from `shared_from` on.
 #[inline(always)]
 pub fn count(tiles: u32, shared_from: u32, parts: u32) -> u32 {
     shared_from + (tiles - shared_from) * parts
@@ -66,7 +68,8 @@ mod tests {
     use crate::ground::shape::Shape;
     use std::vec::Vec;
 
-    /// Every tile is taken once, whole or in all of its parts, and no CTA takes more than the rounds there are.
+    /// Checks that every tile is taken once, unsplit or in all of its parts, and that no CTA takes more items than
+    /// there are waves.
     #[test]
     fn every_tile_once_whole_or_in_parts() {
         for (heads, ctas, parts) in [(1, 132, 4), (4, 132, 4), (17, 132, 4), (17, 132, 1), (17, 5, 4)] {

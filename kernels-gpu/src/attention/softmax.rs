@@ -1,26 +1,27 @@
 //! Online softmax (FlashAttention-2, arXiv 2307.08691, algorithm 1): a running maximum m and sum l for each row.
 //!
-//! Scores stay unscaled; the exponent is one fused multiply-add, p = 2^(x·c − m·c) with c = scale·log₂e. A row that
-//! has seen no live key has m = −∞; its m·c counts as 0 in the exponent, so that masked scores give 0 and not NaN.
+//! Scores stay unscaled. The exponent is one fused multiply-add, p = 2^(x·c − `max_scaled`), with c = scale·log₂e and
+//! `max_scaled` = m·c. A row without a valid key so far has m = −∞. Its `max_scaled` is 0, so that masked scores give 0
+//! and not NaN.
 
 use core::f32::consts::{LN_2, LOG2_E};
 
 use crate::arch::Warpgroup;
 
-/// The running maximum and sum of 64 rows.
+/// Running maximum and sum of 64 rows.
 pub struct Softmax<W: Warpgroup> {
     /// Largest unscaled score so far.
     m: W::Rows,
-    /// This thread's share of Σ 2^((x − m)·c).
+    /// Σ 2^((x − m)·c) over this thread's elements alone.
     l: W::Rows,
     /// scale·log₂e.
     c: f32,
 }
 
-/// What a new maximum changes: what exponents take away, and the factor for earlier P.
+/// For each row after an update of m: `max_scaled`, which exponents subtract, and the rescale factor α for earlier P.
 type Raised<W> = (<W as Warpgroup>::Rows, <W as Warpgroup>::Rows);
 
-/// m·c, or 0 for a row without a live key.
+/// Returns `max_scaled` = m·c, or 0 for a row without a valid key.
 #[inline(always)]
 fn exponent_offset(m: f32, c: f32) -> f32 {
     if m == f32::NEG_INFINITY { 0.0 } else { m * c }
@@ -32,8 +33,8 @@ impl<W: Warpgroup> Softmax<W> {
         Softmax { m: wg.rows(f32::NEG_INFINITY), l: wg.rows(0.0), c: scale * LOG2_E }
     }
 
-    /// Turns the scores S of one block into P in place, and returns the factor that brings earlier P, and so O and l,
-    /// to the new maximum. `floats` tells how to take it ([`Warpgroup::maxima`]).
+    /// Turns the scores S of one block into P in place. Returns the rescale factor α, which brings earlier P, and so O
+    /// and l, to the new maximum. `floats` selects how the maximum is taken ([`Warpgroup::maxima`]).
     #[inline(always)]
     pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, floats: bool) -> W::Rows {
         let raised = self.raise(wg, s, floats);
@@ -41,30 +42,31 @@ impl<W: Warpgroup> Softmax<W> {
         raised.1
     }
 
-    /// The first half of [`Softmax::step`].
+    /// First half of [`Softmax::step`]: updates m, and returns `max_scaled` and the rescale factor α.
     #[inline(always)]
     pub fn raise<const N8: usize>(&mut self, wg: &W, s: &W::Acc<N8>, floats: bool) -> Raised<W> {
         let c = self.c;
         let m = wg.maxima(s, self.m, floats);
         let offset = wg.zip(m, m, |m, _| exponent_offset(m, c));
-        // From rounded offset to rounded offset, so that it is exactly 1 while the maximum stays.
+        // Uses `max_scaled` as rounded on both sides, so that α is exactly 1 while the maximum stays.
         let correction = wg.zip(self.m, offset, |old, offset| W::exp2(old * c - offset));
         self.m = m;
         (offset, correction)
     }
 
-    /// The second half of [`Softmax::step`]: S → P, and l.
+    /// Second half of [`Softmax::step`]: turns S into P, and updates l. `offset` is `max_scaled`, `correction` is α.
     #[inline(always)]
     pub fn exponents<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, (offset, correction): Raised<W>) {
         let c = self.c;
         wg.map_rows(s, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
-        // The block by itself first: a long row's l is too large to take small terms one by one.
+        // Sums the block first, then adds it to l: the l of a long row is too large to take small terms one by one.
         let block = wg.fold(s, |a, p| a + p);
         let l = wg.zip(self.l, correction, |l, a| l * a);
         self.l = wg.zip(l, block, |l, b| l + b);
     }
 
-    /// As [`Softmax::exponents`], for the left half of the columns, and then, by another call, for the right.
+    /// Does the work of [`Softmax::exponents`] for one half of the columns. The left half, 0, must come first, and the
+    /// right one, 1, in a second call.
     #[inline(always)]
     pub fn half_the_exponents<const N8: usize>(
         &mut self,
@@ -82,12 +84,12 @@ impl<W: Warpgroup> Softmax<W> {
         self.l = wg.zip(self.l, part, |l, b| l + b);
     }
 
-    /// The factor 1/l that normalises O, and the LSE (natural log); a row without a live key gives 0 and −∞.
+    /// Returns 1/l, which normalises O, and the LSE (natural log). A row without a valid key gives 0 and −∞.
     #[inline(always)]
     pub fn finish(self, wg: &W) -> (W::Rows, W::Rows) {
         let (l, c) = (wg.reduce(self.l, |a, b| a + b), self.c);
-        // Computed for every row and then selected: a branch would stand between what else the end of a work tile
-        // mixes.
+        // Computes 1/l for every row and then selects. A branch would keep ptxas from interleaving the other
+        // instructions at the end of a work tile (notebook 29).
         let normaliser = wg.zip(l, wg.zip(l, l, |l, _| W::recip(l)), |l, r| if l == 0.0 { 0.0 } else { r });
         let lse = wg.zip(self.m, l, |m, l| (exponent_offset(m, c) + W::log2(l)) * LN_2);
         let lse = wg.zip(l, lse, |l, lse| if l == 0.0 { f32::NEG_INFINITY } else { lse });

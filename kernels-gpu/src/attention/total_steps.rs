@@ -1,11 +1,12 @@
-//! The steps of a CTA that computes total attention: for each of its work tiles, a block of keys of one query head, the
-//! query blocks that see a key of it, from the last to the first.
+//! Steps of a CTA that computes total attention. For each of its work tiles, a block of keys of one query head, they
+//! are the query blocks that attend to a key of it, from the last to the first.
 //!
-//! Producer and consumers walk them alike. The producer goes by all keys of a work tile, each consumer by its own, and
-//! passes over what the others alone see: it comes last, since a key that sees a query block sees those after it. Keys
-//! that no query sees meet the last query block all the same, wholly masked: so every work tile has at least one step.
-//! Of a part of a work tile ([`super::shared_tiles`]) the first consumer has all keys, and the others pass over all of
-//! it.
+//! Producer and consumers walk the same steps. The producer loads every query block that attends to any key of the
+//! tile. A consumer computes those that attend to its own 64 keys and skips the rest. The skipped blocks come last: the
+//! order runs from the last query block to the first, and if a query block attends to a key, all later query blocks do.
+//! Keys to which no query attends visit the last query block, wholly masked, so that every work tile has at least one
+//! step. If a work tile is split ([`super::shared_tiles`]), the first consumer has all keys of a part, and the other
+//! consumers skip all of its query blocks.
 
 use core::marker::PhantomData;
 
@@ -15,35 +16,35 @@ use super::shared_tiles::TilePart;
 use crate::ground::places::KvBlock;
 use crate::ground::shape::Shape;
 
-/// The keys of a work tile that someone goes by.
+/// Keys of a work tile that the producer or a consumer walks.
 #[derive(Clone, Copy, Debug)]
 pub struct Part {
-    /// The first of them, within the work tile.
+    /// First of the keys, within the work tile.
     pub first_key: u32,
     pub keys: u32,
-    /// How many query blocks are passed over at once, at most; those that are too many are visited.
+    /// Maximum number of query blocks that are skipped in a row; blocks beyond it are visited.
     pub most_passed: u32,
 }
 
 impl Part {
-    /// All `block_n` keys.
+    /// Returns all `block_n` keys.
     #[inline(always)]
     pub const fn whole(block_n: u32) -> Self {
         Part { first_key: 0, keys: block_n, most_passed: 0 }
     }
 }
 
-/// One work tile, as a part of its keys sees it.
+/// One work tile as a [`Part`] of its keys walks it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TotalTile {
-    /// The block of keys; `head` is the query head.
+    /// Block of keys; `head` is the query head.
     pub keys: KvBlock,
-    /// The first of its keys.
+    /// First key of the work tile, or of the part of a split one.
     pub first_key: u32,
-    /// The query blocks that are visited, from the last to the first.
+    /// Query blocks `start..end` are visited, from the last to the first.
     pub start: u32,
     pub end: u32,
-    /// How many come after them, to be passed over.
+    /// Number of query blocks that follow and are skipped.
     pub passed: u32,
     full_start: u32,
     full_blocks: u32,
@@ -75,14 +76,14 @@ impl TotalTile {
         }
     }
 
-    /// Whether there are as many queries as the block has rows, and each sees every key of the part.
+    /// True if the block has as many queries as rows, and each attends to every key of the part.
     #[inline(always)]
     pub fn is_full(&self, m_block: u32) -> bool {
         m_block.wrapping_sub(self.full_start) < self.full_blocks
     }
 }
 
-/// A CTA's work tiles, as a part of their keys sees them.
+/// Work tiles of a CTA, as a [`Part`] of their keys walks them.
 #[derive(Clone, Copy, Debug)]
 pub struct TotalTiles<'a, M, I> {
     shape: &'a Shape,
@@ -94,13 +95,13 @@ pub struct TotalTiles<'a, M, I> {
 }
 
 impl<'a, M: Mask, I: Iterator<Item = TilePart>> TotalTiles<'a, M, I> {
-    /// Work tiles of `block_n` keys, query blocks of `block_m` queries.
+    /// Makes the iterator for work tiles of `block_n` keys and query blocks of `block_m` queries.
     #[inline(always)]
     pub fn new(shape: &'a Shape, block_m: u32, block_n: u32, part: Part, tiles: I) -> Self {
         TotalTiles { shape, block_m, block_n, part, tiles, mask: PhantomData }
     }
 
-    /// The query blocks of one after the other.
+    /// Returns the query blocks of all work tiles, one work tile after the other.
     #[inline(always)]
     pub fn steps(self) -> TotalSteps<'a, M, I> {
         TotalSteps { tiles: self, keys: KvBlock { batch: 0, head: 0, n_block: 0, pair: 0 }, start: 0, m_block: 0 }
@@ -117,11 +118,11 @@ impl<M: Mask, I: Iterator<Item = TilePart>> Iterator for TotalTiles<'_, M, I> {
     }
 }
 
-/// The query blocks of a CTA's work tiles, (block of keys, m_block), from one work tile into the next.
+/// Query blocks of a CTA's work tiles as (block of keys, m_block), from one work tile into the next.
 #[derive(Clone, Copy, Debug)]
 pub struct TotalSteps<'a, M, I> {
     tiles: TotalTiles<'a, M, I>,
-    /// The work tile of the block that was given last.
+    /// Work tile of the block that was returned last.
     keys: KvBlock,
     start: u32,
     m_block: u32,
@@ -149,9 +150,9 @@ mod tests {
     use crate::attention::shared_tiles::SharedTiles;
     use std::collections::BTreeSet;
 
-    /// Every live (head, query, key) is met once, by one CTA and one of two consumers, and full blocks have only live
-    /// ones; a consumer meets or passes over as many blocks as the producer sends. Tiles from `shared` on are taken in
-    /// two parts.
+    /// Checks that every valid (head, query, key) is visited once, by one CTA and one of two consumers, and that full
+    /// blocks have only valid ones. A consumer must visit or skip as many blocks as the producer loads. Tiles from
+    /// `shared` on are split into two parts.
     fn covers<M: Mask>(shape: Shape, block_m: u32, block_n: u32, ctas: u32, most_passed: u32, shared: u32) {
         let order = TileOrder::new(&Shape { seqlen_q: shape.seqlen_k, ..shape }, block_n, 2);
         let mut seen = BTreeSet::new();

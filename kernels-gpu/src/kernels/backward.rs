@@ -1,10 +1,44 @@
 //! Backward attention by recomputation: dQ, dK and dV without a stored score matrix (FlashAttention-2, arXiv
 //! 2307.08691, algorithm 2; FlashAttention-3, arXiv 2407.08608, section 3).
 //!
-//! A CTA keeps one block of keys, with dK and dV in registers, and walks over the query blocks that see it. Scores are
-//! recomputed transposed, so that Pᵀ and dSᵀ go from registers into dV and dK. dSᵀ also goes through shared memory to a
-//! warpgroup that does nothing but multiply it by K, and adds up dQ in f32 in the workspace; so the two that have the
-//! keys never wait for each other, and one's exponentials run beside the other's products.
+//! A CTA keeps one block of keys, K and V in shared memory, dK and dV in registers. Each of two consumer warpgroups has
+//! half of the keys (for head dim 256 see [`super::backward_gradients`]). Let c = scale·log₂e, δ = rowsum(dO∘O) − dLSE
+//! and neg_lse_log2 = −LSE·log₂e, which is `offsets` in the code. The CTA computes, transposed:
+//!
+//! ```text
+//! for each work tile of the CTA, a block of keys of one key head:
+//!     dK = 0, dV = 0
+//!     for each query block i that attends to it, of all query heads of the group:
+//!         Sᵀ = K·Qᵢᵀ, −∞ for masked keys
+//!         Pᵀ = 2^(c·Sᵀ + neg_lse_log2)           = exp(scale·Sᵀ − LSE)
+//!         dPᵀ = V·dOᵢᵀ
+//!         dSᵀ = Pᵀ∘(dPᵀ − δ)
+//!         dV = dV + Pᵀ·dOᵢ
+//!         dK = dK + dSᵀ·Qᵢ
+//!         dQᵢ = dQᵢ + dS·K                       by a third warpgroup, in f32 in the workspace
+//!     store dV and scale·dK                      (the postprocess kernel stores scale·dQ)
+//! ```
+//!
+//! Done for speed:
+//!
+//! 1. S and dP are computed transposed, keys × queries, so that Pᵀ and dSᵀ go from registers, as left operands, into dV
+//!    and dK.
+//! 2. The consumers also write dSᵀ to a ring in shared memory. A third warpgroup, which issues the loads too, computes
+//!    dS·K from it and accumulates dQ in f32 in the workspace (`arch/sm90/backward_dq.rs`). So the consumers never wait
+//!    for each other's dS (notebook 41).
+//! 3. A ping-pong barrier (`take_turn`, `pass_turn`) overlaps one consumer's exponentials with the other's products. A
+//!    consumer holds it while it issues dV and dK of the last query block and S of the next, and above head dim 64 also
+//!    dP (notebook 43, 44).
+//! 4. At head dim 128, S is issued before dV and dK are waited for, so that products follow each other without a pause
+//!    (`queues_scores`, notebook 59).
+//! 5. `neg_lse_log2` is read before the ping-pong barrier, and δ before a wait, if registers allow (`read_early`,
+//!    notebook 46).
+//! 6. dS is written to the ring at the end of a step (`add_dq`), but published while the next step's products run
+//!    (`pass_ds`, notebook 47).
+//! 7. At head dim 128, plain attention without dropout has a second buffer for K, into which the next work tile's K is
+//!    loaded early (notebook 83).
+//! 8. The tail of a launch is split along queries ([`crate::attention::key_parts`], notebook 65), and some work tiles
+//!    initialise dQ instead of accumulating ([`crate::attention::first_tiles`], notebook 73).
 
 use core::f32::consts::LOG2_E;
 
@@ -21,7 +55,8 @@ use crate::ground::places::QueryBlock;
 use crate::ground::tensor::Strided;
 use crate::params::{BackwardParams, BackwardSecond, Second};
 
-/// The gradients of a block of keys, and what of the query block last met is still to go into them.
+/// dK and dV of a block of keys so far, and P, dS and the slot of the last query block, whose products dK and dV still
+/// lack.
 struct Mainloop<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
     dk: W::Acc<D8>,
     dv: W::Acc<D8>,
@@ -30,7 +65,7 @@ struct Mainloop<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
     slot: W::Slot,
 }
 
-/// What a step needs to know of where it is.
+/// Context of a step: the launch parameters, this warpgroup's first key, and the query blocks of the work tile.
 pub(super) struct Step<'a, T, S: Second<T>, M, R> {
     pub p: &'a BackwardParams<T, S>,
     pub first_key: u32,
@@ -39,19 +74,21 @@ pub(super) struct Step<'a, T, S: Second<T>, M, R> {
     pub dropping: R,
 }
 
-/// Whether the other warpgroup may issue beside dP already: where exponentials take as long as products.
+/// True if a consumer passes on the ping-pong barrier before it issues dP instead of after it. That pays if
+/// exponentials take as long as products (notebook 44).
 const fn passes_early(head_dim: u32) -> bool {
     head_dim <= 64
 }
 
-/// Whether S is issued before dV and dK are there, so that products follow each other without a pause. dP has room only
-/// where P and dS were.
+/// True if S of the next block is issued before dV and dK are waited for, so that products follow each other without a
+/// pause (notebook 59). dP must still wait for them: it has room only in the registers of P and dS.
 const fn queues_scores(head_dim: u32) -> bool {
     head_dim == 128
 }
 
 impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
-    /// A query block from its scores, in flight, to dS: Pᵀ and dSᵀ.
+    /// Takes a query block from S, in flight, to dS. Returns Pᵀ and dSᵀ as left operands, and writes dSᵀ to its ring
+    /// for dQ. `offsets` is `neg_lse_log2`.
     #[inline(always)]
     fn gradients<W: BackwardWarpgroup<Tensor = T>, const D8: usize, const M8: usize>(
         &self,
@@ -80,7 +117,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         (R::pack_unmarked::<W, M8>(wg, &p), ds)
     }
 
-    /// Sᵀ → Pᵀ; weights that are dropped are marked.
+    /// Turns Sᵀ into Pᵀ, masked. Sets the sign bit of dropped elements. `offsets` is `neg_lse_log2`.
     #[inline(always)]
     pub fn weights<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
         &self,
@@ -107,7 +144,8 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         s
     }
 
-    /// dSᵀ = Pᵀ∘(dPᵀ − delta).
+    /// Returns dSᵀ = Pᵀ∘(dPᵀ − δ). With dropout, dPᵀ is 0 for dropped elements and multiplied by the dropout scale for
+    /// the others.
     #[inline(always)]
     pub fn score_gradients<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
         &self,
@@ -123,14 +161,15 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
     }
 }
 
-/// What columns need, read before a wait where registers allow: beside products, shared memory is slow to answer.
+/// Reads `neg_lse_log2` or δ of a block's queries before a wait, if registers allow (up to 64 queries). While products
+/// run, shared memory is slow to answer.
 #[inline(always)]
 fn read_early<W: BackwardWarpgroup, const M8: usize>(wg: &W, columns: W::Columns<M8>) -> W::Columns<M8> {
     if const { M8 <= 8 } { wg.read(columns) } else { columns }
 }
 
 impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8> {
-    /// The first query block that meets a pair's keys, up to dS.
+    /// Processes the first query block that attends to a pair's keys, up to dS.
     #[inline(always)]
     fn new<M: Mask, S: Second<W::Tensor>, R: Dropping>(
         wg: &mut W,
@@ -148,7 +187,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
         Mainloop { dk: wg.zeros::<D8>(), dv, p, ds, slot }
     }
 
-    /// dV and dK of the query block last met, and the next one up to dS.
+    /// Adds the last query block's products to dV and dK, and processes the next query block up to dS.
     #[inline(always)]
     fn step<M: Mask, S: Second<W::Tensor>, R: Dropping>(
         &mut self,
@@ -174,7 +213,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
         self.slot = slot;
     }
 
-    /// dV and dK of the query block last met.
+    /// Adds the last query block's products to dV and dK, and releases its slot.
     #[inline(always)]
     fn finish(&mut self, wg: &mut W) {
         let (dv, dk) = self.issue(wg);
@@ -182,17 +221,17 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
         wg.release(self.slot);
     }
 
-    /// The same, in flight.
+    /// Issues the last query block's products for dV and dK, and publishes its dS in the ring.
     #[inline(always)]
     fn issue(&mut self, wg: &mut W) -> (Pending<W::Acc<D8>>, Pending<W::Acc<D8>>) {
         let dv = wg.p_do::<M8, D8>(self.dv, self.p, self.slot); //  dV = dV + Pᵀ·dO
         let dk = wg.ds_q::<M8, D8>(self.dk, self.ds, self.slot); // dK = dK + dSᵀ·Q
-        wg.pass_ds(self.slot); // beside the products, because memory is slow to take it
+        wg.pass_ds(self.slot); // overlaps the products, because its fence is slow
         (dv, dk)
     }
 }
 
-/// The query blocks that a part of a work tile meets, through the pair of `keys`.
+/// Returns the query blocks that a part of a work tile visits, through the pair of `keys`.
 #[inline(always)]
 pub(super) fn blocks_met<T, S: BackwardSecond<T>, M: Mask>(
     p: &BackwardParams<T, S>,
@@ -204,7 +243,7 @@ pub(super) fn blocks_met<T, S: BackwardSecond<T>, M: Mask>(
     blocks.end_of(&p.sharing).part(&p.sharing, part)
 }
 
-/// Where dK of a pair goes.
+/// Returns the dK tensor of a pair.
 #[inline(always)]
 pub(super) fn dk_of<T, S: BackwardSecond<T>>(p: &BackwardParams<T, S>, pair: u32) -> Strided {
     match p.second.dk() {
@@ -213,8 +252,8 @@ pub(super) fn dk_of<T, S: BackwardSecond<T>>(p: &BackwardParams<T, S>, pair: u32
     }
 }
 
-/// What one consumer warpgroup of a CTA does with its work tiles, blocks of keys, or parts of them; it has half of the
-/// keys.
+/// Computes dK and dV of one consumer warpgroup's half of the keys, for every work tile of its CTA or part of one. A
+/// work tile is a block of keys.
 #[inline(always)]
 pub fn consume<
     W: BackwardWarpgroup,
@@ -234,7 +273,7 @@ pub fn consume<
     let elements = block_n * 8 * D8 as u32;
     let mut tiles = tiles;
     let Some(KeyPart { mut tile, mut part }) = tiles.next() else { return };
-    // dK of one pair after the other, the last one first, and with all of them the same dV.
+    // Visits the pairs one after the other, the last one first. Each has its own dK; all add to the same dV.
     let mut pair = p.second.last();
     let mut dv = wg.zeros::<D8>();
     loop {

@@ -1,6 +1,23 @@
-//! Backward attention where a warpgroup's registers hold one gradient of a block of keys, and not two: one warpgroup
-//! has dV and computes the weights, which the other takes for dS and dK. So no product is computed twice, as it would
-//! be if each had half of the columns of both.
+//! Backward attention for head dim 256, where the registers of a warpgroup hold one gradient of a block of keys but not
+//! two. One consumer warpgroup has dV, the other has dK. The algorithm is that of [`super::backward`]:
+//!
+//! ```text
+//! consumer 0          Sᵀ = K·Qᵢᵀ → Pᵀ → shared memory          dV = dV + Pᵀ·dOᵢ
+//! consumer 1          dPᵀ = V·dOᵢᵀ, Pᵀ from shared memory      → dSᵀ → ring, dK = dK + dSᵀ·Qᵢ
+//! third warpgroup     dSᵀ from the ring                        dQᵢ = dQᵢ + dS·K, and all loads
+//! ```
+//!
+//! `pass_weights` writes P to shared memory in f32, and `take_weights` reads it, thread to thread. `offsets` is
+//! neg_lse_log2 = −LSE·log₂e.
+//!
+//! No product is computed twice. If each consumer had half of the columns of both gradients, both would compute all of
+//! S and dP, seven products instead of five (notebook 80).
+//!
+//! Done for speed:
+//!
+//! 1. Pᵀ·dO of the last block overlaps the exponentials of the next one (`Dv::step`), and dSᵀ·Q of the last block
+//!    overlaps dS of the next one (`Dk::step`).
+//! 2. A consumer with one gradient needs fewer registers, so that the third warpgroup has 72 (notebook 81).
 
 use super::backward::{Step, blocks_met, dk_of};
 use crate::arch::BackwardWarpgroup;
@@ -13,7 +30,7 @@ use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::params::{BackwardParams, BackwardSecond, Second};
 
-/// dV of a block of keys, and the weights of the query block last met, which are still to go into it.
+/// dV of a block of keys so far, and P of the last query block, whose product dV still lacks.
 struct Dv<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
     dv: W::Acc<D8>,
     p: W::Operand<M8>,
@@ -21,7 +38,7 @@ struct Dv<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
 }
 
 impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
-    /// The first query block, up to P.
+    /// Processes the first query block up to P.
     #[inline(always)]
     fn new<M: Mask, S: Second<W::Tensor>, R: Dropping>(
         wg: &mut W,
@@ -39,7 +56,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
         Dv { dv, p: R::pack_unmarked::<W, M8>(wg, &p), slot }
     }
 
-    /// dV of the query block last met, beside which the next one's exponentials run.
+    /// Adds the last query block's product to dV. It overlaps the next block's exponentials.
     #[inline(always)]
     fn step<M: Mask, S: Second<W::Tensor>, R: Dropping>(
         &mut self,
@@ -69,7 +86,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
     }
 }
 
-/// dK of a block of keys, and dS of the query block last met, which is still to go into it.
+/// dK of a block of keys so far, and dS of the last query block, whose product dK still lacks.
 struct Dk<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
     dk: W::Acc<D8>,
     ds: W::Operand<M8>,
@@ -77,7 +94,7 @@ struct Dk<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
 }
 
 impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dk<W, D8, M8> {
-    /// The first query block, up to dS.
+    /// Processes the first query block up to dS.
     #[inline(always)]
     fn new<M: Mask, S: Second<W::Tensor>, R: Dropping>(
         wg: &mut W,
@@ -93,7 +110,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dk<W, D8, M8> {
         Dk { dk: wg.zeros::<D8>(), ds: leave_ds(wg, &ds, slot, at), slot }
     }
 
-    /// dK of the query block last met, beside which the next one's dS is computed.
+    /// Adds the last query block's product to dK. It overlaps the computation of the next block's dS.
     #[inline(always)]
     fn step<M: Mask, S: Second<W::Tensor>, R: Dropping>(
         &mut self,
@@ -123,7 +140,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dk<W, D8, M8> {
     }
 }
 
-/// Leaves dS of a query block to the warpgroup that adds dQ, and packs it for dK.
+/// Packs dS as the left operand of dK, and publishes it in the dS ring. The third warpgroup computes dQ from it.
 #[inline(always)]
 fn leave_ds<W: BackwardWarpgroup, const M8: usize>(
     wg: &mut W,
@@ -138,7 +155,7 @@ fn leave_ds<W: BackwardWarpgroup, const M8: usize>(
     ds
 }
 
-/// What the warpgroup with dV does with the work tiles of its CTA, blocks of keys or parts of them.
+/// Computes dV, as the first consumer, for every work tile of its CTA or part of one. A work tile is a block of keys.
 #[inline(always)]
 pub fn consume_dv<
     W: BackwardWarpgroup,
@@ -157,7 +174,7 @@ pub fn consume_dv<
     let block_m = 8 * M8 as u32;
     for KeyPart { tile, part } in tiles {
         let mut dv = wg.zeros::<D8>();
-        // The last pair comes first.
+        // Visits the last pair first.
         let mut left = p.second.last() + 1;
         let mut keys = key_block(&p.shape, block_n, &tile);
         while left > 0 {
@@ -186,7 +203,8 @@ pub fn consume_dv<
     }
 }
 
-/// What the warpgroup with dK does with them: dK of one pair after the other.
+/// Computes dK, as the second consumer, for every work tile of its CTA or part of one: one pair after the other, the
+/// last one first.
 #[inline(always)]
 pub fn consume_dk<
     W: BackwardWarpgroup,

@@ -1,8 +1,44 @@
 //! Forward attention, O = softmax(scale·Q·Kᵀ + mask)·V and its LSE (FlashAttention-3, arXiv 2407.08608, algorithm 2).
 //!
-//! A consumer warpgroup owns 64 query rows. In each step the scores of the next block are issued before the output of
-//! the last one is waited for, so that the tensor cores work while this warpgroup, or the other, computes a softmax.
-//! Where a work tile ends, the next block is the first of the next work tile, and the pipeline never runs empty.
+//! A consumer warpgroup owns 64 query rows of a work tile. With c = scale·log₂e, and j counting the blocks of keys that
+//! the tile visits, from the last block to the first, it computes:
+//!
+//! ```text
+//! for each work tile of the CTA:
+//!     m = −∞, l = 0, O = 0
+//!     for each block of keys j:
+//!         Sⱼ = Q·Kⱼᵀ, −∞ for masked keys
+//!         m' = max(m, rowmax(Sⱼ))
+//!         Pⱼ = 2^(c·Sⱼ − c·m'), α = 2^(c·m − c·m')
+//!         l = α·l + rowsum(Pⱼ)
+//!         O = α·O + Pⱼ·Vⱼ
+//!         m = m'
+//!     store O/l and LSE = ln 2·(c·m + log₂ l)
+//! ```
+//!
+//! Done for speed:
+//!
+//! 1. S of the next block is issued together with P·V of this one, and the softmax starts as soon as S has arrived. So
+//!    the tensor cores work during the softmax (`Mainloop::step`).
+//! 2. A ping-pong barrier (`take_turn`, `pass_turn`) lets one consumer at a time issue, so that one's softmax overlaps
+//!    the other's products (notebook 11).
+//! 3. S of the next work tile's first block is issued with the last P·V of this one (`Mainloop::turn_over`, notebook
+//!    14). The pipeline drains once per launch.
+//! 4. Q of the next work tile is requested as soon as the last S of this one has arrived (`Upcoming`, notebook 9).
+//! 5. Full blocks run without masking code, in loops of their own ([`Visits`]); the first and the last block are masked
+//!    only if they are not full (notebook 17).
+//! 6. Row maxima are taken on the integer pipe if a block has at least 128 keys, no mask is expected to mask many of
+//!    its scores out, and there is no dropout (notebook 26, 128).
+//! 7. O is rescaled only if a row maximum has changed, if that check pays (`Mainloop::looks_first`, notebook 20, 124).
+//!
+//! A ring of slots, filled in the order of [`crate::pipeline::order`], connects producer and consumers. With two
+//! consumers:
+//!
+//! ```text
+//! producer    K₀ K₁ V₀ K₂ V₁ K₃ V₂ …                        TMA loads into the ring
+//! consumer 0  [S₀] softmax₀ [S₁ P₀V₀] softmax₁ [S₂ P₁V₁] …  [ ] = issued together; softmaxⱼ waits for Sⱼ alone
+//! consumer 1            [S₀] softmax₀ [S₁ P₀V₀] softmax₁ …  about half a step later, by the ping-pong barrier
+//! ```
 
 use crate::arch::{ForwardWarpgroup, Pending};
 use crate::attention::block_info::{Visit, Visits};
@@ -16,7 +52,7 @@ use crate::attention::softmax::Softmax;
 use crate::ground::places::WorkTile;
 use crate::params::{ForwardParams, Second};
 
-/// What the mainloop carries from block to block: O, the last block's P, and m and l.
+/// State that is carried from block to block: O, P of the last block, and m and l.
 struct Mainloop<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> {
     o: W::Acc<D8>,
     p: W::Operand<N8>,
@@ -24,7 +60,7 @@ struct Mainloop<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usi
     dropping: R,
 }
 
-/// One block's scores and the output of the block before, both in flight, with the slots that they read.
+/// S of one block and O of the block before it, both in flight, with the slots of K and V that their products read.
 struct InFlight<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
     s: Pending<W::Acc<N8>>,
     o: Pending<W::Acc<D8>>,
@@ -32,7 +68,8 @@ struct InFlight<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
     v: W::Slot,
 }
 
-/// A block of scores, the pair that they come from, and whether a mask may hide many of them.
+/// Block of scores: its work tile, its block of keys, and the pair of Q and K that they come from. `masked` is true if
+/// a mask may mask many of them out.
 #[derive(Clone, Copy)]
 struct BlockAt {
     tile: WorkTile,
@@ -42,7 +79,7 @@ struct BlockAt {
 }
 
 impl BlockAt {
-    /// Where this warpgroup's rows of it lie.
+    /// Returns the position of this warpgroup's rows of the block.
     #[inline(always)]
     fn place<W: ForwardWarpgroup>(&self, wg: &W, block_n: u32) -> Place {
         Place {
@@ -55,19 +92,21 @@ impl BlockAt {
 }
 
 impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloop<W, R, D8, N8> {
-    /// Whether a look at the corrections, which are 1 where no row's maximum has moved, costs less than what it saves:
-    /// it stands between instructions that would mix without it.
+    /// True if O is rescaled only when a row maximum has changed, that is, if a rescale factor differs from 1. The
+    /// check saves multiplications but keeps ptxas from interleaving the instructions around it. It pays above head dim
+    /// 128 (notebook 20); with dropout `step` wants the fence itself (notebook 124).
     const fn looks_first() -> bool {
         D8 > 16 || R::DROPS
     }
 
-    /// Whether maxima are better taken as floats: where a mask may hide many scores, or integers have Philox to do.
+    /// True if row maxima are taken on floats and not on integers: if a mask may mask many scores out, or with dropout,
+    /// whose Philox calls occupy the integer pipe (notebook 26, 128).
     #[inline(always)]
     fn floats(at: &BlockAt) -> bool {
         at.masked || R::DROPS
     }
 
-    /// The first block of all: there is no output to add to yet.
+    /// Computes S and P of the CTA's very first block. There is no P·V yet, so O is 0.
     #[inline(always)]
     fn first(wg: &mut W, scale: f32, dropping: R, at: BlockAt, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) -> Self {
         let k = wg.wait_kv();
@@ -81,7 +120,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         Mainloop { o: wg.zeros::<D8>(), p: Self::weights(wg, &s, &keep), softmax, dropping }
     }
 
-    /// P as the left operand of P·V, without the weights that are dropped.
+    /// Packs P as the left operand of P·V, and zeroes its dropped elements.
     #[inline(always)]
     fn weights(wg: &W, p: &W::Acc<N8>, keep: &R::Keep<W, N8>) -> W::Operand<N8> {
         let mut p = wg.pack(p);
@@ -89,7 +128,8 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         p
     }
 
-    /// Issues the scores of one more block, and the output of the one before.
+    /// Issues S of one more block, then P·V of the block before it, between taking and passing on the ping-pong
+    /// barrier.
     #[inline(always)]
     fn issue(&self, wg: &mut W, pair: u32) -> InFlight<W, D8, N8> {
         let k = wg.wait_kv();
@@ -101,11 +141,12 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         InFlight { s, o, k, v }
     }
 
-    /// One more block of the same work tile. `scored` masks its scores.
+    /// Processes one more block of the same work tile: issues its S and the last block's P·V, then turns S into P.
+    /// `scored` masks its scores, which have arrived by then.
     #[inline(always)]
     fn step(&mut self, wg: &mut W, at: BlockAt, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) {
         let InFlight { s, o, k, v } = self.issue(wg, at.visit.pair);
-        let keep = self.dropping.keep::<W, N8>(wg, |wg| at.place(wg, 8 * N8 as u32)); // beside the products
+        let keep = self.dropping.keep::<W, N8>(wg, |wg| at.place(wg, 8 * N8 as u32)); // overlaps the products
         let mut s = wg.wait::<1, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
@@ -119,14 +160,16 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         wg.release_kv(v);
         wg.scale_rows(&mut self.o, raised.1, const { Self::looks_first() });
         if R::DROPS {
-            // The look keeps apart what ptxas would put last otherwise: half the exponentials go with the Philox calls,
-            // half with what they decide.
+            // Half of the exponentials run before the skip-rescale check, with the Philox calls, and half after it,
+            // with the instructions that drop elements. Without this fence ptxas puts those instructions last (notebook
+            // 135).
             self.softmax.half_the_exponents(wg, &mut s, raised, 1);
         }
         self.p = Self::weights(wg, &s, &keep);
     }
 
-    /// The first block of the next work tile, beside the last output of this one, which it returns.
+    /// Computes S and P of the next work tile's first block, overlapped with this tile's last P·V. Returns the state of
+    /// the next tile, and O and the softmax state of this one.
     #[inline(always)]
     fn turn_over(
         self,
@@ -148,7 +191,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         (Mainloop { o: wg.zeros::<D8>(), p, softmax, dropping: self.dropping }, o, self.softmax)
     }
 
-    /// The output of the last block of all.
+    /// Computes the CTA's very last P·V. Returns O and the softmax state of its last work tile.
     #[inline(always)]
     fn last(self, wg: &mut W) -> (W::Acc<D8>, Softmax<W>) {
         let v = wg.wait_kv();
@@ -159,14 +202,14 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
     }
 }
 
-/// The work tiles that are left to a CTA, and the one whose query rows are being loaded.
+/// Work tiles that the CTA has not begun, and the one whose query rows are being loaded.
 struct Upcoming<I> {
     tiles: I,
     next: Option<WorkTile>,
 }
 
 impl<I: Iterator<Item = WorkTile>> Upcoming<I> {
-    /// Starts loading the query rows of the next work tile.
+    /// Takes the next work tile and starts loading its query rows.
     #[inline(always)]
     fn load<W: ForwardWarpgroup>(&mut self, wg: &mut W) {
         self.next = self.tiles.next();
@@ -176,7 +219,7 @@ impl<I: Iterator<Item = WorkTile>> Upcoming<I> {
     }
 }
 
-/// What one consumer warpgroup of a CTA does with its work tiles.
+/// Computes one consumer warpgroup's 64 rows of every work tile of its CTA.
 #[inline(always)]
 pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, const D8: usize, const N8: usize>(
     wg: &mut W,
@@ -192,7 +235,7 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
     let mask = |wg: &W, s: &mut W::Acc<N8>, tile: &WorkTile, Visit { pair, n_block }: Visit| {
         mask_scores::<W, M, S::Pairs, N8>(wg, &p.shape, pairs, pair, s, wg.first_row(tile), n_block * block_n);
     };
-    // The first and the last visit of a work tile may be to full blocks too.
+    // Masks the scores of a first or last visit, unless its block is full.
     let mask_if_needed = |wg: &W, s: &mut W::Acc<N8>, tile: &WorkTile, visits: &Visits, u: u32| {
         if !visits.is_full(u) {
             mask(wg, s, tile, visits.at(u));
@@ -204,14 +247,14 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
         visit: visits.at(u),
         masked,
     };
-    // Blocks are visited from the last one, at the mask's edge if there is one.
+    // The first visit of a work tile is to its last block, which the mask's edge crosses if there is a mask.
     let first_masked = M::HIDES || S::Pairs::COUNT > 1;
     let mut upcoming = Upcoming { tiles, next: None };
     upcoming.load(wg);
     let Some(mut tile) = upcoming.next else { return };
     let mut visits = visits_of(&tile);
     wg.wait_q();
-    // After the scores of a work tile's last visit, 0, Q is free for the next work tile.
+    // Visits count down to 0. When the scores of visit 0 have arrived, Q is free for the next work tile.
     let first = visits.count - 1;
     let block = at(tile, &visits, first, first_masked);
     let mut mainloop = Mainloop::<W, R, D8, N8>::first(wg, p.scale, dropping, block, |wg, s| {

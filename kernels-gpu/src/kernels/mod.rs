@@ -1,4 +1,4 @@
-//! The kernels, in the paper's notation.
+//! Mainloops of the kernels, in the papers' notation.
 
 pub mod backward;
 pub mod backward_gradients;

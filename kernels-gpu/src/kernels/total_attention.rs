@@ -1,10 +1,33 @@
-//! Total attention, total_j = Σ_i P_ij with P = exp(scale·Q·Kᵀ − LSE): how much weight each key got, from a second pass
-//! over Q, K and the LSE of the forward pass.
+//! Total attention, total_j = Σ_i P_ij with P = exp(scale·Q·Kᵀ − LSE): the weight that each key gets from all queries.
+//! It is a second pass over Q, K and the LSE of the forward pass.
 //!
-//! A consumer warpgroup owns 64 keys of one query head and walks over the query blocks that see them. Scores are
-//! computed transposed, so that a key is a row and its sum stays in registers until its work tile ends. Exponentials
-//! run beside products: those of other consumers where there are many, otherwise that of this consumer's own next
-//! block, be it of the next work tile.
+//! A consumer warpgroup owns 64 keys of one query head. With c = scale·log₂e and neg_lse_log2 = −LSE·log₂e, which
+//! `map_offsets` reads, it computes:
+//!
+//! ```text
+//! for each work tile of the CTA:
+//!     total = 0
+//!     for each query block i that attends to one of the 64 keys, from the last to the first:
+//!         Sᵀ = K·Qᵢᵀ, −∞ for masked keys
+//!         Pᵀ = 2^(c·Sᵀ + neg_lse_log2)
+//!         total = total + rowsum(Pᵀ)
+//!     store total
+//! ```
+//!
+//! Done for speed:
+//!
+//! 1. S is computed transposed, so that a key is a row. Its sum stays in registers until the work tile ends.
+//! 2. Up to head dim 128 there are four consumers, each with one fragment of scores. The product of one overlaps the
+//!    exponentials of the others (notebook 102, 120).
+//! 3. Above head dim 128 there are two consumers with two fragments each. S of the next block, which may be the first
+//!    of the next work tile, overlaps the exponentials of this block (`Mainloop::step`).
+//! 4. Up to head dim 64, K is the left operand from registers, so that a product reads only Q from shared memory
+//!    (notebook 110).
+//! 5. Up to head dim 64, one exponential in sixteen is a polynomial, which takes no time of the SFU
+//!    ([`crate::attention::exponential`], notebook 116).
+//! 6. Up to head dim 128, the tail of a launch is split along keys ([`crate::attention::shared_tiles`], notebook 111).
+//! 7. A second warp of the producer loads the LSE and stores `neg_lse_log2` next to Q's slot
+//!    (`arch/sm90/total_offsets.rs`, notebook 99).
 
 use core::f32::consts::LOG2_E;
 
@@ -18,21 +41,22 @@ use crate::attention::total_steps::{TotalTile, TotalTiles};
 use crate::params::TotalParams;
 use crate::tile::smem_total::TotalSmem;
 
-/// A query block's scores and its slot of the ring, beside which lies what its exponents add.
+/// Scores of a query block, and its slot of the ring, which has the block's `neg_lse_log2`.
 struct Scores<W: TotalWarpgroup, const M8: usize> {
     s: W::Acc<M8>,
     q: W::Slot,
 }
 
-/// The sums of 64 keys so far.
+/// Sums of 64 keys so far.
 struct Mainloop<'a, W: TotalWarpgroup> {
     p: &'a TotalParams<W::Tensor>,
-    /// This thread's share of them.
+    /// Sums over this thread's elements alone.
     total: W::Rows,
 }
 
 impl<W: TotalWarpgroup> Mainloop<'_, W> {
-    /// One query block, whose scores are there. Those of the block after it are computed beside it.
+    /// Processes one query block whose scores have arrived. Issues the scores of the block after it first, so that they
+    /// overlap.
     #[inline(always)]
     fn step<M: Mask, const D8: usize, const M8: usize>(
         &mut self,
@@ -42,14 +66,14 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
         m_block: u32,
     ) -> Scores<W, M8> {
         let q = wg.wait_q();
-        let following = wg.kq::<D8, M8>(q); // Sᵀ = K·Qᵀ, of the block after it
+        let following = wg.kq::<D8, M8>(q); // Sᵀ = K·Qᵀ of the block after it
         self.add::<M, M8>(wg, scores, tile, m_block);
         let s = wg.wait::<0, M8>(following);
         wg.release_q(q);
         Scores { s, q }
     }
 
-    /// Adds a query block's weights, and stores the sums after the work tile's last.
+    /// Adds a query block's P to the sums, and stores them after the last block of the work tile.
     #[inline(always)]
     fn add<M: Mask, const M8: usize>(
         &mut self,
@@ -71,10 +95,12 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
             let x = W::fma(s, c, offset);
             if by_polynomial { exp2_polynomial::<W>(x) } else { W::exp2(x) }
         });
-        // The block by itself first: a long column's sum is too large to take small terms one by one.
+        // Sums the block first, then adds it to the total: the sum of a long column is too large to take small terms
+        // one by one.
         self.total = wg.zip(self.total, wg.fold(&s, |a, p| a + p), |total, block| total + block);
-        // A branch that may need the sums keeps the exponentials before it. Without one, in the steps that are never
-        // the last, compilers wait for the next scores first, and leave the exponentials behind the product.
+        // Tests in every step for the end of the tile; `unknown` hides from compilers which steps can never be the
+        // last. A branch that may need the sums keeps the exponentials before it. Without it, compilers wait for the
+        // next scores first, and leave the exponentials until after that product.
         if m_block == W::unknown(tile.start) {
             let total = wg.reduce(self.total, |a, b| a + b);
             wg.store_keys(total, p.total, tile, &p.shape);
@@ -83,7 +109,7 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
     }
 }
 
-/// What one of a CTA's consumer warpgroups does with its work tiles, blocks of 64 keys for each consumer.
+/// Computes the totals of one consumer warpgroup's 64 keys, for every work tile of its CTA.
 #[inline(always)]
 pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     wg: &mut W,
@@ -124,7 +150,7 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
             scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block);
             m_block -= 1;
         }
-        // Two steps a turn: scores alternate between two fragments, and none is copied.
+        // Two steps per iteration: the scores alternate between two fragments, and neither is copied.
         while m_block != tile.start {
             scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block);
             scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block - 1);
@@ -141,7 +167,8 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     pass_over(wg, &tile);
 }
 
-/// Passes over the query blocks of a work tile that other warpgroups alone see.
+/// Skips the query blocks of a work tile that attend to keys of other warpgroups only: waits for them and releases
+/// them.
 #[inline(always)]
 fn pass_over<W: TotalWarpgroup>(wg: &mut W, tile: &TotalTile) {
     for _ in 0..tile.passed {

@@ -17,13 +17,13 @@ fn bytes_are_compared_one_by_one() {
     }
 }
 
-/// The four bytes that comparisons see.
+/// Returns the four bytes that comparisons see.
 fn joined(nibbles: u32, half: usize) -> u32 {
     let [upper, lower] = [0, 1].map(|lower| in_sight(nibbles, half, lower) >> 7 & 0x00ff_00ff);
     upper | lower << 8
 }
 
-/// All 128 threads of a warpgroup, exchange included, against the definition.
+/// Checks all 128 threads of a warpgroup, including the exchange of words, against the definition.
 #[test]
 fn threads_find_what_is_kept() {
     const COLUMNS: u32 = 128;
@@ -35,7 +35,7 @@ fn threads_find_what_is_kept() {
             let tile_columns = if rows == Rows::Queries { KEYS } else { QUERIES };
             for pair in 0..COLUMNS / (2 * tile_columns) {
                 let lanes: Vec<Lane> = (0..128).map(Lane::new).collect();
-                // The bytes of each sixteen columns, where rows are keys with their top bits only.
+                // Bytes of each sixteen columns; if rows are keys, only their top bits are valid.
                 let bytes = |thread: usize| -> Vec<Bytes> {
                     let (lane, neighbour) = (lanes[thread], lanes[thread ^ 4]);
                     match rows {
@@ -77,7 +77,8 @@ fn threads_find_what_is_kept() {
     }
 }
 
-/// As many bytes drop their weight as the threshold says, and an f16's magnitude is compared as its bits are.
+/// Checks that as many bytes drop their element as the threshold says, and that comparing an f16's magnitude is the
+/// same as comparing its bits.
 #[test]
 fn thresholds_are_exact() {
     for threshold in 0..=255u8 {
@@ -92,7 +93,7 @@ fn thresholds_are_exact() {
     }
 }
 
-/// Every weight of a tile has an upper half of its own.
+/// Checks that every element of a tile has an upper half of its own.
 #[test]
 fn no_nibble_serves_twice() {
     let mut places: Vec<_> =
@@ -102,11 +103,11 @@ fn no_nibble_serves_twice() {
     assert_eq!(places.len(), 64 * 64);
 }
 
-/// The bits of the bytes of any three weights of a call are sums of its bits of which none is the sum of others: so
-/// they are as independent as the call's own.
+/// Checks that the bytes of any three elements of a call are as independent as the call's own bits. Their bits are sums
+/// of the call's bits, and none of these sums may be the sum of others.
 #[test]
 fn any_three_bytes_are_independent() {
-    // What each bit of the 32 bytes is the sum of, by asking with one bit after the other.
+    // Bits of the call whose sum is each bit of the 32 bytes, found by setting one bit after the other.
     let mut sums = [[0u128; 8]; 32];
     for bit in 0..128 {
         let words: [u32; 4] = core::array::from_fn(|word| if bit / 32 == word { 1 << (bit % 32) } else { 0 });
@@ -131,7 +132,7 @@ fn any_three_bytes_are_independent() {
     }
 }
 
-/// Neighbours in seed, offset and head have nothing to do with each other.
+/// Checks that the masks of neighbouring seeds, offsets and heads are independent.
 #[test]
 fn masks_are_independent() {
     const SIDE: u32 = 256;
