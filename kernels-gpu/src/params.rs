@@ -1,8 +1,7 @@
 //! Launch parameters: the one ABI, written by the host and read by every kernel.
 //!
 //! A kernel takes one `#[repr(C)]` struct by value. It is generic over the name of a tensor. On the GPU that is a
-//! [`TensorMap`](crate::ground::tensor::TensorMap), which TMA (`cp.async.bulk.tensor`) reads; on the CPU executor it is
-//! a plain [`Strided`] address.
+//! [`TensorMap`], which TMA (`cp.async.bulk.tensor`) reads; on the CPU executor it is a plain [`Strided`] address.
 
 use core::mem::offset_of;
 

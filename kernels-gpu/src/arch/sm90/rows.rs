@@ -139,11 +139,11 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
     unsafe { store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape) };
 }
 
-/// Columns that a warpgroup adds up parts of, eights.
+/// Number of n8 column groups of the parts that a warpgroup sums.
 const PART_N8: usize = 4;
 
-/// Adds up the parts of 64 rows of dK or dV, of a work tile that was taken in parts, in their order: of each half of
-/// the columns as many as a warpgroup takes.
+/// Sums the parts of 64 rows of dK or dV of a split work tile, in the order of the parts. Each warpgroup sums
+/// [`PART_N8`] column groups of its half of the columns.
 #[inline(always)]
 fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index: u32) {
     // SAFETY: reads a special register.
