@@ -234,6 +234,7 @@ fn add_product<const M8: usize, const D8: usize>(sum: &mut Tile<D8>, weights: &T
 }
 
 impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
+    /// Number of the query block, counted from the first. Slots of the rings and phase parities follow from it.
     type Slot = u32;
     type Columns<const M8: usize> = [[f32; 8]; M8];
 

@@ -3,9 +3,9 @@
 //! 2^x = 2^n·2^f with n the integer nearest to x. Adding [`ROUND`], a float so large that its last bit counts ones,
 //! rounds x to n and puts n in the lowest bits. A shift then makes n the exponent of a scale.
 
-/// Largest x for which 2^x is 0.
+/// Lower bound to which x is clamped; 2^x is 0 there.
 const LEAST: f32 = -126.0;
-/// Smallest x for which 2^x is +∞.
+/// Upper bound to which x is clamped; 2^x is +∞ there.
 const GREATEST: f32 = 128.0;
 /// Constant that rounds to an integer, 1.5·2²³ + 126. The last bit of a float of this size counts ones, and its lowest
 /// eight bits are 126.

@@ -116,6 +116,7 @@ unsafe fn load_kv(tensors: &Tensors, smem: &ForwardSmem, rows: &mut [f32], tile:
 }
 
 impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
+    /// Index of the slot of the K/V ring.
     type Slot = u32;
 
     #[inline(never)]

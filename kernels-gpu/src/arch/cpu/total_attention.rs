@@ -142,6 +142,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
 }
 
 impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
+    /// Number of the query block, counted from the first. Its slot follows from it.
     type Slot = u32;
 
     fn part(&self) -> Part {

@@ -124,6 +124,7 @@ impl<const M8: usize> Columns<M8> {
 }
 
 impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
+    /// Number of the query block, counted from the first. Slots of the rings and phase parities follow from it.
     type Slot = u32;
     type Columns<const M8: usize> = Columns<M8>;
 
@@ -254,8 +255,8 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     #[inline(always)]
     fn pass_weights<const M8: usize>(&mut self, p: &Fragment<M8>, slot: u32) {
         let smem = self.pipe.smem;
-        // SAFETY: I1. Each thread overwrites only what one thread of the other warpgroup has read (the empty barrier),
-        // and that thread alone reads it next.
+        // SAFETY: I1, the barriers are initialised. Each thread overwrites only what one thread of the other warpgroup
+        // has read (the empty barrier), and that thread alone reads it next.
         unsafe {
             Mbarrier(self.base() + smem.weights_empty()).wait(slot & 1 ^ 1);
             for (group, p) in p.0.iter().enumerate() {
@@ -268,7 +269,8 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     fn take_weights<const M8: usize>(&mut self, slot: u32) -> Fragment<M8> {
         let smem = self.pipe.smem;
         let mut p = Fragment([[0.0; 4]; M8]);
-        // SAFETY: I1. Each thread reads what one thread of the other warpgroup has written, after the full barrier.
+        // SAFETY: I1, the barriers are initialised. Each thread reads what one thread of the other warpgroup has
+        // written, after the full barrier.
         unsafe {
             Mbarrier(self.base() + smem.weights_full()).wait(slot & 1);
             for (group, p) in p.0.iter_mut().enumerate() {
@@ -283,7 +285,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     fn store_kv<const D8: usize>(&mut self, x: &Fragment<D8>, to: &Strided, at: &KvBlock, shape: &Shape) {
         let row = at.n_block * self.pipe.smem.block_n + self.first_key();
         let at = Lines { batch: at.batch, head: at.head, row, column: 0 };
-        // SAFETY: I5, and I6: these rows and columns of the tensor belong to this warpgroup.
+        // SAFETY: I5, the host has checked the tensor; I6, these rows and columns belong to this warpgroup.
         unsafe { store_lines(&x.pack::<E>(), to, at, shape.seqlen_k, shape) };
         // Tells ptxas that the warp is converged. After a branch, it would otherwise turn the predicate of the last
         // store into a branch, too, and would not know that the warp is converged.

@@ -85,14 +85,16 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
             0 => offset_of!(BackwardParams<TensorMap, S>, q),
             _ => offset_of!(BackwardParams<TensorMap, S>, second) + offset_of!(SecondPair<TensorMap>, q),
         };
-        // SAFETY: I1, I3 and I5: the statistics are rows of the workspace.
+        // SAFETY: I1, the barriers are initialised; I3, the slot is empty after the wait; I5, the host has made the
+        // workspace large enough, whose rows the statistics are.
         unsafe {
             Mbarrier(base + smem.empty(slot)).wait(parity);
             q_full.arrive_expect(leader, bytes);
             load_bytes(leader, p.workspace.offsets + statistics, row_bytes, base + smem.offsets(slot), q_full);
         }
         self.tile(leader, q, smem.block_m, at, base + smem.q(slot), q_full);
-        // SAFETY: I1, I3 and I5, as the slot of dO has the empty barrier of Q.
+        // SAFETY: I1, the barrier is initialised; I3, the slot of dO shares the empty barrier of Q; I5, the statistics
+        // are rows of the workspace.
         unsafe {
             do_full.arrive_expect(leader, bytes);
             load_bytes(leader, p.workspace.delta + statistics, row_bytes, base + smem.delta(slot), do_full);

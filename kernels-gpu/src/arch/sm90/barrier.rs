@@ -123,6 +123,6 @@ pub fn fence_mbarrier_init() {
 /// Orders the memory accesses of a warp's lanes before this barrier before those after it.
 #[inline(always)]
 pub fn sync_warp() {
-    // SAFETY: I4, for every caller.
+    // SAFETY: I4, every caller's warp is converged.
     unsafe { asm!("bar.warp.sync 0xffffffff;", options(nostack)) }
 }

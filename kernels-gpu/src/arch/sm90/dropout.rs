@@ -15,7 +15,7 @@ const SIGN: u32 = 1 << 31;
 pub struct Keep<const N8: usize> {
     bytes: [Bytes; N8],
     rows: Rows,
-    /// Copies of the fields of [`Dropout`].
+    /// Bound of the random bytes; this and `flipped` are copies from [`Dropout`].
     bound_f16x2: u32,
     flipped: u32,
 }

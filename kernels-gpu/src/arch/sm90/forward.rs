@@ -84,6 +84,7 @@ impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
 }
 
 impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
+    /// Index of the slot of the K/V ring.
     type Slot = u32;
 
     #[inline(always)]
@@ -96,7 +97,8 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
         ForwardBarrier::queries_read(self.index()).sync(WARPGROUP_THREADS);
         let leader = Leader::of_warpgroup();
         let (smem, pairs) = (self.pipe.smem, self.pipe.smem.pairs);
-        // SAFETY: I1; I3, no warp reads the query tiles any more, and each panel lies within its own.
+        // SAFETY: I1, the barrier is initialised; I3, no warp reads the query tiles any more, and each panel lies
+        // within its own.
         unsafe {
             self.q_full().arrive_expect(leader, pairs * smem.q_bytes());
             for (pair, panel) in (0..pairs).flat_map(|pair| (0..panels(smem.head_dim)).map(move |panel| (pair, panel)))
@@ -133,7 +135,8 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
     #[inline(always)]
     fn release_kv(&mut self, slot: u32) {
         let empty = Mbarrier(self.base() + self.pipe.smem.empty(slot));
-        // SAFETY: I1; I4, the warp is converged; no CTA of a cluster ends before the other.
+        // SAFETY: I1, the barriers are initialised; I4, the warp is converged; no CTA of a cluster ends before the
+        // other.
         unsafe {
             empty.arrive_elected();
             if self.pipe.smem.cluster > 1 {
@@ -183,7 +186,7 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
             self.store_tile(&packed, tile);
         } else {
             let at = Lines { batch: tile.batch, head: tile.head, row: self.first_row(tile), column: 0 };
-            // SAFETY: I5, and I6: rows of this tile of the tensor belong to this warpgroup.
+            // SAFETY: I5, the host has checked the tensor; I6, the rows of this tile belong to this warpgroup.
             unsafe { store_lines(&packed, &to.rows, at, shape.seqlen_q, shape) };
         }
     }

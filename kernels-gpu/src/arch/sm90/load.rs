@@ -173,7 +173,7 @@ pub unsafe fn await_count(address: u64, count: u32) {
 /// synchronised on (`red.release`).
 ///
 /// # Safety
-/// The address is that of such a counter.
+/// The address is that of a counter that CTAs increase by this function.
 #[inline(always)]
 pub unsafe fn count_turn(leader: Leader, address: u64) {
     // SAFETY: the caller's promise.

@@ -94,8 +94,8 @@ pub fn ones(count: u32) -> u32 {
 #[inline(always)]
 pub fn shuffle_xor<const MASK: u32>(x: u32) -> u32 {
     let y: u32;
-    // SAFETY: I4, and it touches registers only. It is not `pure`, so that it is neither duplicated nor moved into a
-    // branch that only some lanes take.
+    // SAFETY: I4, the warp is converged. The instruction touches registers only. It is not `pure`, so that it is
+    // neither duplicated nor moved into a branch that only some lanes take.
     unsafe {
         asm!("shfl.sync.bfly.b32 {0}, {1}, {2}, 31, 0xffffffff;", out(reg32) y, in(reg32) x, const MASK,
              options(nomem, nostack));
@@ -107,8 +107,8 @@ pub fn shuffle_xor<const MASK: u32>(x: u32) -> u32 {
 #[inline(always)]
 pub fn any(x: bool) -> bool {
     let y: u32;
-    // SAFETY: I4, and it touches registers only. It is not `pure`, so that it is neither duplicated nor moved into a
-    // branch that only some lanes take.
+    // SAFETY: I4, the warp is converged. The instruction touches registers only. It is not `pure`, so that it is
+    // neither duplicated nor moved into a branch that only some lanes take.
     unsafe {
         asm!("{{ .reg .pred p, q; setp.ne.u32 p, {1}, 0; vote.sync.any.pred q, p, 0xffffffff; selp.u32 {0}, 1, 0, q; }}",
              out(reg32) y, in(reg32) x as u32, options(nomem, nostack));

@@ -65,8 +65,8 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
         let slot = base + smem.slot(position.slot);
         let mine = smem.cluster == 1 || turn == cluster_rank();
         turn ^= 1;
-        // SAFETY: I1; I3, the slot is empty once the wait returns, in both CTAs of a cluster, and each panel lies
-        // within it.
+        // SAFETY: I1, the barriers are initialised; I3, the slot is empty once the wait returns, in both CTAs of a
+        // cluster, and each panel lies within it.
         unsafe {
             Mbarrier(base + smem.empty(position.slot)).wait(position.parity);
             full.arrive_expect(Leader::SOLE, smem.slot_bytes());

@@ -135,7 +135,7 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
         *x = loaded.map(|x| f32::from_bits(x) * p.scale);
     }
     let at = Lines { batch, head, row, column: part * 8 * Q8 as u32 };
-    // SAFETY: I5, and I6: these rows and columns of the tensor belong to this warpgroup.
+    // SAFETY: I5, the host has checked the tensor; I6, these rows and columns belong to this warpgroup.
     unsafe { store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape) };
 }
 
@@ -187,7 +187,7 @@ fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index
     let to = choose(gradient, &p.dk, &p.dv);
     let row = keys.n_block * block_n + block * WARPGROUP_ROWS;
     let at = Lines { batch: keys.batch, head: keys.head, row, column };
-    // SAFETY: I5, and I6: these rows and columns of the tensors belong to this warpgroup.
+    // SAFETY: I5, the host has checked the tensors; I6, these rows and columns belong to this warpgroup.
     unsafe { store_lines(&sum.pack::<E>(), &to, at, p.shape.seqlen_k, &p.shape) };
 }
 

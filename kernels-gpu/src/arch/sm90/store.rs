@@ -87,7 +87,7 @@ unsafe fn store_matrices(row: u32, x: [u32; 4]) {
 /// Makes this warp's writes to shared memory visible to TMA and to products (the async proxy).
 #[inline(always)]
 pub fn fence_async_proxy() {
-    // SAFETY: I4, and fences have no operands.
+    // SAFETY: I4, the warp is converged; fences have no operands.
     unsafe { asm!("fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff;", options(nostack)) }
 }
 
@@ -120,7 +120,7 @@ pub fn commit_stores() {
 /// Waits until TMA has read the boxes that this warp's leader has issued.
 #[inline(always)]
 pub fn wait_for_stores() {
-    // SAFETY: I4, and there are no operands.
+    // SAFETY: I4, the warp is converged; there are no operands.
     unsafe { asm!("cp.async.bulk.wait_group.read 0; bar.warp.sync 0xffffffff;", options(nostack)) }
 }
 
@@ -146,7 +146,7 @@ pub unsafe fn write_tile<const N8: usize>(x: &Operand<N8>, tile: u32, rows: u32,
     for pair in 0..N8 / 2 {
         let address = matrices_of_pair(tile, rows, first_row, pair as u32);
         let [[a, b], [c, d]] = [x.0[2 * pair], x.0[2 * pair + 1]];
-        // SAFETY: I4, and I6: the rows are this warp's own.
+        // SAFETY: I4, the warp is converged; I6, the rows are this warp's own.
         unsafe { store_matrices(address, [a, b, c, d]) };
     }
 }

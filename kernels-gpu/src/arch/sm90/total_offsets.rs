@@ -43,8 +43,8 @@ pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, ti
     while let Some(lse) = loaded {
         loaded = steps.next().map(load);
         let Position { slot, parity } = position;
-        // SAFETY: I1; I3, once the wait returns, no thread reads this parity's set of the slot any more; I6, each lane
-        // stores its own elements.
+        // SAFETY: I1, the barriers are initialised; I3, once the wait returns, no thread reads this parity's set of the
+        // slot any more; I6, each lane stores its own elements.
         unsafe {
             Mbarrier(base + smem.q_empty(slot)).wait(parity);
             for (i, lse) in lse.into_iter().enumerate() {

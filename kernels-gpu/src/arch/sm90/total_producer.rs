@@ -34,7 +34,8 @@ pub fn produce<M: Mask>(
     prefetch_map(map(k));
     // Waits for the slot, then fills it.
     let load_tile = |tensor: usize, rows: u32, at: BoxOrigin, to: u32, [empty, full]: [Mbarrier; 2], parity: u32| {
-        // SAFETY: I1; I3, the slot is empty once the wait returns, and each panel lies within it.
+        // SAFETY: I1, the barriers are initialised; I3, the slot is empty once the wait returns, and each panel lies
+        // within it.
         unsafe {
             empty.wait(parity);
             full.arrive_expect(Leader::SOLE, panels(smem.head_dim) * rows * PANEL_ROW_BYTES);

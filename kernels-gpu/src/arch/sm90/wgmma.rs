@@ -93,21 +93,21 @@ fn tie_operand<const N8: usize>(x: &mut Operand<N8>) {
 /// Orders register accesses before the products that follow (PTX ISA, wgmma.fence).
 #[inline(always)]
 fn fence() {
-    // SAFETY: I4, for all warps of the warpgroup.
+    // SAFETY: I4, all warps of the warpgroup are converged and run this.
     unsafe { asm!("wgmma.fence.sync.aligned;", options(nostack)) }
 }
 
 /// Closes a group of products.
 #[inline(always)]
 fn commit() {
-    // SAFETY: I4, for all warps of the warpgroup.
+    // SAFETY: I4, all warps of the warpgroup are converged and run this.
     unsafe { asm!("wgmma.commit_group.sync.aligned;", options(nostack)) }
 }
 
 /// Waits until at most `LATER` groups of products are in flight.
 #[inline(always)]
 pub fn wait<const LATER: usize>() {
-    // SAFETY: I4, for all warps of the warpgroup.
+    // SAFETY: I4, all warps of the warpgroup are converged and run this.
     unsafe { asm!("wgmma.wait_group.sync.aligned {0};", const LATER, options(nostack)) }
 }
 
