@@ -148,8 +148,7 @@ pub struct WithDropout<P> {
     pub dropout: Dropout,
 }
 
-/// Number of which the query rows of a head in the backward pass's workspace are padded to a multiple: the largest
-/// block_m.
+/// Multiple to which the query rows of a head are padded in the backward pass's workspace: the largest block_m.
 pub const ROW_PADDING: u32 = 128;
 
 /// Parameters of the backward kernel.
@@ -175,27 +174,28 @@ pub struct BackwardParams<T, S = ()> {
     pub first: FirstTiles,
 }
 
-/// Workspace that the three kernels of a backward pass share, by addresses.
+/// Workspace that the three kernels of a backward pass share.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Workspace {
-    /// f32 (batch, heads_q, rows): `neg_lse_log2` = −LSE·log₂e; −∞ for rows without a key and for rows of padding.
+    /// Address of f32 (batch, heads_q, rows): `neg_lse_log2` = −LSE·log₂e; −∞ for rows without a key and for rows of
+    /// padding.
     pub offsets: u64,
-    /// f32 (batch, heads_q, rows): δ = rowsum(dO∘O) − dLSE, with dLSE the gradient of the LSE.
+    /// Address of f32 (batch, heads_q, rows): δ = rowsum(dO∘O) − dLSE, with dLSE the gradient of the LSE.
     pub delta: u64,
-    /// f32 (pairs, batch, heads_q, rows, compiled head_dim): dQ, unscaled. Within a query block the layout is
-    /// unspecified: each machine has its own.
+    /// Address of f32 (pairs, batch, heads_q, rows, compiled head_dim): dQ, unscaled. Within a query block the layout
+    /// is unspecified: each machine has its own.
     pub dq: u64,
-    /// u32 (pairs, batch, heads_q, query blocks): dQ semaphores, each the number of key blocks that have accumulated
-    /// into dQ of its query blocks. 0 if the order of accumulation is free.
+    /// Address of u32 (pairs, batch, heads_q, query blocks): dQ semaphores, each the number of key blocks that have
+    /// accumulated into dQ of its query blocks. 0 if the order of accumulation is free.
     pub turns: u64,
-    /// u32 (batch, heads_kv): number of a key head's work tiles whose contributions to dQ are complete.
+    /// Address of u32 (batch, heads_kv): number of a key head's work tiles whose contributions to dQ are complete.
     pub tiles: u64,
-    /// u32 (batch, heads_kv): state of the dQ initialisation of a key head. The values are those of the machine
-    /// (`arch/sm90/first_values`).
+    /// Address of u32 (batch, heads_kv): state of the dQ initialisation of a key head. The values are those of the
+    /// machine (`arch/sm90/first_values`).
     pub first_values: u64,
-    /// f32 (slots, {dK, dV}, block of keys, compiled head_dim): contributions of split work tiles' parts. The layout of
-    /// each gradient is unspecified: each machine has its own.
+    /// Address of f32 (slots, {dK, dV}, block of keys, compiled head_dim): contributions of split work tiles' parts.
+    /// The layout of each gradient is unspecified: each machine has its own.
     pub parts: u64,
     /// Number of query rows of a head, padding included.
     pub rows: u32,
