@@ -1,4 +1,4 @@
-//! The element types of Q, K, V and O.
+//! Element types of Q, K, V and O.
 
 use half::{bf16, f16};
 
@@ -18,7 +18,8 @@ impl Dtype {
     }
 }
 
-/// A 16-bit floating-point element; products accumulate in f32. Sealed: kernels read memory as what it says.
+/// 16-bit floating-point element; products accumulate in f32. The trait is sealed, because kernels read memory in the
+/// dtype that it names.
 pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
     const DTYPE: Dtype;
     fn to_f32(self) -> f32;

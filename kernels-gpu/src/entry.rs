@@ -1,4 +1,4 @@
-//! The kernels' entry points, made from the table of variants.
+//! Entry points of the kernels, made from the table of variants.
 
 use core::arch::nvptx::{_block_idx_x, _grid_dim_x};
 
@@ -54,7 +54,7 @@ type Element = f16;
 /// So the functions that families share are called here with every kind of argument that some kernel has.
 #[unsafe(no_mangle)]
 pub unsafe extern "ptx-kernel" fn shared_functions(tile: u32, row: u32, x: i32, y: i32) {
-    // The first and the last are the least and the largest width of a fragment.
+    // These are the least and the largest width of a fragment.
     let tile = tile + (x.clamp(0, 64) + y.clamp(0, 176)) as u32;
     let scores = Fragment([[x as f32, y as f32, 1.0, 2.0]; 16]);
     const SMEM: ForwardSmem = ForwardSmem { head_dim: 64, block_n: 128, consumers: 2, stages: 2, pairs: 1, cluster: 1 };
@@ -71,7 +71,7 @@ pub unsafe extern "ptx-kernel" fn shared_functions(tile: u32, row: u32, x: i32, 
     }
 }
 
-/// A forward CTA: one producer warpgroup, the others consumers.
+/// Runs a CTA of a forward kernel: one producer warpgroup, the others consumers.
 #[inline(always)]
 fn forward<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const D8: usize, const N8: usize>(
     p: &ForwardParams<TensorMap, S>,
@@ -199,7 +199,7 @@ macro_rules! forward_dropout_entries {
 }
 crate::forward_dropout_variants!(forward_dropout_entries);
 
-/// A backward CTA: a warpgroup that loads and multiplies dQ, two consumers.
+/// Runs a CTA of a backward kernel: a third warpgroup that loads and accumulates dQ, and two consumers.
 #[inline(always)]
 fn backward<E: Packed, M: Mask, S: BackwardSecond<TensorMap>, R: Dropping, const D8: usize, const M8: usize>(
     p: &BackwardParams<TensorMap, S>,
@@ -208,7 +208,8 @@ fn backward<E: Packed, M: Mask, S: BackwardSecond<TensorMap>, R: Dropping, const
     dropping: R,
 ) {
     cta::init_backward_barriers(smem);
-    // In this order: whoever starts behind this grid finds the workspace prepared.
+    // The order of these two matters: a dependent grid, which may then start early, finds the workspace filled by the
+    // preprocess kernel.
     cta::await_grid_before();
     cta::let_next_grid_start();
     // SAFETY: reads special registers.
@@ -222,7 +223,7 @@ fn backward<E: Packed, M: Mask, S: BackwardSecond<TensorMap>, R: Dropping, const
     match role {
         Role::Producer => {
             cta::set_backward_registers(role, smem.split);
-            // With two pairs there are registers for fewer columns.
+            // With two pairs the third warpgroup has registers for fewer columns at a time.
             match (smem.split, S::Pairs::COUNT) {
                 (Split::Gradients, 1) => backward_dq::produce::<E, M, S, R, 8>(p, parameters, smem, tiles),
                 _ => backward_dq::produce::<E, M, S, R, 4>(p, parameters, smem, tiles),
@@ -246,7 +247,7 @@ fn backward<E: Packed, M: Mask, S: BackwardSecond<TensorMap>, R: Dropping, const
     }
 }
 
-/// The kernel that finishes is the same for every mask and operator; one row of them makes it.
+/// Makes the postprocess kernel. It is the same for every mask and operator, so only one row of them makes it.
 macro_rules! finish_entry {
     (Forward, None, $finish:ident, $dtype:ident, $head_dim:literal, $block_n:literal) => {
         in_family! { "backward", $dtype,
@@ -312,7 +313,7 @@ macro_rules! backward_dropout_entries {
 }
 crate::backward_dropout_variants!(backward_dropout_entries);
 
-/// These two have different PTX, so both are compiled.
+/// Makes the two preprocess kernels. Their PTX differs by more than the dtype, so both are compiled.
 macro_rules! prepare_entries {
     ($($prepare:ident, $dtype:ident;)*) => {$(
         #[cfg(family = "backward")]
@@ -327,7 +328,7 @@ prepare_entries! {
     prepare_bf16, Bf16;
 }
 
-/// A CTA of total attention: one producer warpgroup, the others consumers.
+/// Runs a CTA of total attention: one producer warpgroup, the others consumers.
 #[inline(always)]
 fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
     p: &TotalParams<TensorMap>,

@@ -1,4 +1,4 @@
-//! The kernels of ferroflash.
+//! The GPU kernels of ferroflash, with their CPU executor and what the host shares with them.
 #![no_std]
 #![deny(unsafe_op_in_unsafe_fn)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, stdarch_nvptx))]

@@ -1,7 +1,7 @@
 //! Launch parameters: the one ABI, written by the host and read by every kernel.
 //!
-//! A kernel takes one `#[repr(C)]` struct by value. It is generic over how a tensor is named: on the GPU a
-//! [`TensorMap`], which TMA reads; on the CPU executor a plain [`Strided`] address.
+//! A kernel takes one `#[repr(C)]` struct by value. It is generic over the name of a tensor. On the GPU that is a
+//! [`TensorMap`], which TMA (`cp.async.bulk.tensor`) reads; on the CPU executor it is a plain [`Strided`] address.
 
 use core::mem::offset_of;
 
@@ -13,14 +13,14 @@ use crate::attention::scheduler::TileOrder;
 use crate::ground::shape::Shape;
 use crate::ground::tensor::{Output, Strided, TensorMap};
 
-/// What a kernel's parameters say of a second pair of Q and K: nothing, `()`, or a [`SecondPair`].
+/// The second pair of Q and K in a kernel's parameters: none, `()`, or a [`SecondPair`].
 pub trait Second<T>: Copy {
-    /// The rule by which scores come from the pairs.
+    /// Rule that selects the pair of a score.
     type Pairs: Pairs;
     fn pairs(&self, shape: &Shape) -> Self::Pairs;
-    /// The number of the last pair.
+    /// Returns the number of the last pair.
     fn last(&self) -> u32;
-    /// Its tensors, where there is one.
+    /// Returns its Q and K, if there is a second pair.
     fn tensors(&self) -> Option<(&T, &T)>;
 }
 
@@ -40,22 +40,23 @@ impl<T> Second<T> for () {
     }
 }
 
-/// The second pair of piecewise attention.
+/// Second pair of piecewise attention.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SecondPair<T> {
     pub q: T,
     pub k: T,
-    /// The distance from which on scores come from this pair.
+    /// Distance between query and key from which on scores come from this pair.
     pub dist_threshold: i32,
-    /// This pair's number, 1. Read from here, it is no constant that a compiler would make a second mainloop for.
+    /// Number of this pair, 1. Because it is read from the launch parameters, it is opaque to the compiler, which would
+    /// make a second copy of the mainloop for a constant.
     pub number: u32,
-    /// Up to the next boundary for a tensor map, since one follows in [`ForwardParams`].
+    /// Padding to the alignment of a tensor map, because one follows in [`ForwardParams`].
     padding: [u32; 14],
 }
 
 impl<T> SecondPair<T> {
-    /// A pair of tensors, and the distance from which on scores come from it.
+    /// Takes the tensors of the pair and the distance from which on scores come from it.
     pub const fn new(q: T, k: T, dist_threshold: i32) -> Self {
         SecondPair { q, k, dist_threshold, number: 1, padding: [0; 14] }
     }
@@ -77,9 +78,9 @@ impl<T: Copy> Second<T> for SecondPair<T> {
     }
 }
 
-/// As [`Second`], of a backward pass.
+/// The second pair of Q and K in the parameters of a backward kernel: that of [`Second`] and its gradient.
 pub trait BackwardSecond<T>: Second<T> {
-    /// The gradient of the pair's K, where there is one.
+    /// Returns the gradient of its K, if there is a second pair.
     fn dk(&self) -> Option<Strided>;
 }
 
@@ -90,7 +91,7 @@ impl<T> BackwardSecond<T> for () {
     }
 }
 
-/// The second pair of piecewise attention's backward pass.
+/// Second pair of piecewise attention in the backward pass.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardSecondPair<T> {
@@ -130,15 +131,16 @@ pub struct ForwardParams<T, S = ()> {
     pub v: T,
     pub second: S,
     pub o: Output<T>,
-    /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; 0 where it is not wanted.
+    /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; 0 if it is not wanted.
     pub lse: u64,
-    /// The softmax scale, finite and positive.
+    /// Softmax scale, finite and positive.
     pub scale: f32,
     pub shape: Shape,
     pub order: TileOrder,
 }
 
-/// Parameters of a forward or backward kernel with dropout: those of the one without, and which weights are dropped.
+/// Parameters of a forward or backward kernel with dropout: those without dropout, and the choice of dropped elements
+/// of P.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct WithDropout<P> {
@@ -146,7 +148,7 @@ pub struct WithDropout<P> {
     pub dropout: Dropout,
 }
 
-/// Query rows of a head in the backward pass's workspace are padded to a multiple of this: the largest block_m.
+/// Multiple to which the query rows of a head are padded in the backward pass's workspace: the largest block_m.
 pub const ROW_PADDING: u32 = 128;
 
 /// Parameters of the backward kernel.
@@ -161,72 +163,75 @@ pub struct BackwardParams<T, S = ()> {
     pub dk: Strided,
     pub dv: Strided,
     pub workspace: Workspace,
-    /// The softmax scale, finite and positive.
+    /// Softmax scale, finite and positive.
     pub scale: f32,
     pub shape: Shape,
-    /// Of blocks of keys: `heads_q` of it are key heads.
+    /// Order of the work tiles, which are blocks of keys. Its `heads_q` counts key heads.
     pub order: TileOrder,
-    /// Which of them are taken in parts.
+    /// Work tiles that are split along queries.
     pub sharing: Sharing,
-    /// Which of them store dQ.
+    /// Work tiles that initialise dQ: they store it instead of accumulating.
     pub first: FirstTiles,
 }
 
-/// What the kernels of a backward pass hand to each other, by addresses.
+/// Workspace that the three kernels of a backward pass share.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Workspace {
-    /// f32 (batch, heads_q, rows): what exponents add, the negative LSE in base 2; −∞ for rows without a key and for
-    /// rows of padding.
+    /// Address of f32 (batch, heads_q, rows): `neg_lse_log2` = −LSE·log₂e; −∞ for rows without a key and for rows of
+    /// padding.
     pub offsets: u64,
-    /// f32 (batch, heads_q, rows): rowsum(dO∘O) less the gradient of the LSE.
+    /// Address of f32 (batch, heads_q, rows): δ = rowsum(dO∘O) − dLSE, with dLSE the gradient of the LSE.
     pub delta: u64,
-    /// f32 (pairs, batch, heads_q, rows, compiled head_dim), unscaled; within a query block in an order of the
-    /// machine's own.
+    /// Address of f32 (pairs, batch, heads_q, rows, compiled head_dim): dQ, unscaled. Within a query block the layout
+    /// is unspecified: each machine has its own.
     pub dq: u64,
-    /// u32 (pairs, batch, heads_q, query blocks, 2): how many key blocks have added to a part of dQ; 0 where order is
-    /// free.
+    /// Address of u32 (pairs, batch, heads_q, query blocks): dQ semaphores, each the number of key blocks that have
+    /// accumulated into dQ of its query blocks. 0 if the order of accumulation is free.
     pub turns: u64,
-    /// u32 (batch, heads_kv): how many work tiles of a key head have added all that they have to dQ.
+    /// Address of u32 (batch, heads_kv): number of a key head's work tiles whose contributions to dQ are complete.
     pub tiles: u64,
-    /// u32 (batch, heads_kv): who gives dQ of a key head its first values, in a code of the machine's own.
+    /// Address of u32 (batch, heads_kv): state of the dQ initialisation of a key head. The values are those of the
+    /// machine (`arch/sm90/first_values`).
     pub first_values: u64,
-    /// f32 (slots, {dK, dV}, block of keys, compiled head_dim): what parts of work tiles contribute, each gradient in
-    /// an order of the machine's own.
+    /// Address of f32 (slots, {dK, dV}, block of keys, compiled head_dim): contributions of split work tiles' parts.
+    /// The layout of each gradient is unspecified: each machine has its own.
     pub parts: u64,
-    /// Query rows of a head, padding included.
+    /// Number of query rows of a head, padding included.
     pub rows: u32,
 }
 
 impl Workspace {
-    /// The index of a query row in `lse` and `delta`.
+    /// Returns the index of a query row in `offsets` and `delta`.
     #[inline(always)]
     pub fn row(&self, shape: &Shape, batch: u32, head: u32, row: u32) -> u64 {
         (batch * shape.heads_q + head) as u64 * self.rows as u64 + row as u64
     }
-    /// Address of the counter of a key head's work tiles; see [`Shape::key_head`].
+    /// Returns the address of the counter of a key head's completed work tiles; see [`Shape::key_head`].
     #[inline(always)]
     pub fn tiles_counter(&self, key_head: u32) -> u64 {
         self.tiles + 4 * key_head as u64
     }
-    /// Address of what says who gives a key head's dQ its first values.
+    /// Returns the address of the state of a key head's dQ initialisation.
     #[inline(always)]
     pub fn first_values_word(&self, key_head: u32) -> u64 {
         self.first_values + 4 * key_head as u64
     }
-    /// Address of what the part in a slot contributes to dK, 0, or dV, 1, which have so many elements each.
+    /// Returns the address of a part's contribution to dK (`gradient` 0) or dV (1), of `elements` elements each. `slot`
+    /// is the number of the part's slot.
     #[inline(always)]
     pub fn part(&self, slot: u32, gradient: u32, elements: u32) -> u64 {
         self.parts + 4 * (2 * slot + gradient) as u64 * elements as u64
     }
 }
 
-/// Threads of a CTA of the kernels that prepare and finish.
+/// Number of threads of a CTA of the pre- and postprocess kernels.
 pub const ROW_KERNEL_THREADS: u32 = 256;
-/// Rows of the workspace that a CTA of the preparing kernel takes: eight lanes a row, several rows one after the other.
+/// Number of workspace rows per CTA of the preprocess kernel. Eight lanes share a row, and each takes several rows one
+/// after the other.
 pub const PREPARE_ROWS: u32 = ROW_PADDING;
 
-/// Parameters of the kernel that prepares a backward pass's workspace.
+/// Parameters of the preprocess kernel, which fills a backward pass's workspace.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct PrepareParams {
@@ -234,19 +239,20 @@ pub struct PrepareParams {
     pub d_o: Strided,
     /// Address of the LSE, f32 (batch, heads_q, seqlen_q).
     pub lse: u64,
-    /// Address of the gradient of the LSE, of the same shape; 0 where there is none.
+    /// Address of the gradient of the LSE, f32 (batch, heads_q, seqlen_q); 0 if there is none.
     pub d_lse: u64,
     pub workspace: Workspace,
     pub shape: Shape,
-    /// The backward kernel's compiled head dim.
+    /// Compiled head dim of the backward kernel.
     pub head_dim: u32,
-    /// Pairs of Q and K.
+    /// Number of pairs of Q and K.
     pub pairs: u32,
-    /// Which work tiles store dQ: the others' heads get zeros.
+    /// Work tiles that initialise dQ. The other key heads' dQ gets zeros.
     pub first: FirstTiles,
 }
 
-/// Parameters of the kernel that turns the workspace's dQ into the tensor, and adds up parts of dK and dV.
+/// Parameters of the postprocess kernel, which converts the workspace's dQ to the tensor and sums the parts of dK and
+/// dV.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct FinishParams {
@@ -254,18 +260,18 @@ pub struct FinishParams {
     pub workspace: Workspace,
     pub scale: f32,
     pub shape: Shape,
-    /// The pair whose dQ it is.
+    /// Pair whose dQ is converted.
     pub pair: u32,
-    /// Work tiles of a key head.
+    /// Number of work tiles of a key head.
     pub key_blocks: u32,
-    /// The first key head, of all batch items, of whose work tiles some may have been taken in parts.
+    /// First key head, counted over all batch items, of which some work tiles may have been split.
     pub shared_head: u32,
     pub dk: Strided,
     pub dv: Strided,
-    /// Those of the main kernel.
+    /// Order of the main kernel's work tiles.
     pub order: TileOrder,
     pub sharing: Sharing,
-    /// Likewise.
+    /// Main kernel's work tiles that initialise dQ.
     pub first: FirstTiles,
 }
 
@@ -279,21 +285,21 @@ pub struct TotalParams<T> {
     pub lse: u64,
     /// Address of the result, f32 (batch, heads_q, seqlen_k), contiguous.
     pub total: u64,
-    /// The softmax scale, finite and positive.
+    /// Softmax scale, finite and positive.
     pub scale: f32,
     pub shape: Shape,
-    /// Of blocks of keys of query heads.
+    /// Order of the work tiles, which are blocks of keys of query heads.
     pub order: TileOrder,
-    /// The first of them that is shared out in parts.
+    /// First work tile that is split.
     pub shared_from: u32,
 }
 
-/// Alignment of a tensor map that the copy engine reads, in bytes.
+/// Alignment of a tensor map for TMA, in bytes.
 const MAP_ALIGNMENT: usize = 64;
 /// Maximum size of a kernel's parameters that every driver takes, in bytes.
 const MAX_PARAMETER_BYTES: usize = 4096;
 
-/// Checks at compile time that parameters fit, and that the named fields of them, tensor maps, are aligned.
+/// Checks at compile time that parameters fit, and that their tensor maps, the fields named here, are aligned.
 macro_rules! check_parameters {
     ($($params:ty: $($($map:ident).+),*;)*) => {
         const _: () = {
@@ -315,7 +321,8 @@ check_parameters! {
     PrepareParams: ;
     FinishParams: ;
 }
-// Kernels find tensor maps by the offsets of the plain structs, also within those with dropout or a second gradient.
+// Kernels compute the addresses of tensor maps from field offsets of the structs without dropout and with the plain
+// second pair. So in structs with dropout or a second dK, the plain struct must be at offset 0.
 const _: () = {
     assert!(size_of::<TensorMap>() == 128);
     assert!(offset_of!(BackwardSecondPair<TensorMap>, pair) == 0);

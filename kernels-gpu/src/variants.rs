@@ -1,7 +1,7 @@
-//! The single table of compiled variants: what is a compile-time axis, and which tiles each choice runs with.
+//! The single table of compiled variants: the compile-time choices, and the tiles that each runs with.
 //!
-//! The host picks a row, the build adds its launch bounds to the PTX, `entry` makes its symbol and the CPU
-//! executor runs the same row. Everything that is not in a row is a run-time parameter.
+//! The host picks a row, the build adds its launch bounds to the PTX, `entry` makes its symbol, and the CPU executor
+//! runs the same row. Everything that is not in a row is a run-time parameter.
 
 use crate::attention::block_info::Visits;
 use crate::attention::mask::{Causal, Full};
@@ -23,7 +23,7 @@ pub use backward::{BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, BackwardVariant
 pub use launches::{Family, Launch, launches};
 pub use total::{TOTAL_VARIANTS, TotalVariant, total};
 
-/// Which mask a kernel was compiled for.
+/// Mask that a kernel was compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MaskKind {
     None,
@@ -39,11 +39,11 @@ impl MaskKind {
     }
 }
 
-/// What a kernel computes.
+/// Operator that a kernel computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Op {
     Forward,
-    /// With two pairs of Q and K, by distance.
+    /// Attention with two pairs of Q and K, selected by distance.
     Piecewise,
 }
 
@@ -54,7 +54,7 @@ impl Op {
             Op::Piecewise => "piecewise",
         }
     }
-    /// Pairs of Q and K.
+    /// Returns the number of pairs of Q and K.
     pub const fn pairs(self) -> u32 {
         match self {
             Op::Forward => 1,
@@ -63,36 +63,36 @@ impl Op {
     }
 }
 
-/// One compiled kernel.
+/// Compiled kernel of the forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Variant {
     /// Name of the kernel's entry point.
     pub symbol: &'static str,
     pub op: Op,
     pub dtype: Dtype,
-    /// The compiled head dim; smaller ones run in it, padded with zeros by the copy engine.
+    /// Compiled head dim. Tensors with a smaller one use it too; TMA pads them with zeros.
     pub head_dim: u32,
     pub mask: MaskKind,
-    /// Consumer warpgroups of a CTA, beside one producer warpgroup.
+    /// Number of consumer warpgroups of a CTA, which has one producer warpgroup more.
     pub consumers: u32,
-    /// Keys of one step of the mainloop.
+    /// Number of keys of one step of the mainloop.
     pub block_n: u32,
-    /// Slots of the ring that K and V tiles pass through.
+    /// Number of slots of the ring that K and V tiles pass through.
     pub stages: u32,
-    /// CTAs of a cluster, 1 or 2: two load K and V for each other, and so read each tile once.
+    /// Number of CTAs of a cluster, 1 or 2. Two load K and V for each other by multicast, and so read each tile once.
     pub cluster: u32,
 }
 
 impl Variant {
-    /// Query rows of a work tile.
+    /// Returns the number of query rows of a work tile.
     pub const fn block_m(&self) -> u32 {
         self.consumers * WARPGROUP_ROWS
     }
-    /// Threads of a CTA: the producer's warpgroup and the consumers'.
+    /// Returns the number of threads of a CTA: the producer's warpgroup and the consumers'.
     pub const fn threads(&self) -> u32 {
         (self.consumers + 1) * WARPGROUP_THREADS
     }
-    /// Where everything lies in a CTA's shared memory.
+    /// Returns the layout of a CTA's shared memory.
     pub const fn smem(&self) -> ForwardSmem {
         ForwardSmem {
             head_dim: self.head_dim,
@@ -103,14 +103,14 @@ impl Variant {
             cluster: self.cluster,
         }
     }
-    /// Dynamic shared memory of a CTA in bytes.
+    /// Returns the dynamic shared memory of a CTA in bytes.
     pub const fn smem_bytes(&self) -> u32 {
         self.smem().bytes()
     }
 }
 
 impl MaskKind {
-    /// How many blocks of keys a query tile visits; with a threshold, through two pairs.
+    /// Returns the number of key blocks that a query tile visits; with a threshold, through both pairs together.
     fn visits(self, shape: &Shape, dist_threshold: Option<i32>, m_block: u32, (block_m, block_n): (u32, u32)) -> u32 {
         let row = m_block * block_m;
         let distance = |t| ByDistance::new(t, shape);
@@ -124,24 +124,27 @@ impl MaskKind {
 }
 
 impl Variant {
-    /// Whether the CTAs of a cluster, which take neighbouring work tiles, always visit the same blocks of keys: without
-    /// a mask, where those of a key head's query heads come in pairs.
+    /// Returns true if the CTAs of a cluster, which take neighbouring work tiles, always visit the same blocks of keys.
+    /// That holds without a mask if the number of work tiles of a key head's query heads is a multiple of the cluster
+    /// size.
     pub fn shares(&self, shape: &Shape) -> bool {
         let tiles = shape.group() as u64 * shape.seqlen_q.div_ceil(self.block_m()) as u64;
         self.cluster == 1 || self.mask == MaskKind::None && tiles.is_multiple_of(self.cluster as u64)
     }
 
-    /// The order in which `ctas` CTAs take the work tiles of a problem that has any, and about how long they take: in
-    /// scores that the busiest one computes. Piecewise attention has a threshold.
+    /// Returns the order in which `ctas` CTAs take the work tiles of a problem that has any, and an estimate of the
+    /// makespan: the number of scores of the CTA with most work, weighted by cost. `dist_threshold` is that of
+    /// piecewise attention.
     pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> (TileOrder, u64) {
         let (block_m, block_n) = (self.block_m(), self.block_n);
-        // K and V.
+        // Bytes of K and V of a key head.
         let group_bytes = 2 * 2 * shape.seqlen_k as u64 * shape.head_dim as u64;
         let (order, blocks) = TileOrder::balanced(shape, block_m, ctas, group_bytes, |m_block| {
             self.mask.visits(shape, dist_threshold, m_block, (block_m, block_n))
         });
-        // Two consumers hide less of each other's softmax than three, and a step's fixed cost weighs less in a larger
-        // one. Two CTAs that share K and V take half of it from L2; short launches were slower with them.
+        // Cost of a score in thousandths. Two consumers overlap less of each other's softmax than three, and the fixed
+        // cost of a step weighs less in a larger step. Two CTAs that share K and V take half of it from L2; short
+        // launches were slower with them.
         let (saved, start) = if self.cluster > 1 { (20, 10_000) } else { (0, 0) };
         let step = match block_n {
             129.. => -25,
@@ -153,7 +156,7 @@ impl Variant {
     }
 }
 
-/// Whether a kernel drops weights.
+/// Dropout that a kernel was compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DropoutKind {
     None,
@@ -161,14 +164,14 @@ pub enum DropoutKind {
 }
 
 impl DropoutKind {
-    /// The table of the forward kernels.
+    /// Returns the table of the forward kernels.
     pub fn variants(self) -> &'static [Variant] {
         match self {
             DropoutKind::None => VARIANTS,
             DropoutKind::Philox => DROPOUT_VARIANTS,
         }
     }
-    /// The table of the backward kernels.
+    /// Returns the table of the backward kernels.
     pub fn backward_variants(self) -> &'static [BackwardVariant] {
         match self {
             DropoutKind::None => BACKWARD_VARIANTS,
@@ -177,7 +180,8 @@ impl DropoutKind {
     }
 }
 
-/// The compiled variants of an operator of the smallest head dim that holds `head_dim`; they differ in their tiles.
+/// Returns the compiled variants of an operator with the smallest head dim that holds `head_dim`; they differ in their
+/// tiles.
 pub fn forward(
     op: Op,
     dtype: Dtype,
@@ -191,8 +195,7 @@ pub fn forward(
     variants.iter().filter(fits).filter(move |v| Some(v.head_dim) == smallest)
 }
 
-/// Calls `$apply!` with one row a variant:
-/// `symbol, op, dtype, head_dim, mask, consumers, block_n, stages, cluster;`
+/// Calls `$apply!` with one row per variant: `symbol, op, dtype, head_dim, mask, consumers, block_n, stages, cluster;`
 #[macro_export]
 macro_rules! forward_variants {
     ($apply:ident) => {
@@ -253,7 +256,8 @@ macro_rules! forward_variants {
     };
 }
 
-/// As [`forward_variants`], of the kernels with dropout, whose blocks are multiples of 32.
+/// Calls `$apply!` with the rows of the kernels with dropout, as [`forward_variants`] does. Their blocks are multiples
+/// of 32.
 #[macro_export]
 macro_rules! forward_dropout_variants {
     ($apply:ident) => {
@@ -292,7 +296,7 @@ macro_rules! forward_table {
         )*]
     };
 }
-/// Every compiled variant without dropout.
+/// All compiled variants without dropout.
 pub static VARIANTS: &[Variant] = forward_variants!(forward_table);
-/// Every compiled variant with dropout.
+/// All compiled variants with dropout.
 pub static DROPOUT_VARIANTS: &[Variant] = forward_dropout_variants!(forward_table);

@@ -1,9 +1,9 @@
-//! Bytes of words: four of eight, as a selector names them.
+//! Selection of four of the eight bytes of two words.
 
 #[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
-/// Four of the eight bytes of `a` and `b`, as the digits of `selector` name them (PTX ISA, prmt).
+/// Returns the four of the eight bytes of `a` and `b` that the digits of `selector` name (PTX ISA, prmt).
 #[cfg(target_arch = "nvptx64")]
 #[inline(always)]
 pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
@@ -16,7 +16,7 @@ pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
     d
 }
 
-/// Four of the eight bytes of `a` and `b`, as the digits of `selector` name them.
+/// Returns the four of the eight bytes of `a` and `b` that the digits of `selector` name.
 #[cfg(not(target_arch = "nvptx64"))]
 pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
     let bytes = (a as u64 | (b as u64) << 32).to_le_bytes();

@@ -1,51 +1,52 @@
-//! What a consumer warpgroup of the kernel of total attention can do.
+//! The interface of a consumer warpgroup of the kernel of total attention.
 
 use super::{Pending, Warpgroup};
 use crate::attention::total_steps::{Part, TotalTile};
 use crate::ground::shape::Shape;
 
-/// A consumer warpgroup of the kernel of total attention: 64 keys, and its end of the rings of K and Q, with what
-/// exponents add beside Q.
+/// Consumer warpgroup of the kernel of total attention: 64 keys, and the consumer's end of the rings of K and Q. Each
+/// slot of Q comes with `neg_lse_log2` of its queries.
 ///
 /// Scores are transposed, keys × queries, so that a fragment's row is a key.
 pub trait TotalWarpgroup: Warpgroup {
-    /// A filled slot of the ring of Q.
+    /// Filled slot of the ring of Q.
     type Slot: Copy;
 
-    /// Which keys of a whole work tile are this warpgroup's. While it has some of a tile's, it passes over less than a
-    /// lap of the ring of Q at once.
+    /// Returns this warpgroup's keys within an unsplit work tile. While some keys of a tile are its own, it skips fewer
+    /// query blocks at once than the ring of Q has slots.
     fn part(&self) -> Part;
-    /// Waits for K of the next work tile, which products then read.
+    /// Waits for K of the next work tile. Later products read it.
     fn wait_k(&mut self);
-    /// Gives K back; every product that reads it must have been waited for.
+    /// Releases K. Every product that reads it must have been waited for.
     fn release_k(&mut self);
-    /// Waits for the next query block, and for what its exponents add.
+    /// Waits for the next query block and its `neg_lse_log2`.
     fn wait_q(&mut self) -> Self::Slot;
-    /// Gives a query block back; every product that reads it must have been waited for. What exponents add stays for
-    /// [`TotalWarpgroup::map_offsets`] until its slot's next block is given back.
+    /// Releases a query block. Every product that reads it must have been waited for. Its `neg_lse_log2` stays readable
+    /// by [`TotalWarpgroup::map_offsets`] until the next block in the same slot is released.
     fn release_q(&mut self, q: Self::Slot);
 
-    /// Takes this warpgroup's part of K, which has been waited for, into registers. It is not given back here: loads
-    /// may still be reading it, until a product with these registers has been waited for.
+    /// Loads this warpgroup's part of K, after [`TotalWarpgroup::wait_k`], from shared memory into registers. It does
+    /// not release K, because the loads may still be in flight until a product with these registers has been waited
+    /// for.
     fn take_k<const D8: usize>(&mut self) -> Self::Operand<D8>;
-    /// Sᵀ = K·Qᵀ with K in registers, in flight.
+    /// Issues Sᵀ = K·Qᵀ with K in registers.
     fn taken_kq<const D8: usize, const M8: usize>(
         &mut self,
         k: &Self::Operand<D8>,
         q: Self::Slot,
     ) -> Pending<Self::Acc<M8>>;
 
-    /// Sᵀ = K·Qᵀ, in flight.
+    /// Issues Sᵀ = K·Qᵀ.
     fn kq<const D8: usize, const M8: usize>(&mut self, q: Self::Slot) -> Pending<Self::Acc<M8>>;
 
-    /// `f(x, o, by_polynomial)` for every element x and its query's o = −LSE·log₂e, what exponents add to a scaled
-    /// score of the block in `q`: −∞ for a query without a live key and for what is not a query. For a few queries,
-    /// always the same of a block, the weight is to be computed without the special-function unit
-    /// ([`TotalSmem::by_polynomial`]).
+    /// Replaces every element x by `f(x, o, by_polynomial)`. o is `neg_lse_log2` = −LSE·log₂e of its query in the block
+    /// of `q`, to be added to the scaled score. It is −∞ for a query without a valid key and for rows beyond the last
+    /// query. `by_polynomial` is true for a few fixed queries of each block, whose exponential is to be computed
+    /// without the SFU ([`TotalSmem::by_polynomial`]).
     ///
     /// [`TotalSmem::by_polynomial`]: crate::tile::smem_total::TotalSmem::by_polynomial
     fn map_offsets<const M8: usize>(&self, q: Self::Slot, x: &mut Self::Acc<M8>, f: impl Fn(f32, f32, bool) -> f32);
-    /// The same number, of which compilers know nothing: a branch that depends on it stays where it is.
+    /// Returns `x` in a form opaque to the compiler, so that a branch that depends on it stays where it is.
     fn unknown(x: u32) -> u32;
 
     /// Stores one f32 for each of this warpgroup's keys of a work tile in the (batch, heads_q, seqlen_k) array at

@@ -1,7 +1,8 @@
-//! Division by a number that a launch does not change: a multiplication and a shift (Granlund and Montgomery, "Division
-//! by invariant integers using multiplication", PLDI 1994), where a GPU takes some twenty instructions.
+//! Division by a number that stays constant during a launch, by a multiplication and a shift (Granlund and Montgomery,
+//! "Division by invariant integers using multiplication", PLDI 1994). A plain division takes some twenty instructions
+//! on a GPU.
 
-/// A divisor, and what the host has prepared.
+/// Divisor, with the multiplier and the shift that the host has computed.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Divisor {
@@ -13,14 +14,14 @@ pub struct Divisor {
 }
 
 impl Divisor {
-    /// For a value to 2³¹. Nothing is to be divided by 0; where there is nothing to divide, it may be one.
+    /// Makes a divisor of a value up to 2³¹. The value may be 0 if nothing is ever divided by it.
     pub const fn new(value: u32) -> Self {
         let divisor = if value == 0 { 1 } else { value };
         let shift = u32::BITS - (divisor - 1).leading_zeros();
         Divisor { value, multiplier: (1u64 << (31 + shift)).div_ceil(divisor as u64) as u32, shift }
     }
 
-    /// Quotient and remainder of a dividend below 2³¹.
+    /// Returns quotient and remainder of a dividend below 2³¹.
     #[inline(always)]
     pub fn divide(self, dividend: u32) -> (u32, u32) {
         let quotient = (((2 * dividend) as u64 * self.multiplier as u64) >> 32) as u32 >> self.shift;

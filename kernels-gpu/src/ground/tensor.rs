@@ -1,6 +1,6 @@
-//! A tensor in memory, as kernels name it.
+//! Tensors in memory, as kernels name them.
 
-/// A tensor (batch, heads, seqlen, head_dim) in memory; strides are in elements and head_dim is contiguous.
+/// Tensor (batch, heads, seqlen, head_dim) in memory. Strides are in elements, and head_dim is contiguous.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Strided {
@@ -12,14 +12,14 @@ pub struct Strided {
 }
 
 impl Strided {
-    /// Offset in elements of the row (batch, head, row) from [`Strided::address`].
+    /// Returns the offset in elements of the row (batch, head, row) from [`Strided::address`].
     #[inline(always)]
     pub fn row_offset(&self, batch: u32, head: u32, row: u32) -> i64 {
         batch as i64 * self.stride_batch + head as i64 * self.stride_head + row as i64 * self.stride_row
     }
 }
 
-/// A tensor that a kernel writes: row by row, or by tiles through the copy engine.
+/// Tensor that a kernel writes, either row by row or by tiles through TMA.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Output<T> {
@@ -27,11 +27,11 @@ pub struct Output<T> {
     pub rows: Strided,
 }
 
-/// The driver's opaque `CUtensorMap`.
+/// Tensor map of TMA: the driver's opaque `CUtensorMap`.
 ///
-/// The copy engine wants it 64-byte aligned; the declared alignment is 16, the most that a by-value kernel
-/// parameter may have in rustc, and the PTX pass of the build raises the parameter's own alignment to 64.
-/// The assertions at the end of `params` check the place of each map within its parameters.
+/// TMA requires 64-byte alignment. The declared alignment is 16, the most that a by-value kernel parameter may have in
+/// rustc; the PTX pass of the build raises the parameter's own alignment to 64. The assertions at the end of `params`
+/// check the place of each map within its parameters.
 #[repr(C, align(16))]
 #[derive(Clone, Copy, Debug)]
 pub struct TensorMap(pub [u64; 16]);

@@ -1,36 +1,37 @@
-//! The order in which K and V tiles pass through the ring: the one agreement between producer and consumers.
+//! Order in which K and V tiles pass through the ring: the one agreement between producer and consumers.
 //!
-//! For the blocks a, b, c, … of a CTA, of one work tile after another, it is K(a), K(b), V(a), K(c), V(b), …: K runs
-//! one block ahead, because the mainloop issues the scores of the next block before it waits for the output of this
-//! one. Work tiles make no difference to it, so the scores of the next one begin beside the last output of this one.
+//! For the blocks a, b, c, … of a CTA, of one work tile after another, the order is K(a), K(b), V(a), K(c), V(b), …: K
+//! runs one block ahead. The mainloop issues the scores of the next block before it waits for the output of the current
+//! one. The order ignores boundaries of work tiles, so the first scores of the next tile overlap the last output of the
+//! current one.
 
 use crate::ground::places::KvBlock;
 
-/// One tile that passes through the ring.
+/// Tile that passes through the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvTile {
     K(KvBlock),
     V(KvBlock),
 }
 
-/// The tiles of a sequence of blocks, in order.
+/// Iterator over the tiles of a sequence of blocks, in order.
 #[derive(Clone, Copy, Debug)]
 pub struct KvOrder<I> {
     blocks: I,
-    /// The block whose K came last, and the one before.
+    /// Block whose K came last; `due` is the block before it.
     ahead: KvBlock,
     due: KvBlock,
     next: Next,
 }
 
-/// What comes next.
+/// Kind of the next tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
-    /// The first block's K.
+    /// K of the first block.
     First,
-    /// K of one more block.
+    /// K of the next block.
     K,
-    /// V of the block that is due.
+    /// V of the block `due`.
     V,
     Nothing,
 }

@@ -1,10 +1,10 @@
-//! A position in a ring of slots, and the phase bit that tells one lap from the next.
+//! A position in a ring of slots, with the phase parity that distinguishes consecutive passes over the ring.
 //!
-//! Each slot has two barriers, full and empty. The n-th lap over a slot completes phase n of each; whoever waits names
-//! the parity of the phase that must have completed (PTX ISA, mbarrier.try_wait). The producer starts with the parity
-//! of a phase before the first, so that its first lap does not wait for anyone.
+//! Each slot has two barriers, full and empty. The n-th pass over a slot completes phase n of each. A waiting thread
+//! names the parity of the phase that must have completed (PTX ISA, mbarrier.try_wait). The producer starts with the
+//! parity of the phase before the first, so its first pass does not wait.
 
-/// Where one end of the ring stands.
+/// Position of one end of the ring: the producer's or a consumer's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
     pub slot: u32,
@@ -12,12 +12,12 @@ pub struct Position {
 }
 
 impl Position {
-    /// The consumer waits for the first fill.
+    /// Start of a consumer, which waits for the first fill.
     pub const CONSUMER: Self = Position { slot: 0, parity: 0 };
-    /// The producer finds every slot empty.
+    /// Start of the producer, which finds every slot empty.
     pub const PRODUCER: Self = Position { slot: 0, parity: 1 };
 
-    /// On to the next slot of `stages`.
+    /// Advances to the next of `stages` slots.
     #[inline(always)]
     pub fn advance(&mut self, stages: u32) {
         self.slot += 1;

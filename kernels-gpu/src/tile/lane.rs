@@ -1,35 +1,35 @@
-//! Which thread of a warpgroup holds which element of a 64-row tile (PTX ISA, wgmma, register fragments).
+//! Layout of a 64-row tile over the threads of a warpgroup (PTX ISA, wgmma, register fragments).
 //!
-//! A warp holds sixteen rows. Columns come in groups of eight; of each, a thread holds two neighbouring columns of two
-//! rows that are eight apart, so a row belongs to a quad of four lanes.
+//! A warp holds sixteen rows. Columns come in n8 column groups of eight. Of each group, a thread holds two neighbouring
+//! columns of two rows that are eight apart, so a row belongs to a quad of four lanes.
 
-/// Rows of a query tile that one consumer warpgroup owns: the M of wgmma.
+/// Number of rows of a query tile per consumer warpgroup: the M of wgmma.
 pub const WARPGROUP_ROWS: u32 = 64;
-/// Rows of it that one warp owns.
+/// Number of rows of a query tile per warp.
 pub const WARP_ROWS: u32 = 16;
-/// Threads of a warp.
+/// Number of threads of a warp.
 pub const WARP_THREADS: u32 = 32;
-/// Threads of a warpgroup.
+/// Number of threads of a warpgroup.
 pub const WARPGROUP_THREADS: u32 = 128;
 
-/// A thread's place in its warpgroup.
+/// Place of a thread in its warpgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lane {
-    /// Which of the 128 threads of a warpgroup it is.
+    /// Number of the thread in its warpgroup, below 128.
     pub thread: u32,
     first_row: u32,
-    /// Its first column in every group of eight; the second is the next.
+    /// First of its two columns in every n8 column group; the second is the next one.
     pub column: u32,
 }
 
 impl Lane {
-    /// Of thread `0..128` of a warpgroup.
+    /// Returns the place of thread `0..128` of a warpgroup.
     #[inline(always)]
     pub fn new(thread: u32) -> Self {
         Lane { thread, first_row: thread / 32 * 16 + thread % 32 / 4, column: thread % 4 * 2 }
     }
 
-    /// The upper (0) or lower (1) of its two rows.
+    /// Returns the upper (`half` 0) or lower (1) of its two rows.
     #[inline(always)]
     pub fn row(self, half: u32) -> u32 {
         self.first_row + 8 * half

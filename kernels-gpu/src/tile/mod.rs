@@ -1,4 +1,4 @@
-//! Tiles: where their bytes lie in shared memory, and which thread holds which element of a fragment.
+//! Tiles: their places in shared memory, and the layout of fragments over threads.
 
 pub mod lane;
 pub mod smem;

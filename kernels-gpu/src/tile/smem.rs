@@ -1,29 +1,30 @@
-//! Shared memory of a CTA: which bytes hold which tile, known to the host (how much to ask for) and the kernel alike.
+//! Layout of a CTA's shared memory. The host reads its size from it, and the kernel the places of tiles and barriers.
 //!
-//! A tile of R rows × D columns of 16-bit elements lies as ⌈D / 64⌉ panels, each R rows of 128 bytes in the 128-byte
-//! swizzle (PTX ISA, "Shared memory matrix layout"): what one box of the copy engine writes and what wgmma reads.
-//! Panels start on 1024-byte boundaries, the period of the swizzle, because R is a multiple of 8.
+//! A tile of R rows × D columns of 16-bit elements consists of ⌈D / 64⌉ panels, each R rows of 128 bytes in the
+//! 128-byte swizzle (PTX ISA, "Shared memory matrix layout"). TMA writes a panel as one box, and wgmma reads this
+//! layout. Panels start on 1024-byte boundaries, the period of the swizzle, because R is a multiple of 8.
 
 use super::lane::WARPGROUP_ROWS;
 
-/// How the gradients of a block of keys are shared out between two warpgroups.
+/// Split of the gradients of a block of keys between two warpgroups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
-    /// Each has half of the keys.
+    /// Each warpgroup has half of the keys.
     Keys,
-    /// One has dV and computes the weights of all keys, which it passes on; the other has dK and dS.
+    /// One warpgroup accumulates dV and computes P of all keys, which it writes to shared memory. The other accumulates
+    /// dK and computes dS.
     Gradients,
 }
 
 impl Split {
-    /// How many warpgroups write dSᵀ.
+    /// Returns the number of warpgroups that write dSᵀ.
     pub const fn writers(self) -> u32 {
         match self {
             Split::Keys => 2,
             Split::Gradients => 1,
         }
     }
-    /// The first key of a consumer within the block of keys.
+    /// Returns the first key of a consumer within the block of keys.
     #[inline(always)]
     pub const fn first_key(self, consumer: u32) -> u32 {
         match self {
@@ -33,59 +34,59 @@ impl Split {
     }
 }
 
-/// Columns of a panel: 128 bytes of 16-bit elements.
+/// Number of columns of a panel: 128 bytes of 16-bit elements.
 pub const PANEL_COLUMNS: u32 = 64;
-/// Bytes of a panel's row.
+/// Number of bytes of a panel's row.
 pub const PANEL_ROW_BYTES: u32 = 128;
-/// What a CTA may have on sm_90: 227 KiB.
+/// Maximum shared memory of a CTA on sm_90: 227 KiB.
 pub const SMEM_LIMIT: u32 = 227 * 1024;
-/// Bytes of an mbarrier.
+/// Number of bytes of an mbarrier.
 pub(super) const BARRIER_BYTES: u32 = 8;
 
-/// Panels of a tile of so many columns; the last may be half used.
+/// Returns the number of panels of a tile of `columns` columns. The last panel may be half used.
 pub const fn panels(columns: u32) -> u32 {
     columns.div_ceil(PANEL_COLUMNS)
 }
 
-/// Bytes of a tile of `rows` × `columns` 16-bit elements.
+/// Returns the bytes of a tile of `rows` × `columns` 16-bit elements.
 pub const fn tile_bytes(rows: u32, columns: u32) -> u32 {
     panels(columns) * rows * PANEL_ROW_BYTES
 }
 
-/// Byte offset of columns 16·step of a tile of `rows` rows: where a k16 step of a product begins whose k runs along
-/// rows.
+/// Returns the byte offset of column 16·step of a tile of `rows` rows. A k16 step of a product starts there if k runs
+/// along rows.
 #[inline(always)]
 pub const fn columns_step(rows: u32, step: u32) -> u32 {
-    // Four steps to a panel.
+    // A panel holds four steps.
     step / 4 * rows * PANEL_ROW_BYTES + step % 4 * 32
 }
 
-/// Byte offset of row 16·step of a tile: where a k16 step of a product begins whose k runs along columns.
+/// Returns the byte offset of row 16·step of a tile. A k16 step of a product starts there if k runs along columns.
 #[inline(always)]
 pub const fn rows_step(step: u32) -> u32 {
     step * 16 * PANEL_ROW_BYTES
 }
 
-/// Offsets of a forward CTA's shared memory: a query tile of each pair for each consumer, the ring's slots, an output
-/// tile for each consumer where there is room, the barriers.
+/// Offsets in a forward CTA's shared memory, in this order: a query tile of each pair for each consumer, the ring's
+/// slots, an output tile for each consumer if there is room, the barriers.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardSmem {
     pub head_dim: u32,
     pub block_n: u32,
     pub consumers: u32,
     pub stages: u32,
-    /// Pairs of Q and K.
+    /// Number of pairs of Q and K.
     pub pairs: u32,
-    /// CTAs of a cluster, which have the same tile in the same slot at the same time.
+    /// Number of CTAs of a cluster. They have the same tile in the same slot at the same time.
     pub cluster: u32,
 }
 
 impl ForwardSmem {
-    /// Bytes of one consumer's query rows, of one pair.
+    /// Returns the bytes of one consumer's query rows, of one pair.
     pub const fn q_bytes(&self) -> u32 {
         tile_bytes(64, self.head_dim)
     }
-    /// Bytes of a slot of the ring: one tile of K or V.
+    /// Returns the bytes of a slot of the ring: one tile of K or V.
     pub const fn slot_bytes(&self) -> u32 {
         tile_bytes(self.block_n, self.head_dim)
     }
@@ -95,68 +96,69 @@ impl ForwardSmem {
     pub const fn slot(&self, slot: u32) -> u32 {
         self.q(self.consumers, 0) + slot * self.slot_bytes()
     }
-    /// One consumer's rows of O, on their way to the copy engine; only where [`ForwardSmem::stages_o`].
+    /// Returns the offset of one consumer's staging tile of O, which TMA stores. It exists only if
+    /// [`ForwardSmem::stages_o`].
     pub const fn o(&self, consumer: u32) -> u32 {
         self.slot(self.stages) + consumer * self.q_bytes()
     }
-    /// Whether there is room to stage O.
+    /// Returns true if there is room to stage O.
     pub const fn stages_o(&self) -> bool {
         self.o(self.consumers) + self.barrier_bytes() <= SMEM_LIMIT
     }
     const fn barrier_bytes(&self) -> u32 {
         (2 * self.stages + self.consumers) * BARRIER_BYTES
     }
-    /// The barrier that says that a slot is full.
+    /// Returns the barrier that completes a phase when a slot is full.
     pub const fn full(&self, slot: u32) -> u32 {
         let barriers = if self.stages_o() { self.o(self.consumers) } else { self.o(0) };
         barriers + slot * BARRIER_BYTES
     }
-    /// The barrier that says that a slot is empty.
+    /// Returns the barrier that completes a phase when a slot is empty.
     pub const fn empty(&self, slot: u32) -> u32 {
         self.full(self.stages) + slot * BARRIER_BYTES
     }
-    /// The barrier that says that a consumer's query rows are there.
+    /// Returns the barrier that completes a phase when a consumer's query rows have arrived.
     pub const fn q_full(&self, consumer: u32) -> u32 {
         self.empty(self.stages) + consumer * BARRIER_BYTES
     }
-    /// All of it.
+    /// Returns the bytes of all of it.
     pub const fn bytes(&self) -> u32 {
         self.q_full(self.consumers)
     }
 }
 
-/// Offsets of a backward CTA's shared memory: K, V, the rings of Q, dO and dSᵀ, weights that are passed on, the
-/// statistics of the query rows in the rings, the barriers.
+/// Offsets in a backward CTA's shared memory, in this order: K, V, the rings of Q, dO and dSᵀ, P that one consumer
+/// writes for the other, `neg_lse_log2` and δ of the query rows in the rings, the barriers.
 #[derive(Clone, Copy, Debug)]
 pub struct BackwardSmem {
     pub head_dim: u32,
     pub block_m: u32,
     pub block_n: u32,
     pub split: Split,
-    /// Buffers of K.
+    /// Number of buffers of K.
     pub k_stages: u32,
 }
 
 impl BackwardSmem {
-    /// Slots of the ring of dSᵀ.
+    /// Number of slots of the ring of dSᵀ.
     pub const DS_STAGES: u32 = 2;
-    /// Slots of the rings of Q and dO.
+    /// Returns the number of slots of the rings of Q and dO.
     pub const fn stages(&self) -> u32 {
         if self.head_dim <= 128 { 3 } else { 2 }
     }
 
-    /// Bytes of the tile of K, and of V.
+    /// Returns the bytes of the tile of K, and of that of V.
     pub const fn kv_bytes(&self) -> u32 {
         tile_bytes(self.block_n, self.head_dim)
     }
-    /// Bytes of a slot of Q, and of dO.
+    /// Returns the bytes of a slot of Q, and of one of dO.
     pub const fn q_bytes(&self) -> u32 {
         tile_bytes(self.block_m, self.head_dim)
     }
     const fn ds_bytes(&self) -> u32 {
         tile_bytes(self.block_n, self.block_m)
     }
-    /// Bytes of the statistics of a slot: one f32 a query row.
+    /// Returns the bytes of a slot's `neg_lse_log2`, and of its δ: one f32 per query row.
     pub const fn row_bytes(&self) -> u32 {
         self.block_m * 4
     }
@@ -175,7 +177,8 @@ impl BackwardSmem {
     pub const fn ds(&self, slot: u32) -> u32 {
         self.d_o(self.stages()) + slot * self.ds_bytes()
     }
-    /// Weights of a query block, in f32, where one warpgroup passes them to the other.
+    /// Returns the offset of P of a query block, in f32. One warpgroup writes it there and the other reads it
+    /// ([`Split::Gradients`]).
     pub const fn weights(&self) -> u32 {
         self.ds(Self::DS_STAGES)
     }
@@ -194,9 +197,10 @@ impl BackwardSmem {
     const fn barrier(&self, index: u32) -> u32 {
         self.delta(self.stages()) + index * BARRIER_BYTES
     }
-    /// The barriers that say that K and V are there. That they are no longer needed, a work tile's last dS says.
+    /// Returns the barrier that completes a phase when K has arrived in a buffer; [`BackwardSmem::v_full`] is that of
+    /// V. K and V have no barrier for empty: the last dS of a work tile implies that they are no longer needed.
     pub const fn k_full(&self, buffer: u32) -> u32 {
-        // That of the second buffer is the last of all.
+        // The barrier of the second buffer is the last of all barriers.
         self.barrier(buffer * (2 + 3 * self.stages() + 2 * Self::DS_STAGES + 2))
     }
     pub const fn v_full(&self) -> u32 {
@@ -208,7 +212,7 @@ impl BackwardSmem {
     pub const fn do_full(&self, slot: u32) -> u32 {
         self.q_full(self.stages() + slot)
     }
-    /// Of the slots of both.
+    /// Returns the barrier that completes a phase when a slot of Q and that of dO are empty.
     pub const fn empty(&self, slot: u32) -> u32 {
         self.q_full(2 * self.stages() + slot)
     }
@@ -218,14 +222,15 @@ impl BackwardSmem {
     pub const fn ds_empty(&self, slot: u32) -> u32 {
         self.q_full(3 * self.stages() + Self::DS_STAGES + slot)
     }
-    /// The barriers that say that weights are there, and that they have been taken.
+    /// Returns the barrier that completes a phase when P has been written; [`BackwardSmem::weights_empty`] is the one
+    /// for P that has been read.
     pub const fn weights_full(&self) -> u32 {
         self.q_full(3 * self.stages() + 2 * Self::DS_STAGES)
     }
     pub const fn weights_empty(&self) -> u32 {
         self.q_full(3 * self.stages() + 2 * Self::DS_STAGES + 1)
     }
-    /// All of it.
+    /// Returns the bytes of all of it.
     pub const fn bytes(&self) -> u32 {
         self.k_full(1) + BARRIER_BYTES
     }
@@ -237,8 +242,8 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    /// Byte offset of element (row, column) in a tile of `rows` rows: panel, row, then 16-byte chunks XORed with row
-    /// mod 8.
+    /// Returns the byte offset of element (row, column) in a tile of `rows` rows: panel, row, then 16-byte chunks XORed
+    /// with row mod 8.
     fn swizzled_offset(rows: u32, row: u32, column: u32) -> u32 {
         let panel = column / PANEL_COLUMNS;
         let chunk = column % PANEL_COLUMNS / 8;
@@ -265,7 +270,7 @@ mod tests {
         assert_eq!(banks.len(), 32);
     }
 
-    /// Steps begin where the swizzle leaves the first row of its period alone.
+    /// Steps begin at rows and columns where the swizzle is the identity.
     #[test]
     fn steps_begin_at_their_element() {
         for rows in [64, 80, 128] {
@@ -293,8 +298,8 @@ mod tests {
             for panel in [smem.v(), smem.q(1), smem.d_o(0), smem.d_o(1), smem.ds(0), smem.ds(1)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
-            // The ring of dS and what is passed on have a barrier for full and one for empty; Q and dO share the
-            // latter.
+            // The ring of dS and the P between consumers have a barrier for full and one for empty each. Q and dO share
+            // the one for empty.
             let barriers = 3 + 3 * smem.stages() + 2 * (BackwardSmem::DS_STAGES + 1);
             assert_eq!(smem.bytes(), smem.k_full(0) + barriers * BARRIER_BYTES, "{}", variant.symbol);
         }

@@ -1,57 +1,60 @@
-//! Shared memory of a CTA that computes total attention: tiles of K, one for the work tile in hand and one for the
-//! next, the ring of query tiles, beside each of its slots what exponents add, the barriers.
+//! Layout of the shared memory of a CTA that computes total attention: two tiles of K, for the current and the next
+//! work tile, the ring of query tiles, `neg_lse_log2` for each of its slots, the barriers.
 //!
-//! Weights are computed one step after the product that read a query tile, when its slot may already be filled anew. So
-//! a slot has the offsets of two laps of the ring: who fills lap n knows that lap n − 1 of the slot was given back,
-//! which a consumer does after the weights of every block before that one, and so of lap n − 2.
+//! The exponentials of a block run one step after its K·Qᵀ. By then the producer may have refilled the slot, so each
+//! slot keeps two sets of `neg_lse_log2`, selected by phase parity. Two suffice: the producer fills pass n after the
+//! consumers released pass n − 1, and they release it after the exponentials of all earlier blocks, pass n − 2
+//! included.
 
 use super::smem::{BARRIER_BYTES, tile_bytes};
 use crate::tile::lane::WARPGROUP_ROWS;
 
-/// Offsets of such a CTA's shared memory.
+/// Offsets in the shared memory of a CTA that computes total attention.
 #[derive(Clone, Copy, Debug)]
 pub struct TotalSmem {
     pub head_dim: u32,
-    /// Consumer warpgroups.
+    /// Number of consumer warpgroups.
     pub consumers: u32,
-    /// Queries of a slot of the ring.
+    /// Number of queries of a slot of the ring.
     pub block_m: u32,
     pub stages: u32,
 }
 
 impl TotalSmem {
-    /// Tiles of K.
+    /// Number of tiles of K.
     pub const K_STAGES: u32 = 2;
 
-    /// Whether so many consumers work beside each other's products, with one fragment of scores each, that none has to
-    /// work beside its own.
+    /// Returns true if the consumers are so many that one fragment of scores each suffices: the exponentials of one
+    /// overlap the products of the others. With fewer, each must overlap its exponentials with its own products.
     pub const fn many_consumers(&self) -> bool {
         self.consumers >= 4
     }
-    /// Whether such a consumer has registers for its keys.
+    /// Returns true if a consumer has enough registers to keep its keys in them.
     pub const fn keys_in_registers(&self) -> bool {
         self.many_consumers() && self.head_dim <= 64
     }
-    /// Parts that a work tile can be shared out in: only many consumers can do without some of them.
+    /// Returns the number of parts that a work tile can be split into. With few consumers it is 1, because a part
+    /// leaves consumers without keys and only many of them can do without some.
     pub const fn parts(&self) -> u32 {
         if self.many_consumers() { self.consumers } else { 1 }
     }
 
-    /// Whether the weights of a block's query `column` are computed without the special-function unit: one in sixteen,
-    /// where exponentials are the limit. With more of them other units cost more than that one saves.
+    /// Returns true if the exponential of a block's query `column` is a polynomial instead of the SFU's. That is one
+    /// query in sixteen, at head dims where exponentials are the limit. With more of them, other units cost more than
+    /// the SFU saves.
     pub const fn by_polynomial(&self, column: u32) -> bool {
         self.head_dim <= 64 && column % 2 == 1 && column + 16 >= self.block_m
     }
 
-    /// Keys of a work tile: 64 for each consumer.
+    /// Returns the number of keys of a work tile: 64 for each consumer.
     pub const fn block_n(&self) -> u32 {
         self.consumers * WARPGROUP_ROWS
     }
-    /// Bytes of a tile of K.
+    /// Returns the bytes of a tile of K.
     pub const fn k_bytes(&self) -> u32 {
         tile_bytes(self.block_n(), self.head_dim)
     }
-    /// Bytes of a slot of Q.
+    /// Returns the bytes of a slot of Q.
     pub const fn q_bytes(&self) -> u32 {
         tile_bytes(self.block_m, self.head_dim)
     }
@@ -61,14 +64,15 @@ impl TotalSmem {
     pub const fn q(&self, slot: u32) -> u32 {
         self.k(Self::K_STAGES) + slot * self.q_bytes()
     }
-    /// What exponents add, one f32 a query, in even and odd laps.
+    /// Returns the offset of a slot's `neg_lse_log2`, one f32 per query. `lap` is the phase parity, 0 or 1.
     pub const fn offsets(&self, slot: u32, lap: u32) -> u32 {
         self.q(self.stages) + (lap * self.stages + slot) * self.block_m * 4
     }
     const fn barrier(&self, index: u32) -> u32 {
         self.offsets(0, 2) + index * BARRIER_BYTES
     }
-    /// The barriers that say that a tile of K is there, and that it is no longer needed.
+    /// Returns the barrier that completes a phase when a tile of K has arrived; [`TotalSmem::k_empty`] is the one for a
+    /// tile that is no longer needed.
     pub const fn k_full(&self, slot: u32) -> u32 {
         self.barrier(slot)
     }
@@ -81,7 +85,7 @@ impl TotalSmem {
     pub const fn q_empty(&self, slot: u32) -> u32 {
         self.q_full(self.stages + slot)
     }
-    /// All of it.
+    /// Returns the bytes of all of it.
     pub const fn bytes(&self) -> u32 {
         self.q_full(2 * self.stages)
     }

@@ -1,4 +1,4 @@
-//! The compiled variants of the backward pass.
+//! Compiled variants of the backward pass.
 
 use super::{DropoutKind, MaskKind, Op};
 use crate::attention::dropout::NoDropout;
@@ -14,37 +14,38 @@ use crate::tile::lane::WARPGROUP_THREADS;
 use crate::tile::smem::BackwardSmem;
 use crate::tile::smem::Split;
 
-/// One compiled backward kernel. Two consumer warpgroups, one producer.
+/// Compiled backward kernel, with two consumer warpgroups and one producer warpgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackwardVariant {
     /// Name of the kernel's entry point.
     pub symbol: &'static str,
-    /// Names of the kernels that prepare the workspace and that turn its dQ into the tensor.
+    /// Names of its preprocess kernel, which fills the workspace, and its postprocess kernel, which converts dQ.
     pub prepare: &'static str,
     pub finish: &'static str,
-    /// Whose gradients these are.
+    /// Operator whose gradients it computes.
     pub op: Op,
     pub dtype: Dtype,
-    /// The compiled head dim; smaller ones run in it, padded with zeros by the copy engine.
+    /// Compiled head dim. Tensors with a smaller one use it too; TMA pads them with zeros.
     pub head_dim: u32,
     pub mask: MaskKind,
-    /// Queries of one step of the mainloop.
+    /// Number of queries of one step of the mainloop.
     pub block_m: u32,
-    /// Keys of a work tile.
+    /// Number of keys of a work tile.
     pub block_n: u32,
-    /// How the warpgroups share the work.
+    /// Split of the gradients between the consumer warpgroups.
     pub split: Split,
-    /// Buffers of K: with two, the next work tile's is loaded beside this one's steps. They want a register of the
-    /// consumers at head dim 64, one of the third warpgroup with dropout, and at head dim 256 more room than there is.
+    /// Number of buffers of K. With two, K of the next work tile is loaded during the steps of the current one. At head
+    /// dim 64 this would take a register that the consumers lack, with dropout one that the third warpgroup lacks, and
+    /// at head dim 256 more shared memory than there is.
     pub k_stages: u32,
 }
 
 impl BackwardVariant {
-    /// Threads of a CTA: the producer's warpgroup and the consumers'.
+    /// Returns the number of threads of a CTA: the producer's warpgroup and the consumers'.
     pub const fn threads(&self) -> u32 {
         3 * WARPGROUP_THREADS
     }
-    /// Where everything lies in a CTA's shared memory.
+    /// Returns the layout of a CTA's shared memory.
     pub const fn smem(&self) -> BackwardSmem {
         BackwardSmem {
             head_dim: self.head_dim,
@@ -54,23 +55,24 @@ impl BackwardVariant {
             k_stages: self.k_stages,
         }
     }
-    /// Query rows of a head in the workspace.
+    /// Returns the number of query rows of a head in the workspace.
     pub fn rows(&self, shape: &Shape) -> u32 {
         shape.seqlen_q.next_multiple_of(ROW_PADDING).max(ROW_PADDING)
     }
-    /// Query blocks of a head in the workspace.
+    /// Returns the number of query blocks of a head in the workspace.
     pub fn m_blocks(&self, shape: &Shape) -> u32 {
         self.rows(shape) / self.block_m
     }
-    /// Bytes of what a part of a work tile contributes to dK and dV, in f32.
+    /// Returns the bytes of a part's contributions to dK and dV, in f32.
     pub const fn part_bytes(&self) -> u32 {
         2 * self.block_n * self.head_dim * 4
     }
-    /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one key head,
-    /// which in [`TileOrder`] are query tiles of one query head. Piecewise attention has a threshold.
+    /// Returns the order in which `ctas` CTAs take the work tiles of a problem that has any. A work tile is a block of
+    /// keys of one key head, and plays the part of a query tile of one query head in [`TileOrder`]. `dist_threshold` is
+    /// that of piecewise attention.
     pub fn order(&self, shape: &Shape, dist_threshold: Option<i32>, ctas: u32) -> TileOrder {
         let n_blocks = shape.seqlen_k.div_ceil(self.block_n);
-        // Q and dO, and in f32 dQ. A work tile goes through the query heads of its group one after the other.
+        // Bytes of Q and dO, and of dQ in f32. A work tile visits the query heads of its group one after the other.
         let at_once = (2 + 2 + 4) * shape.seqlen_q as u64 * shape.head_dim as u64;
         let bytes = GroupBytes { all: at_once * shape.group() as u64, at_once };
         TileOrder::balanced(&self.keys(shape), self.block_n, ctas, bytes, |index| {
@@ -78,14 +80,15 @@ impl BackwardVariant {
         })
         .0
     }
-    /// As [`BackwardVariant::order`], for an exact pass: blocks of keys of one head come in order, each some turns
-    /// behind the one before. With more heads in a section fewer of a head run at once, and what they wait for at the
-    /// start of a launch is small beside the work tile; with fewer, more of Q, dO and dQ stays in L2.
+    /// Returns the order of [`BackwardVariant::order`] for an exact pass. The key blocks of one head accumulate dQ in
+    /// order, each some steps of the dQ semaphore behind the one before. With more heads in a section, fewer key blocks
+    /// of one head run at once, and their wait at the start of a launch is short compared with a work tile. With fewer
+    /// heads, more of Q, dO and dQ stays in L2.
     pub fn exact_order(&self, shape: &Shape, ctas: u32) -> TileOrder {
         let steps = shape.seqlen_q.div_ceil(self.block_m);
-        // Under a causal mask a block of keys has half of the steps, and more or fewer of them than the next; of
-        // grouped queries those of one head count, by measurement. The heads of the largest head dim are so large that
-        // fewer stay in L2.
+        // Under a causal mask a key block has half of the steps on average, and neighbouring key blocks differ in their
+        // number. With grouped queries, the steps of one query head count there, by measurement. Heads of the largest
+        // head dim are so large that fewer of them stay in L2.
         let large = self.head_dim > 128;
         let (steps, fewest) = match self.mask {
             MaskKind::None => ((steps * shape.group()).max(1), if large { 2 } else { 1 }),
@@ -95,12 +98,13 @@ impl BackwardVariant {
         let section = if large { (turn + steps / 2) / steps } else { (turn + ctas).div_ceil(steps) }.max(fewest);
         let section = match self.mask {
             MaskKind::None => section,
-            // A whole fraction of the CTAs, the nearest: blocks of keys that follow each other then start together.
+            // Rounds to the nearest whole fraction of the CTAs, so that consecutive key blocks start together.
             MaskKind::Causal => ctas / ((2 * ctas + section - 1) / (2 * section)).max(1),
         };
         TileOrder::new(&self.keys(shape), self.block_n, section).one_way()
     }
-    /// Which work tiles of a fast pass of plain attention store dQ, on `ctas` CTAs that take them in this order.
+    /// Returns the work tiles of a fast pass of plain attention that initialise dQ, on `ctas` CTAs that take them in
+    /// this order.
     pub fn first_tiles(&self, shape: &Shape, order: &TileOrder, ctas: u32) -> FirstTiles {
         let (heads, key_blocks) = (shape.batch * shape.heads_kv, shape.seqlen_k.div_ceil(self.block_n));
         let all = shape.seqlen_q.div_ceil(self.block_m);
@@ -110,13 +114,13 @@ impl BackwardVariant {
         }
         FirstTiles::new(heads, key_blocks, order.section(), ctas)
     }
-    /// The keys in the place of the queries.
+    /// Returns a shape with the keys in the place of the queries.
     fn keys(&self, shape: &Shape) -> Shape {
         Shape { heads_q: shape.heads_kv, seqlen_q: shape.seqlen_k, ..*shape }
     }
 }
 
-/// The smallest compiled backward variant of an operator that holds `head_dim`.
+/// Returns the smallest compiled backward variant of an operator that holds `head_dim`.
 pub fn backward(
     op: Op,
     dtype: Dtype,
@@ -129,7 +133,8 @@ pub fn backward(
 }
 
 impl MaskKind {
-    /// How many query blocks of a head a block of keys meets; with a threshold, through two pairs.
+    /// Returns the number of query blocks of a head that a key block visits; with a threshold, through both pairs
+    /// together.
     fn met(self, shape: &Shape, dist_threshold: Option<i32>, n_block: u32, tile: (u32, u32)) -> u32 {
         fn count<M: Mask, P: Pairs>(shape: &Shape, pairs: P, n_block: u32, (block_m, block_n): (u32, u32)) -> u32 {
             let blocks = |pair| MBlocks::new::<M, P>(shape, pairs, pair, n_block * block_n, block_n, block_m);
@@ -144,8 +149,8 @@ impl MaskKind {
     }
 }
 
-/// Calls `$apply!` with one row a variant:
-/// `symbol, prepare, finish, op, dtype, head_dim, mask, block_m, block_n, split, k_stages;`
+/// Calls `$apply!` with one row per variant: `symbol, prepare, finish, op, dtype, head_dim, mask, block_m, block_n,
+/// split, k_stages;`
 #[macro_export]
 macro_rules! backward_variants {
     ($apply:ident) => {
@@ -178,7 +183,8 @@ macro_rules! backward_variants {
     };
 }
 
-/// As [`backward_variants`], of the kernels with dropout; what prepares and finishes is the same.
+/// Calls `$apply!` with the rows of the kernels with dropout, as [`backward_variants`] does. Their pre- and postprocess
+/// kernels are those without dropout.
 #[macro_export]
 macro_rules! backward_dropout_variants {
     ($apply:ident) => {
@@ -219,17 +225,18 @@ macro_rules! backward_table {
         )*]
     };
 }
-/// Every compiled backward variant without dropout.
+/// All compiled backward variants without dropout.
 pub static BACKWARD_VARIANTS: &[BackwardVariant] = backward_variants!(backward_table);
-/// Every compiled backward variant with dropout.
+/// All compiled backward variants with dropout.
 pub static BACKWARD_DROPOUT_VARIANTS: &[BackwardVariant] = backward_dropout_variants!(backward_table);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// The sections of fast passes that were measured best with four query heads for each key head, batch = 32768 / S:
-    /// long sequences want 256 work tiles in a section although they do not stay in L2, short ones do not.
+    /// Sections of fast passes that were measured best with four query heads for each key head, batch = 32768 / S. For
+    /// long sequences, sections of 256 work tiles were best although they do not stay in L2; for short ones, smaller
+    /// sections.
     #[test]
     fn sections_of_grouped_queries() {
         for (head_dim, heads_q, seqlen, section) in [
@@ -250,7 +257,7 @@ mod tests {
         }
     }
 
-    /// The sections of exact passes that were measured best on 132 CTAs, heads = 2048 / D and batch = 32768 / S.
+    /// Sections of exact passes that were measured best on 132 CTAs, heads = 2048 / D and batch = 32768 / S.
     #[test]
     fn exact_sections() {
         for (head_dim, mask, sections) in [

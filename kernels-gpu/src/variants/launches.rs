@@ -1,4 +1,4 @@
-//! Every compiled kernel in one list: how it is launched, and with which others it is compiled.
+//! All compiled kernels in one list: their launches, and the families in which they are compiled.
 
 use std::vec::Vec;
 
@@ -61,7 +61,7 @@ impl Family {
     }
 }
 
-/// What the build has to know about a kernel.
+/// Facts that the build needs about a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// Name of the kernel's entry point.

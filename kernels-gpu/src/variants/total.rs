@@ -1,4 +1,4 @@
-//! The compiled variants of total attention.
+//! Compiled variants of total attention.
 
 use super::MaskKind;
 use crate::attention::mask::{Causal, Full};
@@ -9,42 +9,42 @@ use crate::ground::shape::Shape;
 use crate::tile::lane::WARPGROUP_THREADS;
 use crate::tile::smem_total::TotalSmem;
 
-/// One compiled kernel of total attention.
+/// Compiled kernel of total attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TotalVariant {
     /// Name of the kernel's entry point.
     pub symbol: &'static str,
     pub dtype: Dtype,
-    /// The compiled head dim; smaller ones run in it, padded with zeros by the copy engine.
+    /// Compiled head dim. Tensors with a smaller one use it too; TMA pads them with zeros.
     pub head_dim: u32,
     pub mask: MaskKind,
-    /// Consumer warpgroups of a CTA, beside one producer warpgroup.
+    /// Number of consumer warpgroups of a CTA, which has one producer warpgroup more.
     pub consumers: u32,
-    /// Queries of one step of the mainloop.
+    /// Number of queries of one step of the mainloop.
     pub block_m: u32,
-    /// Slots of the ring that query tiles pass through.
+    /// Number of slots of the ring that query tiles pass through.
     pub stages: u32,
 }
 
 impl TotalVariant {
-    /// Keys of a work tile.
+    /// Returns the number of keys of a work tile.
     pub const fn block_n(&self) -> u32 {
         self.smem().block_n()
     }
-    /// Threads of a CTA: the producer's warpgroup and the consumers'.
+    /// Returns the number of threads of a CTA: the producer's warpgroup and the consumers'.
     pub const fn threads(&self) -> u32 {
         (self.consumers + 1) * WARPGROUP_THREADS
     }
-    /// Where everything lies in a CTA's shared memory.
+    /// Returns the layout of a CTA's shared memory.
     pub const fn smem(&self) -> TotalSmem {
         TotalSmem { head_dim: self.head_dim, consumers: self.consumers, block_m: self.block_m, stages: self.stages }
     }
-    /// The order in which `ctas` CTAs take the work tiles of a problem that has any: blocks of keys of one query head,
-    /// which in [`TileOrder`] are its query tiles.
+    /// Returns the order in which `ctas` CTAs take the work tiles of a problem that has any. A work tile is a block of
+    /// keys of one query head, and plays the part of a query tile in [`TileOrder`].
     pub fn order(&self, shape: &Shape, ctas: u32) -> TileOrder {
         let block_n = self.block_n();
         let n_blocks = shape.seqlen_k.div_ceil(block_n);
-        // The keys in the place of the queries.
+        // The keys take the place of the queries.
         let keys = Shape { seqlen_q: shape.seqlen_k, ..*shape };
         let q_bytes = 2 * shape.group() as u64 * shape.seqlen_q as u64 * shape.head_dim as u64;
         TileOrder::balanced(&keys, block_n, ctas, q_bytes, |index| {
@@ -59,7 +59,7 @@ impl TotalVariant {
     }
 }
 
-/// The smallest compiled variant of total attention that holds `head_dim`.
+/// Returns the smallest compiled variant of total attention that holds `head_dim`.
 pub fn total(dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static TotalVariant> {
     TOTAL_VARIANTS
         .iter()
@@ -67,8 +67,7 @@ pub fn total(dtype: Dtype, head_dim: u32, mask: MaskKind) -> Option<&'static Tot
         .min_by_key(|v| v.head_dim)
 }
 
-/// Calls `$apply!` with one row a variant:
-/// `symbol, dtype, head_dim, mask, consumers, block_m, stages;`
+/// Calls `$apply!` with one row per variant: `symbol, dtype, head_dim, mask, consumers, block_m, stages;`
 #[macro_export]
 macro_rules! total_variants {
     ($apply:ident) => {
@@ -92,7 +91,7 @@ macro_rules! total_variants {
 macro_rules! total_table {
     ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_m:literal,
      $stages:literal;)*) => {
-        /// Every compiled variant of total attention.
+        /// All compiled variants of total attention.
         pub static TOTAL_VARIANTS: &[TotalVariant] = &[$(
             TotalVariant {
                 symbol: stringify!($symbol),

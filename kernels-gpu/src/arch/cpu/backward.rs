@@ -1,7 +1,7 @@
 //! [`BackwardWarpgroup`] on the CPU.
 //!
-//! Warpgroups run one after the other here, so none can take another's dS: each adds what its own keys contribute to
-//! dQ. What the first passes to the second is kept until that one runs.
+//! Warpgroups run one after the other here, so none can read another's dS: each accumulates what its own keys
+//! contribute to dQ. P that the first warpgroup writes for the second is kept until the second runs.
 
 use std::boxed::Box;
 use std::cell::RefCell;
@@ -24,23 +24,23 @@ use crate::ground::tensor::Strided;
 use crate::params::{BackwardParams, Second, Workspace};
 use crate::tile::smem::BackwardSmem;
 
-/// Weights of query blocks, passed from one consumer to the other.
+/// P of query blocks, from one consumer to the other.
 pub type Weights = RefCell<VecDeque<Vec<f32>>>;
 
-/// A query block in a ring: rows of Q or dO with their statistics.
+/// Query block in a ring: rows of Q with `neg_lse_log2`, or rows of dO with δ.
 #[derive(Default)]
 struct QueryTile {
-    /// Rows × columns.
+    /// Elements, rows × columns.
     rows: Vec<f32>,
-    /// All columns × rows.
+    /// Elements transposed, columns × rows.
     transposed: Vec<f32>,
     statistics: Vec<f32>,
 }
 
-/// One of the two rings, filled when it is waited for.
+/// Ring of Q or dO, whose blocks are loaded when they are waited for.
 struct QueryRing {
     upcoming: VecDeque<QueryBlock>,
-    /// The blocks that are held, the last of them number `count` − 1.
+    /// Blocks that the consumer holds. The last one has number `count` − 1.
     held: VecDeque<QueryTile>,
     /// Memory of blocks that were released.
     spare: Vec<QueryTile>,
@@ -52,7 +52,7 @@ impl QueryRing {
     fn new(blocks: VecDeque<QueryBlock>, stages: u32) -> Self {
         QueryRing { upcoming: blocks, held: VecDeque::new(), spare: Vec::new(), stages, count: 0 }
     }
-    /// The next query block.
+    /// Returns the next query block.
     fn next(&mut self) -> QueryBlock {
         let slot = self.count;
         if self.held.len() == self.stages as usize {
@@ -60,11 +60,11 @@ impl QueryRing {
         }
         self.upcoming.pop_front().unwrap_or_else(|| Fault::WaitWithoutLoad { slot }.raise())
     }
-    /// Memory for it.
+    /// Returns memory for a query block.
     fn memory(&mut self) -> QueryTile {
         self.spare.pop().unwrap_or_default()
     }
-    /// Holds it, and returns its number.
+    /// Adds a query block to those that are held, and returns its number.
     fn hold(&mut self, tile: QueryTile) -> u32 {
         self.held.push_back(tile);
         self.count += 1;
@@ -91,7 +91,7 @@ impl QueryRing {
     }
 }
 
-/// What is read and written, with one pair of Q and K or with two.
+/// Tensors that are read and written, with one pair of Q and K or with two.
 struct Tensors {
     shape: Shape,
     dtype: Dtype,
@@ -102,29 +102,29 @@ struct Tensors {
     workspace: Workspace,
 }
 
-/// The query blocks that a block of keys meets through the pair that it names.
+/// Function that lists the query blocks which a block of keys visits through its pair.
 pub type BlocksOf<'a> = dyn Fn(&KvBlock) -> VecDeque<QueryBlock> + 'a;
 
-/// The consumer's end of the backward pipeline, and its own replay of the producer, for one block of keys.
+/// Consumer's end of the backward pipeline, with its own replay of the producer, for one block of keys.
 pub struct BackwardPipe<'a> {
     tensors: Tensors,
     smem: BackwardSmem,
     index: u32,
-    /// Weights that the consumer with dV, which runs first, has passed to the one with dK.
+    /// P that the consumer with dV, which runs first, has written for the one with dK.
     weights: &'a Weights,
-    /// The block of keys, and of its pairs those that are still to come: pairs below `keys.pair`.
+    /// Current block of keys. The pairs below `keys.pair` are still to come.
     keys: KvBlock,
     blocks_of: Box<BlocksOf<'a>>,
     /// This warpgroup's rows of K and V.
     k: Vec<f32>,
     v: Vec<f32>,
-    /// Empty until K and V are there.
+    /// Rings of Q and dO; `None` until K and V have been loaded.
     q: Option<QueryRing>,
     d_o: Option<QueryRing>,
 }
 
 impl BackwardPipe<'_> {
-    /// The query blocks of the next pair that has any.
+    /// Returns the query blocks of the next pair that has any.
     fn next_pair(&mut self) -> Option<VecDeque<QueryBlock>> {
         while self.keys.pair > 0 {
             self.keys.pair -= 1;
@@ -149,18 +149,18 @@ impl BackwardPipe<'_> {
         self.d_o.as_ref().unwrap_or_else(|| Fault::QueryWithoutLoad.raise()).get(slot)
     }
 
-    /// Loads rows of K or V, this warpgroup's of the block of keys.
+    /// Loads this warpgroup's rows of K or V of the block of keys.
     fn load_keys(&self, first_key: u32, tensor: &Strided, to: &mut Vec<f32>) {
         let BackwardPipe { tensors: Tensors { shape, dtype, .. }, smem, keys, .. } = self;
         let columns = smem.head_dim as usize;
         to.resize(ROWS * columns, 0.0);
         let first = keys.n_block * smem.block_n + first_key;
         let (at, rows) = ((keys.batch, keys.head), first..first + ROWS as u32);
-        // SAFETY: `backward`'s caller promised it.
+        // SAFETY: `backward`'s caller has promised that the tensor is valid for reading.
         unsafe { load_rows(*dtype, tensor, at, shape, rows, shape.seqlen_k, (to, columns)) };
     }
 
-    /// Loads the rows of `tensor` that `block` names, and their statistics from the array at `statistics`.
+    /// Loads the rows of `tensor` that `block` names, and their `neg_lse_log2` or δ from the array at `statistics`.
     fn load(&self, tensor: &Strided, statistics: u64, block: &QueryBlock, to: &mut QueryTile) {
         let BackwardPipe { tensors: Tensors { shape, dtype, workspace, .. }, smem, .. } = self;
         let (block_m, columns) = (smem.block_m as usize, smem.head_dim as usize);
@@ -170,7 +170,7 @@ impl BackwardPipe<'_> {
         to.statistics.clear();
         let index = workspace.row(shape, block.batch, block.head, first) as usize;
         let (at, rows) = ((block.batch, block.head), first..first + smem.block_m);
-        // SAFETY: `backward`'s caller promised it.
+        // SAFETY: `backward`'s caller has promised that the tensor is valid for reading.
         unsafe {
             load_rows(*dtype, tensor, at, shape, rows, shape.seqlen_q, (&mut to.rows, columns));
             to.statistics.extend_from_slice(memory::floats(statistics, index, block_m));
@@ -180,8 +180,8 @@ impl BackwardPipe<'_> {
 }
 
 impl<'a> CpuWarpgroup<BackwardPipe<'a>> {
-    /// Consumer `index` of a CTA that has `keys`, or a part of that work tile, and meets the blocks that `blocks_of`
-    /// lists for each pair.
+    /// Makes consumer `index` of a CTA for the work tile of `keys`, or a part of it. `blocks_of` lists the query blocks
+    /// that it visits through each pair.
     ///
     /// # Safety
     /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV, the
@@ -205,7 +205,7 @@ impl<'a> CpuWarpgroup<BackwardPipe<'a>> {
         CpuWarpgroup { live: ROWS, dtype, pipe }
     }
 
-    /// Checks that the pipeline was left as it was found.
+    /// Checks that the pipeline is in its initial state again.
     pub fn finish(mut self) {
         let weights_left = self.pipe.index == 1 && !self.pipe.weights.borrow().is_empty();
         if weights_left || self.pipe.q.is_some() || self.pipe.d_o.is_some() || self.pipe.next_pair().is_some() {
@@ -214,14 +214,14 @@ impl<'a> CpuWarpgroup<BackwardPipe<'a>> {
     }
 }
 
-/// The statistics of a fragment's columns, group by group.
+/// Returns `neg_lse_log2` or δ of a fragment's columns, one column group after another.
 fn columns<const M8: usize>(statistics: &[f32]) -> [[f32; 8]; M8] {
     let mut columns = [[0.0; 8]; M8];
     columns.as_flattened_mut().copy_from_slice(statistics);
     columns
 }
 
-/// The product of this warpgroup's rows of K or V with a transposed query block.
+/// Returns the product of this warpgroup's rows of K or V with a transposed query block.
 fn product<const D8: usize, const M8: usize>(keys: &[f32], transposed: &[f32]) -> Tile<M8> {
     let mut product = Tile::ZEROS;
     multiply_add(ROWS, 8 * D8, Left::rows(keys, 8 * D8), transposed, product.elements_mut(), 8 * M8);
@@ -234,6 +234,7 @@ fn add_product<const M8: usize, const D8: usize>(sum: &mut Tile<D8>, weights: &T
 }
 
 impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
+    /// Number of the query block, counted from the first. Slots of the rings and phase parities follow from it.
     type Slot = u32;
     type Columns<const M8: usize> = [[f32; 8]; M8];
 
@@ -344,7 +345,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         let BackwardPipe { tensors: Tensors { shape, workspace, .. }, smem, k, .. } = &self.pipe;
         let (rows, columns) = (8 * M8, smem.head_dim as usize);
         let first = workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * smem.block_m) as usize;
-        // SAFETY: `backward`'s caller promised this head's workspace.
+        // SAFETY: `backward`'s caller has promised this head's workspace.
         let dq = unsafe { memory::floats_mut(workspace.dq, first * columns, rows * columns) };
         multiply_add(rows, ROWS, Left::columns(ds.elements(), 8 * M8), k, dq, columns);
     }
@@ -367,14 +368,15 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         let first = at.n_block * self.pipe.smem.block_n + self.first_key();
         for row in 0..ROWS.min(shape.seqlen_k.saturating_sub(first) as usize) {
             let columns = shape.head_dim as usize;
-            // SAFETY: the row is the tensor's and, in these columns, this warpgroup's; `backward`'s caller promised it.
+            // SAFETY: the row lies in the tensor and, in these columns, belongs to this warpgroup; `backward`'s caller
+            // has promised the tensor.
             let line = unsafe { memory::row_mut(to, at.batch, at.head, first + row as u32, columns) };
             convert::narrow(self.dtype, x.row(row), line);
         }
     }
     #[inline(never)]
     fn store_part<const D8: usize>(&mut self, x: &Tile<D8>, to: u64) {
-        // SAFETY: this warpgroup's part of a slot of the workspace; `backward`'s caller promised it.
+        // SAFETY: this is this warpgroup's share of a slot of the workspace, which `backward`'s caller has promised.
         let part = unsafe { memory::floats_mut(to, self.first_key() as usize * 8 * D8, ROWS * 8 * D8) };
         part.copy_from_slice(x.elements());
     }

@@ -1,11 +1,12 @@
-//! Elements of 16 bits and f32: the tensors' dtype is known at run time, and each loop is compiled for both.
+//! Conversions between 16-bit elements and f32. The dtype is known at run time, and each loop is compiled for both
+//! dtypes.
 
 use half::f16;
 
 use super::isa::dispatched;
 use crate::element::Dtype;
 
-/// Converts to f32; as many elements as both have.
+/// Converts elements to f32, up to the length of the shorter slice.
 pub fn widen(dtype: Dtype, from: &[u16], to: &mut [f32]) {
     match dtype {
         Dtype::Bf16 => widen_bf16(from, to),
@@ -13,7 +14,7 @@ pub fn widen(dtype: Dtype, from: &[u16], to: &mut [f32]) {
     }
 }
 
-/// Rounds to the dtype, to nearest with ties to even; as many elements as both have.
+/// Rounds elements to the dtype, to nearest with ties to even, up to the length of the shorter slice.
 pub fn narrow(dtype: Dtype, from: &[f32], to: &mut [u16]) {
     match dtype {
         Dtype::Bf16 => narrow_bf16(from, to),
@@ -21,7 +22,7 @@ pub fn narrow(dtype: Dtype, from: &[f32], to: &mut [u16]) {
     }
 }
 
-/// Rounds to the dtype, and keeps the result in f32; as many elements as both have.
+/// Rounds elements to the dtype and keeps them in f32, up to the length of the shorter slice.
 pub fn round(dtype: Dtype, from: &[f32], to: &mut [f32]) {
     match dtype {
         Dtype::Bf16 => round_bf16(from, to),
@@ -37,12 +38,12 @@ dispatched! {
     }
 }
 
-/// The bits of an f32 whose upper half is x rounded to bf16.
+/// Returns the bits of an f32 whose upper half is x rounded to bf16.
 #[inline(always)]
 fn bf16_above(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    // A NaN stays one: its payload may not round to that of infinity, or beyond.
+    // A NaN stays a NaN: its payload must not round to the bits of infinity, or beyond.
     if bits & 0x7fff_ffff > 0x7f80_0000 { bits | 0x0040_0000 } else { rounded }
 }
 
@@ -62,7 +63,7 @@ dispatched! {
     }
 }
 
-/// Defines a loop over f16: eight elements at a time by F16C where the processor has it, otherwise one by one.
+/// Defines a loop over f16: eight elements at a time by F16C if the processor has it, otherwise one by one.
 macro_rules! f16_loop {
     ($name:ident, $from:ty => $to:ty, $eight:ident, $one:expr) => {
         fn $name(from: &[$from], to: &mut [$to]) {
@@ -83,7 +84,7 @@ f16_loop!(widen_f16, u16 => f32, widen, |x| f16::from_bits(x).to_f32());
 f16_loop!(narrow_f16, f32 => u16, narrow, |x| f16::from_f32(x).to_bits());
 f16_loop!(round_f16, f32 => f32, round, |x| f16::from_f32(x).to_f32());
 
-/// Eight f16 at a time.
+/// Conversions of eight f16 at a time.
 #[cfg(target_arch = "x86_64")]
 mod f16c {
     use core::arch::x86_64::*;
@@ -93,14 +94,14 @@ mod f16c {
     #[target_feature(enable = "avx,f16c")]
     pub fn widen(from: &[[u16; 8]], to: &mut [[f32; 8]]) {
         for (from, to) in from.iter().zip(to) {
-            // SAFETY: both are arrays of eight elements, and the instructions ask for no alignment.
+            // SAFETY: both are arrays of eight elements, and the instructions require no alignment.
             unsafe { _mm256_storeu_ps(to.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast()))) };
         }
     }
     #[target_feature(enable = "avx,f16c")]
     pub fn narrow(from: &[[f32; 8]], to: &mut [[u16; 8]]) {
         for (from, to) in from.iter().zip(to) {
-            // SAFETY: both are arrays of eight elements, and the instructions ask for no alignment.
+            // SAFETY: both are arrays of eight elements, and the instructions require no alignment.
             unsafe {
                 let narrow = _mm256_cvtps_ph::<NEAREST>(_mm256_loadu_ps(from.as_ptr()));
                 _mm_storeu_si128(to.as_mut_ptr().cast(), narrow);
@@ -110,7 +111,7 @@ mod f16c {
     #[target_feature(enable = "avx,f16c")]
     pub fn round(from: &[[f32; 8]], to: &mut [[f32; 8]]) {
         for (from, to) in from.iter().zip(to) {
-            // SAFETY: both are arrays of eight elements, and the instructions ask for no alignment.
+            // SAFETY: both are arrays of eight elements, and the instructions require no alignment.
             unsafe {
                 let narrow = _mm256_cvtps_ph::<NEAREST>(_mm256_loadu_ps(from.as_ptr()));
                 _mm256_storeu_ps(to.as_mut_ptr(), _mm256_cvtph_ps(narrow));
@@ -120,10 +121,10 @@ mod f16c {
 }
 
 dispatched! {
-    /// Writes the columns of a row-major matrix as rows: element (r, c) of `from`, which has `columns` a row, goes to
-    /// (c, r) of `to`, which has `stride` a row.
+    /// Transposes a row-major matrix: element (r, c) of `from`, which has `columns` per row, goes to (c, r) of `to`,
+    /// which has `stride` per row.
     pub fn transpose(from: &[f32], columns: usize, to: &mut [f32], stride: usize) {
-        // Eight rows at a time, so that what is written is contiguous.
+        // Takes eight rows at a time, so that each write is contiguous.
         for (block, rows) in from.chunks(8 * columns).enumerate() {
             if rows.len() < 8 * columns {
                 for (r, row) in rows.chunks_exact(columns).enumerate() {
@@ -149,7 +150,7 @@ mod tests {
     use half::bf16;
     use std::vec::Vec;
 
-    /// The same as one element at a time, for all 16-bit patterns and what lies between neighbours.
+    /// Compares with conversions of one element at a time, for all 16-bit patterns and values between neighbours.
     #[test]
     fn equals_half() {
         let bits: Vec<u16> = (0..=u16::MAX).collect();

@@ -1,14 +1,14 @@
-//! Which weights of a tile are kept, on the CPU: a bit for each.
+//! Dropout mask of a tile of P on the CPU: one bit per element.
 
 use super::fragment::{ROWS, Tile};
 use crate::attention::dropout::{Dropout, Place, Rows};
 
-/// `[row][column group]`, a bit a column.
+/// Dropout mask, `[row][column group]`, with one bit per column, set if the element is kept.
 #[derive(Clone, Copy)]
 pub struct Keep<const N8: usize>([[u8; N8]; ROWS]);
 
 impl<const N8: usize> Keep<N8> {
-    /// Of the tile at a place.
+    /// Computes the mask of the tile at a place.
     pub fn new(dropout: &Dropout, at: &Place) -> Self {
         let mut keep = Keep([[0; N8]; ROWS]);
         fill(keep.0.as_flattened_mut(), N8, dropout, at);
@@ -24,7 +24,7 @@ impl<const N8: usize> Keep<N8> {
     }
 }
 
-/// Sets the bits of what is kept, call by call: of all places, each call takes the first that it decides on.
+/// Sets the bits of kept elements, call by call. A Philox call is made at the first of the elements that it decides on.
 fn fill(keep: &mut [u8], groups: usize, dropout: &Dropout, at: &Place) {
     for (row, column) in (0..ROWS as u32).flat_map(|row| (0..8 * groups as u32).map(move |column| (row, column))) {
         let (r, c) = (at.row + row, at.column + column);
@@ -39,7 +39,7 @@ fn fill(keep: &mut [u8], groups: usize, dropout: &Dropout, at: &Place) {
     }
 }
 
-/// `f(x)` for every element x that is dropped.
+/// Applies `f` to every dropped element.
 fn for_dropped(keep: &[u8], x: &mut [f32], f: impl Fn(&mut f32)) {
     for (keep, group) in keep.iter().zip(x.as_chunks_mut::<8>().0) {
         for (column, x) in group.iter_mut().enumerate() {

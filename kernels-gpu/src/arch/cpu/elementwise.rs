@@ -1,5 +1,5 @@
-//! Loops over the elements of a tile, which is a slice of rows here: compiled for a function of elements, and not for
-//! each width of a tile again.
+//! Loops over the elements of a tile, which is a slice of rows here. They are compiled once for each function of
+//! elements, instead of once for each width of a tile.
 
 use core::ops::Range;
 
@@ -7,7 +7,7 @@ use super::fragment::{ROWS, Rows};
 use super::isa::dispatched;
 
 dispatched! {
-    /// `f(x, r)` for every element x of these columns and its row's r, in as many rows as there are.
+    /// Replaces every element x of these columns by `f(x, r)` with r of its row, in as many rows as `rows` has.
     pub fn map_rows(x: &mut [f32], width: usize, columns: Range<usize>, rows: &[f32], f: impl Fn(f32, f32) -> f32) {
         for (x, row) in x.chunks_exact_mut(width).zip(rows) {
             for x in &mut x[columns.clone()] {
@@ -18,7 +18,7 @@ dispatched! {
 }
 
 dispatched! {
-    /// `f(x, c)` for every element x and its column's c, in as many rows as there are.
+    /// Replaces every element x by `f(x, c)` with c of its column, in as many rows as `x` has.
     pub fn map_columns(x: &mut [f32], columns: &[f32], f: impl Fn(f32, f32) -> f32) {
         for x in x.chunks_exact_mut(columns.len()) {
             for (x, column) in x.iter_mut().zip(columns) {
@@ -29,7 +29,7 @@ dispatched! {
 }
 
 dispatched! {
-    /// `f(x, c, flag)` for every element x, its column's c and whether its column is flagged.
+    /// Replaces every element x by `f(x, c, flag)` with c and the flag of its column.
     pub fn map_flagged_columns(x: &mut [f32], columns: &[f32], flags: &[bool], f: impl Fn(f32, f32, bool) -> f32) {
         for x in x.chunks_exact_mut(columns.len()) {
             for ((x, column), flag) in x.iter_mut().zip(columns).zip(flags) {
@@ -40,7 +40,7 @@ dispatched! {
 }
 
 dispatched! {
-    /// `f(x, y)` for every element x and the y in its place.
+    /// Replaces every element x by `f(x, y)` with the element y in the same place.
     pub fn zip_with(x: &mut [f32], y: &[f32], f: impl Fn(f32, f32) -> f32) {
         for (x, y) in x.iter_mut().zip(y) {
             *x = f(*x, *y);
@@ -49,7 +49,7 @@ dispatched! {
 }
 
 dispatched! {
-    /// `f(x, y)` for the x and the y of each row.
+    /// Returns `f(x, y)` for the x and the y of each row.
     pub fn zip_rows(x: &Rows, y: &Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
         let mut rows = *x;
         for (x, y) in rows.iter_mut().zip(y) {
@@ -60,7 +60,7 @@ dispatched! {
 }
 
 dispatched! {
-    /// Folds the elements of these columns in each row: in eight chains, which are joined at the end.
+    /// Folds the elements of these columns in each row, in eight chains, which are joined at the end.
     pub fn fold(x: &[f32], width: usize, columns: Range<usize>, f: impl Fn(f32, f32) -> f32) -> Rows {
         let mut folded = [0.0; ROWS];
         for (x, folded) in x.chunks_exact(width).zip(&mut folded) {
@@ -90,7 +90,7 @@ dispatched! {
 }
 
 dispatched! {
-    /// The largest of each of `rows` and the row's elements; NaN counts for nothing.
+    /// Returns the maximum of `rows` and each row's elements; NaN is ignored.
     pub fn maxima(x: &[f32], width: usize, rows: &Rows) -> Rows {
         let mut maxima = *rows;
         for (x, maximum) in x.chunks_exact(width).zip(&mut maxima) {
@@ -107,7 +107,7 @@ dispatched! {
 }
 
 dispatched! {
-    /// Sets elements to 0 if the weight in their place is negative.
+    /// Sets an element to 0 if the element of P in the same place, in `weights`, has its sign bit set.
     pub fn drop_marked(x: &mut [f32], weights: &[f32]) {
         for (x, weight) in x.iter_mut().zip(weights) {
             *x = if weight.is_sign_negative() { 0.0 } else { *x };

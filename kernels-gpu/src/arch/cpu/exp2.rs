@@ -1,19 +1,20 @@
-//! 2^x by multiplications and additions alone, so that loops over it become vector code.
+//! 2^x by multiplications and additions alone, so that compilers vectorise loops over it.
 //!
-//! 2^x = 2^n·2^f with n the integer nearest to x. A float so large that its last bit counts ones rounds x to n, and has
-//! n in its lowest bits, from where a shift makes it the exponent of a scale.
+//! 2^x = 2^n·2^f with n the integer nearest to x. Adding [`ROUND`], a float so large that its last bit counts ones,
+//! rounds x to n and puts n in the lowest bits. A shift then makes n the exponent of a scale.
 
-/// Exponents from here down give 0.
+/// Lower bound to which x is clamped; 2^x is 0 there.
 const LEAST: f32 = -126.0;
-/// Exponents from here on give +∞.
+/// Upper bound to which x is clamped; 2^x is +∞ there.
 const GREATEST: f32 = 128.0;
-/// 1.5·2²³ + 126: the last bit of a float of this size counts ones, and its lowest eight bits are 126.
+/// Constant that rounds to an integer, 1.5·2²³ + 126. The last bit of a float of this size counts ones, and its lowest
+/// eight bits are 126.
 const ROUND: f32 = 12_583_038.0;
-/// The polynomial (2^f − 1) / f for |f| ≤ 1/2, the highest power first (Cephes, exp2f).
+/// Coefficients of the polynomial (2^f − 1) / f for |f| ≤ 1/2, the highest power first (Cephes, exp2f).
 const COEFFICIENTS: [f32; 6] =
     [1.535_336_2e-4, 1.339_887_4e-3, 9.618_437e-3, 5.550_332_7e-2, 2.402_264_7e-1, 6.931_472e-1];
 
-/// 2^x with a relative error of 2·10⁻⁷: exact for whole x, 0 up to −125.5, NaN for NaN.
+/// Returns 2^x with a relative error of 2·10⁻⁷. It is exact for whole x, 0 up to −125.5, and NaN for NaN.
 #[inline(always)]
 pub fn exp2(x: f32) -> f32 {
     // A NaN passes both comparisons.
@@ -27,7 +28,7 @@ pub fn exp2(x: f32) -> f32 {
         power = power * f + coefficient;
     }
     let power = power * f + 1.0;
-    // The scale is 2^(n − 1), since 2^128 is no f32.
+    // The scale is 2^(n − 1) because 2^128 is not an f32.
     (power + power) * f32::from_bits(rounded.to_bits() << 23)
 }
 

@@ -20,7 +20,7 @@ use crate::pipeline::order::KvTile;
 use crate::tile::lane::WARPGROUP_ROWS;
 use crate::tile::smem::ForwardSmem;
 
-/// The consumer's end of the forward pipeline, and its own replay of the producer.
+/// Consumer's end of the forward pipeline, with its own replay of the producer.
 pub struct ForwardPipe<'a> {
     tensors: Tensors,
     smem: ForwardSmem,
@@ -33,7 +33,7 @@ pub struct ForwardPipe<'a> {
     rows: Vec<f32>,
 }
 
-/// What is read, with one pair of Q and K or with two.
+/// Tensors that are read, with one pair of Q and K or with two.
 struct Tensors {
     shape: Shape,
     dtype: Dtype,
@@ -43,7 +43,7 @@ struct Tensors {
 }
 
 impl<'a> CpuWarpgroup<ForwardPipe<'a>> {
-    /// Consumer `index` of a CTA whose producer sends `loads`.
+    /// Makes consumer `index` of a CTA whose producer loads the tiles `loads`.
     ///
     /// # Safety
     /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, V) and writing (O, LSE) while this
@@ -83,21 +83,21 @@ impl<'a> CpuWarpgroup<ForwardPipe<'a>> {
         }
     }
 
-    /// Rows of `tile` that lie before seqlen_q.
+    /// Returns the number of this warpgroup's rows of `tile` below seqlen_q.
     fn rows_of(&self, tile: &WorkTile) -> usize {
         (self.pipe.tensors.shape.seqlen_q.saturating_sub(self.first_row(tile)) as usize).min(ROWS)
     }
 
-    /// Checks that the pipeline was left as it was found.
+    /// Checks that the pipeline is in its initial state again.
     pub fn finish(mut self) {
         self.pipe.ring.finish();
     }
 }
 
-/// Fills a slot; rows and columns that the tensor does not have are zeros.
+/// Fills a slot. Rows and columns beyond those of the tensor become zeros.
 ///
 /// # Safety
-/// K and V are as [`CpuWarpgroup::forward`] asks.
+/// K and V are valid for reading, as [`CpuWarpgroup::forward`] requires.
 unsafe fn load_kv(tensors: &Tensors, smem: &ForwardSmem, rows: &mut [f32], tile: KvTile, slot: &mut [f32]) {
     let Tensors { shape, dtype, k, v, .. } = tensors;
     let (KvTile::K(block) | KvTile::V(block)) = tile;
@@ -116,6 +116,7 @@ unsafe fn load_kv(tensors: &Tensors, smem: &ForwardSmem, rows: &mut [f32], tile:
 }
 
 impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
+    /// Index of the slot of the K/V ring.
     type Slot = u32;
 
     #[inline(never)]
@@ -128,10 +129,10 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
         let first = self.first_row(tile);
         let Tensors { shape, dtype, q: tensors, .. } = &self.pipe.tensors;
         let rows = first..first + WARPGROUP_ROWS;
-        // As many pairs as there is memory for.
+        // The memory for Q limits the number of pairs.
         for (x, q) in tensors.iter().zip(self.pipe.q.chunks_exact_mut(ROWS * columns)) {
             let to = (q, columns);
-            // SAFETY: the maker's promise.
+            // SAFETY: `forward`'s caller has promised that the tensors are valid for reading.
             unsafe { load_rows(*dtype, x, (tile.batch, tile.head), shape, rows.clone(), shape.seqlen_q, to) };
         }
         self.pipe.q_full = true;
@@ -145,7 +146,7 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
     #[inline(never)]
     fn wait_kv(&mut self) -> u32 {
         let ForwardPipe { tensors, smem, ring, rows, .. } = &mut self.pipe;
-        // SAFETY: the maker's promise.
+        // SAFETY: `forward`'s caller has promised that the tensors are valid for reading.
         ring.wait(|tile, slot| unsafe { load_kv(tensors, smem, rows, tile, slot) })
     }
     #[inline(never)]
@@ -174,7 +175,7 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
     fn store<const D8: usize>(&mut self, x: &Tile<D8>, to: &Output<Strided>, tile: &WorkTile, shape: &Shape) {
         for row in 0..self.rows_of(tile) {
             let (i, columns) = (self.first_row(tile) + row as u32, shape.head_dim as usize);
-            // SAFETY: the row is one of O's and belongs to this warpgroup; `forward`'s caller promised the rest.
+            // SAFETY: the row lies in O and belongs to this warpgroup; `forward`'s caller has promised O.
             let line = unsafe { memory::row_mut(&to.rows, tile.batch, tile.head, i, columns) };
             convert::narrow(self.dtype, x.row(row), line);
         }
@@ -184,7 +185,7 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
         let line = (tile.batch * shape.heads_q + tile.head) as usize * shape.seqlen_q as usize;
         for (row, value) in values.into_iter().enumerate().take(self.rows_of(tile)) {
             let index = line + self.first_row(tile) as usize + row;
-            // SAFETY: the row is one of the LSE's and belongs to this warpgroup; `forward`'s caller promised the rest.
+            // SAFETY: the row lies in the LSE and belongs to this warpgroup; `forward`'s caller has promised the LSE.
             unsafe { memory::write_f32(address, index, value) };
         }
     }

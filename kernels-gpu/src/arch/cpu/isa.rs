@@ -1,13 +1,13 @@
-//! Instruction sets: every loop over elements is compiled for the least that the target has, and for AVX2 as well; the
-//! processor says at run time which copy runs.
+//! Instruction sets. Every loop over elements is compiled for the features that the target guarantees, and for AVX2. At
+//! run time the processor decides which copy runs.
 //!
 //! The copies of an elementwise loop do the same operations in the same order, so they give the same bits. Products use
-//! fused multiply-add where there is one ([`super::matmul`]); those bits depend on the processor.
+//! fused multiply-add if the processor has it ([`super::matmul`]), so their bits depend on the processor.
 
-/// An instruction set that loops are compiled for; a later one has all of those before it.
+/// Instruction set that loops are compiled for. A later one includes all earlier ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
-    /// What the compilation target guarantees.
+    /// Features that the compilation target guarantees.
     Target,
     /// AVX2 with FMA and F16C.
     Avx2,
@@ -16,11 +16,11 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The last one that this processor has.
+    /// Returns the last instruction set that this processor has.
     #[cfg(target_arch = "x86_64")]
     pub fn best() -> Isa {
         use std::is_x86_feature_detected as has;
-        // The standard library asks the processor once and remembers.
+        // The standard library queries the processor once and caches the answer.
         if !(has!("avx2") && has!("fma") && has!("f16c")) {
             Isa::Target
         } else if has!("avx512f") {
@@ -29,15 +29,15 @@ impl Isa {
             Isa::Avx2
         }
     }
-    /// The last one that this processor has.
+    /// Returns the last instruction set that this processor has.
     #[cfg(not(target_arch = "x86_64"))]
     pub fn best() -> Isa {
         Isa::Target
     }
 }
 
-/// Defines a function whose body is compiled for the target and for [`Isa::Avx2`], and that runs the one which the
-/// processor has.
+/// Defines a function whose body is compiled for the target and for [`Isa::Avx2`]. It runs the copy that the processor
+/// supports.
 macro_rules! dispatched {
     ($(#[$attribute:meta])*
      $visibility:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {

@@ -1,4 +1,4 @@
-//! The entry points: from a row of the table of variants, which is a value, to the mainloop that is compiled for it.
+//! Entry points: they select the mainloop that is compiled for a row of the table of variants. The row is a value.
 
 use std::boxed::Box;
 use std::collections::VecDeque;
@@ -49,7 +49,7 @@ macro_rules! mask {
     };
 }
 
-/// Number of work tiles of a problem.
+/// Returns the number of work tiles of a problem.
 pub fn grid(variant: &Variant, shape: &Shape) -> u32 {
     TileOrder::new(shape, variant.block_m(), 1).tiles()
 }
@@ -91,10 +91,10 @@ pub unsafe fn forward(
     }
 }
 
-/// Finds the mainloop of the variant's row.
+/// Selects and runs the mainloop of the variant's row.
 ///
 /// # Safety
-/// As [`forward`].
+/// The promises of [`forward`] hold.
 unsafe fn forward_with<S: Second<Strided>, R: Dropping>(
     variant: &Variant,
     p: &ForwardParams<Strided, S>,
@@ -122,10 +122,10 @@ unsafe fn forward_with<S: Second<Strided>, R: Dropping>(
     unsafe { run(variant, p, tiles, dropping) }
 }
 
-/// One CTA, its consumers in turn.
+/// Runs one CTA, one consumer after the other.
 ///
 /// # Safety
-/// As [`forward`].
+/// The promises of [`forward`] hold.
 #[inline(never)]
 unsafe fn run_forward<M: Mask, S: Second<Strided>, R: Dropping, const D8: usize, const N8: usize>(
     variant: &Variant,
@@ -148,7 +148,8 @@ unsafe fn run_forward<M: Mask, S: Second<Strided>, R: Dropping, const D8: usize,
 /// Runs the backward kernel for all blocks of keys of one key head, in order.
 ///
 /// # Panics
-/// As [`forward`].
+/// If the kernel breaks the pipeline's protocol, with the [`Fault`](super::Fault); if the variant has another operator
+/// or other dropout than `p` and `dropout`, or is not in the table.
 ///
 /// # Safety
 /// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV)
@@ -182,10 +183,10 @@ pub unsafe fn backward(
     }
 }
 
-/// Finds the mainloop of the variant's row.
+/// Selects and runs the mainloop of the variant's row.
 ///
 /// # Safety
-/// As [`backward`].
+/// The promises of [`backward`] hold.
 unsafe fn backward_with<S: BackwardSecond<Strided>, R: Dropping>(
     variant: &BackwardVariant,
     p: &BackwardParams<Strided, S>,
@@ -217,7 +218,7 @@ unsafe fn backward_with<S: BackwardSecond<Strided>, R: Dropping>(
     }
 }
 
-/// The query blocks that a block of keys, or a part of it, meets through the pair that it names.
+/// Returns a function that lists the query blocks which a block of keys, or a part of it, visits through its pair.
 fn blocks_of<'a, M: Mask + 'a, S: BackwardSecond<Strided>>(
     variant: &'a BackwardVariant,
     p: &'a BackwardParams<Strided, S>,
@@ -235,10 +236,10 @@ fn blocks_of<'a, M: Mask + 'a, S: BackwardSecond<Strided>>(
     })
 }
 
-/// One block of keys of one key head, whose consumers have half of the keys each.
+/// Runs one block of keys of one key head, split by keys: each consumer has half of them.
 ///
 /// # Safety
-/// As [`backward`].
+/// The promises of [`backward`] hold.
 #[inline(never)]
 unsafe fn run_keys<M: Mask, S: BackwardSecond<Strided>, R: Dropping, const D8: usize, const M8: usize>(
     variant: &BackwardVariant,
@@ -256,10 +257,10 @@ unsafe fn run_keys<M: Mask, S: BackwardSecond<Strided>, R: Dropping, const D8: u
     }
 }
 
-/// One block of keys of one key head, of which one consumer has dV and the other dK.
+/// Runs one block of keys of one key head, split by gradients: one consumer has dV and the other dK.
 ///
 /// # Safety
-/// As [`backward`].
+/// The promises of [`backward`] hold.
 #[inline(never)]
 unsafe fn run_gradients<M: Mask, S: BackwardSecond<Strided>, R: Dropping, const D8: usize, const M8: usize>(
     variant: &BackwardVariant,
@@ -274,17 +275,17 @@ unsafe fn run_gradients<M: Mask, S: BackwardSecond<Strided>, R: Dropping, const 
         let mut dv = unsafe { warpgroup::<M, S>(variant, p, 0, &at, &weights) };
         consume_dv::<_, M, S, R, D8, M8>(&mut dv, p, variant.block_n, parts.clone(), dropping);
         dv.finish();
-        // SAFETY: as for dV.
+        // SAFETY: the caller's promise; one consumer writes dV and the other dK.
         let mut dk = unsafe { warpgroup::<M, S>(variant, p, 1, &at, &weights) };
         consume_dk::<_, M, S, R, D8, M8>(&mut dk, p, variant.block_n, parts, dropping);
         dk.finish();
     }
 }
 
-/// A consumer of a block of keys, or of a part of it.
+/// Makes a consumer of a block of keys, or of a part of it.
 ///
 /// # Safety
-/// As [`backward`]; nothing else accesses what this consumer writes.
+/// The promises of [`backward`] hold, and nothing else accesses what this consumer writes.
 unsafe fn warpgroup<'a, M: Mask + 'a, S: BackwardSecond<Strided>>(
     variant: &'a BackwardVariant,
     p: &'a BackwardParams<Strided, S>,
@@ -301,13 +302,13 @@ unsafe fn warpgroup<'a, M: Mask + 'a, S: BackwardSecond<Strided>>(
 /// Runs CTA `cta` of the `ctas` of the kernel of total attention, with all its work tiles.
 ///
 /// # Panics
-/// As [`forward`].
+/// If the kernel breaks the pipeline's protocol, with the [`Fault`](super::Fault), or the variant is not in the table.
 ///
 /// # Safety
 /// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, the LSE) and writing (the
 /// result) in all of `p.shape`, which the variant holds; nothing else accesses this CTA's elements of the result; `cta`
-/// is below `ctas`, which is at most the number of work tiles, those that are shared out counted by their parts. There
-/// is at least one query.
+/// is below `ctas`, which is at most the number of work tiles, with split tiles counted by their parts. There is at
+/// least one query.
 pub unsafe fn total_attention(variant: &TotalVariant, p: &TotalParams<Strided>, cta: u32, ctas: u32) {
     let tiles = SharedTiles::new(&p.order, p.shared_from, variant.smem().parts(), cta, ctas);
     macro_rules! dispatch {
@@ -324,10 +325,10 @@ pub unsafe fn total_attention(variant: &TotalVariant, p: &TotalParams<Strided>, 
     unsafe { run(variant, p, tiles) }
 }
 
-/// One CTA, its consumers in turn.
+/// Runs one CTA, one consumer after the other.
 ///
 /// # Safety
-/// As [`total_attention`].
+/// The promises of [`total_attention`] hold.
 #[inline(never)]
 unsafe fn run_total<M: Mask, const D8: usize, const M8: usize>(
     variant: &TotalVariant,

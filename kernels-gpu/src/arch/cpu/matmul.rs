@@ -1,15 +1,15 @@
-//! The tensor core's stand-in: C += A·B in f32, one block of C in registers at a time.
+//! Replacement of the tensor core: C += A·B in f32, one block of C in registers at a time.
 //!
-//! With AVX-512 a block is 8 × 32 elements, with AVX2 4 × 16, and an element's terms are added in order by fused
-//! multiply-add. Otherwise products are rounded before they are added. A whole panel of B, as wide as a block, is read
+//! With AVX-512 a block has 8 × 32 elements, with AVX2 4 × 16, and the terms of an element are added in order by fused
+//! multiply-add. Without them, products are rounded before they are added. A panel of B, as wide as a block, is read
 //! again for each block of rows, and stays in the nearest cache.
 
 use super::isa::Isa;
 
-/// Rows of the largest block: A and C have memory for a multiple of this.
+/// Number of rows of the largest block. A and C have memory for a multiple of it.
 const BLOCK_ROWS: usize = 8;
 
-/// The left matrix: element (i, s) lies at `i * row + s * step`.
+/// Left matrix: element (i, s) lies at `i * row + s * step`.
 #[derive(Clone, Copy)]
 pub struct Left<'a> {
     pub data: &'a [f32],
@@ -18,11 +18,11 @@ pub struct Left<'a> {
 }
 
 impl<'a> Left<'a> {
-    /// A row-major matrix.
+    /// Takes a row-major matrix.
     pub fn rows(data: &'a [f32], columns: usize) -> Self {
         Left { data, row: columns, step: 1 }
     }
-    /// The transpose of a row-major matrix.
+    /// Takes the transpose of a row-major matrix.
     pub fn columns(data: &'a [f32], columns: usize) -> Self {
         Left { data, row: 1, step: columns }
     }
@@ -48,17 +48,17 @@ fn multiply_add_on(isa: Isa, rows: usize, k: usize, a: Left, b: &[f32], c: &mut 
         // SAFETY: the processor has these features; all elements of the matrices lie in their slices.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => unsafe { x86::avx512(rows, k, a, b, c, columns) },
-        // SAFETY: as for AVX-512.
+        // SAFETY: the processor has these features; all elements of the matrices lie in their slices.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::avx2(rows, k, a, b, c, columns) },
         _ => portable(rows, k, a, b, c, columns),
     }
 }
 
-/// The sum of the products of two vectors, with the same roundings as an element of [`multiply_add`].
+/// Returns the sum of the products of two vectors, with the roundings of an element of [`multiply_add`].
 ///
-/// In the backward pass dP and δ are such sums. If a query has all its weight on one key, they are of the same numbers,
-/// and their difference is to be 0.
+/// In the backward pass dP and δ are such sums. If a query has all its weight on one key, they are sums of the same
+/// numbers, and their difference has to be 0.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     dot_on(Isa::best(), a, b)
 }
@@ -72,7 +72,7 @@ fn dot_on(isa: Isa, a: &[f32], b: &[f32]) -> f32 {
     }
 }
 
-/// Blocks of 4 × 16, of which the compiler makes what vector code the target allows.
+/// Computes in blocks of 4 × 16, which the compiler vectorises as far as the target allows.
 fn portable(rows: usize, k: usize, a: Left, b: &[f32], c: &mut [f32], columns: usize) {
     let (b, _) = b.as_chunks::<16>();
     let groups = columns / 16;
@@ -101,7 +101,7 @@ mod x86 {
 
     use super::Left;
 
-    /// The sum of products by fused multiply-add, in order.
+    /// Returns the sum of products by fused multiply-add, in order.
     #[target_feature(enable = "fma")]
     pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         let mut sum = 0.0f32;
@@ -114,7 +114,7 @@ mod x86 {
     macro_rules! blocked {
         ($name:ident, $block:ident, $features:literal, $rows:literal, $lanes:literal, $zero:ident, $load:ident,
          $store:ident, $splat:ident, $fma:ident) => {
-            /// C += A·B.
+            /// Computes C += A·B.
             ///
             /// # Safety
             /// The processor has the features; `rows` is a multiple of eight and `columns` of 16; A has `rows` rows of
@@ -140,7 +140,7 @@ mod x86 {
                 }
             }
 
-            /// One block, some vectors wide.
+            /// Computes one block, `VECTORS` vectors wide.
             ///
             /// # Safety
             /// The processor has the features; the block lies within C, its rows within A and its columns within B.
@@ -156,18 +156,18 @@ mod x86 {
                 let mut sums = [[$zero(); VECTORS]; $rows];
                 for i in 0..$rows {
                     for v in 0..VECTORS {
-                        // SAFETY: an element of C, with those that follow it in the block.
+                        // SAFETY: an element of C and the elements after it lie in the block.
                         sums[i][v] = unsafe { $load(c.add(i * columns + v * $lanes)) };
                     }
                 }
                 for s in 0..k {
                     let mut line = [$zero(); VECTORS];
                     for v in 0..VECTORS {
-                        // SAFETY: an element of B, with those that follow it in the block.
+                        // SAFETY: an element of B and the elements after it lie in the block.
                         line[v] = unsafe { $load(b.add(s * columns + v * $lanes)) };
                     }
                     for i in 0..$rows {
-                        // SAFETY: an element of A.
+                        // SAFETY: the element lies in A.
                         let a = $splat(unsafe { *a.add(i * row + s * step) });
                         for v in 0..VECTORS {
                             sums[i][v] = $fma(a, line[v], sums[i][v]);
@@ -176,7 +176,7 @@ mod x86 {
                 }
                 for i in 0..$rows {
                     for v in 0..VECTORS {
-                        // SAFETY: an element of C, with those that follow it in the block.
+                        // SAFETY: an element of C and the elements after it lie in the block.
                         unsafe { $store(c.add(i * columns + v * $lanes), sums[i][v]) };
                     }
                 }

@@ -1,4 +1,4 @@
-//! Global memory: rows of strided tensors, by address. Elements of either dtype are their 16 bits.
+//! Global memory: rows of strided tensors, by address. Elements of both dtypes are read and written as their 16 bits.
 
 use core::ops::Range;
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
@@ -9,7 +9,7 @@ use crate::element::Dtype;
 use crate::ground::shape::Shape;
 use crate::ground::tensor::Strided;
 
-/// The `columns` elements of one row.
+/// Returns the first `columns` elements of one row.
 ///
 /// # Safety
 /// The row lies within a tensor that is valid for reading and is not written while the slice lives.
@@ -19,7 +19,7 @@ pub unsafe fn row<'a>(tensor: &Strided, batch: u32, head: u32, row: u32, columns
     unsafe { slice::from_raw_parts(data.offset(tensor.row_offset(batch, head, row) as isize), columns) }
 }
 
-/// The `columns` elements of one row, for writing.
+/// Returns the first `columns` elements of one row, for writing.
 ///
 /// # Safety
 /// The row lies within a tensor that is valid for writing, and nothing else accesses it while the slice lives.
@@ -29,8 +29,8 @@ pub unsafe fn row_mut<'a>(tensor: &Strided, batch: u32, head: u32, row: u32, col
     unsafe { slice::from_raw_parts_mut(data.offset(tensor.row_offset(batch, head, row) as isize), columns) }
 }
 
-/// Loads a tile: those of `rows` that are below `seqlen`, widened to f32, `columns` of `to` each. Everything else in
-/// `to` becomes 0.
+/// Loads a tile: the rows of `rows` below `seqlen`, widened to f32, into `columns` elements of `to` each. All other
+/// elements of `to` become 0.
 ///
 /// # Safety
 /// The rows lie within a tensor of that dtype that is valid for reading.
@@ -56,19 +56,19 @@ pub unsafe fn load_rows(
     }
 }
 
-/// The f32 array of `len` elements at `address`, for writing.
+/// Returns `len` elements of the f32 array at `address`, from element `first` on, for writing.
 ///
 /// # Safety
-/// It is valid for reading and writing, and nothing else accesses it while the slice lives.
+/// The elements are valid for reading and writing, and nothing else accesses them while the slice lives.
 pub unsafe fn floats_mut<'a>(address: u64, first: usize, len: usize) -> &'a mut [f32] {
     // SAFETY: the caller's promise.
     unsafe { slice::from_raw_parts_mut(with_exposed_provenance_mut::<f32>(address as usize).add(first), len) }
 }
 
-/// The f32 array of `len` elements at `address`.
+/// Returns `len` elements of the f32 array at `address`, from element `first` on.
 ///
 /// # Safety
-/// It is valid for reading, and is not written while the slice lives.
+/// The elements are valid for reading, and are not written while the slice lives.
 pub unsafe fn floats<'a>(address: u64, first: usize, len: usize) -> &'a [f32] {
     // SAFETY: the caller's promise.
     unsafe { slice::from_raw_parts(with_exposed_provenance::<f32>(address as usize).add(first), len) }

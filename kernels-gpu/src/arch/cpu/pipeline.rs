@@ -1,24 +1,24 @@
-//! The ring on the CPU: the GPU's protocol, checked at every step.
+//! Ring of K and V on the CPU: the GPU's protocol, checked at every step.
 
 use std::vec::Vec;
 
 use crate::pipeline::order::KvTile;
 use crate::pipeline::ring::Position;
 
-/// How a kernel broke the pipeline's protocol. On the GPU these would be a hang or a wrong result.
+/// Violation of the pipeline's protocol by a kernel. On the GPU it would be a hang or a wrong result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The consumer waits for more tiles than the producer sends.
     WaitWithoutLoad { slot: u32 },
     /// The consumer waits for a slot that it holds itself.
     WaitWithoutRelease { slot: u32 },
-    /// A product reads a slot that holds something else, or that was given back.
+    /// A product reads a slot that holds another tile, or that was released.
     WrongTile { slot: u32, holds: Option<KvTile> },
-    /// A slot is given back that the consumer does not hold.
+    /// The consumer releases a slot that it does not hold.
     ReleaseWithoutWait { slot: u32 },
-    /// The query rows are waited for without having been asked for.
+    /// The consumer waits for query rows that it has not requested.
     QueryWithoutLoad,
-    /// The CTA ended with tiles that were not taken, or slots that were not given back.
+    /// The CTA ended with tiles that no consumer waited for, or slots that were not released.
     Unfinished,
 }
 
@@ -32,11 +32,11 @@ impl Fault {
 enum State {
     Empty,
     Full(KvTile),
-    /// The consumer has waited for it.
+    /// Tile that the consumer has waited for.
     Held(KvTile),
 }
 
-/// The slots of the ring, both ends of it, and what is still to be loaded.
+/// Slots of the ring, the positions of both ends, and the tiles still to be loaded.
 pub struct Ring<I> {
     slots: Vec<(State, Vec<f32>)>,
     loads: I,
@@ -54,7 +54,7 @@ impl<I: Iterator<Item = KvTile>> Ring<I> {
         }
     }
 
-    /// Lets the producer fill what is empty, then takes the next slot.
+    /// Fills every empty slot with the producer's next tiles, then takes the consumer's next slot.
     pub fn wait(&mut self, mut load: impl FnMut(KvTile, &mut [f32])) -> u32 {
         let stages = self.slots.len() as u32;
         while let (State::Empty, data) = &mut self.slots[self.producer.slot as usize] {
@@ -74,7 +74,7 @@ impl<I: Iterator<Item = KvTile>> Ring<I> {
         slot
     }
 
-    /// Gives a slot back.
+    /// Releases a slot.
     pub fn release(&mut self, slot: u32) {
         match &mut self.slots[slot as usize].0 {
             state @ State::Held(_) => *state = State::Empty,
@@ -82,7 +82,7 @@ impl<I: Iterator<Item = KvTile>> Ring<I> {
         }
     }
 
-    /// A held tile of a pair's K, transposed: k-major rows of block_n columns.
+    /// Returns a held tile of a pair's K, transposed: k-major rows of block_n columns.
     pub fn k(&self, slot: u32, pair: u32) -> &[f32] {
         match &self.slots[slot as usize] {
             (State::Held(KvTile::K(block)), data) if block.pair == pair => data,
@@ -90,7 +90,7 @@ impl<I: Iterator<Item = KvTile>> Ring<I> {
         }
     }
 
-    /// A held tile of V: block_n rows of head_dim columns.
+    /// Returns a held tile of V: block_n rows of head_dim columns.
     pub fn v(&self, slot: u32) -> &[f32] {
         match &self.slots[slot as usize] {
             (State::Held(KvTile::V(_)), data) => data,
@@ -98,7 +98,7 @@ impl<I: Iterator<Item = KvTile>> Ring<I> {
         }
     }
 
-    /// Checks that everything was loaded, taken and given back.
+    /// Checks that every tile was loaded, waited for and released.
     pub fn finish(&mut self) {
         if self.loads.next().is_some() || self.slots.iter().any(|(state, _)| *state != State::Empty) {
             Fault::Unfinished.raise();

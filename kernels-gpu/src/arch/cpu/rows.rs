@@ -1,4 +1,4 @@
-//! The kernels before and after the backward kernel, on the CPU.
+//! Pre- and postprocess kernels of the backward pass, on the CPU.
 
 use std::vec::Vec;
 
@@ -12,7 +12,7 @@ use crate::ground::places::WorkTile;
 use crate::params::{FinishParams, PrepareParams};
 use crate::variants::BackwardVariant;
 
-/// Fills the workspace of one query head. dQ gets zeros whatever the head: all work tiles add to it here.
+/// Fills the workspace of one query head. dQ of every head gets zeros, because all work tiles accumulate here.
 ///
 /// # Safety
 /// `p` describes tensors of `dtype`, valid for reading, and a workspace that is valid for writing and that nothing else
@@ -49,10 +49,11 @@ pub unsafe fn prepare(p: &PrepareParams, dtype: Dtype, batch: u32, head: u32) {
     }
 }
 
-/// Turns the workspace's dQ of one query head into the tensor.
+/// Converts the workspace's dQ of one query head to the tensor.
 ///
 /// # Safety
-/// As [`prepare`], with a tensor that is valid for writing.
+/// `p` describes a tensor of the variant's dtype, valid for writing, and a workspace whose dQ of this head is complete
+/// and that nothing else accesses.
 pub unsafe fn finish(p: &FinishParams, variant: &BackwardVariant, batch: u32, head: u32) {
     let head_dim = variant.head_dim as usize;
     let first = p.workspace.row(&p.shape, batch + p.pair * p.shape.batch, head, 0) as usize;
@@ -68,10 +69,11 @@ pub unsafe fn finish(p: &FinishParams, variant: &BackwardVariant, batch: u32, he
     }
 }
 
-/// Adds up the parts of dK and dV of one key head's work tiles, in their order.
+/// Sums the parts of dK and dV of one key head's work tiles, in their order.
 ///
 /// # Safety
-/// As [`prepare`], for a key head of which all parts are in the workspace, with dK and dV that are valid for writing.
+/// `p` describes dK and dV of the variant's dtype, valid for writing, and a workspace that has all parts of this key
+/// head. Nothing else accesses them.
 pub unsafe fn add_parts(p: &FinishParams, variant: &BackwardVariant, batch: u32, head: u32) {
     let (shape, block_n) = (&p.shape, variant.block_n);
     for m_block in 0..p.key_blocks {

@@ -23,18 +23,18 @@ use crate::ground::tensor::Strided;
 use crate::params::TotalParams;
 use crate::tile::smem_total::TotalSmem;
 
-/// A query block in the ring.
+/// Query block in the ring.
 struct QueryTile {
-    /// How many came before it; a slot and its lap follow from it.
+    /// Number of query blocks before it; a slot and its pass over the ring follow from it.
     count: u32,
     keys: KvBlock,
-    /// Columns × queries; nothing once it was given back.
+    /// Elements, columns × queries; `None` after the block was released.
     transposed: Option<Vec<f32>>,
-    /// What exponents add.
+    /// The `neg_lse_log2` = −LSE·log₂e of each query.
     offsets: Vec<f32>,
 }
 
-/// The consumer's end of the pipeline, and its own replays of the producer, for K and for Q.
+/// Consumer's end of the pipeline, with its own replays of the producer, for K and for Q.
 pub struct TotalPipe<'a> {
     p: &'a TotalParams<Strided>,
     smem: TotalSmem,
@@ -43,18 +43,18 @@ pub struct TotalPipe<'a> {
     q_loads: Box<dyn Iterator<Item = (KvBlock, u32)> + 'a>,
     /// This warpgroup's rows of K.
     k: Option<(KvBlock, Vec<f32>)>,
-    /// Whose rows of K were taken last.
+    /// Block of keys whose rows of K were loaded last by `take_k`.
     taken: Option<KvBlock>,
-    /// Those that are held, and those of the lap before whose offsets may still be read.
+    /// Query blocks that are held, and those of the pass before whose `offsets` may still be read.
     q: VecDeque<QueryTile>,
-    /// How many query blocks were waited for.
+    /// Number of query blocks that were waited for.
     waited: u32,
-    /// Queries of a block whose weights are computed by the polynomial.
+    /// True for the queries of a block whose exponential is the polynomial.
     by_polynomial: Vec<bool>,
 }
 
 impl<'a> CpuWarpgroup<TotalPipe<'a>> {
-    /// Consumer `index` of a CTA that has `tiles`.
+    /// Makes consumer `index` of a CTA with the work tiles `tiles`.
     ///
     /// # Safety
     /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, the LSE) and writing (the result)
@@ -83,7 +83,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
         CpuWarpgroup { live: (p.shape.seqlen_k as usize).min(ROWS), dtype, pipe }
     }
 
-    /// Checks that the pipeline was left as it was found.
+    /// Checks that the pipeline is in its initial state again.
     pub fn finish(mut self) {
         let left = self.pipe.k_loads.next().is_some() || self.pipe.q_loads.next().is_some();
         if left || self.pipe.k.is_some() || self.held() > 0 {
@@ -91,38 +91,38 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
         }
     }
 
-    /// Slots of the ring of Q that were not given back.
+    /// Returns the number of slots of the ring of Q that were not released.
     fn held(&self) -> usize {
         self.pipe.q.iter().filter(|tile| tile.transposed.is_some()).count()
     }
 
-    /// This warpgroup's rows of K, of the head that the query head reads.
+    /// Loads this warpgroup's rows of K, of the key head that the query head reads.
     fn load_k(&self, tile: &TotalTile) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
         let columns = smem.head_dim as usize;
         let first = tile.first_key + self.part().first_key;
         let mut k = std::vec![0.0; ROWS * columns];
         let (at, rows) = ((tile.keys.batch, p.order.group.divide(tile.keys.head).0), first..first + ROWS as u32);
-        // SAFETY: `total`'s caller promised it.
+        // SAFETY: `total`'s caller has promised that the tensor is valid for reading.
         unsafe { load_rows(self.dtype, &p.k, at, &p.shape, rows, p.shape.seqlen_k, (&mut k, columns)) };
         k
     }
 
-    /// A query block, transposed.
+    /// Loads a query block, transposed.
     fn load_q(&self, (keys, m_block): (KvBlock, u32)) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
         let (block_m, columns) = (smem.block_m as usize, smem.head_dim as usize);
         let first = m_block * smem.block_m;
         let mut q = std::vec![0.0; block_m * columns];
         let (at, rows) = ((keys.batch, keys.head), first..first + smem.block_m);
-        // SAFETY: `total`'s caller promised it.
+        // SAFETY: `total`'s caller has promised that the tensor is valid for reading.
         unsafe { load_rows(self.dtype, &p.q, at, &p.shape, rows, p.shape.seqlen_q, (&mut q, columns)) };
         let mut transposed = std::vec![0.0; columns * block_m];
         convert::transpose(&q, columns, &mut transposed, block_m);
         transposed
     }
 
-    /// What exponents add for a query block.
+    /// Loads the LSE of a query block and returns its `neg_lse_log2`.
     fn load_offsets(&self, (keys, m_block): (KvBlock, u32)) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
         let shape = &p.shape;
@@ -130,7 +130,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
         let first = m_block * smem.block_m;
         let offset = |row: u32| {
             let lse = if row < shape.seqlen_q {
-                // SAFETY: a row below seqlen_q lies within the array; `total`'s caller promised it.
+                // SAFETY: a row below seqlen_q lies within the array, which `total`'s caller has promised.
                 unsafe { memory::read_f32(p.lse, line + row as usize) }
             } else {
                 f32::NEG_INFINITY
@@ -142,6 +142,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
 }
 
 impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
+    /// Number of the query block, counted from the first. Its slot follows from it.
     type Slot = u32;
 
     fn part(&self) -> Part {
@@ -178,12 +179,12 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
     #[inline(never)]
     fn release_q(&mut self, q: u32) {
         let stages = self.pipe.smem.stages;
-        // The oldest first, as the producer waits for them.
+        // Blocks are released in order, because the producer waits for the oldest.
         match self.pipe.q.iter_mut().find(|tile| tile.transposed.is_some()) {
             Some(tile) if tile.count == q => tile.transposed = None,
             _ => Fault::ReleaseWithoutWait { slot: q % stages }.raise(),
         }
-        // What comes to this slot next brings offsets in the place of those of the lap before.
+        // The next block in this slot overwrites the `offsets` of the pass before, so those are no longer readable.
         self.pipe.q.retain(|tile| tile.count + stages > q);
     }
 
@@ -240,7 +241,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
         let line = (at.keys.batch * shape.heads_q + at.keys.head) as usize * shape.seqlen_k as usize;
         let first = at.first_key + self.part().first_key;
         for (key, value) in (first..shape.seqlen_k).zip(values) {
-            // SAFETY: the key's element is this warpgroup's; `total`'s caller promised it.
+            // SAFETY: the key's element belongs to this warpgroup; `total`'s caller has promised the array.
             unsafe { memory::write_f32(address, line + key as usize, value) };
         }
     }
@@ -254,7 +255,7 @@ mod tests {
     use crate::attention::scheduler::TileOrder;
     use half::f16;
 
-    /// One work tile of one query block, of zeros.
+    /// Runs `run` with one work tile of one query block, all zeros.
     fn warpgroup(run: impl FnOnce(CpuWarpgroup<TotalPipe<'_>>)) {
         let (data, lse) = ([f16::ZERO; 8], [0.0f32]);
         let x = Strided {
@@ -268,7 +269,7 @@ mod tests {
         let order = TileOrder::new(&shape, smem.block_n(), 1);
         let lse = lse.as_ptr().expose_provenance() as u64;
         let p = TotalParams { q: x, k: x, lse, total: 0, scale: 1.0, shape, order, shared_from: order.tiles() };
-        // SAFETY: the arrays hold what the shape says, and nothing is stored.
+        // SAFETY: the arrays have the sizes of the shape, and nothing is stored.
         let tiles = SharedTiles::new(&order, order.tiles(), 1, 0, 1);
         run(unsafe { CpuWarpgroup::total::<Full>(&p, Dtype::F16, smem, 0, tiles) });
     }

@@ -10,24 +10,24 @@ use crate::attention::dropout::{Dropout, Place};
 use crate::element::Dtype;
 use crate::ground::tensor::Strided;
 
-/// One consumer warpgroup, with its end `P` of the pipeline.
+/// Consumer warpgroup, with its end `P` of the pipeline.
 ///
 /// The dtype of the tensors is a value and not a type, so that kernels are compiled once for both.
 pub struct CpuWarpgroup<P> {
-    /// Rows that are computed: all that the problem has, in a problem that has fewer than a tile.
+    /// Number of rows that are computed: fewer than a tile's if the problem has fewer rows.
     pub(super) live: usize,
     pub(super) dtype: Dtype,
     pub(super) pipe: P,
 }
 
 impl<P> CpuWarpgroup<P> {
-    /// The elements of the rows that are computed.
+    /// Returns the elements of the rows that are computed.
     fn live<'a, const N8: usize>(&self, x: &'a mut Tile<N8>) -> &'a mut [f32] {
         x.first_rows_mut(self.live)
     }
 }
 
-/// Columns of the left or right half of a tile, 0 or 1.
+/// Returns the columns of the left (`half` 0) or right (1) half of a tile.
 fn half_of<const N8: usize>(half: usize) -> core::ops::Range<usize> {
     let middle = N8 / 2 * 8;
     if half == 0 { 0..middle } else { middle..8 * N8 }
@@ -35,7 +35,7 @@ fn half_of<const N8: usize>(half: usize) -> core::ops::Range<usize> {
 
 impl<P> Warpgroup for CpuWarpgroup<P> {
     type Acc<const N8: usize> = Tile<N8>;
-    /// Rounded to the dtype, kept in f32.
+    /// Operand that is rounded to the dtype and kept in f32.
     type Operand<const N8: usize> = Tile<N8>;
     type Rows = Rows;
     type Tensor = Strided;
@@ -102,7 +102,7 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
     }
     #[inline(never)]
     fn mark<const N8: usize>(&self, x: &mut Tile<N8>, keep: &Keep<N8>) {
-        // A NaN may come with either sign.
+        // A NaN may have either sign.
         x.elements_mut().iter_mut().for_each(|x| *x = x.abs());
         keep.negate_dropped(x);
     }

@@ -1,6 +1,7 @@
 //! A consumer of the backward kernel: [`BackwardWarpgroup`] on Hopper.
 //!
-//! Rows of a fragment are keys, columns are queries. dSᵀ goes to shared memory as it is, for [`super::backward_dq`].
+//! Rows of a fragment are keys, columns are queries. dSᵀ goes to shared memory in this orientation, for
+//! [`super::backward_dq`].
 
 use super::barrier::{Mbarrier, sync_warp};
 use super::consumer::Consumer;
@@ -21,19 +22,19 @@ use crate::tile::lane::WARPGROUP_THREADS;
 use crate::tile::smem::Split;
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
 
-/// The consumer's end of the backward pipeline.
+/// Consumer's end of the backward pipeline.
 pub struct BackwardPipe<'a> {
     smem: &'a BackwardSmem,
-    /// Number of query blocks so far, at most [`MAX_QUERY_BLOCKS`], and in the top two bits of work tiles. Slots and
-    /// phases follow from it.
+    /// Number of query blocks so far, at most [`MAX_QUERY_BLOCKS`], and in the top two bits the number of work tiles
+    /// modulo 4. Slots and phase parities follow from it.
     count: u32,
 }
 
-/// One work tile in [`BackwardPipe::count`].
+/// Increment of [`BackwardPipe::count`] for one work tile.
 const KV: u32 = MAX_QUERY_BLOCKS + 1;
 
 impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
-    /// Each consumer calls it once, after the barriers were made.
+    /// Makes a consumer. Each consumer warpgroup calls this once, after the barriers were initialised.
     #[inline(always)]
     pub fn backward(smem: &'a BackwardSmem, index: u32, parameters: u64) -> Self {
         if smem.split == Split::Keys && index == 1 {
@@ -42,7 +43,8 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         Self::with_pipe(index, parameters, BackwardPipe { smem, count: 0 })
     }
 
-    /// The slot of the rings of Q and dO that the query block of this number has, and the parity of its phase.
+    /// Returns the slot of the rings of Q and dO for the query block of this number. Its phase has the parity of
+    /// `parity`.
     #[inline(always)]
     fn slot(&self, number: u32) -> u32 {
         number % self.pipe.smem.stages()
@@ -51,26 +53,27 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     fn parity(&self, number: u32) -> u32 {
         number / self.pipe.smem.stages() & 1
     }
-    /// The slot and the parity that a query block has in the ring of dS.
+    /// Returns the slot of the ring of dS, and the parity of its phase, for a query block. The parameter is the number
+    /// of the query block.
     #[inline(always)]
     fn ds_slot(&self, slot: u32) -> (u32, u32) {
         (slot % BackwardSmem::DS_STAGES, slot / BackwardSmem::DS_STAGES & 1)
     }
 
-    /// Which consumer this is, without a register from one use to the next where there is none: reading it anew takes
-    /// time.
+    /// Returns the index of this consumer. At head dim 64 the consumers have no register to keep it, so it is
+    /// rematerialised at each use. At other head dims it is kept, because reading it again takes time.
     #[inline(always)]
     fn short_lived_index(&self) -> u32 {
         if self.pipe.smem.head_dim <= 64 { cta::consumer_of_thread() } else { self.index() }
     }
 
-    /// x·Bᵀ for a tile B of query rows: scores, or their gradients; `rows` is where this warpgroup's keys are.
+    /// Issues x·Bᵀ of a tile x of keys, at byte offset `keys`, and a tile B of query rows, at `queries`: Sᵀ or dPᵀ.
     #[inline(always)]
     fn scores<const D8: usize, const M8: usize>(&self, keys: u32, queries: u32) -> Pending<Fragment<M8>> {
         let smem = self.pipe.smem;
         let a = Descriptor::k_major(self.base() + keys + self.first_key() * PANEL_ROW_BYTES);
         let b = Descriptor::k_major(self.base() + queries);
-        // SAFETY: both tiles are full, and stay so until this product is waited for.
+        // SAFETY: I2, both tiles are full until this product is waited for.
         unsafe {
             wgmma::multiply::<E, M8>(D8 as u32 / 2, |step| {
                 [a.offset(columns_step(smem.block_n, step)), b.offset(columns_step(smem.block_m, step))]
@@ -78,7 +81,7 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         }
     }
 
-    /// acc + x·B for a tile B of query rows.
+    /// Issues acc + x·B of a tile B of query rows, at byte offset `queries`.
     #[inline(always)]
     fn accumulate<const M8: usize, const D8: usize>(
         &self,
@@ -87,12 +90,12 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         queries: u32,
     ) -> Pending<Fragment<D8>> {
         let b = Descriptor::mn_major(self.base() + queries, self.pipe.smem.block_m * PANEL_ROW_BYTES);
-        // SAFETY: the tile is full, and stays so until this product is waited for.
+        // SAFETY: I2, the tile is full until this product is waited for.
         unsafe { wgmma::accumulate::<E, M8, D8>(acc, x, |step| b.offset(rows_step(step))) }
     }
 
-    /// Shared address of what this thread passes on of a group of eight columns, or takes: both have the same place in
-    /// their warpgroups.
+    /// Returns the shared-memory address of this thread's P in an n8 column group. The thread that writes P and the one
+    /// that reads it have the same place in their warpgroups.
     #[inline(always)]
     fn weights(&self, group: usize) -> u32 {
         let first = self.base() + self.pipe.smem.weights() + 16 * cta::thread_of_warpgroup();
@@ -100,7 +103,7 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     }
 }
 
-/// One f32 a column: the address in shared memory of all of them, or what this thread's columns have there.
+/// One f32 per column: the shared-memory address of the values of all columns, or the values of this thread's columns.
 #[derive(Clone, Copy)]
 pub enum Columns<const M8: usize> {
     At(u32),
@@ -108,11 +111,12 @@ pub enum Columns<const M8: usize> {
 }
 
 impl<const M8: usize> Columns<M8> {
-    /// Those of this thread's two columns of a group of eight; `first` is the first of them in the first group.
+    /// Returns the values of this thread's two columns of an n8 column group. `first` is its first column in the first
+    /// group.
     #[inline(always)]
     fn pair(&self, first: u32, group: usize) -> [f32; 2] {
         match self {
-            // SAFETY: the array has as many elements as the tile columns, and is full.
+            // SAFETY: I2, the slot's array is full; it has as many elements as the tile has columns.
             Columns::At(address) => unsafe { load_shared_pair(address + 4 * first + 32 * group as u32) },
             Columns::Read(pairs) => pairs[group],
         }
@@ -120,6 +124,7 @@ impl<const M8: usize> Columns<M8> {
 }
 
 impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
+    /// Number of the query block, counted from the first. Slots of the rings and phase parities follow from it.
     type Slot = u32;
     type Columns<const M8: usize> = Columns<M8>;
 
@@ -131,30 +136,30 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     fn wait_k(&mut self) {
         let (smem, tile) = (self.pipe.smem, self.pipe.count / KV);
         let (buffer, parity) = (tile % smem.k_stages, tile / smem.k_stages & 1);
-        // SAFETY: initialised before the roles parted; so are all barriers below.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + smem.k_full(buffer)).wait(parity) };
         self.pipe.count = self.pipe.count.wrapping_add(KV);
     }
     #[inline(always)]
     fn wait_v(&mut self) {
-        // SAFETY: as above.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.v_full()).wait(self.pipe.count / KV & 1 ^ 1) };
     }
     #[inline(always)]
     fn release_kv(&mut self) {
-        // The last dS that was passed on has said so.
+        // Signals nothing: the last dS that was published implies that K and V are no longer needed.
     }
     #[inline(always)]
     fn wait_q(&mut self) -> u32 {
         let slot = self.pipe.count % KV;
         self.pipe.count += 1;
-        // SAFETY: as above.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.q_full(self.slot(slot))).wait(self.parity(slot)) };
         slot
     }
     #[inline(always)]
     fn wait_do(&mut self, slot: u32) {
-        // SAFETY: as above.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.do_full(self.slot(slot))).wait(self.parity(slot)) };
     }
     #[inline(always)]
@@ -168,13 +173,13 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     #[inline(always)]
     fn wait_ds(&mut self, slot: u32) {
         let (slot, parity) = self.ds_slot(slot);
-        // SAFETY: as above.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.ds_empty(slot)).wait(parity ^ 1) };
     }
     #[inline(always)]
     fn release(&mut self, slot: u32) {
         let slot = self.slot(slot);
-        // SAFETY: as above.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.empty(slot)).arrive() };
     }
 
@@ -233,7 +238,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     #[inline(always)]
     fn add_dq<const M8: usize>(&mut self, ds: &Operand<M8>, slot: u32, _: &QueryBlock) {
         let (smem, (slot, _)) = (self.pipe.smem, self.ds_slot(slot));
-        // SAFETY: the slot is empty, and of it these rows are this warpgroup's.
+        // SAFETY: I3, the slot is empty; I6, these rows of it are this warpgroup's.
         unsafe {
             let first_key = smem.split.first_key(self.short_lived_index());
             write_tile(ds, self.base() + smem.ds(slot), smem.block_n, first_key);
@@ -243,15 +248,15 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     fn pass_ds(&mut self, slot: u32) {
         let (slot, _) = self.ds_slot(slot);
         fence_async_proxy();
-        // SAFETY: initialised before the roles parted.
+        // SAFETY: I1, the barrier is initialised; I4, the warp is converged.
         unsafe { Mbarrier(self.base() + self.pipe.smem.ds_full(slot)).arrive_together() };
     }
 
     #[inline(always)]
     fn pass_weights<const M8: usize>(&mut self, p: &Fragment<M8>, slot: u32) {
         let smem = self.pipe.smem;
-        // SAFETY: initialised before the roles parted; each thread writes what one thread of the other warpgroup has
-        // read, and is to read.
+        // SAFETY: I1, the barriers are initialised. Each thread overwrites only what one thread of the other warpgroup
+        // has read (the empty barrier), and that thread alone reads it next.
         unsafe {
             Mbarrier(self.base() + smem.weights_empty()).wait(slot & 1 ^ 1);
             for (group, p) in p.0.iter().enumerate() {
@@ -264,7 +269,8 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     fn take_weights<const M8: usize>(&mut self, slot: u32) -> Fragment<M8> {
         let smem = self.pipe.smem;
         let mut p = Fragment([[0.0; 4]; M8]);
-        // SAFETY: as above.
+        // SAFETY: I1, the barriers are initialised. Each thread reads what one thread of the other warpgroup has
+        // written, after the full barrier.
         unsafe {
             Mbarrier(self.base() + smem.weights_full()).wait(slot & 1);
             for (group, p) in p.0.iter_mut().enumerate() {
@@ -279,10 +285,10 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     fn store_kv<const D8: usize>(&mut self, x: &Fragment<D8>, to: &Strided, at: &KvBlock, shape: &Shape) {
         let row = at.n_block * self.pipe.smem.block_n + self.first_key();
         let at = Lines { batch: at.batch, head: at.head, row, column: 0 };
-        // SAFETY: the host has checked the tensor, of which these rows and columns belong to this warpgroup.
+        // SAFETY: I5, the host has checked the tensor; I6, these rows and columns belong to this warpgroup.
         unsafe { store_lines(&x.pack::<E>(), to, at, shape.seqlen_k, shape) };
-        // Behind a branch, ptxas would make one of the last predicate, too, and not know then that the warp is
-        // converged.
+        // Tells ptxas that the warp is converged. After a branch, it would otherwise turn the predicate of the last
+        // store into a branch, too, and would not know that the warp is converged.
         sync_warp();
     }
     #[inline(always)]
@@ -290,7 +296,8 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         let first = self.first_key() * 8 * D8 as u32 * 4 + 16 * cta::thread_of_warpgroup();
         for (group, x) in x.0.iter().enumerate() {
             let address = to + (first + group as u32 * 16 * WARPGROUP_THREADS) as u64;
-            // SAFETY: this thread's elements of a slot that the host has made large enough.
+            // SAFETY: I6, this thread's elements of a slot of the workspace; I5, the host has made the slot large
+            // enough.
             unsafe { store_16_bytes(true, address, x.map(f32::to_bits)) };
         }
     }

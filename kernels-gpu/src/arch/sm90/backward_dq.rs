@@ -1,8 +1,9 @@
-//! The backward kernel's third warpgroup, which has no keys of its own: it loads what the two others need, multiplies
-//! the dS that they leave it by K, and adds dQ up in the workspace.
+//! The backward kernel's third warpgroup, which has no keys of its own. It issues all loads of the CTA, computes dS·K
+//! from the dS that the two consumers publish, and accumulates dQ in the workspace.
 //!
-//! With one k a row, dSᵀ is the left operand of dQ = dS·K as it lies. In the workspace 64 rows of dQ lie as the threads
-//! hold them: eight columns after eight, sixteen bytes of each thread in turn.
+//! dSᵀ is MN-major, with one k (a key) per row, and so is the left operand of dQ = dS·K in the layout that the
+//! consumers write. In the workspace, 64 rows of dQ have the accumulator layout: one n8 column group after another,
+//! with sixteen bytes of each thread in order.
 
 use super::backward_loads::Loads;
 use super::barrier::{Mbarrier, sync_warp};
@@ -29,27 +30,30 @@ use crate::params::{BackwardParams, Second, Workspace};
 use crate::tile::lane::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
 
-/// The end of the ring of dSᵀ that multiplies, 8·N8 columns at a time: few, because the consumers need the registers.
+/// Consumer's end of the ring of dSᵀ: computes dS·K and accumulates dQ, 8·N8 columns at a time. The columns are few
+/// because the two consumer warpgroups need the registers.
 struct Dq<'a, const N8: usize> {
     workspace: &'a Workspace,
     smem: &'a BackwardSmem,
-    /// Query blocks so far; a slot and its phase follow from it.
+    /// Number of query blocks so far; a slot and its phase parity follow from it.
     count: u32,
-    /// The tile of a query block's dQ beside which the next loads start.
+    /// Tile of a query block's dQ whose product overlaps the next loads.
     loads_at: u32,
-    /// Where this thread adds the first of what it has of a query block's dQ, and the block's first row in the
-    /// workspace. From block to block the address moves in registers of its own: those of one that is computed anew
-    /// would be taken from what the last additions hold until memory has taken them.
+    /// Address of this thread's first element of the current query block's dQ; `row` is the block's first row in the
+    /// workspace. The address moves from block to block in registers of its own. If it were computed again, ptxas would
+    /// take its registers from the operands of the last reductions, which are busy until the reductions have drained.
     address: u64,
     row: u32,
-    /// One more than the counter where an exact pass has still to count the last additions; 0 for none.
+    /// One more than the index of the dQ semaphore that has still to be incremented for the last reductions of an exact
+    /// pass; 0 for none.
     counter: u32,
-    /// The buffer that K is in.
+    /// Buffer that holds K of the current work tile.
     k: u32,
 }
 
 impl<const N8: usize> Dq<'_, N8> {
-    /// dQ of all query blocks of a work tile; `beside` runs in the course of each, with its number.
+    /// Accumulates dQ of all query blocks of a work tile. `beside` is called once per query block, with its number,
+    /// while a product of it is in flight.
     #[inline(always)]
     fn add_all<E: Packed, M: Mask, P: Pairs, const STORES: bool>(
         &mut self,
@@ -67,14 +71,14 @@ impl<const N8: usize> Dq<'_, N8> {
         }
     }
 
-    /// dQ = dQ + dS·K of a query block, or dS·K where it `STORES`; `load` runs while the tile [`Dq::loads_at`] of it is
-    /// in flight.
+    /// Computes dQ = dQ + dS·K of a query block, or dQ = dS·K if `STORES`. `load` runs while the product of its tile
+    /// [`Dq::loads_at`] is in flight.
     #[inline(always)]
     fn add<E: Packed, const STORES: bool>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32, load: impl FnOnce()) {
         let smem = self.smem;
         let count = cta::uniform(self.count);
         let (slot, parity) = (count % BackwardSmem::DS_STAGES, count / BackwardSmem::DS_STAGES & 1);
-        // SAFETY: the barriers were initialised before the roles parted.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(smem_base() + smem.ds_full(slot)).wait(parity) };
         self.await_turn(shape, at, turn);
         let tiles = smem.block_m / WARPGROUP_ROWS * self.columns();
@@ -89,23 +93,24 @@ impl<const N8: usize> Dq<'_, N8> {
             wgmma::wait::<0>();
             wgmma::tie(&mut dq);
             if tile + 1 == tiles {
-                // SAFETY: as above.
+                // SAFETY: I1, the barrier is initialised; I4, the warp is converged.
                 unsafe { Mbarrier(smem_base() + smem.ds_empty(slot)).arrive_elected() };
             }
             self.add_global::<STORES>(&dq, shape, at, tile);
-            // ptxas moves no access across it: the registers are free before the next product needs them.
+            // ptxas moves no memory access across this barrier, so the registers of the reductions are free before the
+            // next product needs them.
             sync_warp();
         }
         self.count += 1;
     }
 
-    /// Tiles beside each other.
+    /// Returns the number of tiles per row of dQ.
     #[inline(always)]
     fn columns(&self) -> u32 {
         self.smem.head_dim / (8 * N8 as u32)
     }
 
-    /// A tile of dS·K, in flight.
+    /// Issues a tile of dS·K.
     #[inline(always)]
     fn multiply<E: Packed>(&self, slot: u32, tile: u32) -> Pending<Fragment<N8>> {
         let (smem, base) = (self.smem, fresh(smem_base()));
@@ -113,28 +118,28 @@ impl<const N8: usize> Dq<'_, N8> {
         let a = Descriptor::mn_major(base + smem.ds(slot) + tile / self.columns() * panel, panel);
         let b = columns_step(smem.block_n, tile % self.columns() * (N8 as u32 / 2));
         let b = Descriptor::mn_major(base + smem.k(self.k) + b, panel);
-        // SAFETY: dSᵀ has been written, K is full, and both stay so until this product is waited for.
+        // SAFETY: I2, dSᵀ and K are full until this product is waited for.
         unsafe { wgmma::multiply::<E, N8>(smem.block_n / 16, |step| [a, b].map(|x| x.offset(rows_step(step)))) }
     }
 
-    /// Adds a tile of a query block's dQ to the workspace, or stores it there.
+    /// Accumulates a tile of a query block's dQ in the workspace (`red.global.add`), or stores it there if `STORES`.
     #[inline(always)]
     fn add_global<const STORES: bool>(&mut self, dq: &Fragment<N8>, shape: &Shape, at: &QueryBlock, tile: u32) {
         if tile == 0 {
             let row = self.workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * self.smem.block_m) as u32;
-            // Not before the product was waited for: by then memory has taken the last additions. The host has checked
-            // that an i32 holds the step from any row to any other.
+            // `fresh` keeps this after the wait for the product; by then the last reductions have drained. The host has
+            // checked that an i32 holds the step from any row to any other.
             let rows = fresh(row.wrapping_sub(self.row)) as i32;
             self.address = self.address.wrapping_add_signed(rows as i64 * (self.smem.head_dim * 4) as i64);
             self.row = row;
         }
-        // ptxas gives two tiles that follow each other registers that overlap by a group: the one that is added first
-        // here, so that the next product does not wait until memory has taken the others.
+        // ptxas gives consecutive tiles registers that overlap by one column group. That group is reduced first here,
+        // so that the next product does not wait until the other reductions have drained.
         for group in 0..N8 {
             let group = if (tile + self.loads_at).is_multiple_of(2) { group } else { N8 - 1 - group };
             let place = tile * N8 as u32 + group as u32;
             let to = self.address + (place * 16 * WARPGROUP_THREADS) as u64;
-            // SAFETY: part of the query block in the workspace, which the host has made large enough.
+            // SAFETY: I5, this is part of the query block in the workspace, which the host has made large enough.
             unsafe {
                 match STORES {
                     true => store_16_bytes(true, to, dq.0[group].map(f32::to_bits)),
@@ -144,7 +149,8 @@ impl<const N8: usize> Dq<'_, N8> {
         }
     }
 
-    /// In an exact pass, waits until the blocks of keys before `turn` have added to this query block.
+    /// In an exact pass, waits at the dQ semaphore until `turn` key blocks have accumulated into this query block:
+    /// those that come before this one.
     #[inline(always)]
     fn await_turn(&mut self, shape: &Shape, at: &QueryBlock, turn: u32) {
         let workspace = self.workspace;
@@ -154,34 +160,37 @@ impl<const N8: usize> Dq<'_, N8> {
         let blocks = workspace.row(shape, at.dq_batch(shape), at.head, 0) / self.smem.block_m as u64;
         let counter = 1 + blocks as u32 + at.m_block / turn_blocks(self.smem.head_dim);
         if counter != self.counter {
-            // By now the last step's additions have arrived, and counting them holds nobody up.
+            // By now the last step's reductions have drained, so incrementing their semaphore stalls no thread.
             self.count_last();
             self.counter = counter;
-            // SAFETY: a counter of the workspace.
+            // SAFETY: I5, the address is a dQ semaphore of the workspace.
             unsafe { wait_turn(self.counter_address(), turn) };
         }
     }
 
-    /// Counts the last additions, so that whoever is next may add.
+    /// Increments the dQ semaphore of the last reductions, so that the CTA of the next key block may accumulate.
     #[inline(always)]
     fn count_last(&mut self) {
         if self.counter != 0 {
-            // All have issued them; the leader's release is for all.
+            // Every thread has issued its reductions before this barrier, so the leader's release covers all of them.
             BackwardBarrier::sync_third();
-            // SAFETY: a counter of the workspace.
+            // SAFETY: I5, the address is a dQ semaphore of the workspace.
             unsafe { count_turn(Leader::of_warpgroup(), self.counter_address()) };
             self.counter = 0;
         }
     }
 
-    /// Counts a work tile of a key head, one less than `head`, unless that is 0: dQ may be read once all have been, and
-    /// added to once what was `stored` is there.
+    /// Signals that the pending work tile is complete, if there is one. Increments the counter of its key head; the
+    /// postprocess kernel reads dQ when the counter reaches the number of key blocks. If the tile initialised dQ
+    /// (`stored`), also sets the key head's state to READY, so that other tiles may accumulate into it. `head` is one
+    /// more than the key head, or 0 if no tile is pending.
     #[inline(always)]
     fn count_tile(&self, head: &mut u32, stored: &mut bool) {
         if *head != 0 {
             BackwardBarrier::sync_third();
             let leader = cta::converged(Leader::of_warpgroup);
-            // SAFETY: a counter of the workspace; all have issued their additions, and the leader's release is for all.
+            // SAFETY: I5, the address is a counter of the workspace. All threads have issued their reductions before
+            // the barrier, so the leader's release covers all of them.
             unsafe { count_turn(leader, self.workspace.tiles_counter(*head - 1)) };
             if *stored {
                 first_values::make_ready(self.workspace.first_values_word(*head - 1));
@@ -191,15 +200,15 @@ impl<const N8: usize> Dq<'_, N8> {
         }
     }
 
-    /// Address of the counter; there is one.
+    /// Returns the address of the pending dQ semaphore. There must be one.
     #[inline(always)]
     fn counter_address(&self) -> u64 {
         self.workspace.turns + 4 * (self.counter - 1) as u64
     }
 }
 
-/// The tile of dQ beside which loads are started: early, because the slots are empty by then, but not where registers
-/// are needed for more.
+/// Returns the tile of dQ whose product overlaps the loads. It is early, because the slots are empty by then, unless
+/// registers are needed for something else.
 #[inline(always)]
 fn loads_at<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
     match (smem.head_dim, S::Pairs::COUNT) {
@@ -211,7 +220,8 @@ fn loads_at<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
     }
 }
 
-/// Loads what the work tiles need, and adds dQ. `parameters` is the address of `p` in the kernel's parameter space.
+/// Issues the loads of all work tiles, and accumulates their dQ. `parameters` is the address of `p` in the kernel's
+/// parameter space.
 #[inline(always)]
 pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: usize>(
     p: &BackwardParams<TensorMap, S>,
@@ -224,17 +234,18 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
     let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
     let mut dq = Dq::<N8> { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, counter: 0, k: 0 };
     let warp = cta::warp_of_warpgroup();
-    // A work tile that is taken a turn ahead lives in registers that all threads share, where what it is made from
-    // takes each thread's own; others than plain attention lack registers for it.
+    // True if each work tile is taken from the iterator one iteration ahead. Such a tile lives in uniform registers,
+    // while computing it takes registers of each thread. Only plain attention has registers for it.
     let ahead = const { S::Pairs::COUNT == 1 && !R::DROPS };
-    // One more than the key head whose work tile has still to be counted; 0 for none. With registers to remember it,
-    // that is beside the first loads of the next one, which so need not wait until memory has taken what was added.
+    // One more than the key head of the last finished tile while its completion is not yet signalled; 0 for none.
+    // Kernels that take tiles ahead signal after they have issued the first loads of the next tile, so that these loads
+    // do not wait for the reductions to drain.
     let mut counted = 0;
     let mut stored = false;
     let knows_first = FirstTiles::is_for::<S::Pairs, R>(smem.head_dim);
     let mut tiles = tiles;
     let mut next = if ahead { tiles.next() } else { None };
-    // Whether K of the work tile is on its way already.
+    // True if the load of this work tile's K has been issued already.
     let mut k_loaded = false;
     while let Some(KeyPart { tile: work_tile, part }) = if ahead { next } else { tiles.next() } {
         if ahead {
@@ -243,7 +254,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
         let mut pairs_left = p.second.last() + 1;
         while pairs_left > 0 {
             pairs_left -= 1;
-            // Computed anew each time: there are few registers to keep what follows from the shape.
+            // Rematerialised for each pair, because few registers are left to keep what follows from the shape.
             let shape = Shape { seqlen_q: fresh(p.shape.seqlen_q), seqlen_k: fresh(p.shape.seqlen_k), ..p.shape };
             let pairs = p.second.pairs(&shape);
             let keys = KvBlock { pair: pairs_left, ..key_block(&shape, smem.block_n, &work_tile) };
@@ -252,8 +263,8 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
             if S::Pairs::COUNT > 1 && blocks.count() == 0 {
                 continue;
             }
-            // All dS of the work tile before has come, and been multiplied: its consumers need K and V no more, nor
-            // does dQ.
+            // All dS of the work tile before has arrived and has been multiplied. So neither its consumers nor its dQ
+            // still need its K and V.
             let leader = cta::converged(Leader::of_warpgroup);
             if !k_loaded {
                 loads.k(&keys, dq.k, leader);
@@ -269,17 +280,19 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
             }
             k_loaded = ahead && smem.k_stages == 2 && next.is_some();
             if k_loaded && let Some(KeyPart { tile, .. }) = next {
-                // Into the buffer of the work tile before, whose dQ is done.
+                // Loads into the K buffer of the work tile before, whose dQ is complete.
                 let leader = cta::converged(Leader::of_warpgroup);
                 loads.k(&key_block(&p.shape, smem.block_n, &tile), dq.k ^ 1, leader);
             }
             if ahead {
                 dq.count_tile(&mut counted, &mut stored);
             }
-            // Beside its dQ, the consumers are past what else they need of the query block.
+            // Called while a product of a query block's dQ is in flight. By then the consumers no longer need the
+            // block's slot for anything else.
             let mut beside = |step| {
                 if step + smem.stages() < blocks.count() {
-                    // After the product ptxas knows by itself that the warp is converged, at the cost of registers.
+                    // Right after the first product ptxas knows without a barrier that the warp is converged, but this
+                    // takes registers.
                     let leader = match loads_at {
                         0 => Leader::of_first_warp(warp),
                         _ => cta::converged(Leader::of_warpgroup),

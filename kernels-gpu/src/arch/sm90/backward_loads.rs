@@ -1,4 +1,4 @@
-//! What the backward kernel loads: each work tile's K and V, and the query blocks that fill the rings of Q and dO.
+//! Loads of the backward kernel: K and V of each work tile, and the query blocks that fill the rings of Q and dO.
 
 use core::mem::offset_of;
 
@@ -13,13 +13,13 @@ use crate::ground::tensor::TensorMap;
 use crate::params::{BackwardParams, Second, SecondPair};
 use crate::tile::smem::{BackwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
 
-/// The producer's end of the rings. All threads of its warpgroup wait for slots, one of them loads.
+/// Producer's end of the rings. All threads of its warpgroup wait for slots, and one of them issues the loads.
 pub struct Loads<'a, S: Second<TensorMap>> {
     p: &'a BackwardParams<TensorMap, S>,
     /// Address of `p` in the kernel's parameter space.
     parameters: u64,
     smem: &'a BackwardSmem,
-    /// Query blocks so far; a slot and its phase follow from it.
+    /// Number of query blocks so far; a slot and its phase parity follow from it.
     count: u32,
 }
 
@@ -29,18 +29,18 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
         Loads { p, parameters, smem, count: 0 }
     }
 
-    /// Loads the panels of a tile of a tensor, which lies so many bytes into the parameters.
+    /// Loads the panels of a tile of a tensor. The tensor's map lies at byte offset `tensor` in the parameters.
     #[inline(always)]
     fn tile(&self, leader: Leader, tensor: usize, rows: u32, at: BoxOrigin, to: u32, full: Mbarrier) {
         for panel in 0..panels(self.smem.head_dim) {
             let origin = BoxOrigin { column: panel * PANEL_COLUMNS, ..at };
             let map = MapAddress(self.parameters + tensor as u64);
-            // SAFETY: the callers have waited until what is loaded into is empty; each panel lies within it.
+            // SAFETY: I3, the callers have waited until the destination is empty; each panel lies within it.
             unsafe { load_box(leader, map, origin, to + panel * rows * PANEL_ROW_BYTES, full) };
         }
     }
 
-    /// Loads K of a block of keys into a buffer that nobody needs any more.
+    /// Loads K of a block of keys into a buffer that no thread reads any more.
     #[inline(always)]
     pub fn k(&self, keys: &KvBlock, buffer: u32, leader: Leader) {
         let (smem, base) = (self.smem, fresh(smem_base()));
@@ -51,7 +51,7 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
         self.keys(leader, tensor, keys, base + smem.k(buffer), Mbarrier(base + smem.k_full(buffer)));
     }
 
-    /// Loads V of a block of keys, where nobody needs the one before any more.
+    /// Loads V of a block of keys. No thread may still read the V before it.
     #[inline(always)]
     pub fn v(&self, keys: &KvBlock, leader: Leader) {
         let (smem, base) = (self.smem, fresh(smem_base()));
@@ -61,14 +61,14 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
 
     #[inline(always)]
     fn keys(&self, leader: Leader, tensor: usize, keys: &KvBlock, to: u32, full: Mbarrier) {
-        // SAFETY: the barriers were initialised before the roles parted.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { full.arrive_expect(leader, self.smem.kv_bytes()) };
         let row = keys.n_block * self.smem.block_n;
         let at = BoxOrigin { column: 0, row, head: fresh(keys.head), batch: fresh(keys.batch) };
         self.tile(leader, tensor, self.smem.block_n, at, to, full);
     }
 
-    /// Loads Q, dO and the statistics of a query block into the next slots, once they are empty; the leader is one
+    /// Loads Q, dO, `neg_lse_log2` and δ of a query block into the next slots, once they are empty. The leader is one
     /// thread of the warpgroup.
     #[inline(always)]
     pub fn queries(&mut self, block: &QueryBlock, leader: Leader) {
@@ -85,14 +85,16 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
             0 => offset_of!(BackwardParams<TensorMap, S>, q),
             _ => offset_of!(BackwardParams<TensorMap, S>, second) + offset_of!(SecondPair<TensorMap>, q),
         };
-        // SAFETY: as above; the statistics are rows of the workspace.
+        // SAFETY: I1, the barriers are initialised; I3, the slot is empty after the wait; I5, the host has made the
+        // workspace large enough, whose rows the statistics are.
         unsafe {
             Mbarrier(base + smem.empty(slot)).wait(parity);
             q_full.arrive_expect(leader, bytes);
             load_bytes(leader, p.workspace.offsets + statistics, row_bytes, base + smem.offsets(slot), q_full);
         }
         self.tile(leader, q, smem.block_m, at, base + smem.q(slot), q_full);
-        // SAFETY: as above.
+        // SAFETY: I1, the barrier is initialised; I3, the slot of dO shares the empty barrier of Q; I5, the statistics
+        // are rows of the workspace.
         unsafe {
             do_full.arrive_expect(leader, bytes);
             load_bytes(leader, p.workspace.delta + statistics, row_bytes, base + smem.delta(slot), do_full);

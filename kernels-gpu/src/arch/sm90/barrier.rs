@@ -1,18 +1,18 @@
-//! Mbarriers in shared memory, between threads and the copy engine, and the fences and warp barriers that go with them.
+//! Mbarriers in shared memory, between threads and TMA, and the fences and warp barriers that go with them.
 
 use core::arch::asm;
 
 use super::cta::Leader;
 
-/// The shared-window address of an mbarrier.
+/// Mbarrier, named by its address in the shared window.
 #[derive(Clone, Copy)]
 pub struct Mbarrier(pub u32);
 
 impl Mbarrier {
-    /// Makes the barrier; `arrivals` complete a phase.
+    /// Initialises the barrier. A phase completes after `arrivals` arrivals.
     ///
     /// # Safety
-    /// The address is 8 aligned bytes of shared memory that nothing else uses, and one thread calls this once.
+    /// The address is that of 8 aligned bytes of shared memory that nothing else uses. One thread calls this once.
     #[inline(always)]
     pub unsafe fn init(self, arrivals: u32) {
         // SAFETY: the caller's promise.
@@ -21,7 +21,7 @@ impl Mbarrier {
         }
     }
 
-    /// One thread of the warp arrives for all of it.
+    /// Arrives once for the whole warp, by one elected thread (`elect.sync`).
     ///
     /// # Safety
     /// The barrier has been initialised, visibly to this warp, and the warp is converged.
@@ -37,11 +37,12 @@ impl Mbarrier {
         }
     }
 
-    /// As [`Mbarrier::arrive_elected`], at the barrier in the same place of another CTA of the cluster. It orders
-    /// nothing that generic accesses wrote (PTX ISA, mbarrier.arrive: its scope is the CTA).
+    /// Arrives once for the whole warp at the barrier in the same place of another CTA of the cluster. The arrival does
+    /// not order generic accesses: its scope is the CTA (PTX ISA, mbarrier.arrive).
     ///
     /// # Safety
-    /// As [`Mbarrier::arrive_elected`], and that CTA runs.
+    /// The barrier there has been initialised, visibly to this warp, the warp is converged, and the other CTA is
+    /// running.
     #[inline(always)]
     pub unsafe fn arrive_elected_at(self, rank: u32) {
         // SAFETY: the caller's promise.
@@ -54,10 +55,10 @@ impl Mbarrier {
         }
     }
 
-    /// As [`Mbarrier::arrive_elected`], after all that the warp's lanes have read or written.
+    /// Arrives once for the whole warp, after all reads and writes of the warp's lanes.
     ///
     /// # Safety
-    /// As [`Mbarrier::arrive_elected`].
+    /// The barrier has been initialised, visibly to this warp, and the warp is converged.
     #[inline(always)]
     pub unsafe fn arrive_together(self) {
         sync_warp();
@@ -65,7 +66,7 @@ impl Mbarrier {
         unsafe { self.arrive_elected() }
     }
 
-    /// This thread arrives, after all that it has read.
+    /// Arrives for this thread, after all that it has read.
     ///
     /// # Safety
     /// The barrier has been initialised, visibly to this thread.
@@ -75,7 +76,7 @@ impl Mbarrier {
         unsafe { asm!("mbarrier.arrive.release.cta.shared::cta.b64 _, [{0}];", in(reg32) self.0, options(nostack)) }
     }
 
-    /// The leader arrives once, and makes the phase wait for `bytes` from the copy engine as well.
+    /// Arrives once, by the leader, and makes the phase wait for `bytes` from TMA as well.
     ///
     /// # Safety
     /// The barrier has been initialised, visibly to this thread.
@@ -112,16 +113,16 @@ impl Mbarrier {
     }
 }
 
-/// Makes initialised mbarriers visible to the copy engine.
+/// Makes initialised mbarriers visible to the cluster and to TMA.
 #[inline(always)]
 pub fn fence_mbarrier_init() {
     // SAFETY: a fence has no operands.
     unsafe { asm!("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;", options(nostack)) }
 }
 
-/// Orders memory accesses of a warp's lanes before it before those after it.
+/// Orders the memory accesses of a warp's lanes before this barrier before those after it.
 #[inline(always)]
 pub fn sync_warp() {
-    // SAFETY: every caller's warps are converged here.
+    // SAFETY: I4, every caller's warp is converged.
     unsafe { asm!("bar.warp.sync 0xffffffff;", options(nostack)) }
 }

@@ -12,20 +12,20 @@ use crate::attention::dropout::{Dropout, Place};
 use crate::ground::tensor::TensorMap;
 use crate::tile::lane::Lane;
 
-/// One of the CTA's consumers, with its end `P` of the pipeline.
+/// Consumer warpgroup of a CTA, with its end `P` of the pipeline.
 pub struct Consumer<E, P> {
-    /// Shared-window address of the CTA's shared memory.
+    /// Address of the CTA's shared memory in the shared window.
     pub(super) base: u32,
-    /// Which consumer this is.
+    /// Index of this consumer in the CTA.
     index: u32,
-    /// Address of the kernel's parameters, where the tensor maps lie.
+    /// Address of the kernel's parameters, which contain the tensor maps.
     pub(super) parameters: u64,
     pub(super) pipe: P,
     element: PhantomData<E>,
 }
 
 impl<E: Packed, P> Consumer<E, P> {
-    /// `parameters` is the address of the kernel's parameters.
+    /// Makes a consumer. `parameters` is the address of the kernel's parameters.
     #[inline(always)]
     pub(super) fn with_pipe(index: u32, parameters: u64, pipe: P) -> Self {
         Consumer { base: smem_base(), index, parameters, pipe, element: PhantomData }
@@ -88,7 +88,7 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
     }
     #[inline(always)]
     fn maxima<const N8: usize>(&self, x: &Fragment<N8>, rows: Rows, floats: bool) -> Rows {
-        // With fewer elements the branch costs more than integers save.
+        // With fewer elements the branch costs more than integer comparisons save.
         if floats || N8 < 16 { x.maxima(rows) } else { x.maxima_mostly_positive(rows) }
     }
     #[inline(always)]

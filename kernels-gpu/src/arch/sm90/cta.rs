@@ -1,4 +1,4 @@
-//! A CTA's start: shared memory, barriers, roles and registers.
+//! Start of a CTA: shared memory, barriers, roles and registers.
 
 use core::arch::asm;
 use core::arch::nvptx::_thread_idx_x;
@@ -12,10 +12,10 @@ use crate::tile::smem_total::TotalSmem;
 
 core::arch::global_asm!(".extern .shared .align 1024 .b8 dynamic_smem[];");
 
-/// Warps of a warpgroup, each of which arrives by one lane.
+/// Number of warps of a warpgroup. Each arrives by one lane.
 const WARPS: u32 = WARPGROUP_THREADS / WARP_THREADS;
 
-/// Shared-window address of the dynamic shared memory.
+/// Returns the address of the dynamic shared memory in the shared window.
 #[inline(always)]
 pub fn smem_base() -> u32 {
     let base: u32;
@@ -24,28 +24,28 @@ pub fn smem_base() -> u32 {
     base
 }
 
-/// Whether a thread is the one that acts for many.
+/// Predicate that is 1 in the thread that acts for many.
 ///
-/// It is a predicate on instructions and not a `bool` to branch on: LLVM could merge such branches with later code that
+/// It is a predicate on instructions and not a `bool` to branch on. LLVM could merge such branches with later code that
 /// all lanes of the warp must run together, and ptxas would have to allow for a diverged warp after them.
 #[derive(Clone, Copy)]
 pub struct Leader(pub u32);
 
 impl Leader {
-    /// The thread that is alone here.
+    /// Leader for code that a single thread runs.
     pub const SOLE: Leader = Leader(1);
 
-    /// The first thread of each warp.
+    /// Selects the first thread of each warp.
     #[inline(always)]
     pub fn first_of_warp() -> Self {
         Leader((thread_of_warpgroup() % WARP_THREADS == 0) as u32)
     }
 
-    /// One thread of each warp, always the same.
+    /// Elects one thread of each warp (`elect.sync`), always the same one.
     #[inline(always)]
     pub fn of_warp() -> Self {
         let leader: u32;
-        // SAFETY: the warp is converged here.
+        // SAFETY: I4, every caller's warp is converged.
         unsafe {
             asm!("{{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 {0}, 1, 0, p; }}", out(reg32) leader,
                  options(nomem, nostack));
@@ -53,11 +53,11 @@ impl Leader {
         Leader(leader)
     }
 
-    /// One thread of the warpgroup's first warp.
+    /// Elects one thread of the warpgroup's first warp.
     #[inline(always)]
     pub fn of_warpgroup() -> Self {
         let leader: u32;
-        // SAFETY: the warp is converged here.
+        // SAFETY: I4, every caller's warp is converged.
         unsafe {
             asm!(
                 "{{ .reg .pred p, q; elect.sync _|p, 0xffffffff; setp.lt.and.u32 q, {1}, 32, p; selp.u32 {0}, 1, 0, q; }}",
@@ -67,12 +67,12 @@ impl Leader {
         Leader(leader)
     }
 
-    /// The same where it is known which `warp` of the warpgroup this is, without the time that reading a thread's
-    /// number takes.
+    /// Elects one thread of the warpgroup's first warp, given the number `warp` of this warp in its warpgroup. This
+    /// saves the time for reading the thread's number.
     #[inline(always)]
     pub fn of_first_warp(warp: u32) -> Self {
         let leader: u32;
-        // SAFETY: the warp is converged here.
+        // SAFETY: I4, every caller's warp is converged.
         unsafe {
             asm!(
                 "{{ .reg .pred p, q; elect.sync _|p, 0xffffffff; setp.eq.and.u32 q, {1}, 0, p; selp.u32 {0}, 1, 0, q; }}",
@@ -83,32 +83,33 @@ impl Leader {
     }
 }
 
-/// What a warpgroup of the CTA does.
+/// Role of a warpgroup of the CTA.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     Producer,
     Consumer(u32),
 }
 
-/// The same value, which the whole warp has: taking it from lane 0 lets ptxas know.
+/// Returns `x`, which must be equal in all lanes of the warp, from lane 0. This tells ptxas that it is uniform.
 #[inline(always)]
 pub fn uniform(x: u32) -> u32 {
     let y: u32;
-    // SAFETY: the warp is converged here.
+    // SAFETY: I4, every caller's warp is converged.
     unsafe {
         asm!("shfl.sync.idx.b32 {0}, {1}, 0, 31, 0xffffffff;", out(reg32) y, in(reg32) x, options(nomem, nostack));
     }
     y
 }
 
-/// Calls `f` after a barrier of the backward kernel's third warpgroup, which tells ptxas that the warp is converged.
+/// Calls `f` after a barrier of the backward kernel's third warpgroup. The barrier tells ptxas that the warp is
+/// converged.
 #[inline(always)]
 pub fn converged<T>(f: impl FnOnce() -> T) -> T {
     BackwardBarrier::sync_third();
     f()
 }
 
-/// This thread's role; the same for its whole warpgroup.
+/// Returns this thread's role, which is that of its whole warpgroup.
 #[inline(always)]
 pub fn role() -> Role {
     // SAFETY: reads a special register.
@@ -116,13 +117,14 @@ pub fn role() -> Role {
     if warpgroup == 0 { Role::Producer } else { Role::Consumer(warpgroup - 1) }
 }
 
-/// Which warp of its warpgroup this is.
+/// Returns the number of this warp in its warpgroup.
 #[inline(always)]
 pub fn warp_of_warpgroup() -> u32 {
     uniform(thread_of_warpgroup() / WARP_THREADS)
 }
 
-/// This thread's place in its warpgroup. Read anew at each use, so that it holds no register in between.
+/// Returns the number of this thread in its warpgroup. It is rematerialised at each use, so that it holds no register
+/// in between.
 #[inline(always)]
 pub fn thread_of_warpgroup() -> u32 {
     let thread: u32;
@@ -131,7 +133,8 @@ pub fn thread_of_warpgroup() -> u32 {
     thread % WARPGROUP_THREADS
 }
 
-/// Which consumer this thread belongs to; read anew at each use, as [`thread_of_warpgroup`].
+/// Returns the index of this thread's consumer. It is rematerialised at each use, so that it holds no register in
+/// between.
 #[inline(always)]
 pub fn consumer_of_thread() -> u32 {
     let thread: u32;
@@ -140,11 +143,12 @@ pub fn consumer_of_thread() -> u32 {
     thread / WARPGROUP_THREADS - 1
 }
 
-/// Makes every barrier; all threads of the CTA call it once, first.
+/// Initialises every mbarrier of a forward CTA. All threads of the CTA call it once, first.
 #[inline(always)]
 pub fn init_barriers(smem: &ForwardSmem) {
     let base = smem_base();
-    // SAFETY: one thread initialises each barrier once, in the bytes that the layout gives it, before anyone uses it.
+    // SAFETY: one thread initialises each barrier once, in the bytes that the layout gives it, before any thread uses
+    // it.
     unsafe {
         if _thread_idx_x() == 0 {
             for slot in 0..smem.stages {
@@ -163,8 +167,8 @@ pub fn init_barriers(smem: &ForwardSmem) {
     }
 }
 
-/// Waits until the whole cluster is done: until then each CTA may arrive at barriers of the other. All threads call it,
-/// last.
+/// Waits until the whole cluster is done, because until then each CTA may arrive at barriers of the other. All threads
+/// call it, last.
 #[inline(always)]
 pub fn leave(smem: &ForwardSmem) {
     if smem.cluster > 1 {
@@ -175,11 +179,11 @@ pub fn leave(smem: &ForwardSmem) {
 /// Waits for all threads of the cluster.
 #[inline(always)]
 fn sync_cluster() {
-    // SAFETY: every thread of the cluster comes here.
+    // SAFETY: every thread of the cluster executes this.
     unsafe { asm!("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;", options(nostack)) }
 }
 
-/// This CTA's place in its cluster.
+/// Returns the rank of this CTA in its cluster.
 #[inline(always)]
 pub fn cluster_rank() -> u32 {
     let rank: u32;
@@ -188,11 +192,12 @@ pub fn cluster_rank() -> u32 {
     rank
 }
 
-/// As [`init_barriers`], for the backward kernel's two consumers.
+/// Initialises every mbarrier of a backward CTA, which has two consumers. All threads of the CTA call it once, first.
 #[inline(always)]
 pub fn init_backward_barriers(smem: &BackwardSmem) {
     let base = smem_base();
-    // SAFETY: as in `init_barriers`.
+    // SAFETY: one thread initialises each barrier once, in the bytes that the layout gives it, before any thread uses
+    // it.
     unsafe {
         if _thread_idx_x() == 0 {
             for full in [smem.k_full(0), smem.k_full(1), smem.v_full()] {
@@ -201,7 +206,7 @@ pub fn init_backward_barriers(smem: &BackwardSmem) {
             for slot in 0..smem.stages() {
                 Mbarrier(base + smem.q_full(slot)).init(1);
                 Mbarrier(base + smem.do_full(slot)).init(1);
-                // Every thread has read statistics there by itself.
+                // Every thread arrives, because each has read `neg_lse_log2` and δ there.
                 Mbarrier(base + smem.empty(slot)).init(2 * WARPGROUP_THREADS);
             }
             for slot in 0..BackwardSmem::DS_STAGES {
@@ -217,13 +222,14 @@ pub fn init_backward_barriers(smem: &BackwardSmem) {
     BackwardBarrier::Start.barrier().sync(3 * WARPGROUP_THREADS);
 }
 
-/// As [`init_barriers`], for the kernel of total attention.
+/// Initialises every mbarrier of a CTA of total attention. All threads of the CTA call it once, first.
 #[inline(always)]
 pub fn init_total_barriers(smem: &TotalSmem) {
-    // Every thread arrives by itself.
+    // Every thread of every consumer arrives.
     let consumer_threads = smem.consumers * WARPGROUP_THREADS;
     let base = smem_base();
-    // SAFETY: as in `init_barriers`.
+    // SAFETY: one thread initialises each barrier once, in the bytes that the layout gives it, before any thread uses
+    // it.
     unsafe {
         if _thread_idx_x() == 0 {
             for slot in 0..TotalSmem::K_STAGES {
@@ -231,7 +237,7 @@ pub fn init_total_barriers(smem: &TotalSmem) {
                 Mbarrier(base + smem.k_empty(slot)).init(consumer_threads);
             }
             for slot in 0..smem.stages {
-                // The thread that loads the tile, and the warp that fills in what exponents add.
+                // The arrivals are those of the thread that loads the tile, and of the warp that writes `neg_lse_log2`.
                 Mbarrier(base + smem.q_full(slot)).init(1 + WARP_THREADS);
                 Mbarrier(base + smem.q_empty(slot)).init(consumer_threads);
             }
@@ -241,25 +247,27 @@ pub fn init_total_barriers(smem: &TotalSmem) {
     TotalBarrier::Start.barrier().sync((smem.consumers + 1) * WARPGROUP_THREADS);
 }
 
-/// Waits until the grid before this one in the stream is complete, and sees all that it wrote, where this one was let
-/// start before that (PTX ISA, griddepcontrol).
+/// Waits until the primary grid, the one before this in the stream, is complete and all its writes are visible. That
+/// takes time only if this dependent grid was allowed to start earlier (PTX ISA, griddepcontrol).
 #[inline(always)]
 pub fn await_grid_before() {
     // SAFETY: no operands.
     unsafe { asm!("griddepcontrol.wait;", options(nostack)) }
 }
 
-/// Lets the grid behind this one in the stream start, if it may start early, as soon as all CTAs have called this.
+/// Lets the dependent grid, the next one in the stream, start as soon as all CTAs have called this, if it may start
+/// early.
 #[inline(always)]
 pub fn let_next_grid_start() {
     // SAFETY: no operands.
     unsafe { asm!("griddepcontrol.launch_dependents;", options(nostack)) }
 }
 
-/// As [`set_registers`], for the backward kernel, whose producer multiplies too.
+/// Reallocates registers in the backward kernel, whose producer also computes dS·K.
 #[inline(always)]
 pub fn set_backward_registers(role: Role, split: Split) {
-    // SAFETY: as in `set_registers`; 128·56 + 256·224, or 128·72 + 256·216.
+    // SAFETY: all threads of the warpgroup run this, converged, in a kernel with a register cap at entry. The totals
+    // stay within 64 Ki registers: 128·56 + 256·224, or 128·72 + 256·216.
     unsafe {
         match (role, split) {
             (Role::Producer, Split::Keys) => asm!("setmaxnreg.dec.sync.aligned.u32 56;", options(nostack)),
@@ -270,10 +278,11 @@ pub fn set_backward_registers(role: Role, split: Split) {
     }
 }
 
-/// Gives registers to the consumers: the producer keeps few, they get the most that the register file holds.
+/// Reallocates registers from the producer to the consumers (`setmaxnreg`): the producer keeps few, and the consumers
+/// get the most that the register file holds.
 #[inline(always)]
 pub fn set_registers(role: Role, consumers: u32) {
-    // SAFETY: all threads of the warpgroup run this, converged, in a kernel with a register cap at entry; the totals
+    // SAFETY: all threads of the warpgroup run this, converged, in a kernel with a register cap at entry. The totals
     // stay within 64 Ki registers: 128·40 + 256·232, 128·32 + 384·160, or 128·32 + 512·112, of 640·96.
     unsafe {
         match (role, consumers) {
@@ -286,7 +295,7 @@ pub fn set_registers(role: Role, consumers: u32) {
     }
 }
 
-/// Address of the by-value parameter of the kernel named `$symbol`, which the copy engine reads tensor maps from.
+/// Returns the address of the by-value parameter of the kernel named `$symbol`, from which TMA reads tensor maps.
 #[macro_export]
 macro_rules! parameter_address {
     ($symbol:ident) => {{

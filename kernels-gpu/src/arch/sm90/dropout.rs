@@ -1,26 +1,26 @@
-//! Which weights a thread keeps: one Philox call for 32 of them, or sixteen where rows are keys, and an exchange with
-//! the neighbouring row.
+//! Dropout mask of a thread's elements of P. One Philox call decides on 32 elements, or on sixteen if rows are keys,
+//! and each thread exchanges half of its results with the neighbouring row.
 
 use super::fragment::{Fragment, Operand};
 use super::math::{at_least_f16x2, or_and_not, shuffle_xor};
 use crate::attention::dropout::{Bytes, Call, Dropout, Element, Place, Rows, halves, in_sight, top_bits};
 use crate::tile::lane::Lane;
 
-/// The sign of an f32.
+/// Sign bit of an f32.
 const SIGN: u32 = 1 << 31;
 
-/// The bytes of each eight columns; two neighbours share them. Where rows are keys, only the top bit of a byte is left,
-/// which says whether the weight is kept.
+/// Random bytes of each n8 column group; two neighbouring groups share them. If rows are keys, only the top bit of a
+/// byte is left, which is set if the element is kept.
 #[derive(Clone, Copy)]
 pub struct Keep<const N8: usize> {
     bytes: [Bytes; N8],
     rows: Rows,
-    /// As in [`Dropout`].
+    /// Bound of the random bytes; this and `flipped` are copies from [`Dropout`].
     bound_f16x2: u32,
     flipped: u32,
 }
 
-/// What this thread's rows have in two tiles, one from its own call and one from its neighbour's.
+/// Returns the results for this thread's rows in two tiles, one from its own call and one from its neighbour's.
 #[inline(always)]
 fn exchange<const WORDS: usize>(call: Call<WORDS>, lane: Lane) -> [[u32; WORDS]; 2] {
     call.joined(lane, call.sent.map(shuffle_xor::<4>))
@@ -52,7 +52,8 @@ impl<const N8: usize> Keep<N8> {
         Keep { bytes, rows: at.rows, bound_f16x2: dropout.bound_f16x2, flipped: dropout.flipped }
     }
 
-    /// Dropped weights get a negative sign, where rows are keys; as `ex2` gave them, even a NaN has a positive one.
+    /// Sets the sign bit of dropped elements of P, if rows are keys. Every element comes from `ex2` with a clear sign
+    /// bit, even a NaN.
     #[inline(always)]
     pub fn mark(&self, x: &mut Fragment<N8>) {
         for (group, registers) in x.0.iter_mut().enumerate() {
@@ -64,8 +65,8 @@ impl<const N8: usize> Keep<N8> {
         }
     }
 
-    /// Dropped weights become 0, two at a time, where rows are queries: compared by the units for f16, because those
-    /// for integers have Philox to do.
+    /// Sets dropped elements of P to 0, two at a time, if rows are queries. The f16 units compare, because the integer
+    /// pipe is busy with Philox.
     #[inline(always)]
     pub fn apply_operand(&self, x: &mut Operand<N8>) {
         for (group, registers) in x.0.iter_mut().enumerate() {

@@ -1,9 +1,9 @@
-//! Who gives dQ of a key head its first values: the kernel that prepares, with zeros, or the work tile that stores
-//! ([`crate::attention::first_tiles`]).
+//! Initialisation of one key head's dQ: zeros from the preprocess kernel, or the product of the head's storing work
+//! tile ([`crate::attention::first_tiles`]).
 //!
-//! A work tile that adds waits until they are there, which is long before it starts as a rule. Where nobody has begun
-//! to store them, it fills dQ with zeros by itself, and whoever was to store adds: so no CTA waits for one that does
-//! not run.
+//! A state word per key head arbitrates: [`FREE`], claimed by a CTA, [`READY`]. An accumulating tile waits for READY,
+//! which is normally set long before. If it finds FREE, it claims the word and writes zeros itself; the storing tile
+//! then accumulates instead. So no CTA ever waits for a CTA that has not started.
 
 use core::arch::asm;
 use core::arch::nvptx::_block_idx_x;
@@ -17,21 +17,23 @@ use crate::ground::shape::Shape;
 use crate::params::Workspace;
 use crate::tile::lane::WARPGROUP_THREADS;
 
-/// Nobody has begun. Between this and [`READY`], one more than the number of the CTA that has.
+/// State in which no CTA has begun to initialise dQ. A claimed word holds one more than the number of the claiming CTA,
+/// between this and [`READY`].
 pub const FREE: u32 = 0;
-/// They are there.
+/// State in which dQ is initialised.
 pub const READY: u32 = u32::MAX;
 
-/// Whether the work tile of `keys` is to store dQ. If not, all that it meets has values when this returns. Called by a
-/// whole warpgroup.
+/// Returns true if the work tile of `keys` is to store dQ. If it returns false, dQ of the key head is initialised. A
+/// whole warpgroup calls it.
 #[inline(always)]
 pub fn stores(workspace: &Workspace, shape: &Shape, head_dim: u32, keys: &KvBlock) -> bool {
     let address = workspace.first_values_word(shape.key_head(keys.batch, keys.head));
     // SAFETY: reads a special register.
     let own = 1 + unsafe { _block_idx_x() } as u32;
-    // SAFETY: a word of the workspace. All warps find the same: what this CTA has claimed it alone makes ready.
+    // SAFETY: I5, the address is a word of the workspace. All warps find the same value: if this CTA has claimed the
+    // word, it alone makes it ready.
     let claim = || unsafe { cta::uniform(claim(Leader::first_of_warp(), address, own)) };
-    // SAFETY: as above.
+    // SAFETY: I5, the address is a word of the workspace.
     let read = || unsafe { cta::uniform(count_at(address)) };
     let mut state = if keys.n_block == 0 { claim() } else { read() };
     while state != READY && state != own {
@@ -46,23 +48,23 @@ pub fn stores(workspace: &Workspace, shape: &Shape, head_dim: u32, keys: &KvBloc
     own
 }
 
-/// Says that the first values are there, which all threads of the warpgroup have stored. `address` is
+/// Sets the state to [`READY`], after all threads of the warpgroup have stored their part of dQ. `address` is
 /// [`Workspace::first_values_word`].
 #[inline(always)]
 pub fn make_ready(address: u64) {
     BackwardBarrier::sync_third();
     let leader = cta::converged(Leader::of_warpgroup);
-    // SAFETY: a word of the workspace that this CTA has claimed. The leader's release is for all, who have
-    // synchronised.
+    // SAFETY: I5, the address is a word of the workspace, which this CTA has claimed. All threads have synchronised, so
+    // the leader's release covers the stores of all.
     unsafe {
         asm!("{{ .reg .pred p; setp.ne.u32 p, {1}, 0; @p st.release.gpu.global.u32 [{0}], {2}; }}",
              in(reg64) address, in(reg32) leader.0, in(reg32) READY, options(nostack));
     }
-    // The next work tile may be of the same head, and its warps must not find the word as this CTA claimed it.
+    // The next work tile may be of the same head, and its warps must not find the word still claimed by this CTA.
     BackwardBarrier::sync_third();
 }
 
-/// Fills dQ of all queries of a key head.
+/// Fills dQ of all queries of a key head with zeros.
 #[inline(always)]
 fn fill_with_zeros(workspace: &Workspace, shape: &Shape, head_dim: u32, keys: &KvBlock) {
     let row = workspace.row(shape, keys.batch, keys.head * shape.group(), 0);
@@ -70,7 +72,7 @@ fn fill_with_zeros(workspace: &Workspace, shape: &Shape, head_dim: u32, keys: &K
     let line = 4 * head_dim as u64;
     let (mut address, end) = (workspace.dq + row * line + 16 * thread_of_warpgroup() as u64, (row + rows) * line);
     while address < workspace.dq + end {
-        // SAFETY: these heads' part of the workspace, which nobody else accesses before it is ready.
+        // SAFETY: I5, these rows are part of the workspace; I6, no other CTA accesses them before the state is READY.
         unsafe { store_16_bytes(true, address, [0; 4]) };
         address += 16 * WARPGROUP_THREADS as u64;
     }

@@ -23,7 +23,7 @@ use crate::pipeline::ring::Position;
 use crate::tile::lane::{WARP_ROWS, WARPGROUP_ROWS, WARPGROUP_THREADS};
 use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, columns_step, panels, rows_step};
 
-/// The consumer's end of the forward pipeline.
+/// Consumer's end of the forward pipeline.
 pub struct ForwardPipe<'a, S> {
     smem: &'a ForwardSmem,
     second: PhantomData<S>,
@@ -32,8 +32,8 @@ pub struct ForwardPipe<'a, S> {
 }
 
 impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
-    /// Each consumer calls it once, after the barriers were made; `parameters` is the address of the kernel's
-    /// [`ForwardParams`].
+    /// Makes a consumer. Each consumer warpgroup calls this once, after the barriers were initialised; `parameters` is
+    /// the address of the kernel's [`ForwardParams`].
     #[inline(always)]
     pub fn forward(smem: &'a ForwardSmem, index: u32, parameters: u64) -> Self {
         if index == smem.consumers - 1 {
@@ -46,7 +46,7 @@ impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
         )
     }
 
-    /// Waits until the copy engine has read every output; the last thing that a consumer does.
+    /// Waits until TMA has read every staged output. It is the last thing that a consumer does.
     #[inline(always)]
     pub fn finish(self) {
         wait_for_stores();
@@ -57,13 +57,13 @@ impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
         Mbarrier(self.base() + self.pipe.smem.q_full(self.index()))
     }
 
-    /// Stores rows of O by the copy engine: each warp its sixteen, from its own part of the staging tile.
+    /// Stores rows of O by TMA. Each warp stores its sixteen rows, from its own part of the staging tile.
     #[inline(always)]
     fn store_tile<const D8: usize>(&self, x: &Operand<D8>, tile: &WorkTile) {
         let first_row = thread_of_warpgroup() / 32 * WARP_ROWS;
         let staging = self.base() + self.pipe.smem.o(self.index());
         wait_for_stores();
-        // SAFETY: this warp's own part of the staging tile, which the copy engine has read.
+        // SAFETY: I6, this part of the staging tile is the warp's own, and TMA has read its previous contents.
         unsafe { write_tile(x, staging, WARPGROUP_ROWS, 0) };
         fence_async_proxy();
         let map = MapAddress(self.parameters + offset_of!(ForwardParams<TensorMap, S>, o.tiles) as u64);
@@ -76,7 +76,7 @@ impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
                 batch: tile.batch,
             };
             let from = staging + first_row * PANEL_ROW_BYTES + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES;
-            // SAFETY: the box is what this warp has just staged; its rows of O belong to this warp.
+            // SAFETY: the box is what this warp has just staged; I6, its rows of O belong to this warp.
             unsafe { store_box(leader, map, origin, from) };
         }
         commit_stores();
@@ -84,6 +84,7 @@ impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
 }
 
 impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
+    /// Index of the slot of the K/V ring.
     type Slot = u32;
 
     #[inline(always)]
@@ -92,11 +93,12 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
     }
     #[inline(always)]
     fn load_q(&mut self, tile: &WorkTile) {
-        // Every warp of this warpgroup is past its last product with Q.
+        // After this barrier, every warp of this warpgroup has finished its last product with Q.
         ForwardBarrier::queries_read(self.index()).sync(WARPGROUP_THREADS);
         let leader = Leader::of_warpgroup();
         let (smem, pairs) = (self.pipe.smem, self.pipe.smem.pairs);
-        // SAFETY: nobody reads the query tiles any more, each panel lies within its own, and the barrier is ready.
+        // SAFETY: I1, the barrier is initialised; I3, no warp reads the query tiles any more, and each panel lies
+        // within its own.
         unsafe {
             self.q_full().arrive_expect(leader, pairs * smem.q_bytes());
             for (pair, panel) in (0..pairs).flat_map(|pair| (0..panels(smem.head_dim)).map(move |panel| (pair, panel)))
@@ -118,14 +120,14 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
     }
     #[inline(always)]
     fn wait_q(&mut self) {
-        // SAFETY: initialised before the roles parted.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { self.q_full().wait(self.pipe.q_parity) };
         self.pipe.q_parity ^= 1;
     }
     #[inline(always)]
     fn wait_kv(&mut self) -> u32 {
         let Position { slot, parity } = self.pipe.position;
-        // SAFETY: initialised before the roles parted.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.full(slot)).wait(parity) };
         self.pipe.position.advance(self.pipe.smem.stages);
         slot
@@ -133,7 +135,8 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
     #[inline(always)]
     fn release_kv(&mut self, slot: u32) {
         let empty = Mbarrier(self.base() + self.pipe.smem.empty(slot));
-        // SAFETY: initialised before the roles parted; no CTA of a cluster ends before the other.
+        // SAFETY: I1, the barriers are initialised; I4, the warp is converged; no CTA of a cluster ends before the
+        // other.
         unsafe {
             empty.arrive_elected();
             if self.pipe.smem.cluster > 1 {
@@ -146,7 +149,7 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
     fn qk<const D8: usize, const N8: usize>(&mut self, k: u32, pair: u32) -> Pending<Fragment<N8>> {
         let q = Descriptor::k_major(self.base + self.pipe.smem.q(self.index(), pair));
         let k = Descriptor::k_major(self.base + self.pipe.smem.slot(k));
-        // SAFETY: both tiles are full, and stay so until this product is waited for.
+        // SAFETY: I2, both tiles are full until this product is waited for.
         unsafe {
             wgmma::multiply::<E, N8>(D8 as u32 / 2, |step| {
                 [q.offset(columns_step(WARPGROUP_ROWS, step)), k.offset(columns_step(8 * N8 as u32, step))]
@@ -161,7 +164,7 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
         v: u32,
     ) -> Pending<Fragment<D8>> {
         let v = Descriptor::mn_major(self.base + self.pipe.smem.slot(v), 8 * N8 as u32 * PANEL_ROW_BYTES);
-        // SAFETY: the tile of V is full, and stays so until this product is waited for.
+        // SAFETY: I2, the tile of V is full until this product is waited for.
         unsafe { wgmma::accumulate::<E, N8, D8>(o, p, |step| v.offset(rows_step(step))) }
     }
 
@@ -183,7 +186,7 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
             self.store_tile(&packed, tile);
         } else {
             let at = Lines { batch: tile.batch, head: tile.head, row: self.first_row(tile), column: 0 };
-            // SAFETY: the host has checked the tensor, whose rows of this tile belong to this warpgroup.
+            // SAFETY: I5, the host has checked the tensor; I6, the rows of this tile belong to this warpgroup.
             unsafe { store_lines(&packed, &to.rows, at, shape.seqlen_q, shape) };
         }
     }
@@ -193,7 +196,7 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
         let line = (tile.batch * shape.heads_q + tile.head) as u64 * shape.seqlen_q as u64;
         for (half, value) in values.into_iter().enumerate() {
             let row = self.first_row(tile) + lane.row(half as u32);
-            // SAFETY: a live row lies within the array, which the host has checked; one lane of its quad stores it.
+            // SAFETY: I5, a row below seqlen_q lies within the array; I6, one lane of the row's quad stores it.
             unsafe { store_f32(row < shape.seqlen_q && lane.column == 0, address + 4 * (line + row as u64), value) };
         }
     }

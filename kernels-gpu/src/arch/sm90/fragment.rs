@@ -1,8 +1,8 @@
-//! One thread's share of a 64 × 8·N8 tile (PTX ISA, wgmma accumulator layout).
+//! Fragment: one thread's share of a 64 × 8·N8 tile (PTX ISA, wgmma accumulator layout).
 //!
-//! Columns come in groups of eight. Of each group a thread holds two neighbouring columns of two rows that are eight
-//! apart, so a row belongs to a quad of four lanes. The left operand of a product has the same layout with pairs of
-//! columns packed into one register, which is why P needs no exchange between lanes.
+//! Columns come in n8 column groups of eight. Of each group a thread holds two neighbouring columns of two rows that
+//! are eight apart, so a row belongs to a quad of four lanes. The left operand of a product has the same layout with
+//! pairs of columns packed into one register, so P needs no exchange between lanes.
 
 use super::math::{self, Packed};
 use crate::tile::lane::Lane;
@@ -15,19 +15,20 @@ pub struct Fragment<const N8: usize>(pub [[f32; 4]; N8]);
 #[derive(Clone, Copy)]
 pub struct Operand<const N8: usize>(pub [[u32; 2]; N8]);
 
-/// Column groups whose columns of one thread and row are the bits of a word.
+/// Number of column groups whose columns, of one thread and row, are the bits of a word.
 const GROUPS_PER_WORD: usize = 16;
 
-/// The two rows of a thread.
+/// One f32 for each of the two rows of a thread.
 pub type Rows = [f32; 2];
 
 impl<const N8: usize> Fragment<N8> {
-    /// A row's live columns as bits, one for each that this thread holds: ptxas moves several at a time to predicates,
+    /// Sets the elements of row r outside the columns `start..end` of `columns(r)` to `fill`. The valid columns of a
+    /// row are computed as bits, one for each column of this thread. ptxas moves several bits at a time to predicates,
     /// which leaves little more than one selection for each element.
     #[inline(always)]
     pub fn fill_outside(&mut self, lane: Lane, fill: f32, columns: impl Fn(u32) -> (i32, i32)) {
         const { assert!(N8 <= 2 * GROUPS_PER_WORD, "a row's columns of one thread are bits of two words") };
-        // How many of this thread's columns lie before one: the even ones, and the odd ones.
+        // Returns the number of this thread's columns before a column: the even ones plus the odd ones.
         let before = |column: i32| {
             let column = column.clamp(0, 8 * N8 as i32) - lane.column as i32;
             ((column + 7) >> 3) + ((column + 6) >> 3)
@@ -65,7 +66,7 @@ impl<const N8: usize> Fragment<N8> {
         }
     }
 
-    /// The same for the left or right half of the columns.
+    /// Applies [`Fragment::map_rows`] to the left or right half of the columns.
     #[inline(always)]
     pub fn map_half(&mut self, half: usize, rows: Rows, f: impl Fn(f32, f32) -> f32) {
         for (group, registers) in self.0.iter_mut().enumerate() {
@@ -77,7 +78,7 @@ impl<const N8: usize> Fragment<N8> {
         }
     }
 
-    /// As [`Fragment::fold`], of the left or right half of the columns.
+    /// Applies [`Fragment::fold`] to the left or right half of the columns.
     #[inline(always)]
     pub fn fold_half(&self, half: usize, f: impl Fn(f32, f32) -> f32) -> Rows {
         let first = half * (N8 / 2);
@@ -92,7 +93,8 @@ impl<const N8: usize> Fragment<N8> {
         [f(chains[0], chains[1]), f(chains[2], chains[3])]
     }
 
-    /// Four independent chains, so that none waits for its own last result.
+    /// Folds each row's elements of this thread, in four independent chains, so that none waits for its own last
+    /// result.
     #[inline(always)]
     pub fn fold(&self, f: impl Fn(f32, f32) -> f32) -> Rows {
         let mut chains = self.0[0];
@@ -104,17 +106,18 @@ impl<const N8: usize> Fragment<N8> {
         [f(chains[0], chains[1]), f(chains[2], chains[3])]
     }
 
-    /// The largest of each of `rows` and the row's elements.
+    /// Returns the maximum of `rows` and each row's elements.
     #[inline(always)]
     pub fn maxima(&self, rows: Rows) -> Rows {
         let [a, b] = self.fold(f32::max);
         reduce([a.max(rows[0]), b.max(rows[1])], f32::max)
     }
 
-    /// The same, sooner, unless a thread of the warp finds only negative numbers in a row.
+    /// Returns the maxima of [`Fragment::maxima`]. It is faster unless a thread of the warp finds only negative numbers
+    /// in a row.
     ///
-    /// The bits of floats that are not negative, taken for integers, have the order of the floats and lie above those
-    /// of all negative ones; and integers have an instruction for the largest of three, which halves the work.
+    /// The bits of floats that are not negative, read as integers, have the order of the floats and lie above those of
+    /// all negative ones. Integers have an instruction for the maximum of three, which halves the work.
     #[inline(always)]
     pub fn maxima_mostly_positive(&self, rows: Rows) -> Rows {
         let bits = |x: f32| x.to_bits() as i32;
@@ -126,7 +129,7 @@ impl<const N8: usize> Fragment<N8> {
         }
         let [a, b] = [0, 1].map(|half| chains[2 * half].max(chains[2 * half + 1]).max(bits(rows[half])));
         let negative = math::any(a | b < 0);
-        // Before the branch, which then need not be waited for.
+        // Computed before the branch, so that it need not wait for the branch.
         let maxima = reduce([a, b].map(|x| f32::from_bits(x as u32)), f32::max);
         if negative { self.maxima(rows) } else { maxima }
     }
@@ -146,7 +149,7 @@ impl<const N8: usize> Fragment<N8> {
     }
 }
 
-/// Joins what the four lanes of a quad hold of each row.
+/// Joins the folds that the four lanes of a quad hold of each row.
 #[inline(always)]
 pub fn reduce(mut rows: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
     for x in &mut rows {
@@ -158,7 +161,7 @@ pub fn reduce(mut rows: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {
 
 /// Transposes four registers across the four lanes of a quad: lane i gets every lane's register i, in lane order.
 ///
-/// Selections are instructions, not branches: a branch by lane could take the shuffles with it.
+/// Selections are instructions and not branches, because a branch by lane could take the shuffles with it.
 #[inline(always)]
 pub fn transpose_quad(lane: Lane, mut x: [u32; 4]) -> [u32; 4] {
     let [odd, upper] = [-((lane.column as i32) >> 1 & 1), -((lane.column as i32) >> 2)];

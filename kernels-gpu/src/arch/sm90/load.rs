@@ -1,4 +1,4 @@
-//! Loads of a few values at a time, and what is added to memory.
+//! Loads of a few values at a time, reductions to global memory, and counters.
 
 use core::arch::asm;
 
@@ -7,24 +7,24 @@ use super::cta::Leader;
 use super::fragment::Operand;
 use super::store::matrices_of_pair;
 
-/// Two f32 of shared memory.
+/// Loads two f32 from shared memory.
 ///
 /// # Safety
-/// The address is 8-byte aligned and readable, and what it holds has been made visible to this thread.
+/// The address is 8-byte aligned and readable, and its contents have been made visible to this thread.
 #[inline(always)]
 pub unsafe fn load_shared_pair(address: u32) -> [f32; 2] {
     let (a, b): (f32, f32);
-    // SAFETY: the caller's promise. Not `pure`: what is there changes.
+    // SAFETY: the caller's promise. The instruction is not `pure`, because the contents change.
     unsafe {
         asm!("ld.shared.v2.f32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg32) address, options(nostack));
     }
     [a, b]
 }
 
-/// 16 bytes of shared memory.
+/// Loads 16 bytes from shared memory.
 ///
 /// # Safety
-/// As [`load_shared_pair`], 16-byte aligned.
+/// The address is 16-byte aligned and readable, and its contents have been made visible to this thread.
 #[inline(always)]
 pub unsafe fn load_shared_16_bytes(address: u32) -> [u32; 4] {
     let (a, b, c, d): (u32, u32, u32, u32);
@@ -36,8 +36,8 @@ pub unsafe fn load_shared_16_bytes(address: u32) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// Reads the rows of a tile of `rows` rows in shared memory, at `tile`, from row `first_row` on, as a left operand;
-/// each warp its own sixteen, as [`super::store::write_tile`] would write them.
+/// Reads the rows of a tile of `rows` rows in shared memory, at `tile`, from row `first_row` on, as a left operand
+/// (`ldmatrix`). Each warp reads its own sixteen rows, in the layout of [`super::store::write_tile`].
 ///
 /// # Safety
 /// All lanes of the warp run it together. The rows are readable, and have been made visible to this thread.
@@ -57,7 +57,7 @@ pub unsafe fn read_tile<const N8: usize>(tile: u32, rows: u32, first_row: u32) -
     x
 }
 
-/// 16 bytes of global memory.
+/// Loads 16 bytes from global memory.
 ///
 /// # Safety
 /// The address is 16-byte aligned and readable.
@@ -73,7 +73,7 @@ pub unsafe fn load_16_bytes(address: u64) -> [u32; 4] {
     x
 }
 
-/// An f32 of global memory.
+/// Loads an f32 from global memory.
 ///
 /// # Safety
 /// The address is 4-byte aligned and readable.
@@ -85,10 +85,10 @@ pub unsafe fn load_f32(address: u64) -> f32 {
     x
 }
 
-/// An f32 of global memory where `live`, otherwise `or`.
+/// Loads an f32 from global memory if `live`; otherwise returns `or`.
 ///
 /// # Safety
-/// Where `live`, the address is 4-byte aligned and readable.
+/// If `live`, the address is 4-byte aligned and readable.
 #[inline(always)]
 pub unsafe fn load_f32_or(live: bool, address: u64, or: f32) -> f32 {
     let mut x = or;
@@ -100,7 +100,7 @@ pub unsafe fn load_f32_or(live: bool, address: u64, or: f32) -> f32 {
     x
 }
 
-/// Adds four f32 to global memory, each atomically (PTX ISA, red).
+/// Accumulates four f32 in global memory, each atomically (PTX ISA, red).
 ///
 /// # Safety
 /// The address is 16-byte aligned and writable.
@@ -113,11 +113,12 @@ pub unsafe fn add_global(address: u64, x: [f32; 4]) {
     }
 }
 
-/// The leader starts the copy of `bytes` of global memory to shared memory at `to`; they count at `barrier`.
+/// Issues, by the leader, a TMA copy of `bytes` of global memory to shared memory at `to` (`cp.async.bulk`). The bytes
+/// count at `barrier`.
 ///
 /// # Safety
-/// Both addresses and `bytes` are multiples of 16; the memory is readable, and nobody reads or writes what lies at `to`
-/// until `barrier`'s phase completes.
+/// Both addresses and `bytes` are multiples of 16, and the source is readable. No thread reads or writes the
+/// destination until `barrier`'s phase completes.
 #[inline(always)]
 pub unsafe fn load_bytes(leader: Leader, from: u64, bytes: u32, to: u32, barrier: Mbarrier) {
     // SAFETY: the caller's promise.
@@ -133,7 +134,7 @@ pub unsafe fn load_bytes(leader: Leader, from: u64, bytes: u32, to: u32, barrier
 /// Waits until the counter at `address` has reached `turn`.
 ///
 /// # Safety
-/// The address is a counter that others increase by [`count_turn`].
+/// The address is that of a counter that other CTAs increase by [`count_turn`].
 #[inline(always)]
 pub unsafe fn wait_turn(address: u64, turn: u32) {
     let mut count = 0u32;
@@ -143,10 +144,10 @@ pub unsafe fn wait_turn(address: u64, turn: u32) {
     }
 }
 
-/// The counter at `address`; what was written before it was increased is visible then.
+/// Returns the counter at `address`. Writes that came before its increase are visible then (`ld.acquire`).
 ///
 /// # Safety
-/// As [`wait_turn`].
+/// The address is that of a counter that other CTAs increase by [`count_turn`].
 #[inline(always)]
 pub unsafe fn count_at(address: u64) -> u32 {
     let count: u32;
@@ -155,23 +156,24 @@ pub unsafe fn count_at(address: u64) -> u32 {
     count
 }
 
-/// As [`wait_turn`], where that may take long: sleeps in between.
+/// Waits until the counter at `address` has reached `count`, and sleeps between reads, for waits that may be long.
 ///
 /// # Safety
-/// As [`wait_turn`].
+/// The address is that of a counter that other CTAs increase by [`count_turn`].
 #[inline(always)]
 pub unsafe fn await_count(address: u64, count: u32) {
     // SAFETY: the caller's promise.
     while unsafe { count_at(address) } < count {
-        // SAFETY: no operands but a time, in nanoseconds.
+        // SAFETY: the only operand is a time, in nanoseconds.
         unsafe { asm!("nanosleep.u32 200;", options(nostack)) }
     }
 }
 
-/// The leader increases the counter at `address`, after all that its warpgroup wrote before and synchronised on.
+/// Increases the counter at `address`, by the leader. The increase follows all that its warpgroup wrote before and
+/// synchronised on (`red.release`).
 ///
 /// # Safety
-/// As [`wait_turn`].
+/// The address is that of a counter that CTAs increase by this function.
 #[inline(always)]
 pub unsafe fn count_turn(leader: Leader, address: u64) {
     // SAFETY: the caller's promise.
@@ -181,11 +183,11 @@ pub unsafe fn count_turn(leader: Leader, address: u64) {
     }
 }
 
-/// Where `leader`, sets the word at `address` to `owner` if it is 0, and tells what it is then; others get nothing of
-/// meaning.
+/// Sets the word at `address` to `owner` if it is 0, and returns its value afterwards, in the `leader`. In other
+/// threads the result is meaningless.
 ///
 /// # Safety
-/// The address is a word that others change by this alone while it is 0.
+/// The address is that of a word that, while it is 0, only this function changes.
 #[inline(always)]
 pub unsafe fn claim(leader: Leader, address: u64, owner: u32) -> u32 {
     let mut found = 0u32;

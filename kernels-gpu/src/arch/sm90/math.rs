@@ -1,4 +1,4 @@
-//! Arithmetic instructions that rustc does not choose by itself.
+//! Arithmetic instructions that rustc does not emit on its own.
 
 use core::arch::asm;
 
@@ -22,19 +22,19 @@ macro_rules! unary {
 }
 
 unary!(
-    /// 2^x on the special-function unit, relative error 2⁻²² (PTX ISA, ex2.approx).
+    /// Returns 2^x from the SFU, relative error 2⁻²² (PTX ISA, ex2.approx).
     exp2, "ex2.approx.ftz.f32"
 );
 unary!(
-    /// log₂ x on the special-function unit (PTX ISA, lg2.approx).
+    /// Returns log₂ x from the SFU (PTX ISA, lg2.approx).
     log2, "lg2.approx.ftz.f32"
 );
 unary!(
-    /// 1 / x on the special-function unit, within one unit in the last place (PTX ISA, rcp.approx).
+    /// Returns 1 / x from the SFU, within one unit in the last place (PTX ISA, rcp.approx).
     recip, "rcp.approx.ftz.f32"
 );
 
-/// a·b + c with one rounding.
+/// Returns a·b + c with one rounding.
 #[inline(always)]
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     let d: f32;
@@ -46,7 +46,7 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     d
 }
 
-/// The larger of two; NaN if one is.
+/// Returns the larger of two; NaN if one is NaN.
 #[inline(always)]
 pub fn larger(a: f32, b: f32) -> f32 {
     let c: f32;
@@ -57,7 +57,7 @@ pub fn larger(a: f32, b: f32) -> f32 {
     c
 }
 
-/// `a` where `choose` is not negative, otherwise `b`. One instruction, which LLVM cannot turn into a branch.
+/// Returns `a` if `choose` is not negative, otherwise `b`. It is one instruction, which LLVM cannot turn into a branch.
 #[inline(always)]
 pub fn select(choose: i32, a: u32, b: u32) -> u32 {
     let d: u32;
@@ -69,7 +69,7 @@ pub fn select(choose: i32, a: u32, b: u32) -> u32 {
     d
 }
 
-/// `a | b & !c`, in one instruction; as two, ptxas lacks registers for it in backward at head dim 64.
+/// Returns `a | b & !c`, in one instruction (`lop3`). With two, ptxas runs out of registers in backward at head dim 64.
 #[inline(always)]
 pub fn or_and_not(a: u32, b: u32, c: u32) -> u32 {
     let d: u32;
@@ -81,7 +81,7 @@ pub fn or_and_not(a: u32, b: u32, c: u32) -> u32 {
     d
 }
 
-/// The lowest `count` bits set; all of them from 32 on.
+/// Returns a word with the lowest `count` bits set; all bits from 32 on.
 #[inline(always)]
 pub fn ones(count: u32) -> u32 {
     let d: u32;
@@ -90,12 +90,12 @@ pub fn ones(count: u32) -> u32 {
     d
 }
 
-/// The value that the lane `self XOR mask` holds; every lane of the warp must call it.
+/// Returns the value that the lane `self XOR mask` holds. Every lane of the warp must call it.
 #[inline(always)]
 pub fn shuffle_xor<const MASK: u32>(x: u32) -> u32 {
     let y: u32;
-    // SAFETY: all 32 lanes of the warp run this, converged; it touches registers only. It is not `pure`, so that it
-    // is neither duplicated nor moved into a branch that only some lanes take.
+    // SAFETY: I4, the warp is converged. The instruction touches registers only. It is not `pure`, so that it is
+    // neither duplicated nor moved into a branch that only some lanes take.
     unsafe {
         asm!("shfl.sync.bfly.b32 {0}, {1}, {2}, 31, 0xffffffff;", out(reg32) y, in(reg32) x, const MASK,
              options(nomem, nostack));
@@ -103,11 +103,12 @@ pub fn shuffle_xor<const MASK: u32>(x: u32) -> u32 {
     y
 }
 
-/// Whether any lane of the warp has `x`; every lane must call it, and gets the same answer.
+/// Returns true, in every lane, if any lane of the warp has `x`. Every lane must call it.
 #[inline(always)]
 pub fn any(x: bool) -> bool {
     let y: u32;
-    // SAFETY: as `shuffle_xor`.
+    // SAFETY: I4, the warp is converged. The instruction touches registers only. It is not `pure`, so that it is
+    // neither duplicated nor moved into a branch that only some lanes take.
     unsafe {
         asm!("{{ .reg .pred p, q; setp.ne.u32 p, {1}, 0; vote.sync.any.pred q, p, 0xffffffff; selp.u32 {0}, 1, 0, q; }}",
              out(reg32) y, in(reg32) x as u32, options(nomem, nostack));
@@ -115,8 +116,8 @@ pub fn any(x: bool) -> bool {
     y != 0
 }
 
-/// The same value, opaque to LLVM: what is computed from it is computed here, and not kept from one iteration of a loop
-/// to the next in a register that the fragments need.
+/// Returns `x`, opaque to LLVM. Values computed from it are rematerialised here, instead of kept from one iteration of
+/// a loop to the next in a register that the fragments need.
 #[inline(always)]
 pub fn fresh(x: u32) -> u32 {
     let y: u32;
@@ -125,7 +126,8 @@ pub fn fresh(x: u32) -> u32 {
     y
 }
 
-/// All ones in each half where the magnitude of the f16 in `a` is not below the f16 in `b`, zeros elsewhere.
+/// Returns, in each half, all ones if the magnitude of the f16 in `a` is not below the f16 in `b`, and zeros otherwise.
+/// A NaN in `a` counts as not below.
 #[inline(always)]
 pub fn at_least_f16x2(a: u32, b: u32) -> u32 {
     let d: u32;
@@ -137,13 +139,13 @@ pub fn at_least_f16x2(a: u32, b: u32) -> u32 {
     d
 }
 
-/// An element type that the tensor cores take.
+/// Element type that the tensor cores take.
 pub trait Packed: Element {
-    /// `low` and `high` rounded and put in one register.
+    /// Rounds `low` and `high` and packs them in one register.
     fn pack(low: f32, high: f32) -> u32;
-    /// The same, with 0 for what has a negative sign.
+    /// Rounds and packs as [`Packed::pack`] does, with 0 for a value whose sign bit is set (`relu`).
     fn pack_positive(low: f32, high: f32) -> u32;
-    /// The two elements of a register.
+    /// Returns the two elements of a register.
     fn unpack(pair: u32) -> [f32; 2];
 }
 

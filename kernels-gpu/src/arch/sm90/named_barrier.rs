@@ -7,7 +7,7 @@ use core::arch::asm;
 
 use crate::tile::lane::WARPGROUP_THREADS;
 
-/// An id of one of the enums below.
+/// Named barrier: an id of one of the enums below.
 #[derive(Clone, Copy)]
 pub struct NamedBarrier(u32);
 
@@ -15,14 +15,14 @@ impl NamedBarrier {
     /// Waits until `threads` threads have synchronised or arrived here.
     #[inline(always)]
     pub fn sync(self, threads: u32) {
-        // SAFETY: every caller's warps are converged here, and each id is used by one fixed set of warpgroups.
+        // SAFETY: I4, every caller's warps are converged; each id is used by one fixed set of warpgroups.
         unsafe { asm!("bar.sync {0}, {1};", in(reg32) self.0, in(reg32) threads, options(nostack)) }
     }
 
     /// Arrives without waiting.
     #[inline(always)]
     pub fn arrive(self, threads: u32) {
-        // SAFETY: every caller's warps are converged here, and each id is used by one fixed set of warpgroups.
+        // SAFETY: I4, every caller's warps are converged; each id is used by one fixed set of warpgroups.
         unsafe { asm!("bar.arrive {0}, {1};", in(reg32) self.0, in(reg32) threads, options(nostack)) }
     }
 }

@@ -1,4 +1,4 @@
-//! The producer: one thread that keeps the ring full.
+//! Producer of the forward kernel: one thread that keeps the ring of K and V full.
 
 use core::mem::offset_of;
 
@@ -41,17 +41,18 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
     }
     let block_m = smem.consumers * WARPGROUP_ROWS;
     let mut position = Position::PRODUCER;
-    // Of a cluster, which CTA loads the next tile for both.
+    // Multicast rank: the CTA of the cluster that loads the next tile for both.
     let mut turn = 0;
     let pairs = p.second.pairs(&p.shape);
-    // The consumers load Q, a step before they need it; here its work tile begins two steps sooner.
+    // Prefetches Q into L2. The consumers load Q one step before they need it, while a work tile begins two steps
+    // earlier here.
     let tiles = tiles.inspect(|tile| {
         for (part, panel) in
             (0..smem.consumers).flat_map(|part| (0..panels(smem.head_dim)).map(move |panel| (part, panel)))
         {
             let row = tile.m_block * block_m + part * WARPGROUP_ROWS;
             let at = BoxOrigin { column: panel * PANEL_COLUMNS, row, head: tile.head, batch: tile.batch };
-            // SAFETY: the host has made the map.
+            // SAFETY: I5, the host has made the tensor map.
             unsafe { prefetch_box(Leader::SOLE, map(offset_of!(ForwardParams<TensorMap, S>, q)), at) };
         }
     });
@@ -64,8 +65,8 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
         let slot = base + smem.slot(position.slot);
         let mine = smem.cluster == 1 || turn == cluster_rank();
         turn ^= 1;
-        // SAFETY: the barriers were initialised before the roles parted; the slot is empty once the wait returns, in
-        // both CTAs of a cluster, and each panel lies within it.
+        // SAFETY: I1, the barriers are initialised; I3, the slot is empty once the wait returns, in both CTAs of a
+        // cluster, and each panel lies within it.
         unsafe {
             Mbarrier(base + smem.empty(position.slot)).wait(position.parity);
             full.arrive_expect(Leader::SOLE, smem.slot_bytes());

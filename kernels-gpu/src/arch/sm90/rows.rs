@@ -1,5 +1,5 @@
-//! The kernels before and after the backward kernel: what it needs of each query row, and dQ from the
-//! workspace, with the parts of dK and dV that are there.
+//! Pre- and postprocess kernels of the backward pass. The first computes `neg_lse_log2` and δ of each query row. The
+//! second converts dQ from the workspace, and sums the parts of dK and dV if there are any.
 
 use core::arch::asm;
 use core::arch::nvptx::{_block_idx_x, _grid_dim_x, _thread_idx_x};
@@ -19,26 +19,26 @@ use crate::params::{FinishParams, PrepareParams};
 use crate::params::{PREPARE_ROWS, ROW_KERNEL_THREADS};
 use crate::tile::lane::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 
-/// Lanes that share a row, each with eight elements at a time.
+/// Number of lanes that share a row, each with eight elements at a time.
 const LANES: u32 = 8;
 const LARGEST_HEAD_DIM: u32 = 256;
 
-/// Fills the workspace's rows of one CTA: LSE, delta, and zeros for dQ where no work tile stores it; and sets counters
-/// to 0.
+/// Fills the workspace's rows of one CTA: `neg_lse_log2`, δ, and zeros for dQ if no work tile initialises it. Sets the
+/// counters and states of key heads.
 #[inline(always)]
 pub fn prepare<E: Packed>(p: &PrepareParams) {
     // SAFETY: reads special registers.
     let (thread, cta) = unsafe { (_thread_idx_x() as u32, _block_idx_x() as u32) };
-    // CTAs of one head, and so heads, follow one another.
+    // CTAs of one head follow one another, and so do heads.
     let ctas = quotient(p.workspace.rows, PREPARE_ROWS);
     let index = quotient(cta, ctas);
     let batch = quotient(index, p.shape.heads_q);
     let head = index - batch * p.shape.heads_q;
-    // There are no more key heads than query heads.
+    // The first CTA of a query head also serves a key head, because there are no more key heads than query heads.
     let counts = cta == index * ctas && head < p.shape.heads_kv && thread == 0;
     let key_head = p.shape.key_head(batch, head);
     let first_values = if key_head < p.first.zeroed { READY } else { FREE };
-    // SAFETY: words of the workspace, which no other CTA sets. 0.0 has the bits of 0.
+    // SAFETY: I5, these are words of the workspace; I6, no other CTA sets them. 0.0 has the bits of 0.
     unsafe {
         store_f32(counts, p.workspace.tiles_counter(key_head), 0.0);
         store_f32(counts, p.workspace.first_values_word(key_head), f32::from_bits(first_values));
@@ -49,7 +49,7 @@ pub fn prepare<E: Packed>(p: &PrepareParams) {
     }
 }
 
-/// One row, by the lanes that share it.
+/// Fills one row, by the lanes that share it.
 #[inline(always)]
 fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, lane: u32) {
     let live = row < p.shape.seqlen_q;
@@ -59,7 +59,7 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
         let column = (chunk * LANES + lane) * 8;
         if live && column < p.shape.head_dim {
             let at = |address: u64, offset: i64| address + 2 * (offset + column as i64) as u64;
-            // SAFETY: eight elements of a row that the host has checked.
+            // SAFETY: I5, these are eight elements of a row.
             let (x, y) = unsafe { (load_16_bytes(at(p.o.address, o)), load_16_bytes(at(p.d_o.address, d_o))) };
             for i in 0..4 {
                 let ([a, b], [c, d]) = (E::unpack(x[i]), E::unpack(y[i]));
@@ -73,14 +73,14 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
     let (mut offset, mut statistic) = (f32::NEG_INFINITY, 0.0);
     if live {
         let at = 4 * ((batch * p.shape.heads_q + head) as u64 * p.shape.seqlen_q as u64 + row as u64);
-        // SAFETY: elements of arrays that the host has checked.
+        // SAFETY: I5, these are elements of the arrays.
         unsafe {
             offset = exponent_offset(load_f32(p.lse + at));
             statistic = delta(dot, if p.d_lse == 0 { 0.0 } else { load_f32(p.d_lse + at) });
         }
     }
     let index = p.workspace.row(&p.shape, batch, head, row);
-    // SAFETY: this row of the workspace, which the host has made large enough; no other lane stores the same.
+    // SAFETY: I5, this row is part of the workspace; I6, no other lane stores these elements.
     unsafe {
         store_f32(lane == 0, p.workspace.offsets + 4 * index, offset);
         store_f32(lane == 0, p.workspace.delta + 4 * index, statistic);
@@ -96,11 +96,12 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
     }
 }
 
-/// Turns 64 rows of the workspace's dQ into rows of the tensor; each warpgroup half of the columns, as the threads of
-/// the backward kernel added them. CTAs behind those for dQ add up parts of dK and dV.
+/// Converts 64 rows of the workspace's dQ to rows of the tensor. Each warpgroup converts half of the columns, in the
+/// accumulator layout in which the backward kernel stored them. CTAs after those for dQ sum the parts of dK and dV.
 ///
-/// It runs on multiprocessors that the backward kernel has left while others are still at its last work tiles. CTAs of
-/// this kernel start only when all of that one run or are done, so none of those that they wait for needs their place.
+/// The kernel runs on SMs that the backward kernel has left while other CTAs of it still compute their last work tiles.
+/// CTAs of this kernel start only when all CTAs of the backward kernel are running or done. So no CTA that they wait
+/// for needs their place.
 #[inline(always)]
 pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
     // SAFETY: reads special registers.
@@ -114,14 +115,14 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
     }
     let place = quotient(cta, blocks);
     let row = (cta - place * blocks) * WARPGROUP_ROWS;
-    // Heads that were filled with zeros come last: so do the work tiles of their first keys.
+    // Heads whose dQ was filled with zeros come last, because the work tiles of their first keys do.
     let heads = p.shape.batch * p.shape.heads_q;
     let head_index = place + p.first.zeroed * p.shape.group();
     let head_index = if head_index >= heads { head_index - heads } else { head_index };
     let batch = quotient(head_index, p.shape.heads_q);
     let head = head_index - batch * p.shape.heads_q;
     await_dq(p, batch, head, cta);
-    // Nobody may have stored rows of padding.
+    // Rows of padding may never have been stored.
     if row >= p.shape.seqlen_q {
         return;
     }
@@ -129,20 +130,20 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
     let address = p.workspace.dq + 4 * (first + (part * WARPGROUP_ROWS * head_dim / 2) as u64) + 16 * thread as u64;
     let mut dq = Fragment([[0.0; 4]; Q8]);
     for (group, x) in dq.0.iter_mut().enumerate() {
-        // SAFETY: this warpgroup's part of these rows.
+        // SAFETY: I5, these are this warpgroup's elements of the workspace.
         let loaded = unsafe { load_16_bytes(address + (group as u32 * 16 * WARPGROUP_THREADS) as u64) };
         *x = loaded.map(|x| f32::from_bits(x) * p.scale);
     }
     let at = Lines { batch, head, row, column: part * 8 * Q8 as u32 };
-    // SAFETY: the host has checked the tensor, of which these rows and columns belong to this warpgroup.
+    // SAFETY: I5, the host has checked the tensor; I6, these rows and columns belong to this warpgroup.
     unsafe { store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape) };
 }
 
-/// Columns that a warpgroup adds up parts of, eights.
+/// Number of n8 column groups of the parts that a warpgroup sums.
 const PART_N8: usize = 4;
 
-/// Adds up the parts of 64 rows of dK or dV, of a work tile that was taken in parts, in their order: of each half of
-/// the columns as many as a warpgroup takes.
+/// Sums the parts of 64 rows of dK or dV of a split work tile, in the order of the parts. Each warpgroup sums
+/// [`PART_N8`] column groups of its half of the columns.
 #[inline(always)]
 fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index: u32) {
     // SAFETY: reads a special register.
@@ -155,21 +156,22 @@ fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index
     let (tile, gradient) = (index / 2, index % 2);
     let keys = key_block(&p.shape, block_n, &p.first.tile(&p.order, p.sharing.from + tile));
     let column = half * head_dim / 2 + chunk * columns;
-    // Of 64 rows, eight columns lie after eight, sixteen bytes of each thread in turn.
+    // The 64 rows have the accumulator layout: one n8 column group after another, with sixteen bytes of each thread in
+    // order.
     let first = block * WARPGROUP_ROWS * head_dim + column * WARPGROUP_ROWS;
     let elements = block_n * head_dim;
     let address = p.workspace.part(tile * p.sharing.parts.value, gradient, elements) + (4 * first + 16 * thread) as u64;
     await_grid_before();
     let load = |part: u32| {
         let address = address + part as u64 * (2 * 4 * elements) as u64;
-        // SAFETY: this thread's elements of a slot, which the backward kernel has filled.
+        // SAFETY: I5, these are this thread's elements of a slot, which the backward kernel has filled.
         [0, 1, 2, 3].map(|group| unsafe { load_16_bytes(address + group * (16 * WARPGROUP_THREADS) as u64) })
     };
     let mut sum = Fragment([[0.0; 4]; PART_N8]);
     let parts = p.sharing.parts.value;
     for first in (0..parts).step_by(2) {
-        // Two at once. ptxas would take more, and for them registers from all CTAs.
-        // SAFETY: no instruction.
+        // Two parts are loaded at once. ptxas would unroll further, and take registers for that from all CTAs.
+        // SAFETY: a pragma emits no instruction.
         unsafe { asm!(".pragma \"nounroll\";", options(nostack)) };
         let second = first + 1;
         let [x, y] = [load(first), load(second.min(parts - 1))];
@@ -185,12 +187,12 @@ fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index
     let to = choose(gradient, &p.dk, &p.dv);
     let row = keys.n_block * block_n + block * WARPGROUP_ROWS;
     let at = Lines { batch: keys.batch, head: keys.head, row, column };
-    // SAFETY: the host has checked the tensors, of which these rows and columns belong to this warpgroup.
+    // SAFETY: I5, the host has checked the tensors; I6, these rows and columns belong to this warpgroup.
     unsafe { store_lines(&sum.pack::<E>(), &to, at, p.shape.seqlen_k, &p.shape) };
 }
 
-/// The first, 0, or the second, 1, of two tensors, by arithmetic: a choice between two addresses of parameters would
-/// have them copied to memory.
+/// Returns the first (`second` 0) or the second (1) of two tensors, by arithmetic. A choice between two addresses of
+/// parameters would make the compiler copy them to memory.
 #[inline(always)]
 fn choose(second: u32, a: &Strided, b: &Strided) -> Strided {
     let mask = fresh(second.wrapping_neg()) as i32 as i64;
@@ -203,8 +205,9 @@ fn choose(second: u32, a: &Strided, b: &Strided) -> Strided {
     }
 }
 
-/// Waits until all work tiles have added what they have to a head's dQ. Where some may have been taken in parts, and in
-/// the last CTA, it waits for the whole backward kernel instead: who waits for this grid then finds dK and dV, too.
+/// Waits until all work tiles have accumulated their part of a head's dQ. If some tiles may have been split, and in the
+/// last CTA, it waits for the whole backward kernel instead. So a grid that waits for this one finds dK and dV
+/// complete, too.
 #[inline(always)]
 fn await_dq(p: &FinishParams, batch: u32, head: u32, cta: u32) {
     // SAFETY: reads special registers.
@@ -213,9 +216,9 @@ fn await_dq(p: &FinishParams, batch: u32, head: u32, cta: u32) {
     if cta + 1 == ctas || key_head.max(p.first.place(key_head)) >= p.shared_head {
         await_grid_before();
     } else if thread == 0 {
-        // SAFETY: a counter of the workspace.
+        // SAFETY: I5, the address is a counter of the workspace.
         unsafe { await_count(p.workspace.tiles_counter(key_head), p.key_blocks) };
     }
-    // What one thread has acquired is for all.
+    // After this barrier, what one thread has acquired is visible to all threads.
     RowBarrier::DqComplete.barrier().sync(ROW_KERNEL_THREADS);
 }

@@ -1,6 +1,7 @@
-//! Stores to global memory: by the copy engine, from a tile in shared memory, or by each thread, predicated.
+//! Stores to global memory, by TMA from a tile in shared memory or by each thread with a predicate, and stores to
+//! shared memory.
 //!
-//! A predicate is part of the instruction and not a branch around it: a branch that only some lanes take could be
+//! A predicate is part of the instruction and not a branch around it. A branch that only some lanes take could be
 //! merged with later code that all lanes of the warp must run together.
 
 use core::arch::asm;
@@ -14,10 +15,10 @@ use crate::tile::lane::Lane;
 use crate::tile::lane::WARP_ROWS;
 use crate::tile::smem::PANEL_ROW_BYTES;
 
-/// Stores 16 bytes at `address` where `live`.
+/// Stores 16 bytes at `address` if `live`.
 ///
 /// # Safety
-/// Where `live`, the address is 16-byte aligned and writable, and no other thread accesses it.
+/// If `live`, the address is 16-byte aligned and writable, and no other thread accesses it.
 #[inline(always)]
 pub unsafe fn store_16_bytes(live: bool, address: u64, x: [u32; 4]) {
     // SAFETY: the caller's promise.
@@ -30,10 +31,10 @@ pub unsafe fn store_16_bytes(live: bool, address: u64, x: [u32; 4]) {
     }
 }
 
-/// Stores an f32 at `address` where `live`.
+/// Stores an f32 at `address` if `live`.
 ///
 /// # Safety
-/// As [`store_16_bytes`], 4-byte aligned.
+/// If `live`, the address is 4-byte aligned and writable, and no other thread accesses it.
 #[inline(always)]
 pub unsafe fn store_f32(live: bool, address: u64, x: f32) {
     // SAFETY: the caller's promise.
@@ -46,7 +47,7 @@ pub unsafe fn store_f32(live: bool, address: u64, x: f32) {
 /// Stores 16 bytes to shared memory at `address`.
 ///
 /// # Safety
-/// The address is 16-byte aligned and nobody else accesses it.
+/// The address is 16-byte aligned, and no other thread accesses the 16 bytes.
 #[inline(always)]
 pub unsafe fn store_shared_16_bytes(address: u32, x: [u32; 4]) {
     // SAFETY: the caller's promise.
@@ -56,10 +57,10 @@ pub unsafe fn store_shared_16_bytes(address: u32, x: [u32; 4]) {
     }
 }
 
-/// Stores an f32 to shared memory at `address` where `live`.
+/// Stores an f32 to shared memory at `address` if `live`.
 ///
 /// # Safety
-/// Where `live`, the address is 4-byte aligned and nobody else accesses it.
+/// If `live`, the address is 4-byte aligned, and no other thread accesses it.
 #[inline(always)]
 pub unsafe fn store_shared_f32(live: bool, address: u32, x: f32) {
     // SAFETY: the caller's promise.
@@ -69,11 +70,11 @@ pub unsafe fn store_shared_f32(live: bool, address: u32, x: f32) {
     }
 }
 
-/// Writes four 8 × 8 matrices to shared memory, as the fragments of a warp hold them: lane 8·i + r gives the address of
-/// row r of matrix i, 16 bytes (PTX ISA, stmatrix).
+/// Writes four 8 × 8 matrices of a warp's fragments to shared memory (PTX ISA, stmatrix). Lane 8·i + r gives the
+/// address of row r of matrix i, 16 bytes.
 ///
 /// # Safety
-/// The whole warp calls it, converged, and nobody else accesses those rows.
+/// The whole warp calls it, converged, and no other warp accesses those rows.
 #[inline(always)]
 unsafe fn store_matrices(row: u32, x: [u32; 4]) {
     // SAFETY: the caller's promise.
@@ -83,19 +84,19 @@ unsafe fn store_matrices(row: u32, x: [u32; 4]) {
     }
 }
 
-/// Makes what this warp has written to shared memory visible to the copy engine and to products.
+/// Makes this warp's writes to shared memory visible to TMA and to products (the async proxy).
 #[inline(always)]
 pub fn fence_async_proxy() {
-    // SAFETY: fences have no operands; the warp is converged here.
+    // SAFETY: I4, the warp is converged; fences have no operands.
     unsafe { asm!("fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff;", options(nostack)) }
 }
 
-/// The leader starts the copy of one box from shared memory at `from`, as part of its open group; what lies past the
-/// tensor's extents is not written.
+/// Issues, by the leader, the TMA store of one box from shared memory at `from`, as part of its open group. Elements
+/// beyond the tensor's extents are not written.
 ///
 /// # Safety
-/// `map` is a tensor map whose box lies at `from`, visible to the copy engine, and stays unwritten until
-/// [`wait_for_stores`]; its rows in global memory are nobody else's.
+/// `map` is a tensor map whose box lies at `from`, visible to TMA, and stays unwritten until [`wait_for_stores`]. No
+/// other thread accesses its rows in global memory.
 #[inline(always)]
 pub unsafe fn store_box(leader: Leader, map: MapAddress, at: BoxOrigin, from: u32) {
     // SAFETY: the caller's promise.
@@ -109,28 +110,28 @@ pub unsafe fn store_box(leader: Leader, map: MapAddress, at: BoxOrigin, from: u3
     }
 }
 
-/// Closes this thread's group of copies.
+/// Closes this thread's group of TMA stores.
 #[inline(always)]
 pub fn commit_stores() {
     // SAFETY: no operands.
     unsafe { asm!("cp.async.bulk.commit_group;", options(nostack)) }
 }
 
-/// Waits until the copy engine has read what this warp's leader gave it.
+/// Waits until TMA has read the boxes that this warp's leader has issued.
 #[inline(always)]
 pub fn wait_for_stores() {
-    // SAFETY: no operands; the warp is converged here.
+    // SAFETY: I4, the warp is converged; there are no operands.
     unsafe { asm!("cp.async.bulk.wait_group.read 0; bar.warp.sync 0xffffffff;", options(nostack)) }
 }
 
-/// The address that this lane holds of the four 8 × 8 matrices of a pair of column groups, in the sixteen rows of its
-/// warp; they lie in a tile of `rows` rows, from row `first_row` on.
+/// Returns the address that this lane gives for the four 8 × 8 matrices of a pair of n8 column groups, in the sixteen
+/// rows of its warp. The rows lie in a tile of `rows` rows, from row `first_row` on.
 #[inline(always)]
 pub fn matrices_of_pair(tile: u32, rows: u32, first_row: u32, pair: u32) -> u32 {
     let thread = thread_of_warpgroup();
     // Lane 8·i + r holds the address of row r of matrix i: upper and lower rows of one column group, then of the next.
     let (row, group) = (first_row + thread / 32 * WARP_ROWS + thread % 16, thread / 16 % 2);
-    // Chunks of 16 bytes lie XORed with the row; those of the other pairs differ in the chunk's upper bits.
+    // Chunks of 16 bytes are XORed with the row; those of the other pairs differ in the chunk's upper bits.
     let first = tile + row * PANEL_ROW_BYTES + (group ^ (row % 8)) * 16;
     (first ^ (pair % 4 * 32)) + pair / 4 * rows * PANEL_ROW_BYTES
 }
@@ -139,18 +140,18 @@ pub fn matrices_of_pair(tile: u32, rows: u32, first_row: u32, pair: u32) -> u32 
 /// writes its own sixteen.
 ///
 /// # Safety
-/// Nobody else accesses those rows.
+/// The whole warp calls it, converged, and no other warp accesses those rows.
 #[inline(always)]
 pub unsafe fn write_tile<const N8: usize>(x: &Operand<N8>, tile: u32, rows: u32, first_row: u32) {
     for pair in 0..N8 / 2 {
         let address = matrices_of_pair(tile, rows, first_row, pair as u32);
         let [[a, b], [c, d]] = [x.0[2 * pair], x.0[2 * pair + 1]];
-        // SAFETY: the rows are this warp's own.
+        // SAFETY: I4, the warp is converged; I6, the rows are this warp's own.
         unsafe { store_matrices(address, [a, b, c, d]) };
     }
 }
 
-/// Where in a tensor a fragment's first element lies.
+/// Place in a tensor of a fragment's first element.
 #[derive(Clone, Copy)]
 pub struct Lines {
     pub batch: u32,
@@ -159,11 +160,11 @@ pub struct Lines {
     pub column: u32,
 }
 
-/// Stores a fragment to the rows `row..` of a tensor by each thread, 16 bytes at a time, as far as there are that
-/// many rows and columns; `columns` says which columns of the tensor the fragment holds.
+/// Stores a fragment to a tensor, with its first element at `at`. Each thread stores 16 bytes at a time; rows from
+/// `seqlen` on and columns beyond the head dim are left out.
 ///
 /// # Safety
-/// Rows below `seqlen` and columns below the shape's head_dim are the tensor's, and nobody else accesses them.
+/// Rows below `seqlen` and columns below the shape's head_dim are the tensor's, and no other thread accesses them.
 #[inline(always)]
 pub unsafe fn store_lines<const D8: usize>(x: &Operand<D8>, to: &Strided, at: Lines, seqlen: u32, shape: &Shape) {
     let lane = Lane::new(thread_of_warpgroup());
@@ -175,7 +176,7 @@ pub unsafe fn store_lines<const D8: usize>(x: &Operand<D8>, to: &Strided, at: Li
             let chunk = transpose_quad(lane, quad);
             let column = at.column + 32 * groups as u32 + 4 * lane.column;
             let live = row < seqlen && column < shape.head_dim;
-            // SAFETY: a live row's eight columns lie within the tensor and belong to this lane alone.
+            // SAFETY: if `live`, the eight columns lie within the tensor and belong to this lane alone.
             unsafe { store_16_bytes(live, line + 2 * column as u64, chunk) };
         }
     }

@@ -1,7 +1,7 @@
-//! The copy engine: boxes of a tensor into shared memory (PTX ISA, cp.async.bulk.tensor).
+//! TMA, the Tensor Memory Accelerator: copies boxes of a tensor into shared memory (PTX ISA, cp.async.bulk.tensor).
 //!
-//! A tensor map describes (head_dim, seqlen, heads, batch); a box is 64 columns × some rows. What lies past an extent
-//! arrives as zeros, which is how short sequences and odd head dims are padded.
+//! A tensor map describes (head_dim, seqlen, heads, batch); a box is 64 columns × some rows. Elements beyond an extent
+//! arrive as zeros. This pads short sequences and odd head dims.
 
 use core::arch::asm;
 
@@ -12,7 +12,7 @@ use super::cta::Leader;
 #[derive(Clone, Copy)]
 pub struct MapAddress(pub u64);
 
-/// Where a box begins in its tensor.
+/// Place in a tensor where a box begins.
 #[derive(Clone, Copy)]
 pub struct BoxOrigin {
     pub column: u32,
@@ -21,10 +21,10 @@ pub struct BoxOrigin {
     pub batch: u32,
 }
 
-/// The leader starts the copy of one box to shared memory at `to`; its bytes count at `barrier`.
+/// Issues, by the leader, the TMA load of one box to shared memory at `to`. Its bytes count at `barrier`.
 ///
 /// # Safety
-/// `map` is a tensor map whose box fits at `to`, which nobody reads or writes until `barrier`'s phase completes.
+/// `map` is a tensor map whose box fits at `to`. No thread reads or writes there until `barrier`'s phase completes.
 #[inline(always)]
 pub unsafe fn load_box(leader: Leader, map: MapAddress, at: BoxOrigin, to: u32, barrier: Mbarrier) {
     // SAFETY: the caller's promise.
@@ -38,11 +38,12 @@ pub unsafe fn load_box(leader: Leader, map: MapAddress, at: BoxOrigin, to: u32, 
     }
 }
 
-/// Starts the copy of one box to the same place in both CTAs of a cluster; its bytes count at the barrier in the same
-/// place of each.
+/// Issues the multicast TMA load of one box to the same place in both CTAs of a cluster. Its bytes count at the barrier
+/// in the same place of each.
 ///
 /// # Safety
-/// As [`load_box`], in both; one thread calls it.
+/// `map` is a tensor map whose box fits at `to`. No thread of either CTA reads or writes there until the phase of its
+/// CTA's `barrier` completes. One thread calls this.
 #[inline(always)]
 pub unsafe fn load_box_for_both(map: MapAddress, at: BoxOrigin, to: u32, barrier: Mbarrier) {
     // SAFETY: the caller's promise.
@@ -56,13 +57,13 @@ pub unsafe fn load_box_for_both(map: MapAddress, at: BoxOrigin, to: u32, barrier
     }
 }
 
-/// The leader starts bringing one box into L2, from where a later copy has it sooner than from memory.
+/// Issues, by the leader, a prefetch of one box into L2, so that a later load is faster.
 ///
 /// # Safety
 /// `map` is a tensor map.
 #[inline(always)]
 pub unsafe fn prefetch_box(leader: Leader, map: MapAddress, at: BoxOrigin) {
-    // SAFETY: the caller's promise; what is loaded goes nowhere else.
+    // SAFETY: the caller's promise; a prefetch writes nowhere but to L2.
     unsafe {
         asm!(
             "{{ .reg .pred p; setp.ne.u32 p, {5}, 0;",
@@ -73,7 +74,7 @@ pub unsafe fn prefetch_box(leader: Leader, map: MapAddress, at: BoxOrigin) {
     }
 }
 
-/// Brings a tensor map into the descriptor cache.
+/// Prefetches a tensor map into the descriptor cache.
 #[inline(always)]
 pub fn prefetch_map(map: MapAddress) {
     // SAFETY: a hint; the address is that of a kernel parameter.

@@ -1,7 +1,7 @@
 //! A consumer of the kernel of total attention: [`TotalWarpgroup`] on Hopper.
 //!
-//! Rows of a fragment are keys, columns are queries. What exponents add is there when Q is, and outlives it in the ring
-//! ([`TotalSmem`]).
+//! Rows of a fragment are keys, columns are queries. The `neg_lse_log2` of a query block arrives with its Q, and
+//! outlives it in the ring ([`TotalSmem`]).
 
 use super::barrier::Mbarrier;
 use super::consumer::Consumer;
@@ -18,16 +18,16 @@ use crate::tile::lane::WARPGROUP_ROWS;
 use crate::tile::smem::{PANEL_ROW_BYTES, columns_step};
 use crate::tile::smem_total::TotalSmem;
 
-/// The consumer's end of the pipeline.
+/// Consumer's end of the pipeline.
 pub struct TotalPipe<'a> {
     smem: &'a TotalSmem,
-    /// The tile of K in hand.
+    /// Current tile of K.
     k: Position,
     q: Position,
 }
 
 impl<'a, E: Packed> Consumer<E, TotalPipe<'a>> {
-    /// Each consumer calls it once, after the barriers were made.
+    /// Makes a consumer. Each consumer warpgroup calls this once, after the barriers were initialised.
     #[inline(always)]
     pub fn total(smem: &'a TotalSmem, index: u32, parameters: u64) -> Self {
         let pipe = TotalPipe { smem, k: Position::CONSUMER, q: Position::CONSUMER };
@@ -36,7 +36,7 @@ impl<'a, E: Packed> Consumer<E, TotalPipe<'a>> {
 }
 
 impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
-    /// Its parity tells one lap's offsets from the other's.
+    /// Slot of the ring of Q. Its parity selects one of the slot's two sets of `neg_lse_log2`.
     type Slot = Position;
 
     #[inline(always)]
@@ -47,41 +47,41 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     #[inline(always)]
     fn wait_k(&mut self) {
         let Position { slot, parity } = self.pipe.k;
-        // SAFETY: initialised before the roles parted; so are all barriers below.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.k_full(slot)).wait(parity) };
     }
     #[inline(always)]
     fn release_k(&mut self) {
-        // By every thread, as below: after an election in this loop ptxas takes the warp for one that may have
-        // diverged. SAFETY: as above.
+        // Every thread arrives, here and in `release_q`: after an election in this loop, ptxas assumes that the warp
+        // may have diverged.
         unsafe { Mbarrier(self.base() + self.pipe.smem.k_empty(self.pipe.k.slot)).arrive() };
         self.pipe.k.advance(TotalSmem::K_STAGES);
     }
     #[inline(always)]
     fn wait_q(&mut self) -> Position {
         let q = self.pipe.q;
-        // SAFETY: as above.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.q_full(q.slot)).wait(q.parity) };
         self.pipe.q.advance(self.pipe.smem.stages);
         q
     }
     #[inline(always)]
     fn release_q(&mut self, q: Position) {
-        // SAFETY: as above.
+        // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.q_empty(q.slot)).arrive() };
     }
 
     #[inline(always)]
     fn take_k<const D8: usize>(&mut self) -> Operand<D8> {
         let smem = self.pipe.smem;
-        // SAFETY: the tile is full.
+        // SAFETY: I2, the tile is full; I4, the warp is converged.
         unsafe { read_tile(self.base() + smem.k(self.pipe.k.slot), smem.block_n(), self.part().first_key) }
     }
     #[inline(always)]
     fn taken_kq<const D8: usize, const M8: usize>(&mut self, k: &Operand<D8>, q: Position) -> Pending<Fragment<M8>> {
         let smem = self.pipe.smem;
         let b = Descriptor::k_major(self.base() + smem.q(q.slot));
-        // SAFETY: the tile is full, and stays so until this product is waited for.
+        // SAFETY: I2, the tile is full until this product is waited for.
         unsafe { wgmma::multiply_registers::<E, D8, M8>(k, |step| b.offset(columns_step(smem.block_m, step))) }
     }
 
@@ -90,7 +90,7 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
         let smem = self.pipe.smem;
         let keys = self.base() + smem.k(self.pipe.k.slot) + self.part().first_key * PANEL_ROW_BYTES;
         let (a, b) = (Descriptor::k_major(keys), Descriptor::k_major(self.base() + smem.q(q.slot)));
-        // SAFETY: both tiles are full, and stay so until this product is waited for.
+        // SAFETY: I2, both tiles are full until this product is waited for.
         unsafe {
             wgmma::multiply::<E, M8>(D8 as u32 / 2, |step| {
                 [a.offset(columns_step(smem.block_n(), step)), b.offset(columns_step(smem.block_m, step))]
@@ -102,10 +102,10 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     fn map_offsets<const M8: usize>(&self, q: Position, x: &mut Fragment<M8>, f: impl Fn(f32, f32, bool) -> f32) {
         let first = self.base() + self.pipe.smem.offsets(q.slot, q.parity) + 4 * self.lane().column;
         for (group, registers) in x.0.iter_mut().enumerate() {
-            // SAFETY: the array has as many elements as the tile columns, and was full when Q was.
+            // SAFETY: I2, the array was full when Q was; it has as many elements as the tile has columns.
             let offsets = unsafe { load_shared_pair(first + 32 * group as u32) };
             for (i, x) in registers.iter_mut().enumerate() {
-                // Columns of a lane differ by an even number from these.
+                // The columns of all lanes differ by an even number from these.
                 let by_polynomial = self.pipe.smem.by_polynomial((8 * group + i % 2) as u32);
                 *x = f(*x, offsets[i % 2], by_polynomial);
             }
@@ -122,7 +122,7 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
         let line = (at.keys.batch * shape.heads_q + at.keys.head) as u64 * shape.seqlen_k as u64;
         for (half, value) in values.into_iter().enumerate() {
             let key = at.first_key + self.part().first_key + lane.row(half as u32);
-            // SAFETY: a live key lies within the array, which the host has checked; one lane of its quad stores it.
+            // SAFETY: I5, a key below seqlen_k lies within the array; I6, one lane of its quad stores it.
             unsafe { store_f32(key < shape.seqlen_k && lane.column == 0, address + 4 * (line + key as u64), value) };
         }
     }

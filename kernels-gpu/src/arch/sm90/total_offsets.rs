@@ -1,7 +1,8 @@
-//! The second warp of total attention's producer: it fills in beside each query tile what exponents add, −LSE·log₂e.
+//! Second warp of total attention's producer: computes `neg_lse_log2` = −LSE·log₂e of each query tile and stores it in
+//! the tile's slot. The identifiers call it `offsets`.
 //!
-//! The LSE has no alignment that the copy engine could use, so it passes through registers. What is loaded is for the
-//! block after the one that is stored, so that memory answers while this warp waits for a slot.
+//! The LSE has no alignment that TMA could use, so it passes through registers. Loads run one block ahead of stores, so
+//! that their latency overlaps the wait for a slot.
 
 use super::barrier::Mbarrier;
 use super::cta::{smem_base, thread_of_warpgroup};
@@ -18,10 +19,10 @@ use crate::pipeline::ring::Position;
 use crate::tile::lane::{WARP_THREADS, WARPGROUP_THREADS};
 use crate::tile::smem_total::TotalSmem;
 
-/// Queries of a block that one lane cares for, at most.
+/// Maximum number of queries of a block per lane.
 const LANE_ROWS: usize = (WARPGROUP_THREADS / WARP_THREADS) as usize;
 
-/// Follows the producer of tiles through the ring of Q, by one whole warp; a block has at most 128 queries.
+/// Follows the producer of tiles through the ring of Q, in one whole warp. A block has at most 128 queries.
 #[inline(always)]
 pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, tiles: impl Iterator<Item = TilePart>) {
     let (base, lane, block_m) = (smem_base(), thread_of_warpgroup() % WARP_THREADS, smem.block_m);
@@ -31,7 +32,7 @@ pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, ti
         core::array::from_fn::<f32, LANE_ROWS, _>(|i| {
             let row = m_block * block_m + rows(i);
             let live = rows(i) < block_m && row < p.shape.seqlen_q;
-            // SAFETY: a live row lies within the array, which the host has checked.
+            // SAFETY: I5, a row below seqlen_q lies within the array.
             unsafe { load_f32_or(live, p.lse + 4 * (line + row as u64), f32::NEG_INFINITY) }
         })
     };
@@ -42,8 +43,8 @@ pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, ti
     while let Some(lse) = loaded {
         loaded = steps.next().map(load);
         let Position { slot, parity } = position;
-        // SAFETY: the barriers were initialised before the roles parted; once the wait returns, nobody reads the
-        // offsets of this lap any more, and each lane stores its own.
+        // SAFETY: I1, the barriers are initialised; I3, once the wait returns, no thread reads this parity's set of the
+        // slot any more; I6, each lane stores its own elements.
         unsafe {
             Mbarrier(base + smem.q_empty(slot)).wait(parity);
             for (i, lse) in lse.into_iter().enumerate() {

@@ -1,5 +1,4 @@
-//! The first warp of total attention's producer: one thread that loads each work tile's K, and keeps the ring of Q
-//! full.
+//! First warp of total attention's producer: one thread loads each work tile's K, and keeps the ring of Q full.
 
 use core::mem::offset_of;
 
@@ -16,8 +15,8 @@ use crate::pipeline::ring::Position;
 use crate::tile::smem::{PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
 use crate::tile::smem_total::TotalSmem;
 
-/// Loads the tiles that the work tiles need, in order, by the first warp of the warpgroup. `parameters` is the address
-/// of `p` in the kernel's parameter space.
+/// Loads K and Q of the work tiles, in order, in the first warp of the warpgroup. `parameters` is the address of `p` in
+/// the kernel's parameter space.
 #[inline(always)]
 pub fn produce<M: Mask>(
     p: &TotalParams<TensorMap>,
@@ -35,8 +34,8 @@ pub fn produce<M: Mask>(
     prefetch_map(map(k));
     // Waits for the slot, then fills it.
     let load_tile = |tensor: usize, rows: u32, at: BoxOrigin, to: u32, [empty, full]: [Mbarrier; 2], parity: u32| {
-        // SAFETY: the barriers were initialised before the roles parted; the slot is empty once the wait returns, and
-        // each panel lies within it.
+        // SAFETY: I1, the barriers are initialised; I3, the slot is empty once the wait returns, and each panel lies
+        // within it.
         unsafe {
             empty.wait(parity);
             full.arrive_expect(Leader::SOLE, panels(smem.head_dim) * rows * PANEL_ROW_BYTES);

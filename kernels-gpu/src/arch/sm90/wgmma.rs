@@ -1,8 +1,8 @@
 //! Asynchronous matrix products of a warpgroup, m64nNk16 (PTX ISA, wgmma.mma_async).
 //!
-//! Between issue and wait the hardware owns the accumulators, and LLVM does not know it. So registers pass through
-//! [`tie`] before they are handed over and after the wait: an empty `asm!` that LLVM may not look through, which keeps
-//! every read and write of them on its side of the fence.
+//! Between issue and wait the hardware owns the accumulators, which LLVM does not know. So registers pass through
+//! [`tie`] before they are handed over and after the wait. It is an empty `asm!`, opaque to LLVM, which keeps every
+//! read and write of them on its side of the fence.
 
 use core::arch::asm;
 use core::mem::MaybeUninit;
@@ -12,7 +12,7 @@ use super::math::{Packed, fresh};
 use crate::arch::Pending;
 use crate::element::Dtype;
 
-/// A matrix in shared memory as wgmma sees it (PTX ISA, matrix descriptor), in the 128-byte swizzle.
+/// Matrix in shared memory, described for wgmma (PTX ISA, matrix descriptor), in the 128-byte swizzle.
 #[derive(Clone, Copy)]
 pub struct Descriptor {
     /// Start address and leading-dimension offset, in 16-byte units.
@@ -20,27 +20,27 @@ pub struct Descriptor {
     major: Major,
 }
 
-/// What lies side by side in a row of a tile.
+/// Dimension that is contiguous in a row of a tile.
 #[derive(Clone, Copy)]
 enum Major {
-    /// Consecutive k.
+    /// K-major: a row holds consecutive k.
     K,
-    /// Consecutive rows of the left or columns of the right operand, of one k.
+    /// MN-major: a row holds consecutive rows of the left operand, or columns of the right one, of one k.
     Mn,
 }
 
 impl Descriptor {
-    /// The upper half: 1024 bytes from one group of eight rows to the next, 128-byte swizzle.
+    /// Upper half of a descriptor: 1024 bytes from one group of eight rows to the next, 128-byte swizzle.
     const HIGH: u32 = 1 << 30 | 1024 >> 4;
 
-    /// A tile whose rows hold consecutive k: Q, and K as the right operand of Q·Kᵀ.
+    /// Describes a tile whose rows hold consecutive k: Q, and K as the right operand of Q·Kᵀ.
     #[inline(always)]
     pub fn k_major(address: u32) -> Self {
         Self::new(address, 16, Major::K)
     }
 
-    /// A tile whose rows hold one k each: V as the right operand of P·V, or dSᵀ as the left one of dS·K. `panel` is the
-    /// bytes from one 64-column panel to the next.
+    /// Describes a tile whose rows hold one k each: V as the right operand of P·V, or dSᵀ as the left one of dS·K.
+    /// `panel` is the distance in bytes from one 64-column panel to the next.
     #[inline(always)]
     pub fn mn_major(address: u32, panel: u32) -> Self {
         Self::new(address, panel, Major::Mn)
@@ -51,7 +51,7 @@ impl Descriptor {
         Descriptor { low: (fresh(address) & 0x3ffff) >> 4 | leading >> 4 << 16, major }
     }
 
-    /// The same matrix `bytes` further on.
+    /// Returns the descriptor of the matrix `bytes` further on.
     #[inline(always)]
     pub fn offset(self, bytes: u32) -> Self {
         Descriptor { low: self.low + (bytes >> 4), ..self }
@@ -63,7 +63,7 @@ impl Descriptor {
     }
 }
 
-/// Puts registers beyond LLVM's sight: what comes before stays before, what comes after stays after.
+/// Makes registers opaque to LLVM at this point: earlier accesses stay before it, later ones after it.
 #[inline(always)]
 pub fn tie<const N8: usize>(x: &mut Fragment<N8>) {
     for [a, b, c, d] in &mut x.0 {
@@ -81,7 +81,7 @@ pub fn tie<const N8: usize>(x: &mut Fragment<N8>) {
     }
 }
 
-/// As [`tie`], for a left operand.
+/// Makes the registers of a left operand opaque to LLVM, as [`tie`] does.
 #[inline(always)]
 fn tie_operand<const N8: usize>(x: &mut Operand<N8>) {
     for [a, b] in &mut x.0 {
@@ -93,29 +93,29 @@ fn tie_operand<const N8: usize>(x: &mut Operand<N8>) {
 /// Orders register accesses before the products that follow (PTX ISA, wgmma.fence).
 #[inline(always)]
 fn fence() {
-    // SAFETY: all warps of the warpgroup run this, converged.
+    // SAFETY: I4, all warps of the warpgroup are converged and run this.
     unsafe { asm!("wgmma.fence.sync.aligned;", options(nostack)) }
 }
 
 /// Closes a group of products.
 #[inline(always)]
 fn commit() {
-    // SAFETY: as `fence`.
+    // SAFETY: I4, all warps of the warpgroup are converged and run this.
     unsafe { asm!("wgmma.commit_group.sync.aligned;", options(nostack)) }
 }
 
-/// Waits until at most `LATER` groups are in flight.
+/// Waits until at most `LATER` groups of products are in flight.
 #[inline(always)]
 pub fn wait<const LATER: usize>() {
-    // SAFETY: as `fence`.
+    // SAFETY: I4, all warps of the warpgroup are converged and run this.
     unsafe { asm!("wgmma.wait_group.sync.aligned {0};", const LATER, options(nostack)) }
 }
 
-/// A·B with both in shared memory, in flight; `operands` names the tiles of each k16 step.
+/// Issues A·B with both in shared memory. `operands` names the tiles of each k16 step.
 ///
 /// # Safety
-/// There is at least one step. The descriptors name tiles of 64 × 16 and 16 × 8·N8 elements of E, both of the same
-/// major, that are full and stay unwritten until the wait.
+/// There is at least one step. The descriptors name tiles of 64 × 16 and 16 × 8·N8 elements of E. Both have the same
+/// major, are full and stay unwritten until the wait.
 #[inline(always)]
 pub unsafe fn multiply<E: Packed, const N8: usize>(
     steps: u32,
@@ -139,8 +139,8 @@ pub unsafe fn multiply<E: Packed, const N8: usize>(
     Pending(unsafe { d.assume_init() })
 }
 
-/// A·B with A in registers and B in shared memory, columns of consecutive k, in flight; `b` names the tile of each k16
-/// step.
+/// Issues A·B with A in registers and B in shared memory. The columns of B hold consecutive k; `b` names its tile of
+/// each k16 step.
 ///
 /// # Safety
 /// K8 is not 0. The descriptors name tiles of 16 × 8·N8 elements of E that are full and stay unwritten until the wait.
@@ -167,8 +167,8 @@ pub unsafe fn multiply_registers<E: Packed, const K8: usize, const N8: usize>(
     Pending(unsafe { d.assume_init() })
 }
 
-/// D + A·B with A in registers and B in shared memory, rows of one k each, in flight; `b` names the tile of each k16
-/// step.
+/// Issues D + A·B with A in registers and B in shared memory. The rows of B hold one k each; `b` names its tile of each
+/// k16 step.
 ///
 /// # Safety
 /// The descriptors name tiles of 16 × 8·N8 elements of E that are full and stay unwritten until the wait.
@@ -192,10 +192,10 @@ pub unsafe fn accumulate<E: Packed, const K8: usize, const N8: usize>(
 
 macro_rules! products {
     ($($n8:literal $n:literal [$first:literal $($i:literal)*];)*) => {
-        /// One k16 step of A·B with both in shared memory, into fresh accumulators.
+        /// Issues one k16 step of A·B with both in shared memory, into new accumulators.
         ///
         /// # Safety
-        /// As [`multiply`].
+        /// The promises of [`multiply`] hold.
         #[inline(always)]
         unsafe fn start<E: Packed, const N8: usize>(to: &mut MaybeUninit<Fragment<N8>>, a: Descriptor, b: Descriptor) {
             let d: *mut f32 = to.as_mut_ptr().cast();
@@ -211,14 +211,14 @@ macro_rules! products {
             }
         }
 
-        /// One k16 step of D + A·B with both in shared memory.
+        /// Issues one k16 step of D + A·B with both in shared memory.
         ///
         /// # Safety
-        /// As [`multiply`], and `to` holds the steps before.
+        /// The promises of [`multiply`] hold, and `to` holds the sum of the steps before.
         #[inline(always)]
         unsafe fn add<E: Packed, const N8: usize>(to: &mut MaybeUninit<Fragment<N8>>, a: Descriptor, b: Descriptor) {
             let d: *mut f32 = to.as_mut_ptr().cast();
-            // SAFETY: as `start`.
+            // SAFETY: `d` has 4·N8 registers, each arm's own count; the caller's promise covers the reads.
             unsafe {
                 match (N8, E::DTYPE, a.major) {
                     $(($n8, Dtype::F16, Major::K) => product!(inout, d, $n, "f16", $first, $($i)*, smem "0, 0", a, b),
@@ -230,10 +230,10 @@ macro_rules! products {
             }
         }
 
-        /// As `start`, with A in registers.
+        /// Issues one k16 step of A·B with A in registers, into new accumulators.
         ///
         /// # Safety
-        /// As [`multiply_registers`].
+        /// The promises of [`multiply_registers`] hold.
         #[inline(always)]
         unsafe fn start_registers<E: Packed, const N8: usize>(
             to: &mut MaybeUninit<Fragment<N8>>,
@@ -241,7 +241,7 @@ macro_rules! products {
             b: Descriptor,
         ) {
             let d: *mut f32 = to.as_mut_ptr().cast();
-            // SAFETY: as `start`.
+            // SAFETY: `d` has 4·N8 registers, each arm's own count; the caller's promise covers the reads.
             unsafe {
                 match (N8, E::DTYPE, b.major) {
                     $(($n8, Dtype::F16, Major::K) => product!(out, d, $n, "f16", $first, $($i)*, registers "0", a, b),
@@ -251,14 +251,14 @@ macro_rules! products {
             }
         }
 
-        /// One k16 step of D + A·B with A in registers.
+        /// Issues one k16 step of D + A·B with A in registers.
         ///
         /// # Safety
-        /// As [`accumulate`].
+        /// The promises of [`accumulate`] hold.
         #[inline(always)]
         unsafe fn add_registers<E: Packed, const N8: usize>(to: &mut Fragment<N8>, a: [u32; 4], b: Descriptor) {
             let d: *mut f32 = to.0.as_mut_ptr().cast();
-            // SAFETY: as `start`.
+            // SAFETY: `d` has 4·N8 registers, each arm's own count; the caller's promise covers the reads.
             unsafe {
                 match (N8, E::DTYPE, b.major) {
                     $(($n8, Dtype::F16, Major::K) => product!(inout, d, $n, "f16", $first, $($i)*, registers "0", a, b),
@@ -272,7 +272,8 @@ macro_rules! products {
     };
 }
 
-/// The instruction: direction of the accumulators, where they are, N, dtype, their indices, and the operands.
+/// Emits the instruction. The arguments are the direction of the accumulators, their place, N, the dtype, the
+/// accumulators' indices, and the operands.
 macro_rules! product {
     (@mnemonic $n:literal $dtype:literal) => {
         concat!("wgmma.mma_async.sync.aligned.m64n", $n, "k16.f32.", $dtype, ".", $dtype, " ")
