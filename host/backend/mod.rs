@@ -44,19 +44,19 @@ pub trait Backend: sealed::Sealed {
     /// ```
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.
     fn allocate<T: Pod>(&self, operand: Operand, len: usize) -> Result<Self::Buffer<T>>;
 
     /// A buffer with a copy of host memory; `operand` is what errors call it.
     ///
     /// # Errors
-    /// As [`Backend::allocate`].
+    /// Errors of [`Backend::allocate`].
     fn upload<T: Pod>(&self, operand: Operand, from: &[T]) -> Result<Self::Buffer<T>>;
 
     /// A buffer's content, once everything that was started before has run.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.
     fn download<T: Pod>(&self, from: &Self::Buffer<T>) -> Result<Vec<T>>;
 
     /// All of a buffer.

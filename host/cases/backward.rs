@@ -39,7 +39,7 @@ pub struct BackwardData<E, const INPUTS: usize = 3> {
 /// What a case's backward pass wrote.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CaseGradients<E, const INPUTS: usize = 3> {
-    /// Those of the inputs, in their order and in the case's layout, padding included.
+    /// Errors of the inputs, in their order and in the case's layout, padding included.
     pub gradients: [Vec<E>; INPUTS],
     /// Whether canaries and padding are as they were.
     pub untouched: bool,
@@ -82,7 +82,7 @@ impl Case {
     /// and judges the gradients.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into) and of
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into) and of
     /// [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn run_backward<B: Backend>(&self, backend: &B, determinism: Determinism) -> Result<BackwardOutcome> {
         match self.problem.dtype {
@@ -94,7 +94,7 @@ impl Case {
     /// Runs the case's backward pass from the given data and judges the gradients.
     ///
     /// # Errors
-    /// Those of [`Attention::backward_into`](crate::Attention::backward_into).
+    /// Errors of [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn judge_backward<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -159,7 +159,7 @@ impl Case {
     /// Random inputs, what the backend's forward pass makes of them, and random gradients of that.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into).
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into).
     pub fn backward_data<B: Backend, E: Element>(&self, backend: &B) -> Result<BackwardData<E>> {
         let inputs = self.inputs::<E>()?;
         let output = self.output::<B, E>(backend, &inputs)?;
@@ -182,7 +182,7 @@ impl Case {
     /// Runs the case's backward pass from the given data.
     ///
     /// # Errors
-    /// Those of [`Attention::backward_into`](crate::Attention::backward_into).
+    /// Errors of [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn gradients<B: Backend, E: Element>(
         &self,
         backend: &B,

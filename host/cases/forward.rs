@@ -40,7 +40,7 @@ impl Case {
     /// Runs the case with its own inputs and judges the rows that `rows` names.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into).
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into).
     pub fn run<B: Backend>(&self, backend: &B, rows: &Rows) -> Result<Outcome> {
         match self.problem.dtype {
             Dtype::F16 => self.judge::<B, half::f16>(backend, &self.inputs()?, rows),
@@ -51,7 +51,7 @@ impl Case {
     /// Runs the case with the given inputs and judges the rows that `rows` names.
     ///
     /// # Errors
-    /// As [`Case::run`].
+    /// Errors of [`Case::run`].
     pub fn judge<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 3], rows: &Rows) -> Result<Outcome> {
         let output = self.output::<B, E>(backend, inputs)?;
         let [q, k, v] = self.tensors(inputs);
@@ -81,7 +81,7 @@ impl Case {
     /// Runs the case with the given inputs.
     ///
     /// # Errors
-    /// As [`Case::run`].
+    /// Errors of [`Case::run`].
     pub fn output<B: Backend, E: Element>(&self, backend: &B, [q, k, v]: &[Vec<E>; 3]) -> Result<CaseOutput<E>> {
         let problem = &self.problem;
         let q = backend.upload(Operand::Q, q)?;

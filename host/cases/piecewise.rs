@@ -94,7 +94,7 @@ impl PiecewiseCase {
     /// Runs the forward pass and judges it; of long problems, the rows that `rows` names.
     ///
     /// # Errors
-    /// Those of the operator and of the reference.
+    /// Errors of the operator and of the reference.
     pub fn run<B: Backend>(&self, backend: &B, rows: &Rows) -> Result<Outcome> {
         match self.case.problem.dtype {
             Dtype::F16 => self.run_with::<B, f16>(backend, rows),
@@ -110,7 +110,7 @@ impl PiecewiseCase {
     /// Runs both passes and judges the gradients.
     ///
     /// # Errors
-    /// Those of the operator and of the reference.
+    /// Errors of the operator and of the reference.
     pub fn run_backward<B: Backend>(&self, backend: &B, determinism: Determinism) -> Result<BackwardOutcome> {
         match self.case.problem.dtype {
             Dtype::F16 => self.run_backward_with::<B, f16>(backend, determinism),
@@ -132,7 +132,7 @@ impl PiecewiseCase {
     /// What a forward pass makes of the given inputs.
     ///
     /// # Errors
-    /// Those of the operator.
+    /// Errors of the operator.
     pub fn output<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 5]) -> Result<CaseOutput<E>> {
         let inputs = self.upload(backend, inputs)?;
         let [q1, k1, q2, k2, v] = self.device_tensors::<B, E>(&inputs);
@@ -143,7 +143,7 @@ impl PiecewiseCase {
     /// What a backward pass makes of the given data.
     ///
     /// # Errors
-    /// Those of the operator.
+    /// Errors of the operator.
     pub fn gradients<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -204,7 +204,7 @@ impl PiecewiseCase {
     /// Judges the rows that `rows` names of what a forward pass with the given inputs wrote.
     ///
     /// # Errors
-    /// Those of the reference.
+    /// Errors of the reference.
     pub fn judge<E: Element>(&self, inputs: &[Vec<E>; 5], output: &CaseOutput<E>, rows: &Rows) -> Result<Outcome> {
         let (scores, v) = self.scores(inputs);
         self.case.judge_output(output, scores, v, rows)
@@ -213,7 +213,7 @@ impl PiecewiseCase {
     /// What a backward pass starts from: inputs, what a forward pass made of them, and random gradients of that.
     ///
     /// # Errors
-    /// Those of the layouts.
+    /// Errors of the layouts.
     pub fn backward_data<E: Element>(&self, inputs: [Vec<E>; 5], output: CaseOutput<E>) -> Result<BackwardData<E, 5>> {
         self.case.with_gradients(inputs, output)
     }
@@ -221,7 +221,7 @@ impl PiecewiseCase {
     /// Judges what a backward pass from the given data wrote: dQ1, dK1, dQ2, dK2 and dV.
     ///
     /// # Errors
-    /// Those of the reference.
+    /// Errors of the reference.
     pub fn judge_backward<E: Element>(
         &self,
         data: &BackwardData<E, 5>,

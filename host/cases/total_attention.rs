@@ -65,7 +65,7 @@ impl Case {
     /// Runs the case's forward pass, then its total attention from the LSE, and judges that.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into) and of
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into) and of
     /// [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn run_total<B: Backend>(&self, backend: &B) -> Result<TotalOutcome> {
         match self.problem.dtype {
@@ -77,7 +77,7 @@ impl Case {
     /// Computes the case's total attention from the given data and judges it.
     ///
     /// # Errors
-    /// Those of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
+    /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn judge_total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<TotalOutcome> {
         let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
         let found = self.total::<B, E>(backend, data)?;
@@ -91,7 +91,7 @@ impl Case {
     /// Random inputs, and the LSE that the backend's forward pass makes of them.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into).
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into).
     pub fn total_data<B: Backend, E: Element>(&self, backend: &B) -> Result<TotalData<E>> {
         let inputs = self.inputs::<E>()?;
         let lse = self.output::<B, E>(backend, &inputs)?.lse;
@@ -101,7 +101,7 @@ impl Case {
     /// Computes the case's total attention from the given data.
     ///
     /// # Errors
-    /// Those of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
+    /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<CaseTotal> {
         let [q, k, _] = &data.inputs;
         let q = backend.upload(Operand::Q, q)?;

@@ -40,7 +40,7 @@ pub struct Backward {
 /// live key contribute nothing.
 ///
 /// # Errors
-/// Those of [`Plan::forward`] and of the tensors' shapes.
+/// Errors of [`Plan::forward`] and of the tensors' shapes.
 pub fn backward_f64<E: Element>(
     problem: &Problem,
     mask: Mask,

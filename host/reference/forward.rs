@@ -81,7 +81,7 @@ pub(super) fn factors<R: Real>(dropout: &Option<Launched>, head: usize, i: usize
 /// where V holds a NaN or an infinity under the mask the two differ.
 ///
 /// # Errors
-/// Those of [`Plan::forward`] and of the tensors' shapes; [`Error::TooLarge`] for a row that the problem doesn't have.
+/// Errors of [`Plan::forward`] and of the tensors' shapes; [`Error::TooLarge`] for a row that the problem doesn't have.
 pub fn forward_f64<E: Element>(
     problem: &Problem,
     mask: Mask,
@@ -272,7 +272,7 @@ impl Forward {
     /// The rows that `rows` names out of whole tensors: O in any layout, the LSE contiguous.
     ///
     /// # Errors
-    /// Those of the problem and of the shapes of `o` and `lse`; [`Error::TooLarge`] for a row that the problem doesn't
+    /// Errors of the problem and of the shapes of `o` and `lse`; [`Error::TooLarge`] for a row that the problem doesn't
     /// have.
     pub fn gather<E: Element>(problem: &Problem, o: Tensor<&[E]>, lse: Option<&[f32]>, rows: &Rows) -> Result<Self> {
         problem.validate()?;

@@ -14,7 +14,7 @@ use crate::tensor::Tensor;
 /// nothing, and keys that the mask hides take no part, whatever they hold.
 ///
 /// # Errors
-/// Those of [`TotalPlan::new`] and of the tensors' shapes.
+/// Errors of [`TotalPlan::new`] and of the tensors' shapes.
 pub fn total_f64<E: Element>(
     problem: &Problem,
     mask: Mask,

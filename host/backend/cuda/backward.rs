@@ -43,7 +43,7 @@ impl Cuda {
     /// [`Cuda::load_backward`]) it neither allocates nor waits, and may be captured into a graph.
     ///
     /// # Errors
-    /// Those of [`RawBackward::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
+    /// Errors of [`RawBackward::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
     ///
     /// # Safety
     /// Until the launches have run, the addresses are valid on this device for all that their layouts span, of elements

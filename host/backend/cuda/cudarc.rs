@@ -42,7 +42,7 @@ impl CudarcStream {
     ///
     /// # Errors
     /// [`Error::WrongContext`] for a stream of another context than its device's primary one; [`Error::ThreadStream`]
-    /// for a per-thread stream; those of [`Cuda::new`].
+    /// for a per-thread stream; errors of [`Cuda::new`].
     pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         let ordinal = u32::try_from(stream.context().ordinal()).unwrap_or(u32::MAX);
         let device = Device::shared(ordinal)?;

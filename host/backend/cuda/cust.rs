@@ -39,7 +39,7 @@ impl Cuda {
     /// The device of a context of cust's, which is its primary one; safe calls run on the default stream.
     ///
     /// # Errors
-    /// [`Error::WrongContext`] for a context that is not the device's primary one; those of [`Cuda::new`].
+    /// [`Error::WrongContext`] for a context that is not the device's primary one; errors of [`Cuda::new`].
     pub fn from_cust(context: &Context) -> Result<Self> {
         let (calls, handle) = (sys::calls()?, context.as_raw().cast());
         let mut device = 0;

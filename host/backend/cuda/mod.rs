@@ -295,7 +295,7 @@ impl Cuda {
     /// [`Cuda::load`]) it neither allocates nor waits, and may be captured into a graph.
     ///
     /// # Errors
-    /// Those of [`RawForward::validate`], before anything is launched; [`Error::Driver`].
+    /// Errors of [`RawForward::validate`], before anything is launched; [`Error::Driver`].
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for all that their layouts span, of elements of

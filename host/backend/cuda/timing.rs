@@ -10,7 +10,7 @@ impl Cuda {
     /// The device time of what `work` launches through this backend; waits until that has run.
     ///
     /// # Errors
-    /// Those of `work`; [`Error::Driver`](crate::Error::Driver).
+    /// Errors of `work`; [`Error::Driver`](crate::Error::Driver).
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
         let _entered = self.device().enter()?;
         let interval = Interval::new(self)?;
@@ -22,7 +22,7 @@ impl Cuda {
     /// they launch follows one another without a wait on the host; waits at the end until all has run.
     ///
     /// # Errors
-    /// Those of `before` and `work`; [`Error::Driver`](crate::Error::Driver).
+    /// Errors of `before` and `work`; [`Error::Driver`](crate::Error::Driver).
     pub fn time_each(
         &self,
         runs: usize,

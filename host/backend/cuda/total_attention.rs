@@ -26,7 +26,7 @@ impl Cuda {
     /// [`Cuda::load_total_attention`]) it neither allocates nor waits, and may be captured into a graph.
     ///
     /// # Errors
-    /// Those of [`RawTotalAttention::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
+    /// Errors of [`RawTotalAttention::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for all that their layouts span, of elements of
