@@ -53,8 +53,8 @@ impl Attention {
     /// ```
     ///
     /// # Errors
-    /// Errors of [`BackwardPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
-    /// an input; [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.
+    /// Errors of [`BackwardPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that
+    /// names an input; [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.
     pub fn backward<B: Backend, E: Element>(
         &self,
         backend: &B,
