@@ -1,7 +1,7 @@
 //! Launch parameters: the one ABI, written by the host and read by every kernel.
 //!
 //! A kernel takes one `#[repr(C)]` struct by value. It is generic over how a tensor is named: on the GPU a
-//! [`TensorMap`](crate::ground::tensor::TensorMap), which TMA reads; on the CPU executor a plain [`Strided`] address.
+//! [`TensorMap`], which TMA reads; on the CPU executor a plain [`Strided`] address.
 
 use core::mem::offset_of;
 

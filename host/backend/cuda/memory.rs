@@ -191,7 +191,7 @@ pub struct DeviceSlice<'a, T> {
     pub(super) address: u64,
     pub(super) len: usize,
     pub(super) home: Home<'a>,
-    memory: PhantomData<&'a [T]>,
+    pub(super) memory: PhantomData<&'a [T]>,
 }
 
 impl<T: Pod> DeviceSlice<'_, T> {
@@ -220,7 +220,7 @@ pub struct DeviceSliceMut<'a, T> {
     pub(super) address: u64,
     pub(super) len: usize,
     pub(super) home: Home<'a>,
-    memory: PhantomData<&'a mut [T]>,
+    pub(super) memory: PhantomData<&'a mut [T]>,
 }
 
 impl<T: Pod> DeviceSliceMut<'_, T> {

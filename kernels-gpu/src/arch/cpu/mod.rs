@@ -5,9 +5,9 @@
 //! are deterministic, and a kernel that breaks the pipeline's protocol is a [`pipeline::Fault`] with a name instead of
 //! a hang.
 //!
-//! The entry points in [`launch`] are not generic, so kernels are compiled in this crate, once. A mainloop is compiled
+//! The entry points in `launch` are not generic, so kernels are compiled in this crate, once. A mainloop is compiled
 //! for each tile shape, mask, number of pairs and for dropout; the dtype is a value. What a mainloop calls are loops
-//! over slices ([`elementwise`], [`convert`], [`matmul`]), which are compiled for each instruction set and not for each
+//! over slices (`elementwise`, `convert`, `matmul`), which are compiled for each instruction set and not for each
 //! tile shape.
 
 mod backward;
