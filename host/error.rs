@@ -39,7 +39,7 @@ pub enum Error {
     /// A number is beyond what kernels or addresses can hold.
     #[error("{field} is {value}; at most {limit} is allowed")]
     TooLarge {
-        /// What the number counts.
+        /// Name of the quantity.
         field: &'static str,
         /// The number, capped at `u128::MAX`.
         value: u128,
@@ -73,7 +73,7 @@ pub enum Error {
     /// No kernel was compiled for the pass.
     #[error("no kernel is compiled for {needs}")]
     NoVariant {
-        /// All that the kernel needs.
+        /// Properties that the pass needs of the kernel.
         needs: Needs,
     },
     /// A plan of piecewise attention was given one pair of Q and K, or another plan two.
