@@ -26,7 +26,7 @@ use crate::{
 /// have the same bits every time, and so has every result of the CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Determinism {
-    /// Work tiles accumulate into dQ in the order in which they finish. The last bits of dQ may differ from run to run.
+    /// Work tiles accumulate into dQ in any order. The last bits of dQ may differ from run to run.
     #[default]
     Fast,
     /// Work tiles accumulate into dQ in the order of their keys, so it has the same bits on every run. This is slower,
