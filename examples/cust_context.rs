@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (q_shape, kv_shape) = (PROBLEM.q_shape(), PROBLEM.kv_shape());
     let [q, k, v] = [(q_shape, 1.7), (kv_shape, 2.3), (kv_shape, 3.1)].map(|(shape, seed)| values(shape, seed));
 
-    // cust's context, memory and stream. cust has no 16-bit floats, so it holds their bits.
+    // The context, memory and stream are cust's. cust has no 16-bit floats, so it holds their bits.
     let context = cust::quick_init()?;
     let stream = Arc::new(Stream::new(StreamFlags::NON_BLOCKING, None)?);
     let upload = |x: &[bf16]| DeviceBuffer::from_slice(&x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());

@@ -1,17 +1,17 @@
-//! Trains one attention layer from scratch, on the CPU or, with the feature `cuda`, on the GPU where there is one:
-//! `cargo run --release --example train_step`.
+//! Trains one attention layer from scratch, on the CPU or, with the feature `cuda`, on the GPU if there is one: `cargo
+//! run --release --example train_step`.
 //!
 //! The task is associative recall. A sequence shows pairs, each a token made of a key and a value, and then asks for
-//! the value of each key in another order. Values are drawn anew for every sequence, so a question alone does not tell
-//! its answer: a layer has to look the key up among the tokens before, which is what attention does.
+//! the value of each key in another order. Values are drawn again for every sequence, so a question alone does not
+//! determine its answer. A layer has to find the key among the earlier tokens, which is what attention does.
 //!
 //! ```text
 //! x = embedding of a token            q, k, v = x·Wq, x·Wk, x·Wv, rounded to bf16
 //! o = attention(q, k, v), causal      logits = o·Wo, over the values
 //! ```
 //!
-//! ferroflash computes o from q, k and v, and their gradients from that of o. The rest is here, in plain f32 loops:
-//! the matrices with their gradients, the loss, and Adam (arXiv 1412.6980).
+//! ferroflash computes o from q, k and v, and their gradients from that of o. The rest is here, in plain f32 loops: the
+//! matrices with their gradients, the loss, and Adam (arXiv 1412.6980).
 
 use std::time::Instant;
 
@@ -20,16 +20,16 @@ use ferroflash::{
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
-/// Values a key can have.
+/// Number of values a key can have.
 pub const VALUES: usize = 16;
-/// Keys; a sequence shows each once, then asks for each once.
+/// Number of keys. A sequence shows each once, then asks for each once.
 const KEYS: usize = 72;
-/// Tokens of a sequence: more than one tile of the kernels, and not a multiple of it.
+/// Number of tokens in a sequence: more than one tile of the kernels, and not a multiple of it.
 const SEQLEN: usize = 2 * KEYS;
 /// Width of an embedding.
 const DIM: usize = 32;
 
-/// What attention computes in every step. Two query heads share a key head, so Wk and Wv are half as wide as Wq.
+/// Attention problem of every step. Two query heads share a key head, so Wk and Wv are half as wide as Wq.
 const PROBLEM: Problem =
     Problem { batch: 3, heads_q: 2, heads_kv: 1, seqlen_q: SEQLEN, seqlen_k: SEQLEN, head_dim: 16, dtype: Dtype::Bf16 };
 const LEARNING_RATE: f32 = 0.015;
@@ -44,8 +44,8 @@ fn main() -> Result<()> {
     train(&Cpu, STEPS).map(drop)
 }
 
-/// Trains a new layer, printing how it does, and returns its score in the last step. Every step has sequences that no
-/// step before had, so the score is that of answering unseen questions.
+/// Trains a new layer, prints its progress, and returns its score in the last step. Every step has sequences that no
+/// step before had, so the score measures answers to unseen questions.
 pub fn train<B: Backend>(backend: &B, steps: usize) -> Result<Score> {
     let mut rng = StdRng::seed_from_u64(1);
     let mut layer = Layer::new(&mut rng);
@@ -63,7 +63,7 @@ pub fn train<B: Backend>(backend: &B, steps: usize) -> Result<Score> {
     Ok(score)
 }
 
-/// A key and its value, which the layer does not see but is to predict where it is asked.
+/// A key and its value. In a question the layer does not get the value and has to predict it.
 pub struct Token {
     key: usize,
     value: usize,
@@ -71,13 +71,15 @@ pub struct Token {
 }
 
 impl Token {
-    /// The rows of the embedding table whose sum is the token's embedding: the key's, and the value's or that of "?".
+    /// Returns the rows of the embedding table whose sum is the token's embedding: the key's, and the value's or that
+    /// of "?".
     fn rows(&self) -> [usize; 2] {
         [self.key, KEYS + if self.asked { VALUES } else { self.value }]
     }
 }
 
-/// Random sequences, one after the other: every key with a value, then every key in another order, asking.
+/// Returns random sequences, one after the other: every key with a value, then every key in another order, as a
+/// question.
 pub fn batch(rng: &mut StdRng) -> Vec<Token> {
     let mut tokens = Vec::new();
     for _ in 0..PROBLEM.batch {
@@ -90,7 +92,7 @@ pub fn batch(rng: &mut StdRng) -> Vec<Token> {
     tokens
 }
 
-/// How well questions are answered: the mean cross-entropy, and which part of the answers is right.
+/// Quality of the answers: the mean cross-entropy, and the share of right answers.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Score {
     pub loss: f32,
@@ -107,7 +109,7 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Uniformly random, of variance 1 / `rows`.
+    /// Returns uniformly random weights of variance 1 / `rows`.
     fn new(rng: &mut StdRng, rows: usize, columns: usize) -> Self {
         let bound = (3.0 / rows as f32).sqrt();
         let value = (0..rows * columns).map(|_| rng.random_range(-bound..bound)).collect();
@@ -115,7 +117,7 @@ impl Weights {
         Weights { columns, value, gradient: zeros.clone(), mean: zeros.clone(), square: zeros }
     }
 
-    /// y = x·W, for each row of x.
+    /// Computes y = x·W for each row of x.
     fn forward(&self, x: &[f32]) -> Vec<f32> {
         let rows = self.value.len() / self.columns;
         let mut y = vec![0.0; x.len() / rows * self.columns];
@@ -127,7 +129,7 @@ impl Weights {
         y
     }
 
-    /// From dy, the gradient of y = x·W: adds xᵀ·dy to that of W, and returns that of x, dy·Wᵀ.
+    /// Adds xᵀ·dy, from the gradient dy of y = x·W, to the gradient of W. Returns the gradient of x, dy·Wᵀ.
     fn backward(&mut self, x: &[f32], dy: &[f32]) -> Vec<f32> {
         let mut dx = Vec::with_capacity(x.len());
         for (x, dy) in x.chunks_exact(self.value.len() / self.columns).zip(dy.chunks_exact(self.columns)) {
@@ -140,9 +142,9 @@ impl Weights {
         dx
     }
 
-    /// Adam's step number `step`, counted from 1; the gradient is 0 again after it.
+    /// Makes Adam's step number `step`, counted from 1. Sets the gradient to 0 afterwards.
     fn update(&mut self, step: usize) {
-        // The means start from 0; these make up for it.
+        // The means start from 0; these factors correct for it.
         let (of_mean, of_square) = (1.0 - 0.9f32.powi(step as i32), 1.0 - 0.99f32.powi(step as i32));
         for (i, g) in self.gradient.iter_mut().enumerate() {
             self.mean[i] += 0.1 * (*g - self.mean[i]);
@@ -153,7 +155,7 @@ impl Weights {
     }
 }
 
-/// The weights: the embedding table, with a row for each key, each value and "?"; Wq, Wk, Wv and Wo.
+/// Weights: the embedding table, with a row for each key, each value and "?"; Wq, Wk, Wv and Wo.
 pub struct Layer {
     pub embedding: Weights,
     pub wq: Weights,
@@ -174,13 +176,14 @@ impl Layer {
         }
     }
 
-    /// Runs forward and backward: adds to the gradient of every weight.
+    /// Runs forward and backward, and adds to the gradient of every weight.
     pub fn gradients<B: Backend>(&mut self, backend: &B, tokens: &[Token]) -> Result<Score> {
         let table: Vec<&[f32]> = self.embedding.value.chunks_exact(DIM).collect();
         let sum = |[a, b]: [usize; 2]| table[a].iter().zip(table[b]).map(|(a, b)| a + b);
         let x: Vec<f32> = tokens.iter().flat_map(|token| sum(token.rows())).collect();
 
-        // A projection's rows are tokens, and a row is its heads: that is the order batch, seqlen, heads, head_dim.
+        // A projection has one row per token, and a row consists of its heads: the order is batch, seqlen, heads,
+        // head_dim.
         let bf16s = |x: Vec<f32>| -> Vec<bf16> { x.into_iter().map(bf16::from_f32).collect() };
         let (of_q, of_kv) = (PROBLEM.q_shape(), PROBLEM.kv_shape());
         let q = backend.upload(Operand::Q, &bf16s(self.wq.forward(&x)))?;
@@ -192,7 +195,7 @@ impl Layer {
         let attention = Attention::new(PROBLEM).mask(Mask::Causal);
         let out = attention.forward(backend, q, k, v)?;
 
-        // What ferroflash returns is in the order batch, heads, seqlen, head_dim.
+        // ferroflash returns tensors in the order batch, heads, seqlen, head_dim.
         let o = token_rows(&backend.download(&out.o)?, of_q);
         let (score, dlogits) = cross_entropy(&self.wo.forward(&o), tokens);
         let d_o = backend.upload(Operand::DO, &bf16s(self.wo.backward(&o, &dlogits)))?;
@@ -202,7 +205,7 @@ impl Layer {
         let inputs = BackwardInputs { q, k, v, o, d_o, lse, d_lse: None };
         let Gradients { dq, dk, dv } = attention.backward(backend, inputs)?;
 
-        // x went into three projections: its gradient is the sum of what comes back from them.
+        // x is the input of three projections, so its gradient is the sum of three.
         for (w, gradient, shape) in [(&mut self.wq, dq, of_q), (&mut self.wk, dk, of_kv), (&mut self.wv, dv, of_kv)] {
             let dx = w.backward(&x, &token_rows(&backend.download(&gradient)?, shape));
             for (token, dx) in tokens.iter().zip(dx.chunks_exact(DIM)) {
@@ -215,13 +218,14 @@ impl Layer {
         Ok(score)
     }
 
-    /// Every matrix of weights, in the order of the fields.
+    /// Returns every matrix of weights, in the order of the fields.
     pub fn weights(&mut self) -> [&mut Weights; 5] {
         [&mut self.embedding, &mut self.wq, &mut self.wk, &mut self.wv, &mut self.wo]
     }
 }
 
-/// The score, and the loss's gradient by the logits: (softmax − 1 at the answer) / questions, and 0 but at questions.
+/// Returns the score, and the loss's gradient by the logits: (softmax − 1 at the answer) / questions for questions, and
+/// 0 for other tokens.
 fn cross_entropy(logits: &[f32], tokens: &[Token]) -> (Score, Vec<f32>) {
     let share = 1.0 / (PROBLEM.batch * KEYS) as f32;
     let (mut score, mut gradient) = (Score::default(), vec![0.0; logits.len()]);
@@ -237,7 +241,7 @@ fn cross_entropy(logits: &[f32], tokens: &[Token]) -> (Score, Vec<f32>) {
     (score, gradient)
 }
 
-/// From batch, heads, seqlen, head_dim to a row of f32 for each token: batch, seqlen, heads, head_dim.
+/// Converts from batch, heads, seqlen, head_dim to a row of f32 for each token: batch, seqlen, heads, head_dim.
 fn token_rows(x: &[bf16], [batch, heads, seqlen, head_dim]: [usize; 4]) -> Vec<f32> {
     let mut rows = Vec::with_capacity(x.len());
     for (b, s, h) in (0..batch).flat_map(|b| (0..seqlen).flat_map(move |s| (0..heads).map(move |h| (b, s, h)))) {

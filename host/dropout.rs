@@ -1,4 +1,4 @@
-//! Dropout of attention weights: how often, and which.
+//! Dropout of attention weights: its probability and its mask.
 
 use kernels_gpu::attention::dropout::Dropout as Launched;
 use kernels_gpu::variants::DropoutKind;
@@ -6,34 +6,33 @@ use kernels_gpu::variants::DropoutKind;
 use crate::error::{Error, Operand, Result};
 use crate::problem::{Problem, at_most};
 
-/// Steps that a probability is resolved to: one random byte decides on a weight.
+/// Resolution of a probability: one random byte decides on a weight.
 const STEPS: f32 = 256.0;
 
-/// Dropout of attention weights: each is dropped with probability `p`, and those that are kept are scaled by 1 / (1 −
+/// Dropout of attention weights. Each weight is dropped with probability `p`, and kept weights are scaled by 1 / (1 −
 /// p).
 ///
-/// Which weights are kept is a function of seed, offset, batch item, query head, query and key alone
-/// ([`dropout_mask`](crate::dropout_mask)): the same in both passes, whatever the machine, the tiles and the mask. `p`
-/// is resolved to 1/256 ([`Dropout::probability`]). With `p` 0, which is the default, nothing is dropped and nothing
-/// spent.
+/// The mask is a function of seed, offset, batch item, query head, query and key alone
+/// ([`dropout_mask`](crate::dropout_mask)). It is the same in both passes, for any machine, tiles and attention mask.
+/// `p` is resolved to 1/256 ([`Dropout::probability`]). With `p` 0, the default, nothing is dropped and there is no
+/// cost.
 ///
-/// A training step takes a seed, or an offset, that none before it had; two that differ in either have independent
-/// masks.
+/// Every training step needs a new seed or a new offset. Masks that differ in either are independent.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Dropout {
     /// The probability that a weight is dropped: at least 0 and below 1.
     pub p: f32,
-    /// The key of the random numbers.
+    /// Key of the random numbers.
     pub seed: u64,
-    /// Where in the seed's random numbers the mask is.
+    /// Position of the mask in the seed's random numbers.
     pub offset: u64,
 }
 
 impl Dropout {
-    /// Nothing is dropped.
+    /// No dropout.
     pub const NONE: Dropout = Dropout { p: 0.0, seed: 0, offset: 0 };
 
-    /// The probability that is used: `p` rounded to a multiple of 1/256, at most 255/256.
+    /// Returns the probability that is used: `p` rounded to a multiple of 1/256, at most 255/256.
     ///
     /// # Errors
     /// [`Error::Dropout`] for a `p` below 0, of 1 or above, or NaN.
@@ -41,7 +40,7 @@ impl Dropout {
         Ok(f32::from(self.threshold()?) / STEPS)
     }
 
-    /// A weight is dropped where its random byte is below this.
+    /// Exclusive upper bound of the random bytes that drop a weight.
     fn threshold(&self) -> Result<u8> {
         if !(0.0..1.0).contains(&self.p) {
             return Err(Error::Dropout { value: self.p });
@@ -50,20 +49,20 @@ impl Dropout {
         Ok((self.p * STEPS).round() as u8)
     }
 
-    /// What a kernel gets; `None` where nothing is dropped.
+    /// Returns a kernel's launch parameter; `None` if nothing is dropped.
     pub(crate) fn launched(&self) -> Result<Option<Launched>> {
         let threshold = self.threshold()?;
         Ok((threshold > 0).then(|| Launched::new(threshold, self.seed, self.offset)))
     }
 }
 
-/// The kernels that a dropout runs in.
+/// Returns the kind of kernels that a dropout runs in.
 pub(crate) fn kind(dropout: &Option<Launched>) -> DropoutKind {
     if dropout.is_some() { DropoutKind::Philox } else { DropoutKind::None }
 }
 
-/// Which weights are kept, (batch, heads_q, seqlen_q, seqlen_k), contiguous: the mask that both passes use. It takes
-/// memory that neither of them needs, and is for tests.
+/// Returns the mask that both passes use: true for kept weights, (batch, heads_q, seqlen_q, seqlen_k), contiguous. It
+/// takes memory that neither pass needs, and is for tests.
 ///
 /// ```
 /// use ferroflash::{Dropout, Dtype, Problem, dropout_mask};
@@ -78,7 +77,7 @@ pub(crate) fn kind(dropout: &Option<Launched>) -> DropoutKind {
 /// ```
 ///
 /// # Errors
-/// Those of [`Problem::validate`]; [`Error::Dropout`]; [`Error::TooLarge`] for more than 2³² query heads of all batch
+/// Errors of [`Problem::validate`]; [`Error::Dropout`]; [`Error::TooLarge`] for more than 2³² query heads of all batch
 /// items; [`Error::OutOfMemory`].
 pub fn dropout_mask(problem: &Problem, dropout: &Dropout) -> Result<Vec<bool>> {
     problem.validate()?;
@@ -97,7 +96,7 @@ pub fn dropout_mask(problem: &Problem, dropout: &Dropout) -> Result<Vec<bool>> {
     if let Some(launched) = launched {
         for (row, line) in kept.chunks_exact_mut(keys.max(1)).enumerate() {
             for (j, kept) in line.iter_mut().enumerate() {
-                // The extents fit in 32 bits, and the number of the last head was checked to.
+                // The extents fit in 32 bits, and so does the number of the last head, as checked above.
                 *kept = launched.kept((row / queries) as u32, (row % queries) as u32, j as u32);
             }
         }
@@ -150,7 +149,7 @@ mod tests {
             let sigma = (p * (1.0 - p) / kept.len() as f64).sqrt();
             let dropped = kept.iter().filter(|&&kept| !kept).count() as f64 / kept.len() as f64;
             assert!((dropped - p).abs() < 5.0 * sigma, "{dropped} of {p}");
-            // Of every row and every column too, with as many chances as there are of those.
+            // Every row and every column is checked too. The factor is larger, because there are so many of them.
             for (count, line) in [(301 * 6, 257), (257, 301 * 6)] {
                 let sigma = (p * (1.0 - p) / line as f64).sqrt();
                 for at in 0..count {

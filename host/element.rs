@@ -1,4 +1,4 @@
-//! The element types of tensors: what kernels compute with, and plain data that may be copied between machines.
+//! The element types of tensors, which kernels compute with and which may be copied between machines as plain data.
 
 use bytemuck::Pod;
 use half::{bf16, f16};

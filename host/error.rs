@@ -1,7 +1,7 @@
-//! One error type for the whole crate: each variant names the field, its value and what is allowed.
+//! One error type for the whole crate. Each variant names the field, its value and what is allowed.
 //!
-//! Everything that a caller can get wrong is found before anything is launched; only the variants from
-//! [`Error::OutOfMemory`] on come from the machine.
+//! Every mistake of a caller is found before anything is launched. Only the variants from [`Error::OutOfMemory`] on
+//! come from the machine.
 
 use std::fmt;
 
@@ -9,10 +9,10 @@ use kernels_gpu::variants::{Dtype, Op};
 
 use crate::plan::Needs;
 
-/// What this crate's functions return.
+/// Result of this crate's functions.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why an attention could not be computed.
+/// Reason why an attention could not be computed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -22,7 +22,7 @@ pub enum Error {
         /// The field of [`Problem`](crate::Problem).
         field: &'static str,
     },
-    /// Query heads can't be shared out evenly among the key heads.
+    /// The number of query heads is no multiple of the number of key heads.
     #[error("heads_q is {heads_q}; a multiple of heads_kv, which is {heads_kv}, is needed")]
     HeadsNotDivisible {
         /// Query heads asked for.
@@ -39,7 +39,7 @@ pub enum Error {
     /// A number is beyond what kernels or addresses can hold.
     #[error("{field} is {value}; at most {limit} is allowed")]
     TooLarge {
-        /// What the number counts.
+        /// Name of the quantity.
         field: &'static str,
         /// The number, capped at `u128::MAX`.
         value: u128,
@@ -73,16 +73,16 @@ pub enum Error {
     /// No kernel was compiled for the pass.
     #[error("no kernel is compiled for {needs}")]
     NoVariant {
-        /// All that the kernel needs.
+        /// Properties that the pass needs of the kernel.
         needs: Needs,
     },
     /// A plan of piecewise attention was given one pair of Q and K, or another plan two.
     #[error("second is {}; a plan of {} needs {}", if *.given { "given" } else { "missing" }, op.name(),
         if *.given { "none" } else { "a second pair of queries and keys" })]
     SecondPair {
-        /// What the plan computes.
+        /// Operator that the plan computes.
         op: Op,
-        /// Whether there was a second pair.
+        /// True if there was a second pair.
         given: bool,
     },
     /// The tensors' element type is not the problem's.
@@ -98,7 +98,7 @@ pub enum Error {
     ShapeMismatch {
         /// The tensor.
         operand: Operand,
-        /// Its shape.
+        /// Shape of the tensor.
         shape: [usize; 4],
         /// The shape that follows from the problem.
         expected: [usize; 4],
@@ -112,10 +112,10 @@ pub enum Error {
         dim: Dim,
         /// The stride, in elements.
         stride: usize,
-        /// What it must be a multiple of, in elements.
+        /// Number of elements that the stride must be a multiple of.
         multiple: usize,
     },
-    /// A stride is too large for the copy engine, which counts up to 2^40 bytes.
+    /// A stride is too large for TMA, which counts up to 2^40 bytes.
     #[error("{operand}.strides: the {dim} stride is {stride} elements; at most {limit} are allowed (under 2^40 bytes)")]
     StrideTooLarge {
         /// The tensor.
@@ -136,7 +136,7 @@ pub enum Error {
         address: u64,
         /// Bytes from its first element to the end of its last.
         bytes: u128,
-        /// The most bytes allowed.
+        /// Maximum number of bytes.
         limit: u128,
     },
     /// A buffer ends before the last element of its layout.
@@ -214,7 +214,7 @@ pub enum Error {
         /// The tensor that it overlaps.
         other: Operand,
     },
-    /// A tensor lies on another device than the one that is to compute.
+    /// A tensor lies on another device than the backend's.
     #[error(
         "{operand} lies on device {found}; the backend is device {expected}: copy it there, or use a backend of its \
          device"
@@ -222,7 +222,7 @@ pub enum Error {
     WrongDevice {
         /// The tensor.
         operand: Operand,
-        /// The device that it lies on.
+        /// Device that it lies on.
         found: u32,
         /// The backend's device.
         expected: u32,
@@ -233,37 +233,37 @@ pub enum Error {
         /// The backend's device.
         device: u32,
     },
-    /// A backend was to be made for the stream that is another one in each thread.
+    /// A backend was to be made for `CU_STREAM_PER_THREAD`, which is a different stream in each thread.
     #[error("the stream is CU_STREAM_PER_THREAD, which is another stream in each thread: pass one that was made")]
     ThreadStream,
     /// Memory was to be allocated on a stream that is captured into a graph.
     #[error("{operand} can't be allocated while the stream is captured into a graph: allocate it before the capture")]
     Capturing {
-        /// What the memory is for.
+        /// Tensor that the memory is for.
         operand: Operand,
     },
-    /// Memory for a result could not be had.
+    /// Memory for a result could not be allocated.
     #[error("no memory for {bytes} bytes of {operand}")]
     OutOfMemory {
-        /// The tensor that it was for.
+        /// Tensor that it was for.
         operand: Operand,
         /// Bytes asked for.
         bytes: u128,
     },
-    /// A kernel broke its own rules: a bug of this crate, found by the CPU executor. Outputs are unspecified.
+    /// A kernel violated its own protocol: a bug of this crate, found by the CPU executor. Outputs are unspecified.
     #[error("kernel {symbol} failed in CTA {cta}: {message}")]
     KernelFault {
         /// The kernel.
         symbol: &'static str,
         /// The CTA.
         cta: u32,
-        /// What it says.
+        /// Message of the executor.
         message: String,
     },
     /// There is no CUDA device, or no driver.
     #[error("no CUDA device: {reason}")]
     NoDevice {
-        /// What was looked for and not found.
+        /// Missing driver, function or device.
         reason: String,
     },
     /// No kernel is compiled for the device.
@@ -275,7 +275,7 @@ pub enum Error {
         major: u32,
         /// The device's compute capability, after the point.
         minor: u32,
-        /// What this build has kernels for.
+        /// Compute capability that this build has kernels for.
         needed: &'static str,
     },
     /// A kernel of this build can't be used: a bug of this crate or a damaged build.
@@ -283,7 +283,7 @@ pub enum Error {
     BrokenKernel {
         /// The kernel.
         symbol: &'static str,
-        /// What is wrong with it.
+        /// Defect of the kernel.
         message: String,
     },
     /// A call of the CUDA driver failed.
@@ -293,13 +293,13 @@ pub enum Error {
         call: &'static str,
         /// The `CUresult` that it returned.
         code: u32,
-        /// What it says.
+        /// Message of the driver.
         message: String,
     },
 }
 
 impl Error {
-    /// Whether the caller's input is at fault, and not the machine or this crate.
+    /// True if the caller's input is at fault, and not the machine or this crate.
     pub fn is_bad_input(&self) -> bool {
         !matches!(
             self,
@@ -345,15 +345,15 @@ pub enum Operand {
     Dq2,
     /// The gradient of the second pair's keys.
     Dk2,
-    /// What the kernels of a backward pass hand to each other.
+    /// Memory that the kernels of a backward pass use to pass results to each other.
     Workspace,
     /// The total attention of each key.
     Total,
-    /// Which weights dropout keeps.
+    /// Dropout mask.
     DropoutMask,
     /// The host's copy of a buffer.
     Download,
-    /// Memory of another crate's.
+    /// Another crate's memory.
     Foreign,
 }
 
@@ -383,7 +383,7 @@ impl fmt::Display for Operand {
     }
 }
 
-/// A dimension with a stride, as errors name it; its number is its place in
+/// A dimension with a stride, as errors name it. Its number is its index in
 /// [`Layout::strides`](crate::Layout::strides).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dim {

@@ -2,7 +2,7 @@
 //!
 //! ferroflash computes O = softmax(scale · Q·Kᵀ + mask) · V and its log-sum-exp, exactly, in memory that grows with the
 //! sequence and not with its square (FlashAttention-2, arXiv 2307.08691; FlashAttention-3, arXiv 2407.08608). A kernel
-//! is an ordinary generic Rust function over a small tile algebra: rustc compiles it to PTX for the GPU, and the same
+//! is an ordinary generic Rust function over a small tile algebra. rustc compiles it to PTX for the GPU, and the same
 //! function to native code for the CPU, where it is tested.
 //!
 //! ```
@@ -37,30 +37,29 @@
 //! - **Dtypes** are [`f16`](struct@f16) and [`bf16`]; scores, softmax, accumulators and LSE are f32. Head dims are the
 //!   multiples of 8 up to 256.
 //! - **Grouped heads**: query head h reads key head h / (heads_q / heads_kv).
-//! - **Causal** is aligned to the bottom right: query i sees key j when j ≤ i + seqlen_k − seqlen_q, so the last query
-//!   sees every key. PyTorch's `is_causal` is aligned to the top left, which differs where the lengths do.
+//! - **Causal** is aligned to the bottom right: query i attends to key j if j ≤ i + seqlen_k − seqlen_q, so the last
+//!   query attends to every key. PyTorch's `is_causal` is aligned to the top left, which differs if the lengths do.
 //! - **Rows without a key**, by the mask or because seqlen_k is 0, give O = 0 and LSE = −∞, never NaN.
-//! - **Dropout** ([`Attention::dropout`]) drops weights after the softmax, by random numbers that are a function of
-//!   seed, offset, head, query and key: both passes drop the same ones, on every machine. The LSE is that of all of
-//!   them.
-//! - **Gradients** ([`Attention::backward`]) are of the inputs' dtype, accumulated in f32. [`Determinism`] says whether
-//!   dQ is the same bits on every run.
+//! - **Dropout** ([`Attention::dropout`]) drops weights after the softmax. Its random numbers are a function of seed,
+//!   offset, head, query and key, so both passes drop the same weights on every machine. The LSE includes all weights.
+//! - **Gradients** ([`Attention::backward`]) have the inputs' dtype and are accumulated in f32. [`Determinism`] selects
+//!   whether dQ has the same bits on every run.
 //! - **LSE** is the natural logarithm of the sum of the exponentials of the scaled scores.
 //! - **Total attention** ([`Attention::total_attention`]) is the weight that each key got from all queries, f32 (batch,
 //!   heads_q, seqlen_k).
-//! - **Errors**: whatever a caller can get wrong is an [`Error`] that names the field, its value and what is allowed,
-//!   before anything is launched. The library does not panic.
+//! - **Errors**: every mistake that a caller can make is an [`Error`] that names the field, its value and what is
+//!   allowed, before anything is launched. The library does not panic.
 //!
 //! # Backends
-//! [`Cpu`] runs everywhere, over [rayon](https://docs.rs/rayon)'s threads. With the feature `cuda`, `Cuda` runs the
-//! same kernels on a GPU of compute capability 9.0, on slices of device memory or, for frameworks, from raw device
-//! pointers on the caller's stream with neither allocation nor synchronisation ([`RawForward`], [`RawBackward`],
-//! [`RawTotalAttention`]).
+//! [`Cpu`] runs everywhere, on [rayon](https://docs.rs/rayon)'s threads. With the feature `cuda`, `Cuda` runs the same
+//! kernels on a GPU of compute capability 9.0. It takes slices of device memory or, for frameworks, raw device pointers
+//! ([`RawForward`], [`RawBackward`], [`RawTotalAttention`]). Raw calls run on the caller's stream, without allocation
+//! or synchronisation.
 //!
 //! # Where things are
-//! [`Problem`] and [`Mask`] say what to compute, [`Plan`], [`BackwardPlan`] and [`TotalPlan`] how it will run (kernel,
-//! tiles, grid: pure and printable),
-//! [`Attention`] is the way in, and [`mod@reference`] is the f64 oracle that both backends are tested against.
+//! [`Problem`] and [`Mask`] define the computation. [`Plan`], [`BackwardPlan`] and [`TotalPlan`] describe its execution
+//! (kernel, tiles, grid); they are pure and printable. [`Attention`] is the entry point. [`mod@reference`] is the f64
+//! oracle that both backends are tested against.
 
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]

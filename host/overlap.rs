@@ -1,13 +1,13 @@
-//! Whether two sets of rows share memory: the rule that outputs must meet, for slices and raw pointers alike.
+//! Test for sets of rows that share memory. Outputs must not, for slices and raw pointers alike.
 //!
-//! A tensor's rows are a comb of combs of combs: a row of contiguous bytes, repeated at three strides. Deciding exactly
-//! whether two such sets meet is a Diophantine problem; the rules here are exact for layouts whose dimensions nest
-//! (each stride at least the span of the dimensions within it), which is how memory is laid out in practice, and err
-//! towards "shared" otherwise.
+//! A tensor's rows are a comb of combs of combs: a row of contiguous bytes, repeated at three strides. An exact test
+//! for common bytes of two such sets is a Diophantine problem. The rules here are exact for layouts whose dimensions
+//! nest (each stride at least the span of the dimensions within it), as is usual in practice, and err towards "shared"
+//! otherwise.
 
 use crate::{error::Dim, tensor::Layout};
 
-/// The repetition of what lies within at a stride, in bytes.
+/// Repetition of inner dimensions at a stride, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Step {
     stride: u128,
@@ -15,21 +15,21 @@ struct Step {
 }
 
 impl Step {
-    /// No repetition.
+    /// A step without repetition.
     const ONCE: Step = Step { stride: 0, count: 1 };
 }
 
-/// The bytes that a tensor's rows occupy.
+/// Bytes that a tensor's rows occupy.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Region {
     start: u128,
     row_bytes: u128,
-    /// Largest stride first; repetitions on the spot, by an extent of 1 or a stride of 0, count as none.
+    /// Steps with the largest stride first. An extent of 1 or a stride of 0 counts as no repetition.
     steps: [Step; 3],
 }
 
 impl Region {
-    /// The rows of a tensor at `address`, or `None` where it is empty.
+    /// Returns the rows of a tensor at `address`, or `None` if it is empty.
     pub(crate) fn of_rows(address: u64, layout: &Layout, element_bytes: usize) -> Option<Region> {
         if layout.is_empty() {
             return None;
@@ -45,29 +45,29 @@ impl Region {
         Some(Region { start: address as u128, row_bytes: bytes(layout.shape[3]), steps })
     }
 
-    /// Contiguous bytes, or `None` for none.
+    /// Returns contiguous bytes, or `None` if there are none.
     pub(crate) fn of_bytes(address: u64, bytes: u128) -> Option<Region> {
         (bytes > 0).then_some(Region { start: address as u128, row_bytes: bytes, steps: [Step::ONCE; 3] })
     }
 
-    /// The end of the last row.
+    /// Address of the end of the last row.
     fn end(&self) -> u128 {
         self.steps.iter().fold(self.start.saturating_add(self.row_bytes), |end, step| {
             end.saturating_add((step.count - 1).saturating_mul(step.stride))
         })
     }
 
-    /// The first of the repetitions at `stride`, where this is the outermost stride; otherwise all of it.
+    /// Returns the first of the repetitions at `stride` if this is the outermost stride; otherwise all of the region.
     fn within(self, stride: u128) -> Region {
         let [outer, middle, inner] = self.steps;
         if outer.stride == stride { Region { steps: [middle, inner, Step::ONCE], ..self } } else { self }
     }
 
-    /// Whether the two surely share no byte.
+    /// True if the two surely share no byte.
     ///
-    /// Where one ends before the other starts, they do not. Otherwise, where what repeats at the outermost stride lies,
-    /// for both together, within one period of it, different periods can't meet, and the question is that of a single
-    /// period: so a Q and an O in one packed (batch, seqlen, parts, heads, head_dim) tensor are told apart.
+    /// If one ends before the other starts, they share none. Otherwise let both together, at the outermost stride, lie
+    /// within one period of it. Then different periods can't share bytes, and it suffices to compare a single period.
+    /// This tells Q and O apart in one packed (batch, seqlen, parts, heads, head_dim) tensor.
     pub(crate) fn is_disjoint(&self, other: &Region) -> bool {
         let (mut a, mut b) = (*self, *other);
         loop {
@@ -84,16 +84,16 @@ impl Region {
     }
 }
 
-/// A dimension whose stride is too small for rows to be apart.
+/// Dimension whose stride is too small to keep rows apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Alias {
     pub(crate) dim: Dim,
     pub(crate) stride: usize,
-    /// Elements that the dimensions within it span, and so the smallest stride that is safe.
+    /// Number of elements that the inner dimensions span, and so the smallest safe stride.
     pub(crate) required: u128,
 }
 
-/// The first dimension, from the innermost, that does not nest: `None` where all rows are surely apart.
+/// Returns the first dimension, from the innermost, that does not nest; `None` if all rows are surely apart.
 pub(crate) fn self_alias(layout: &Layout) -> Option<Alias> {
     if layout.is_empty() {
         return None;
@@ -146,7 +146,7 @@ mod tests {
             .prop_map(|(shape, strides)| Layout::strided(shape, strides))
     }
 
-    /// Dimensions that nest, in any order, with gaps.
+    /// Generates dimensions that nest, in any order, with gaps.
     fn nested() -> impl Strategy<Value = Layout> {
         (
             [1..4usize, 1..4usize, 1..5usize, 1..4usize],

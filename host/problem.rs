@@ -1,4 +1,4 @@
-//! What is to be computed: extents, element type, mask. Validated once, here.
+//! The problem: extents, element type, mask. It is validated once, here.
 //!
 //! O = softmax(scale · Q·Kᵀ + mask) · V (FlashAttention-2, arXiv 2307.08691, section 2.1), with Q and O
 //! (batch, heads_q, seqlen_q, head_dim), K and V (batch, heads_kv, seqlen_k, head_dim). Query head h reads key head
@@ -13,19 +13,19 @@ use kernels_gpu::{
 
 use crate::error::{Error, Result};
 
-/// The largest extent: kernels count rows in 32-bit signed numbers.
+/// Maximum extent: kernels count rows in 32-bit signed numbers.
 pub(crate) const MAX_EXTENT: usize = i32::MAX as usize;
-/// The largest head dim.
+/// Maximum head dim.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
-/// Head dims come in steps of 16 bytes, the copy engine's grain.
+/// Head dims are multiples of this, because TMA moves units of 16 bytes.
 pub(crate) const HEAD_DIM_STEP: usize = 8;
-/// Bytes of an element of either dtype.
+/// Size of an element of either dtype, in bytes.
 pub(crate) const ELEMENT_BYTES: usize = 2;
 
-/// The extents and the element type of one attention.
+/// Extents and element type of one attention.
 ///
-/// `batch`, `seqlen_q` and `seqlen_k` may be 0: without queries there is nothing to do, and without keys O is 0 and
-/// LSE −∞.
+/// `batch`, `seqlen_q` and `seqlen_k` may be 0. Without queries there is nothing to do, and without keys O is 0 and LSE
+/// −∞.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Problem {
     /// Items of the batch.
@@ -45,7 +45,7 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// Checks every rule that the extents alone must meet.
+    /// Checks every rule for the extents.
     ///
     /// # Errors
     /// [`Error::Zero`] for no heads, [`Error::HeadsNotDivisible`], [`Error::HeadDim`], and [`Error::TooLarge`] for an
@@ -87,18 +87,18 @@ impl Problem {
         [self.batch, self.heads_kv, self.seqlen_k, self.head_dim]
     }
 
-    /// Elements of the LSE, (batch, heads_q, seqlen_q); `usize::MAX` where a `usize` can't hold them.
+    /// Number of elements of the LSE, (batch, heads_q, seqlen_q); `usize::MAX` if a `usize` can't hold it.
     pub fn lse_len(&self) -> usize {
         self.batch.saturating_mul(self.heads_q).saturating_mul(self.seqlen_q)
     }
 
-    /// Elements of the total attention, (batch, heads_q, seqlen_k); `usize::MAX` where a `usize` can't hold them.
+    /// Number of elements of the total attention, (batch, heads_q, seqlen_k); `usize::MAX` if a `usize` can't hold it.
     pub fn total_len(&self) -> usize {
         self.batch.saturating_mul(self.heads_q).saturating_mul(self.seqlen_k)
     }
 
-    /// Floating-point operations of a forward pass by the field's convention: 4 · batch · heads_q · seqlen_q ·
-    /// seqlen_k · head_dim, and half of that when causal, whatever the lengths.
+    /// Floating-point operations of a forward pass by the field's convention: 4 · batch · heads_q · seqlen_q · seqlen_k
+    /// · head_dim, and half of that when causal, for any lengths.
     pub fn flops_forward(&self, mask: Mask) -> f64 {
         let full = 4.0
             * self.batch as f64
@@ -112,7 +112,7 @@ impl Problem {
         }
     }
 
-    /// Bytes that a forward pass must move at least: Q, K and V read once, O and LSE written once.
+    /// Minimum number of bytes that a forward pass moves: Q, K and V read once, O and LSE written once.
     pub fn bytes_forward(&self) -> f64 {
         let elements = |shape: [usize; 4]| shape.iter().map(|&extent| extent as f64).product::<f64>();
         let lse = self.batch as f64 * self.heads_q as f64 * self.seqlen_q as f64;
@@ -120,7 +120,7 @@ impl Problem {
         tensors * ELEMENT_BYTES as f64 + lse * size_of::<f32>() as f64
     }
 
-    /// The extents as kernels take them; they fit because [`Problem::validate`] passed.
+    /// Returns the extents as kernels take them. They fit because [`Problem::validate`] passed.
     pub(crate) fn kernel_shape(&self) -> Shape {
         Shape {
             batch: self.batch as u32,
@@ -133,20 +133,21 @@ impl Problem {
     }
 }
 
-/// Which keys a query sees.
+/// Mask of the scores: the keys that a query attends to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Mask {
-    /// Every key.
+    /// A query attends to every key.
     #[default]
     None,
-    /// Key j for query i when j ≤ i + seqlen_k − seqlen_q: aligned to the bottom right, so that the last query sees
-    /// every key. PyTorch's `is_causal` is aligned to the top left; the two agree where the lengths are equal.
+    /// Query i attends to key j if j ≤ i + seqlen_k − seqlen_q. This is aligned to the bottom right, so that the last
+    /// query attends to every key. PyTorch's `is_causal` is aligned to the top left; the two agree if the lengths are
+    /// equal.
     Causal,
 }
 
 impl Mask {
-    /// The kernel family that computes it.
+    /// Returns the kernel family that computes this mask.
     pub fn kind(self) -> MaskKind {
         match self {
             Mask::None => MaskKind::None,
@@ -172,7 +173,7 @@ impl FromStr for Mask {
     }
 }
 
-/// Elements of a tensor of `shape`, capped at `u128::MAX`.
+/// Number of elements of a tensor of `shape`, capped at `u128::MAX`.
 pub(crate) fn volume(shape: [usize; 4]) -> u128 {
     if shape.contains(&0) {
         return 0;
@@ -180,7 +181,7 @@ pub(crate) fn volume(shape: [usize; 4]) -> u128 {
     shape.iter().fold(1, |product: u128, &extent| product.saturating_mul(extent as u128))
 }
 
-/// Fails with [`Error::TooLarge`] where `value` is above `limit`.
+/// Fails with [`Error::TooLarge`] if `value` is above `limit`.
 pub(crate) fn at_most(field: &'static str, value: u128, limit: u128) -> Result<()> {
     if value > limit {
         return Err(Error::TooLarge { field, value, limit });

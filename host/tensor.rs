@@ -1,15 +1,15 @@
 //! Borrowed strided tensors: (batch, heads, seqlen, head_dim) in any stride order, head_dim contiguous.
 //!
-//! A [`Layout`] says where elements lie, in elements from the first; a [`Tensor`] adds the memory: a slice, or device
+//! A [`Layout`] maps indices to offsets, in elements from the first; a [`Tensor`] adds the memory, a slice or device
 //! memory. BHSD, BSHD and a part of a packed tensor are one type with different strides. Nothing here is checked on
-//! construction: the backends check layouts against the problem before they touch memory.
+//! construction: the backends check layouts against the problem before they access memory.
 
 use crate::{
     error::Result,
     problem::{at_most, volume},
 };
 
-/// Where the elements of a (batch, heads, seqlen, head_dim) tensor lie.
+/// Positions of the elements of a (batch, heads, seqlen, head_dim) tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
     /// Extents: batch, heads, seqlen, head_dim.
@@ -20,50 +20,50 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The contiguous layout in the order batch, heads, seqlen, head_dim.
+    /// Returns the contiguous layout in the order batch, heads, seqlen, head_dim.
     pub fn bhsd(shape: [usize; 4]) -> Self {
         let [_, heads, seqlen, head_dim] = shape;
         let head = seqlen.saturating_mul(head_dim);
         Layout { shape, strides: [heads.saturating_mul(head), head, head_dim] }
     }
 
-    /// The contiguous layout in the order batch, seqlen, heads, head_dim; `shape` is (batch, heads, seqlen, head_dim)
-    /// all the same.
+    /// Returns the contiguous layout in the order batch, seqlen, heads, head_dim. `shape` is nevertheless (batch,
+    /// heads, seqlen, head_dim).
     pub fn bshd(shape: [usize; 4]) -> Self {
         let [_, heads, seqlen, head_dim] = shape;
         let row = heads.saturating_mul(head_dim);
         Layout { shape, strides: [seqlen.saturating_mul(row), head_dim, row] }
     }
 
-    /// A layout with strides of its own: batch, head and row, in elements.
+    /// Returns a layout with the given strides: batch, head and row, in elements.
     pub fn strided(shape: [usize; 4], strides: [usize; 3]) -> Self {
         Layout { shape, strides }
     }
 
-    /// Whether there are no elements.
+    /// True if there are no elements.
     pub fn is_empty(&self) -> bool {
         self.shape.contains(&0)
     }
 
-    /// Elements from the first to the end of the last: what a buffer must hold. 0 where there are none.
+    /// Number of elements from the first to the end of the last, which a buffer must hold. 0 if there are none.
     ///
     /// # Errors
-    /// [`Error::TooLarge`](crate::Error::TooLarge) where a `usize` can't hold it.
+    /// [`Error::TooLarge`](crate::Error::TooLarge) if a `usize` can't hold it.
     pub fn required_len(&self) -> Result<usize> {
         let span = self.span();
         at_most("elements spanned by the layout", span, usize::MAX as u128)?;
         Ok(span as usize)
     }
 
-    /// Offset of the row (batch, head, row) from the first element, in elements; it wraps around where the layout is
-    /// one that [`Layout::required_len`] refuses.
+    /// Offset of the row (batch, head, row) from the first element, in elements. It wraps around for layouts that
+    /// [`Layout::required_len`] refuses.
     pub fn offset(&self, batch: usize, head: usize, row: usize) -> usize {
         let [b, h, i] = self.strides;
         batch.wrapping_mul(b).wrapping_add(head.wrapping_mul(h)).wrapping_add(row.wrapping_mul(i))
     }
 
-    /// Strides as kernels and tensor maps take them: those that no element depends on, because the extent is 1 or the
-    /// tensor empty, are replaced by head_dim, which is within every limit.
+    /// Returns the strides as kernels and tensor maps take them. If no element depends on a stride, because the extent
+    /// is 1 or the tensor empty, it is replaced by head_dim, which is within every limit.
     pub fn lowered_strides(&self) -> [usize; 3] {
         let mut strides = self.strides;
         for (stride, extent) in strides.iter_mut().zip(self.shape) {
@@ -85,30 +85,30 @@ impl Layout {
     }
 }
 
-/// Memory and the layout of the tensor in it.
+/// Memory, and the layout of the tensor in it.
 ///
 /// `S` is `&[E]` or `&mut [E]` for [`Cpu`](crate::Cpu), and device memory for the GPU backend.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensor<S> {
-    /// The memory, from the tensor's first element on.
+    /// Memory from the tensor's first element on.
     pub data: S,
-    /// Where elements lie in it.
+    /// Layout of the elements in it.
     pub layout: Layout,
 }
 
 impl<S> Tensor<S> {
-    /// A contiguous tensor in the order batch, heads, seqlen, head_dim.
+    /// Returns a contiguous tensor in the order batch, heads, seqlen, head_dim.
     pub fn bhsd(data: S, shape: [usize; 4]) -> Self {
         Tensor { data, layout: Layout::bhsd(shape) }
     }
 
-    /// A contiguous tensor in the order batch, seqlen, heads, head_dim; `shape` is (batch, heads, seqlen, head_dim)
-    /// all the same.
+    /// Returns a contiguous tensor in the order batch, seqlen, heads, head_dim. `shape` is nevertheless (batch, heads,
+    /// seqlen, head_dim).
     pub fn bshd(data: S, shape: [usize; 4]) -> Self {
         Tensor { data, layout: Layout::bshd(shape) }
     }
 
-    /// A tensor with strides of its own: batch, head and row, in elements.
+    /// Returns a tensor with the given strides: batch, head and row, in elements.
     pub fn strided(data: S, shape: [usize; 4], strides: [usize; 3]) -> Self {
         Tensor { data, layout: Layout::strided(shape, strides) }
     }
@@ -122,7 +122,7 @@ mod tests {
 
     const HUGE: Layout = Layout { shape: [usize::MAX; 4], strides: [usize::MAX; 3] };
 
-    /// One more than the largest offset of an element.
+    /// Returns the largest offset of an element, plus 1.
     fn brute_force_len(layout: &Layout) -> usize {
         let [batch, heads, seqlen, head_dim] = layout.shape;
         let mut len = 0;

@@ -1,4 +1,4 @@
-//! The command line as a script sees it: exit codes, messages and the JSON file.
+//! Tests of the command line from a script's view: exit codes, messages and the JSON file.
 
 #[cfg(target_os = "linux")]
 use std::io::{BufRead, BufReader, Read};
@@ -16,7 +16,7 @@ fn text(bytes: &[u8]) -> String {
 fn check_passes_and_says_so() {
     let random = ferroflash(&["check", "--device", "cpu", "--cases", "6", "--seed", "3"]);
     assert!(random.status.success(), "{random:?}");
-    // Both passes, unless one is asked for.
+    // Both passes run, unless one is selected.
     assert!(text(&random.stdout).contains("12 passed, 0 failed"));
     let one = ferroflash(&[
         "check",
@@ -51,7 +51,7 @@ fn check_passes_and_says_so() {
     assert!(text(&one.stdout).contains("1 passed, 0 failed"));
 }
 
-/// Of a gradient the worst of the three stands in the table.
+/// The table shows the worst of the three gradients.
 #[test]
 fn check_judges_gradients() {
     for determinism in ["fast", "exact"] {
@@ -145,7 +145,7 @@ fn bad_problems_are_named() {
         (&["check", "--seqlen-q", "99999999999999999"], 2, "seqlen_q is 99999999999999999"),
         (&["bench", "--head-dims", "260"], 2, "head_dim is 260"),
         (&["check", "--op", "backward", "--heads-q", "3", "--heads-kv", "2"], 2, "heads_q is 3"),
-        // No sample of rows has gradients.
+        // Gradients cannot be judged by a sample of rows.
         (&["check", "--seqlen-q", "65536"], 2, "--op forward has no limit"),
         (
             &["check", "--op", "backward", "--seqlen-q", "1000000", "--seqlen-k", "17"],
@@ -153,7 +153,7 @@ fn bad_problems_are_named() {
             "gradients of 68000000 scores",
         ),
         (&["check", "--op", "total-attention", "--seqlen-q", "65536"], 2, "total attention of 17179869184 scores"),
-        // Good flags that this machine can't serve.
+        // These flags are valid, but this machine can't serve them.
         (&["check", "--seqlen-q", "2000000000", "--heads-q", "100"], 1, "no memory for"),
         (&["bench", "--seqlens", "2000000000", "--hidden", "6400"], 1, "no memory for"),
         (&["bench", "--json", "/no/such/folder/x.json"], 1, "x.json can't be written"),
@@ -196,7 +196,7 @@ fn bench_writes_json() {
     for field in ["gpu", "driver", "compiler", "commit"] {
         assert!(json["header"].as_object().expect("a header").contains_key(field), "{field}");
     }
-    // On the CPU, asked for or not.
+    // It runs on the CPU, by default and on request.
     assert_eq!(json["header"]["protocol"], "sustained");
     let records = json["records"].as_array().expect("records");
     assert_eq!(records.len(), 8);
@@ -229,7 +229,7 @@ fn sustained_runs_are_measured() {
     assert!(output.status.success(), "{output:?}");
     let printed = text(&output.stdout);
     assert!(printed.contains("\"protocol\": \"sustained\""), "{printed}");
-    // Both passes, of both dtypes.
+    // Both passes run in both dtypes.
     for dtype in ["f16", "bf16"] {
         assert_eq!(printed.matches(&format!("\"dtype\": \"{dtype}\"")).count(), 2, "{printed}");
     }
@@ -269,7 +269,7 @@ fn help_has_examples() {
     }
 }
 
-/// Starts the command, sends it what Ctrl-C sends once it has said what it will do, and gives all that it printed.
+/// Starts the command, sends it the signal of Ctrl-C after its first line, and returns everything that it printed.
 #[cfg(target_os = "linux")]
 fn interrupted(arguments: &[&str]) -> String {
     let mut child = Command::new(env!("CARGO_BIN_EXE_ferroflash"))
@@ -279,7 +279,7 @@ fn interrupted(arguments: &[&str]) -> String {
         .expect("the binary runs");
     let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
     let mut printed = String::new();
-    // Ctrl-C is caught before the first line, however long the machine takes to get there.
+    // Ctrl-C is caught before the first line, even if the machine takes long to get there.
     stdout.read_line(&mut printed).expect("a line");
     std::thread::sleep(std::time::Duration::from_millis(500));
     let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill runs");
@@ -290,7 +290,7 @@ fn interrupted(arguments: &[&str]) -> String {
     printed
 }
 
-/// A first Ctrl-C ends the sweep after the case in hand, with what was judged so far.
+/// A first Ctrl-C ends the sweep after the current case, and keeps the cases judged so far.
 #[test]
 #[cfg(target_os = "linux")]
 fn ctrl_c_keeps_what_was_judged() {
@@ -298,7 +298,7 @@ fn ctrl_c_keeps_what_was_judged() {
     assert!(printed.contains("passed"), "{printed}");
 }
 
-/// A measurement that Ctrl-C cut short is no record: neither NaN in the table nor null in the file.
+/// A measurement that Ctrl-C interrupted is no record: there is no NaN in the table and no null in the file.
 #[test]
 #[cfg(target_os = "linux")]
 fn ctrl_c_leaves_no_half_measurement() {
@@ -313,7 +313,7 @@ fn ctrl_c_leaves_no_half_measurement() {
     assert_eq!(json["records"], serde_json::json!([]));
 }
 
-/// As in `ferroflash info | head -1`.
+/// Runs as in `ferroflash info | head -1`.
 #[test]
 #[cfg(unix)]
 fn a_reader_that_leaves_is_no_panic() {

@@ -1,4 +1,4 @@
-//! The kernels on the CPU executor, against the reference.
+//! Tests of the kernels on the CPU executor, against the reference.
 
 mod common;
 #[path = "cpu/dropout.rs"]
@@ -28,7 +28,8 @@ fn named_cases_backward() {
     }
 }
 
-/// So many random cases; those that once failed are kept beside this file and run first.
+/// Returns a configuration with this number of random cases. Cases that once failed are kept next to this file and run
+/// first.
 pub fn random(cases: u32) -> ProptestConfig {
     let failure_persistence = Some(Box::new(FileFailurePersistence::WithSource("regressions")) as _);
     ProptestConfig { cases, failure_persistence, ..ProptestConfig::default() }
@@ -115,7 +116,7 @@ fn same_gradients_whatever_the_threads() {
     }
 }
 
-/// Kernels need much stack where they are compiled without optimisation; the caller's threads need not have it.
+/// Without optimisation kernels need a large stack, which the caller's threads need not have.
 #[test]
 fn small_stacks_are_enough() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).stack_size(128 << 10).build().unwrap();

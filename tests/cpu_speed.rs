@@ -1,12 +1,12 @@
-//! The CPU executor is faster than a plain loop, several times if the processor has AVX2. A test binary of its own,
-//! since cargo runs one binary after the other: other tests would take its cores.
+//! Test that the CPU executor is faster than a plain loop, several times if the processor has AVX2. It is a test binary
+//! of its own, because cargo runs one binary after the other and other tests would take its cores.
 
 use std::time::{Duration, Instant};
 
 use ferroflash::cases::{Case, plain_loop};
 use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, bf16};
 
-/// Runs of each; the best counts.
+/// Number of runs of each; the best counts.
 const RUNS: usize = 5;
 
 #[test]
@@ -21,7 +21,7 @@ fn faster_than_a_plain_loop() {
     let head = 1024 * 64;
     let mut o = vec![0.0; 8 * head];
     let (mut ours, mut plain) = (Duration::MAX, Duration::MAX);
-    // In turns, so that whatever else the machine does meets both.
+    // The two alternate, so that other load on the machine affects both.
     for _ in 0..RUNS {
         ours = ours.min(time(|| {
             attention.forward(&Cpu, q, k, v).unwrap();
@@ -36,7 +36,7 @@ fn faster_than_a_plain_loop() {
     assert!(ours * times_faster() < plain, "executor {ours:?}, plain loop {plain:?}");
 }
 
-/// Factor by which the executor is faster at least.
+/// Minimum factor by which the executor is faster.
 fn times_faster() -> u32 {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {

@@ -6,7 +6,7 @@ use ferroflash::{
 };
 use proptest::prelude::*;
 
-/// Without a batch item, or without a query and a key.
+/// Generates problems without a batch item, or without a query and a key.
 fn problem() -> impl Strategy<Value = Problem> {
     let extents = || prop::sample::select(vec![1, 2, 127, 128, 129, 65535, 65536, 65537, (1 << 31) - 1]);
     let lengths = (any::<bool>(), extents(), extents(), extents())
@@ -25,7 +25,7 @@ fn problem() -> impl Strategy<Value = Problem> {
         .prop_filter("invalid", |problem| problem.validate().is_ok())
 }
 
-/// The number of elements of a result, or 0 if the plan has refused it.
+/// Returns the number of elements of a result, or 0 if the plan has refused it.
 fn len(result: Result<usize>) -> usize {
     match result {
         Ok(len) => len,
@@ -45,7 +45,7 @@ fn run(problem: Problem, mask: Mask, determinism: Determinism, dropout: Dropout)
     assert_eq!(len(dropout_mask(&problem, &dropout).map(|kept| kept.len())), 0);
 }
 
-/// Too many key heads for 32 bits.
+/// Problems with too many key heads for 32 bits.
 #[test]
 fn many_empty_heads() {
     let heads = 1 << 16;

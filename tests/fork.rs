@@ -1,5 +1,5 @@
-//! The CPU backend in a process that was forked from one that used it, and in one whose memory is short. A test binary
-//! of its own, since the child has a copy of no thread but the test's.
+//! Tests of the CPU backend in a process that was forked from one that used it, and in one whose memory is short. It is
+//! a test binary of its own, because the child has a copy of the test's thread only.
 #![cfg(target_os = "linux")]
 
 use std::panic::AssertUnwindSafe;
@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use ferroflash::{Attention, Backend, BackwardInputs, Cpu, Dtype, Error, Operand, Problem, Tensor, bf16};
 
-/// Longer than the child can take by far.
+/// Timeout, far longer than the child can take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// O, the LSE, dQ and the total attention of one problem.
+/// Returns O, the LSE, dQ and the total attention of one problem.
 fn results() -> Vec<u32> {
     let problem =
         Problem { batch: 2, heads_q: 3, heads_kv: 3, seqlen_q: 300, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
@@ -28,9 +28,9 @@ fn results() -> Vec<u32> {
     halves.chain(lse.iter().chain(&total).map(|x| x.to_bits())).collect()
 }
 
-/// Runs `check` in a child process; fails if it is not true, panics or does not end.
+/// Runs `check` in a child process. Fails if it returns false, panics or does not end.
 fn in_child(check: impl FnOnce() -> bool) {
-    // SAFETY: the child calls what follows, which waits for no other thread, and leaves without running the parent's
+    // SAFETY: the child runs the code below, which waits for no other thread, and ends without running the parent's
     // destructors.
     let child = unsafe { libc::fork() };
     if child == 0 {
@@ -44,7 +44,7 @@ fn in_child(check: impl FnOnce() -> bool) {
     // SAFETY: `status` is valid for writing, and the child is this process's own.
     while unsafe { libc::waitpid(child, &mut status, libc::WNOHANG) } == 0 {
         if start.elapsed() > PATIENCE {
-            // SAFETY: the child was not waited for yet, so its number is its own.
+            // SAFETY: the child was not waited for yet, so its process id is still its own.
             unsafe { libc::kill(child, libc::SIGKILL) };
             panic!("the child did not end");
         }
@@ -64,11 +64,11 @@ fn short_memory_is_an_error() {
     const LEN: usize = 64 << 20;
     let buffer = Cpu.upload(Operand::Q, &vec![1.0f32; LEN]).unwrap();
     in_child(|| {
-        // SAFETY: reads a number of the system's.
+        // SAFETY: reads a number from the system.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
         let pages = std::fs::read_to_string("/proc/self/statm").ok();
         let held = pages.and_then(|text| text.split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) * page;
-        // Less than a second buffer more than the process has.
+        // The limit leaves room for less than a second buffer.
         let limit = libc::rlimit { rlim_cur: held + (32 << 20), rlim_max: libc::RLIM_INFINITY };
         // SAFETY: the limit is valid for reading.
         let limited = held > 0 && unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) } == 0;

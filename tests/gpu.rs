@@ -1,6 +1,6 @@
-//! The kernels on a GPU, against the reference: the same cases as on the CPU, and more of them.
+//! Tests of the kernels on a GPU, against the reference: the same cases as on the CPU, and more of them.
 //!
-//! A harness of its own, so that without a device every test is reported as ignored and none as passed. Built by
+//! It has its own harness, so that without a device every test is reported as ignored and none as passed. Built by
 //! `cargo test --features cuda --no-run`, the binary also runs on a machine without Rust.
 
 mod common;
@@ -33,10 +33,10 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-/// Random cases of one run; FERROFLASH_GPU_CASES sets another number.
+/// Number of random cases per run; FERROFLASH_GPU_CASES sets another.
 const RANDOM_CASES: u64 = 2000;
 
-/// A test's body.
+/// Body of a test.
 type Run = Box<dyn FnOnce(&Cuda) + Send>;
 
 fn main() {
@@ -183,7 +183,7 @@ fn main() {
     conclusion.exit();
 }
 
-/// Random backward cases of one run, half of them exact; the reference is what takes the time.
+/// Number of random backward cases per run, half of them exact. The reference takes most of the time.
 const RANDOM_BACKWARD_CASES: u64 = 1000;
 
 const BIG: Problem =
@@ -205,7 +205,7 @@ fn random_cases_backward(cuda: &Cuda) {
     }
 }
 
-/// Random cases of total attention of one run.
+/// Number of random cases of total attention per run.
 const RANDOM_TOTAL_CASES: u64 = 1000;
 
 fn random_cases_total(cuda: &Cuda) {
@@ -215,7 +215,7 @@ fn random_cases_total(cuda: &Cuda) {
     }
 }
 
-/// Random cases with dropout of one run, each in both passes.
+/// Number of random cases with dropout per run, each in both passes.
 const RANDOM_DROPOUT_CASES: u64 = 500;
 
 fn random_dropout(cuda: &Cuda) {
@@ -228,7 +228,7 @@ fn random_dropout(cuda: &Cuda) {
     }
 }
 
-/// Cases that no run has seen before; a failure prints what it takes to run it again.
+/// Runs cases that no run has had before. A failure prints the command that runs it again.
 fn fresh_cases(cuda: &Cuda) {
     let config = Config { cases: 200, failure_persistence: None, ..Config::default() };
     let judged = TestRunner::new(config).run(&any::<u64>(), |seed| {
@@ -240,7 +240,7 @@ fn fresh_cases(cuda: &Cuda) {
     judged.unwrap_or_else(|error| panic!("{error}"));
 }
 
-/// More work tiles than the chip runs at once, so that CTAs take several and the ring goes round.
+/// Runs more work tiles than the chip runs at once, so that CTAs take several and the ring wraps around.
 fn many_tiles(cuda: &Cuda) {
     for (head_dim, mask) in [(64, Mask::None), (64, Mask::Causal), (128, Mask::Causal), (256, Mask::Causal)] {
         let problem = Problem { batch: 6, heads_q: 24, heads_kv: 8, seqlen_q: 500, seqlen_k: 700, head_dim, ..BIG };
@@ -252,8 +252,8 @@ fn many_tiles(cuda: &Cuda) {
     }
 }
 
-/// CTAs that load K and V for each other: partial tiles and blocks, an odd number of tiles a query head, several tiles
-/// a CTA; and the same bits on every run.
+/// Runs CTAs that load K and V for each other: partial tiles and blocks, an odd number of tiles per query head, several
+/// tiles per CTA. Checks that every run gives the same bits.
 fn clusters(cuda: &Cuda, head_dim: usize) {
     for dtype in [Dtype::Bf16, Dtype::F16] {
         let few = Problem { batch: 1, heads_q: 12, heads_kv: 2, seqlen_q: 300, seqlen_k: 4999, head_dim, dtype };
@@ -272,7 +272,7 @@ fn clusters(cuda: &Cuda, head_dim: usize) {
     }
 }
 
-/// One sequence of 2²⁰ tokens, judged by a sample of its rows.
+/// Runs one sequence of 2²⁰ tokens, judged by a sample of its rows.
 fn a_million_tokens(cuda: &Cuda) {
     let seqlen = 1 << 20;
     let problem =
@@ -284,7 +284,7 @@ fn a_million_tokens(cuda: &Cuda) {
     }
 }
 
-/// A head stride of 0 reads one key head for all.
+/// Checks that a head stride of 0 reads one key head for all.
 fn repeated_heads(cuda: &Cuda) {
     let problem = Problem { batch: 1, heads_q: 4, heads_kv: 4, seqlen_q: 100, seqlen_k: 90, head_dim: 64, ..BIG };
     let one = Case::new(Problem { heads_kv: 1, ..problem }, Mask::None);
@@ -298,7 +298,7 @@ fn repeated_heads(cuda: &Cuda) {
     assert!(cuda.download(&output.o).unwrap() == expected.o);
 }
 
-/// The form for frameworks: addresses and a stream; bad addresses are refused before anything is launched.
+/// Runs the form for frameworks: addresses and a stream. Bad addresses are refused before anything is launched.
 fn raw_addresses(cuda: &Cuda) {
     let case = Case::new(BIG, Mask::Causal);
     let inputs = case.inputs::<bf16>().unwrap();
@@ -328,15 +328,15 @@ fn raw_addresses(cuda: &Cuda) {
     assert!(cuda.download(&o).unwrap() == expected.o);
     let start = std::time::Instant::now();
     for _ in 0..100 {
-        // SAFETY: as above.
+        // SAFETY: the buffers outlive the launches, and the default stream is this device's.
         unsafe { cuda.forward_raw(&plan, &args, std::ptr::null_mut()) }.unwrap();
     }
     println!("raw launch: {:?} of host time", start.elapsed() / 100);
-    // No wait for the whole context, which must not be while another test captures a stream.
+    // There is no wait for the whole context, because another test may be capturing a stream of it.
     assert!(cuda.download(&o).unwrap() == expected.o);
 }
 
-/// The same for the gradients, with a workspace of the caller's whose content does not matter.
+/// Runs the gradients' form for frameworks, with a workspace of the caller's whose content does not matter.
 fn raw_addresses_backward(cuda: &Cuda) {
     let case = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
     let data = case.backward_data::<_, bf16>(cuda).unwrap();
@@ -375,7 +375,7 @@ fn raw_addresses_backward(cuda: &Cuda) {
     unsafe {
         assert!(cuda.backward_raw(&plan, &small, stream).is_err());
         assert!(cuda.backward_raw(&plan, &overlap, stream).is_err());
-        // Twice, so that the second finds what the first left in the workspace.
+        // Runs twice, so that the second run finds the first one's values in the workspace.
         cuda.backward_raw(&plan, &args, stream).unwrap();
         cuda.backward_raw(&plan, &args, stream).unwrap();
     }
@@ -384,7 +384,8 @@ fn raw_addresses_backward(cuda: &Cuda) {
     }
 }
 
-/// A time for every run, and what comes before a run has an effect. How long they took depends on the other tests.
+/// Checks that every run has a time, and that the work before a run has an effect. The times themselves depend on the
+/// other tests.
 fn queued_runs(cuda: &Cuda) {
     let [mut cache, mut target] = [1 << 20, 1 << 10].map(|len| cuda.upload(Operand::Total, &vec![1u32; len]).unwrap());
     let times = cuda.time_each(300, || cache.set_zero(), || target.set_zero()).unwrap();

@@ -1,8 +1,9 @@
-//! Memory is linear in the sequence's length. A test binary of its own, since it watches the whole process's peak.
+//! Test that memory is linear in the sequence's length. It is a test binary of its own, because it measures the whole
+//! process's peak.
 
 use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, Problem, Tensor, bf16};
 
-/// The peak grows by less than half of what the scores alone would take.
+/// The peak grows by less than half of the memory that the scores alone would take.
 #[test]
 #[cfg(target_os = "linux")]
 fn memory_is_linear_in_the_sequence() {
@@ -18,7 +19,7 @@ fn memory_is_linear_in_the_sequence() {
         Attention::new(problem).forward(&Cpu, q, tensor(&kv[..]), tensor(&kv[..])).unwrap();
         grew_less_than_scores(&problem, before);
     }
-    // The backward pass, with shorter sequences: it takes longer.
+    // The backward pass has shorter sequences, because it takes longer.
     let long_k = Problem { seqlen_k: 1 << 18, ..problem };
     let long_q = Problem { seqlen_q: 1 << 14, seqlen_k: 1 << 10, ..problem };
     for problem in [long_k, long_q] {
@@ -27,7 +28,7 @@ fn memory_is_linear_in_the_sequence() {
         let (q, k) = (Tensor::bhsd(&x[..], problem.q_shape()), Tensor::bhsd(&kv[..], problem.kv_shape()));
         let lse = vec![(problem.seqlen_k as f32).ln() + 8f32.sqrt(); problem.lse_len()];
         let inputs = BackwardInputs { q, k, v: k, o: q, d_o: q, lse: &lse[..], d_lse: None };
-        // The peak of what ran before would hide this one.
+        // The peak of earlier work would hide this one.
         let _ = std::fs::write("/proc/self/clear_refs", "5");
         let before = peak_bytes();
         let gradients = Attention::new(problem).backward(&Cpu, inputs).unwrap();

@@ -1,4 +1,4 @@
-//! Total attention on the CPU executor, against the reference.
+//! Tests of total attention on the CPU executor, against the reference.
 
 #[path = "common/total.rs"]
 mod total;
@@ -16,7 +16,8 @@ fn named_cases() {
     }
 }
 
-/// Those that once failed are kept beside this file and run first.
+/// Returns a configuration with this number of random cases. Cases that once failed are kept next to this file and run
+/// first.
 fn random(cases: u32) -> ProptestConfig {
     let failure_persistence = Some(Box::new(FileFailurePersistence::WithSource("regressions")) as _);
     ProptestConfig { cases, failure_persistence, ..ProptestConfig::default() }
@@ -69,7 +70,7 @@ fn same_bits_whatever_the_threads() {
     }
 }
 
-/// Whatever is wrong is found before anything is written.
+/// Every mistake is found before anything is written.
 #[test]
 fn errors_come_before_results() {
     let problem =
@@ -96,12 +97,12 @@ fn errors_come_before_results() {
     // The call that allocates checks first.
     assert!(matches!(attention.total_attention(&Cpu, q, k, &lse[1..]), Err(Error::LseLength { .. })));
     attention.total_attention_into(&Cpu, q, k, &lse, &mut total).unwrap();
-    // Ten queries, each with exp(16 / √16) for every key.
+    // There are ten queries, each with exp(16 / √16) for every key.
     let expected = 10.0 * 4.0f32.exp();
     assert!(total.iter().all(|&x| (x - expected).abs() < 1e-3), "{total:?}");
 }
 
-/// Weights are counted before they are dropped, and so is the LSE.
+/// Weights are counted before dropout, and the LSE does not depend on it either.
 #[test]
 fn dropout_makes_no_difference() {
     let problem =

@@ -1,4 +1,4 @@
-//! The training example, as a test: a layer learns through `Attention::forward` and `Attention::backward`, and the
+//! Tests of the training example: a layer learns through `Attention::forward` and `Attention::backward`, and the
 //! gradients that it learns from are the loss's.
 
 use ferroflash::Cpu;
@@ -10,8 +10,8 @@ mod train_step;
 
 use train_step::{Layer, VALUES, batch, train};
 
-/// Without attention, the loss stays at ln(values), 2.77: a question alone does not tell its answer. Attention that
-/// looks nowhere in particular knows at most how often a sequence has each value, which saves about 0.1.
+/// Without attention, the loss stays at ln(values), 2.77, because a question alone does not determine its answer.
+/// Uniform attention at most reveals how often a sequence has each value, which saves about 0.1.
 #[test]
 fn a_layer_learns_to_recall() {
     let score = train(&Cpu, 200).unwrap();
@@ -20,15 +20,15 @@ fn a_layer_learns_to_recall() {
     assert!(score.accuracy > 0.9, "{score:?}");
 }
 
-/// Along each gradient, the loss changes by the gradient's norm, as central differences measure it. The distance is
-/// long enough to drown the rounding to bf16, and short enough for the loss to be nearly quadratic.
+/// Along each gradient, the loss changes by the gradient's norm, measured by central differences. The distance is long
+/// enough for the change to exceed the rounding to bf16, and short enough for the loss to be nearly quadratic.
 #[test]
 fn gradients_are_those_of_the_loss() {
     const DISTANCE: f32 = 0.8;
     let mut rng = StdRng::seed_from_u64(2);
     let tokens = batch(&mut rng);
     let mut layer = Layer::new(&mut rng);
-    // New weights look everywhere alike, and Wq and Wk hardly matter; larger ones look somewhere.
+    // The attention of new weights is nearly uniform, so Wq and Wk hardly matter. With larger ones it is not.
     layer.wq.value.iter_mut().chain(&mut layer.wk.value).for_each(|w| *w *= 3.0);
     layer.gradients(&Cpu, &tokens).unwrap();
     let gradients = layer.weights().map(|weights| weights.gradient.clone());

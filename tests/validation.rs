@@ -1,6 +1,6 @@
-//! What the public door refuses, and what it must accept, on the CPU backend.
+//! Tests of the public entry points on the CPU backend: the calls that they refuse, and those that they must accept.
 //!
-//! Every refusal is a typed error that names the field, its value and what is allowed; it comes before anything is
+//! Every refusal is a typed error that names the field, its value and what is allowed. It comes before anything is
 //! written.
 
 use ferroflash::{Attention, Cpu, Dtype, Error, Layout, Lse, Mask, Problem, Tensor, bf16, f16};
@@ -9,7 +9,7 @@ const PROBLEM: Problem =
     Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 9, seqlen_k: 13, head_dim: 16, dtype: Dtype::Bf16 };
 const POISON: f32 = 123.0;
 
-/// The arguments of one call; a test changes one of them.
+/// Arguments of one call; a test changes one of them.
 #[derive(Clone)]
 struct Call {
     attention: Attention,
@@ -33,7 +33,7 @@ impl Call {
         }
     }
 
-    /// Runs it in place on poisoned outputs, which must stay as they are where it fails.
+    /// Runs the call in place on poisoned outputs, which must stay unchanged if it fails.
     fn run(&self) -> Result<(Vec<bf16>, Option<Vec<f32>>), Error> {
         let input = |len: usize, seed: usize| -> Vec<bf16> {
             (0..len).map(|i| bf16::from_f32(((i * 7 + seed) as f32).sin())).collect()

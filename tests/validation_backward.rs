@@ -1,7 +1,8 @@
-//! What the door of the backward pass refuses, and what it must accept, on the CPU backend.
+//! Tests of the backward pass's entry points on the CPU backend: the calls that they refuse, and those that they must
+//! accept.
 //!
-//! Every refusal is a typed error that names the field, its value and what is allowed; it comes before anything is
-//! written. What addresses alone tell is tested beside `RawBackward`.
+//! Every refusal is a typed error that names the field, its value and what is allowed. It comes before anything is
+//! written. Rules for addresses alone are tested with `RawBackward`.
 
 use ferroflash::{
     Attention, BackwardInputs, BackwardPlan, Cpu, Determinism, Dtype, Error, Gradients, Layout, Mask, Problem,
@@ -12,7 +13,7 @@ const PROBLEM: Problem =
     Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 9, seqlen_k: 13, head_dim: 16, dtype: Dtype::Bf16 };
 const POISON: f32 = 123.0;
 
-/// The arguments of one call, lengths and layouts; a test changes one of them.
+/// Arguments of one call, lengths and layouts; a test changes one of them.
 #[derive(Clone)]
 struct Call {
     attention: Attention,
@@ -37,7 +38,7 @@ impl Call {
         }
     }
 
-    /// Runs it in place on poisoned outputs, which must stay as they are where it fails.
+    /// Runs the call in place on poisoned outputs, which must stay unchanged if it fails.
     fn run(&self) -> Result<[Vec<bf16>; 3], Error> {
         let mut seed = 0;
         let data = self.inputs.map(|(len, _)| -> Vec<bf16> {

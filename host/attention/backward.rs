@@ -1,4 +1,4 @@
-//! The way into the backward pass.
+//! Entry points of the backward pass.
 
 use crate::element::Element;
 
@@ -12,11 +12,10 @@ use crate::{
 };
 
 impl Attention {
-    /// How a backward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU; needs no such
-    /// machine.
+    /// Plans a backward pass for a machine with `sm_count` SMs, or threads on the CPU. Needs no such machine.
     ///
     /// # Errors
-    /// Those of [`BackwardPlan::new`].
+    /// Errors of [`BackwardPlan::new`].
     pub fn plan_backward(&self, sm_count: u32) -> Result<BackwardPlan> {
         BackwardPlan::new(&self.problem, self.mask, self.scale, self.dropout, self.determinism, sm_count)
     }
@@ -24,13 +23,13 @@ impl Attention {
     /// Computes dQ, dK and dV into memory that the backend allocates, each contiguous in the order batch, heads,
     /// seqlen, head_dim.
     ///
-    /// With P the probabilities, dP = dO·Vᵀ and δ the row sums of dO∘O less the LSE's gradient: dV = Pᵀ·dO, dS = P∘(dP
-    /// − δ), dQ = scale·dS·K, dK = scale·dSᵀ·Q (FlashAttention-2, arXiv 2307.08691, algorithm 2). P is computed again
-    /// from Q, K and the LSE, so the memory needed is linear in the sequence: [`BackwardPlan::workspace_bytes`] beside
-    /// the results. The mask, the scale and the dropout are those of the forward pass that gave O and the LSE. A query
-    /// that sees no key has dQ = 0 and contributes nothing.
+    /// P are the probabilities, dP = dO·Vᵀ, and δ is the row sum of dO∘O less the LSE's gradient. Then dV = Pᵀ·dO, dS =
+    /// P∘(dP − δ), dQ = scale·dS·K, dK = scale·dSᵀ·Q (FlashAttention-2, arXiv 2307.08691, algorithm 2). P is recomputed
+    /// from Q, K and the LSE, so the memory needed is linear in the sequence: the results and
+    /// [`BackwardPlan::workspace_bytes`]. Mask, scale and dropout must be those of the forward pass that gave O and the
+    /// LSE. A query that attends to no key has dQ = 0 and contributes nothing.
     ///
-    /// With dropout, dV = (P∘Z / (1 − p))ᵀ·dO and dP = (dO·Vᵀ)∘Z / (1 − p), the rest as it is.
+    /// With dropout, dV = (P∘Z / (1 − p))ᵀ·dO and dP = (dO·Vᵀ)∘Z / (1 − p); the other formulas stay.
     ///
     /// ```
     /// use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, Mask, Problem, Tensor, bf16};
@@ -54,8 +53,8 @@ impl Attention {
     /// ```
     ///
     /// # Errors
-    /// Those of [`BackwardPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
-    /// an input; [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    /// Errors of [`BackwardPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that
+    /// names an input; [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.
     pub fn backward<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -67,7 +66,7 @@ impl Attention {
     /// Computes dQ, dK and dV as [`Attention::backward`] does, in a workspace that the caller keeps.
     ///
     /// # Errors
-    /// Those of [`Attention::backward`].
+    /// Errors of [`Attention::backward`].
     pub fn backward_in<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -82,7 +81,7 @@ impl Attention {
         Ok(gradients)
     }
 
-    /// Memory for dQ, dK and dV.
+    /// Allocates memory for dQ, dK and dV.
     pub(super) fn allocate_gradients<B: Backend, E: Element>(&self, backend: &B) -> Result<Gradients<B::Buffer<E>>> {
         let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
         Ok(Gradients {
@@ -92,7 +91,7 @@ impl Attention {
         })
     }
 
-    /// That memory as tensors.
+    /// Returns the memory of [`Self::allocate_gradients`] as tensors.
     pub(super) fn gradient_views<'a, B: Backend, E: Element>(
         &self,
         gradients: &'a mut Gradients<B::Buffer<E>>,
@@ -108,12 +107,12 @@ impl Attention {
     /// Computes dQ, dK and dV into the caller's memory; the workspace is allocated. [`BackwardPlan::run`] takes the
     /// caller's.
     ///
-    /// `dq` is (batch, heads_q, seqlen_q, head_dim), `dk` and `dv` are (batch, heads_kv, seqlen_k, head_dim), each in
-    /// any stride order, no two rows sharing memory; what lies between their rows is left alone. See
-    /// [`Attention::backward`] for what they are.
+    /// `dq` is (batch, heads_q, seqlen_q, head_dim), `dk` and `dv` are (batch, heads_kv, seqlen_k, head_dim). Each may
+    /// have any stride order, but no two rows may share memory. Memory between rows is not written. See
+    /// [`Attention::backward`] for the formulas.
     ///
     /// # Errors
-    /// Those of [`Attention::backward`], and every error that names an output. Unless the error comes from running,
+    /// Errors of [`Attention::backward`], and every error that names an output. Unless the error comes from running,
     /// nothing was written.
     pub fn backward_into<B: Backend, E: Element>(
         &self,
@@ -125,7 +124,7 @@ impl Attention {
     }
 }
 
-/// Memory for a gradient, contiguous.
+/// Allocates memory for a contiguous gradient.
 pub(super) fn allocate<B: Backend, E: Element>(
     backend: &B,
     operand: Operand,
@@ -134,7 +133,7 @@ pub(super) fn allocate<B: Backend, E: Element>(
     backend.allocate(operand, Layout::bhsd(shape).required_len()?)
 }
 
-/// That memory as a tensor.
+/// Returns the memory of a contiguous gradient as a tensor.
 pub(super) fn view<B: Backend, E: Element>(
     buffer: &mut B::Buffer<E>,
     shape: [usize; 4],

@@ -1,4 +1,4 @@
-//! The public door: an [`Attention`] says what to compute, a [`Backend`] computes it.
+//! The public entry points: an [`Attention`] describes a computation, a [`Backend`] executes it.
 
 use crate::element::Element;
 
@@ -18,22 +18,22 @@ mod total_attention;
 
 pub use piecewise::{Piecewise, PiecewiseGradients};
 
-/// Whether a forward pass that allocates its results returns the LSE.
+/// Choice of a forward pass that allocates its results: return the LSE or omit it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Lse {
     /// Only O.
     Omit,
-    /// O and the LSE: what a backward pass, or combining partial results, needs.
+    /// O and the LSE, for a backward pass or to combine partial results.
     #[default]
     Return,
 }
 
-/// One attention: a problem and how to compute it.
+/// One attention: a problem and the options of its computation.
 ///
-/// O = softmax(scale · Q·Kᵀ + mask) · V and LSE, the natural log-sum-exp of each query's scaled, masked scores, f32
+/// O = softmax(scale · Q·Kᵀ + mask) · V. The LSE is the natural log-sum-exp of each query's scaled, masked scores, f32
 /// (batch, heads_q, seqlen_q) (FlashAttention-2, arXiv 2307.08691, algorithm 1). Scores, softmax and accumulators are
-/// f32. A query that sees no key gets O = 0 and LSE = −∞. With [`Attention::dropout`] the weights, P = softmax(…), are
-/// (P∘Z / (1 − p)), Z being 0 where they are dropped and 1 elsewhere; the LSE is without it.
+/// f32. A query that attends to no key gets O = 0 and LSE = −∞. [`Attention::dropout`] replaces the weights P =
+/// softmax(…) by P∘Z / (1 − p), where Z is 0 for a dropped weight and 1 for a kept one; the LSE does not change.
 ///
 /// ```
 /// use ferroflash::{Attention, Dtype, Mask, Problem};
@@ -55,8 +55,8 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Attention without a mask, with the scale 1/√head_dim and no dropout, returning the LSE, with fast gradients. The
-    /// problem is checked when it is planned or run.
+    /// Returns attention without a mask and without dropout, with the scale 1/√head_dim, the LSE and fast gradients.
+    /// The problem is checked when it is planned or run.
     pub fn new(problem: Problem) -> Self {
         Attention {
             problem,
@@ -68,42 +68,41 @@ impl Attention {
         }
     }
 
-    /// Which keys a query sees.
+    /// Sets the mask, which selects the keys that a query attends to.
     pub fn mask(mut self, mask: Mask) -> Self {
         self.mask = mask;
         self
     }
 
-    /// The factor of the scores: finite and above 0.
+    /// Sets the factor of the scores, which must be finite and above 0.
     pub fn scale(mut self, scale: f32) -> Self {
         self.scale = Some(scale);
         self
     }
 
-    /// Whether [`Attention::forward`] returns the LSE.
+    /// Sets whether [`Attention::forward`] returns the LSE.
     pub fn lse(mut self, lse: Lse) -> Self {
         self.lse = lse;
         self
     }
 
-    /// Whether the gradients are the same bits on every run; the forward pass's results always are.
+    /// Sets whether the gradients have the same bits on every run. The forward pass's results always have.
     pub fn determinism(mut self, determinism: Determinism) -> Self {
         self.determinism = determinism;
         self
     }
 
-    /// Which attention weights are dropped; a backward pass takes the same as the forward pass that it belongs to.
-    /// Total attention counts weights before they are dropped, and [`Piecewise`] drops none.
+    /// Sets the dropout of attention weights. A backward pass must have the dropout of its forward pass. Total
+    /// attention counts weights before dropout, and [`Piecewise`] refuses dropout.
     pub fn dropout(mut self, dropout: Dropout) -> Self {
         self.dropout = dropout;
         self
     }
 
-    /// How a forward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU; needs no such
-    /// machine.
+    /// Plans a forward pass for a machine with `sm_count` SMs, or threads on the CPU. Needs no such machine.
     ///
     /// # Errors
-    /// Those of [`Plan::forward`].
+    /// Errors of [`Plan::forward`].
     pub fn plan(&self, sm_count: u32) -> Result<Plan> {
         Plan::forward(&self.problem, self.mask, self.scale, self.dropout, sm_count)
     }
@@ -111,11 +110,11 @@ impl Attention {
     /// Computes O, and the LSE unless it is omitted, into memory that the backend allocates.
     ///
     /// `q` is (batch, heads_q, seqlen_q, head_dim), `k` and `v` are (batch, heads_kv, seqlen_k, head_dim), each in any
-    /// stride order; strides of dimensions longer than 1 are multiples of 8 elements, and those of inputs may be 0.
+    /// stride order. Strides of dimensions longer than 1 are multiples of 8 elements; those of inputs may be 0.
     ///
     /// # Errors
-    /// Those of [`Plan::forward`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
-    /// `q`, `k` or `v`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    /// Errors of [`Plan::forward`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
+    /// `q`, `k` or `v`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.
     pub fn forward<'a, B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -147,14 +146,14 @@ impl Attention {
         Ok(Output { o, lse })
     }
 
-    /// Computes O, and the LSE where a buffer for it is given, into the caller's memory.
+    /// Computes O, and the LSE if a buffer for it is given, into the caller's memory.
     ///
-    /// `o` is (batch, heads_q, seqlen_q, head_dim) in any stride order, no two rows sharing memory; what lies between
-    /// its rows is left alone. `lse` has exactly batch · heads_q · seqlen_q elements. See [`Attention::forward`] for
-    /// the inputs.
+    /// `o` is (batch, heads_q, seqlen_q, head_dim) in any stride order, but no two rows may share memory. Memory
+    /// between rows is not written. `lse` has exactly batch · heads_q · seqlen_q elements. See [`Attention::forward`]
+    /// for the inputs.
     ///
     /// # Errors
-    /// Those of [`Attention::forward`], and every error that names `o` or `lse`. Unless the error comes from running,
+    /// Errors of [`Attention::forward`], and every error that names `o` or `lse`. Unless the error comes from running,
     /// nothing was written.
     pub fn forward_into<'a, B: Backend, E: Element>(
         &self,
@@ -169,11 +168,11 @@ impl Attention {
     }
 }
 
-/// The results of a forward pass.
+/// Results of a forward pass.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Output<O, L> {
     /// O, (batch, heads_q, seqlen_q, head_dim), contiguous in that order.
     pub o: O,
-    /// The LSE, f32 (batch, heads_q, seqlen_q), contiguous; `None` where it was omitted.
+    /// The LSE, f32 (batch, heads_q, seqlen_q), contiguous; `None` if it was omitted.
     pub lse: Option<L>,
 }

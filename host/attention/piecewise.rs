@@ -1,4 +1,4 @@
-//! Piecewise attention: two pairs of queries and keys, and the distance from which the second one counts.
+//! Piecewise attention: two pairs of queries and keys, and the distance that selects between them.
 
 use crate::element::Element;
 
@@ -12,13 +12,13 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Attention whose scores come from one of two pairs of queries and keys, by distance: for position embeddings that
-/// change with it.
+/// Attention whose scores come from one of two pairs of queries and keys, selected by distance. It is for position
+/// embeddings that change with the distance.
 ///
-/// score(i, j) = scale · q2ᵢ·k2ⱼ where i + seqlen_k − seqlen_q − j ≥ dist_threshold, and scale · q1ᵢ·k1ⱼ elsewhere;
-/// then the mask, the softmax and V as in [`Attention`], which says the rest: problem, mask, scale, LSE, determinism;
-/// there is no dropout. The distance is signed: a key behind its query has a positive one. A block of scores that the
-/// threshold does not cross costs what it costs in plain attention, one that it crosses twice that.
+/// score(i, j) = scale · q2ᵢ·k2ⱼ if i + seqlen_k − seqlen_q − j ≥ dist_threshold, otherwise scale · q1ᵢ·k1ⱼ. Mask,
+/// softmax and V are as in [`Attention`], which also holds problem, scale, LSE and determinism; there is no dropout.
+/// The distance is signed, and positive for a key behind its query. A block of scores that the threshold crosses costs
+/// twice as much as in plain attention, any other block the same.
 ///
 /// ```
 /// use ferroflash::{Attention, Cpu, Dtype, Mask, Pair, Piecewise, Problem, Tensor, bf16};
@@ -41,49 +41,49 @@ pub struct Piecewise {
     dist_threshold: i32,
 }
 
-/// What a piecewise backward pass returns, or is to write.
+/// Gradients of piecewise attention: memory that a backward pass returns, or tensors that it is to write.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PiecewiseGradients<T> {
-    /// Those of Q1, K1 and V.
+    /// Gradients of Q1, K1 and V.
     pub first: Gradients<T>,
-    /// Those of Q2 and K2, of the same shapes.
+    /// Gradients of Q2 and K2, of the same shapes.
     pub second: Pair<T>,
 }
 
 impl Piecewise {
-    /// `attention`, which drops no weights, with a second pair, which counts from the distance `dist_threshold` on; any
-    /// number is allowed.
+    /// Adds a second pair to `attention`, which must drop no weights. The second pair counts from the distance
+    /// `dist_threshold` on; any number is allowed.
     pub fn new(attention: Attention, dist_threshold: i32) -> Self {
         Piecewise { attention, dist_threshold }
     }
 
-    /// Whether the gradients are the same bits on every run; see [`Attention::determinism`].
+    /// Sets whether the gradients have the same bits on every run; see [`Attention::determinism`].
     pub fn determinism(mut self, determinism: Determinism) -> Self {
         self.attention = self.attention.determinism(determinism);
         self
     }
 
-    /// How a forward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU.
+    /// Plans a forward pass for a machine with `sm_count` SMs, or threads on the CPU.
     ///
     /// # Errors
-    /// Those of [`Plan::forward`]; [`Error::PiecewiseDropout`] where the attention drops weights.
+    /// Errors of [`Plan::forward`]; [`Error::PiecewiseDropout`] if the attention drops weights.
     pub fn plan(&self, sm_count: u32) -> Result<Plan> {
         self.without_dropout()?;
         let Attention { problem, mask, scale, .. } = &self.attention;
         Plan::piecewise(problem, *mask, *scale, self.dist_threshold, sm_count)
     }
 
-    /// How a backward pass runs on a machine with `sm_count` multiprocessors, or threads on the CPU.
+    /// Plans a backward pass for a machine with `sm_count` SMs, or threads on the CPU.
     ///
     /// # Errors
-    /// Those of [`BackwardPlan::new`]; [`Error::PiecewiseDropout`] where the attention drops weights.
+    /// Errors of [`BackwardPlan::new`]; [`Error::PiecewiseDropout`] if the attention drops weights.
     pub fn plan_backward(&self, sm_count: u32) -> Result<BackwardPlan> {
         self.without_dropout()?;
         let Attention { problem, mask, scale, determinism, .. } = &self.attention;
         BackwardPlan::piecewise(problem, *mask, *scale, self.dist_threshold, *determinism, sm_count)
     }
 
-    /// No kernel has both a second pair and dropout.
+    /// Checks that the attention drops no weights, because no kernel has both a second pair and dropout.
     fn without_dropout(&self) -> Result<()> {
         let dropout = self.attention.dropout;
         if dropout.probability()? > 0.0 { Err(Error::PiecewiseDropout { value: dropout.p }) } else { Ok(()) }
@@ -93,7 +93,7 @@ impl Piecewise {
     /// [`Attention::forward`].
     ///
     /// # Errors
-    /// Those of [`Piecewise::plan`] and [`Attention::forward`], and every error that names `q2` or `k2`.
+    /// Errors of [`Piecewise::plan`] and [`Attention::forward`], and every error that names `q2` or `k2`.
     pub fn forward<'a, B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -104,11 +104,10 @@ impl Piecewise {
         self.attention.run(backend, &self.plan(backend.sm_count())?, ForwardInputs::piecewise(first, second, v))
     }
 
-    /// Computes O, and the LSE where a buffer for it is given, into the caller's memory; see
-    /// [`Attention::forward_into`].
+    /// Computes O, and the LSE if a buffer for it is given, into the caller's memory; see [`Attention::forward_into`].
     ///
     /// # Errors
-    /// Those of [`Piecewise::forward`], and every error that names `o` or `lse`.
+    /// Errors of [`Piecewise::forward`], and every error that names `o` or `lse`.
     pub fn forward_into<'a, B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -121,11 +120,11 @@ impl Piecewise {
         backend.forward_into(&self.plan(backend.sm_count())?, ForwardInputs::piecewise(first, second, v), o, lse)
     }
 
-    /// Computes the gradients of Q1, K1, Q2, K2 and V into memory that the backend allocates: each score's goes to the
-    /// pair that it came from. `inputs` has Q1 and K1; see [`Attention::backward`].
+    /// Computes the gradients of Q1, K1, Q2, K2 and V into memory that the backend allocates. The gradient of each
+    /// score goes to the pair that the score came from. `inputs` has Q1 and K1; see [`Attention::backward`].
     ///
     /// # Errors
-    /// Those of [`Piecewise::plan_backward`] and [`Attention::backward`], and every error that names `q2` or `k2`.
+    /// Errors of [`Piecewise::plan_backward`] and [`Attention::backward`], and every error that names `q2` or `k2`.
     pub fn backward<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -153,7 +152,7 @@ impl Piecewise {
     /// Computes the gradients of Q1, K1, Q2, K2 and V into the caller's memory; see [`Attention::backward_into`].
     ///
     /// # Errors
-    /// Those of [`Piecewise::backward`], and every error that names an output.
+    /// Errors of [`Piecewise::backward`], and every error that names an output.
     pub fn backward_into<B: Backend, E: Element>(
         &self,
         backend: &B,

@@ -1,4 +1,4 @@
-//! The way into total attention.
+//! Entry points of total attention.
 
 use crate::element::Element;
 
@@ -11,24 +11,23 @@ use crate::{
 };
 
 impl Attention {
-    /// How total attention is computed on a machine with `sm_count` multiprocessors, or threads on the CPU; needs no
-    /// such machine.
+    /// Plans total attention for a machine with `sm_count` SMs, or threads on the CPU. Needs no such machine.
     ///
     /// # Errors
-    /// Those of [`TotalPlan::new`].
+    /// Errors of [`TotalPlan::new`].
     pub fn plan_total_attention(&self, sm_count: u32) -> Result<TotalPlan> {
         TotalPlan::new(&self.problem, self.mask, self.scale, sm_count)
     }
 
-    /// Computes how much attention each key got: total_j = Σᵢ exp(scale·qᵢ·kⱼ − LSEᵢ) over the queries i that see key
-    /// j, f32 (batch, heads_q, seqlen_k), contiguous, into memory that the backend allocates.
+    /// Computes the attention that each key got: total_j = Σᵢ exp(scale·qᵢ·kⱼ − LSEᵢ) over the queries i that attend to
+    /// key j, f32 (batch, heads_q, seqlen_k), contiguous, into memory that the backend allocates.
     ///
-    /// Weights are counted as the softmax gives them, before [`Attention::dropout`], which makes no difference here.
+    /// Counts weights before dropout, so [`Attention::dropout`] makes no difference here.
     ///
-    /// It is a second pass over Q, K and the LSE that the forward pass gave, with the same mask and scale, and stores
-    /// no score. Heads stay apart: there is a line for every query head, also of those that share a key head. A query
-    /// that sees no key (LSE = −∞) counts nothing, so a line adds up to the number of queries that see one; without
-    /// queries all is 0. The bits are the same on every run.
+    /// It is a second pass over Q, K and the LSE of the forward pass, with the same mask and scale, and stores no
+    /// score. Every query head has its own line, also if several share a key head. A query that attends to no key (LSE
+    /// = −∞) counts nothing, so a line adds up to the number of queries that attend to a key. Without queries all
+    /// elements are 0. The bits are the same on every run.
     ///
     /// ```
     /// use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, Tensor, bf16};
@@ -48,8 +47,8 @@ impl Attention {
     /// ```
     ///
     /// # Errors
-    /// Those of [`TotalPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
-    /// `q`, `k` or `lse`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    /// Errors of [`TotalPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
+    /// `q`, `k` or `lse`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.
     pub fn total_attention<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -65,11 +64,11 @@ impl Attention {
         Ok(total)
     }
 
-    /// Computes it into the caller's memory: `total` has exactly batch · heads_q · seqlen_k elements. See
+    /// Computes total attention into the caller's memory. `total` has exactly batch · heads_q · seqlen_k elements. See
     /// [`Attention::total_attention`].
     ///
     /// # Errors
-    /// Those of [`Attention::total_attention`], and every error that names `total`. Unless the error comes from
+    /// Errors of [`Attention::total_attention`], and every error that names `total`. Unless the error comes from
     /// running, nothing was written.
     pub fn total_attention_into<B: Backend, E: Element>(
         &self,

@@ -1,7 +1,7 @@
-//! The machines that run a [`Plan`], a [`BackwardPlan`] or a [`TotalPlan`]: what they have in common.
+//! The backends that run a [`Plan`], a [`BackwardPlan`] or a [`TotalPlan`], and their common interface.
 //!
-//! A backend checks the tensors against the plan (in `operands`, the same rules for all), then runs the plan's kernels
-//! over its work tiles. Call it through [`Attention`](crate::Attention).
+//! A backend checks the tensors against the plan (in `operands`, by the same rules for all), and then runs the plan's
+//! kernels over its work tiles. Call it through [`Attention`](crate::Attention).
 
 use std::ops::Range;
 
@@ -19,7 +19,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
-/// A machine that runs attention. The crate implements it for each; others can't.
+/// A machine that runs attention. Only this crate implements the trait.
 pub trait Backend: sealed::Sealed {
     /// Borrowed elements.
     type Slice<'a, T: Pod>: Copy;
@@ -28,13 +28,13 @@ pub trait Backend: sealed::Sealed {
     /// Owned elements.
     type Buffer<T: Pod>;
 
-    /// How many CTAs run at once, each on a multiprocessor: threads on the CPU.
+    /// Number of CTAs that run at once: SMs, or threads on the CPU.
     fn sm_count(&self) -> u32;
 
-    /// Allocates `len` elements, whose values are unspecified; `operand` is what errors call it.
+    /// Allocates `len` elements with unspecified values. Errors name the memory `operand`.
     ///
-    /// Elements are plain data, for which any bits are a value. A type with invalid values, such as a reference, is
-    /// refused by the compiler:
+    /// Elements are plain data, for which any bits are a value. The compiler refuses a type with invalid values, such
+    /// as a reference:
     ///
     /// ```compile_fail,E0277
     /// use ferroflash::{Backend, Cpu, Operand};
@@ -44,28 +44,28 @@ pub trait Backend: sealed::Sealed {
     /// ```
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.
     fn allocate<T: Pod>(&self, operand: Operand, len: usize) -> Result<Self::Buffer<T>>;
 
-    /// A buffer with a copy of host memory; `operand` is what errors call it.
+    /// Returns a buffer with a copy of host memory. Errors name the memory `operand`.
     ///
     /// # Errors
-    /// As [`Backend::allocate`].
+    /// Errors of [`Backend::allocate`].
     fn upload<T: Pod>(&self, operand: Operand, from: &[T]) -> Result<Self::Buffer<T>>;
 
-    /// A buffer's content, once everything that was started before has run.
+    /// Returns a buffer's content after all earlier work has run.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); those of the machine.
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.
     fn download<T: Pod>(&self, from: &Self::Buffer<T>) -> Result<Vec<T>>;
 
-    /// All of a buffer.
+    /// Returns a whole buffer as a slice.
     fn slice<T: Pod>(buffer: &Self::Buffer<T>) -> Self::Slice<'_, T>;
 
-    /// A range of a buffer, empty where the buffer does not have it.
+    /// Returns a range of a buffer, or an empty slice if the range is not within the buffer.
     fn slice_mut<T: Pod>(buffer: &mut Self::Buffer<T>, range: Range<usize>) -> Self::SliceMut<'_, T>;
 
-    /// Checks the inputs of a forward pass by themselves, before memory for its results is allocated.
+    /// Checks the inputs of a forward pass alone, before memory for its results is allocated.
     ///
     /// # Errors
     /// Every error that names `q`, `k` or `v`.
@@ -74,7 +74,7 @@ pub trait Backend: sealed::Sealed {
     /// Runs a forward plan; see [`Attention::forward_into`](crate::Attention::forward_into).
     ///
     /// # Errors
-    /// As there.
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into), except those of planning.
     fn forward_into<E: Element>(
         &self,
         plan: &Plan,
@@ -83,7 +83,7 @@ pub trait Backend: sealed::Sealed {
         lse: Option<Self::SliceMut<'_, f32>>,
     ) -> Result<()>;
 
-    /// Checks the inputs of a backward pass by themselves, before memory for its results is allocated.
+    /// Checks the inputs of a backward pass alone, before memory for its results is allocated.
     ///
     /// # Errors
     /// Every error that names `q`, `k`, `v`, `o`, `d_o`, `lse` or `d_lse`.
@@ -98,7 +98,7 @@ pub trait Backend: sealed::Sealed {
     /// [`Attention::backward_into`](crate::Attention::backward_into).
     ///
     /// # Errors
-    /// As there.
+    /// Errors of [`Attention::backward_into`](crate::Attention::backward_into), except those of planning.
     fn backward_into<E: Element>(
         &self,
         plan: &BackwardPlan,
@@ -110,7 +110,7 @@ pub trait Backend: sealed::Sealed {
     where
         Self: Sized;
 
-    /// Checks the inputs of total attention by themselves, before memory for its result is allocated.
+    /// Checks the inputs of total attention alone, before memory for its result is allocated.
     ///
     /// # Errors
     /// Every error that names `q`, `k` or `lse`.
@@ -125,7 +125,7 @@ pub trait Backend: sealed::Sealed {
     /// Runs a plan of total attention; see [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     ///
     /// # Errors
-    /// As there.
+    /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into), except those of planning.
     fn total_attention_into<E: Element>(
         &self,
         plan: &TotalPlan,
@@ -136,9 +136,9 @@ pub trait Backend: sealed::Sealed {
     ) -> Result<()>;
 }
 
-/// Memory that backward passes work in. It can be kept and used again, so that a pass allocates nothing.
+/// Workspace of backward passes. It can be kept and used again, so that a pass allocates nothing.
 ///
-/// It is empty at first, and grows when a plan needs more: [`BackwardPlan::workspace_bytes`]. Its content carries
+/// It is empty at first, and grows if a plan needs more ([`BackwardPlan::workspace_bytes`]). Its content carries
 /// nothing from one pass to the next.
 ///
 /// ```
@@ -165,23 +165,23 @@ pub struct Workspace<B: Backend> {
 }
 
 impl<B: Backend> Workspace<B> {
-    /// An empty one.
+    /// Returns an empty workspace.
     pub fn new() -> Self {
         Workspace { buffer: None }
     }
 
-    /// Bytes that it holds.
+    /// Size of the workspace in bytes.
     pub fn bytes(&self) -> usize {
         self.buffer.as_ref().map_or(0, |(_, len)| len * size_of::<f32>())
     }
 
-    /// All of it, with at least so many bytes.
+    /// Returns the whole workspace, which has at least `bytes` bytes.
     pub(crate) fn reserve(&mut self, backend: &B, bytes: usize) -> Result<B::SliceMut<'_, f32>> {
         let len = bytes.div_ceil(size_of::<f32>());
         let buffer = match self.buffer.take() {
             Some((buffer, held)) if held >= len => (buffer, held),
             smaller => {
-                // Freed before more is taken.
+                // The smaller one is freed before the larger one is allocated.
                 drop(smaller);
                 (backend.allocate(Operand::Workspace, len)?, len)
             }
@@ -198,6 +198,6 @@ impl<B: Backend> Default for Workspace<B> {
 }
 
 mod sealed {
-    /// Keeps [`Backend`](super::Backend) to this crate, so that it can grow.
+    /// Restricts implementations of [`Backend`](super::Backend) to this crate, so that the trait can grow.
     pub trait Sealed {}
 }

@@ -18,17 +18,17 @@ use crate::problem::Problem;
 use crate::reference::{Backward, GradientAccuracy, Scores, backward_f64, backward_plain};
 use crate::tensor::Tensor;
 
-/// Makes the gradients of a case other numbers than its inputs.
+/// Changes the seed, so that the gradients of a case are other numbers than its inputs.
 const GRADIENT_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// What a case's backward pass starts from, each tensor in the case's layout.
+/// Inputs of a case's backward pass, each tensor in the case's layout.
 #[derive(Clone, Debug)]
 pub struct BackwardData<E, const INPUTS: usize = 3> {
     /// Q, K and V; or Q1, K1, Q2, K2 and V.
     pub inputs: [Vec<E>; INPUTS],
-    /// What the backend's own forward pass gave.
+    /// O of the backend's own forward pass.
     pub o: Vec<E>,
-    /// What the backend's own forward pass gave.
+    /// LSE of the backend's own forward pass.
     pub lse: Vec<f32>,
     /// Standard normal values.
     pub d_o: Vec<E>,
@@ -36,32 +36,32 @@ pub struct BackwardData<E, const INPUTS: usize = 3> {
     pub d_lse: Option<Vec<f32>>,
 }
 
-/// What a case's backward pass wrote.
+/// Gradients that a case's backward pass wrote.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CaseGradients<E, const INPUTS: usize = 3> {
-    /// Those of the inputs, in their order and in the case's layout, padding included.
+    /// Gradients of the inputs, in their order and in the case's layout, padding included.
     pub gradients: [Vec<E>; INPUTS],
-    /// Whether canaries and padding are as they were.
+    /// True if canaries and padding are unchanged.
     pub untouched: bool,
 }
 
 impl<E: Element, const INPUTS: usize> CaseGradients<E, INPUTS> {
-    /// The gradients as bits, as NaN can be compared too.
+    /// Returns the gradients as bits, so that NaN can be compared too.
     pub fn bits(&self) -> [Vec<u16>; INPUTS] {
         self.gradients.each_ref().map(|x| x.iter().map(|x| x.to_bits()).collect())
     }
 }
 
-/// How a case's backward pass ended.
+/// Result of a case's backward pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BackwardOutcome {
     pub gradients: GradientAccuracy,
-    /// Whether everything outside of the outputs' rows is as it was.
+    /// True if all memory outside of the outputs' rows is unchanged.
     pub untouched: bool,
 }
 
 impl BackwardOutcome {
-    /// Within the bar, and nothing else written.
+    /// True if the errors are within the tolerance and nothing else was written.
     pub fn passed(&self) -> bool {
         self.gradients.passed() && self.untouched
     }
@@ -78,11 +78,11 @@ impl fmt::Display for BackwardOutcome {
 }
 
 impl Case {
-    /// Runs the case's forward pass, then its backward pass with a random dO and, for every second seed, a random dLSE,
-    /// and judges the gradients.
+    /// Runs the case's forward pass, then its backward pass with a random dO and, for every second seed, a random dLSE.
+    /// Judges the gradients.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into) and of
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into) and of
     /// [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn run_backward<B: Backend>(&self, backend: &B, determinism: Determinism) -> Result<BackwardOutcome> {
         match self.problem.dtype {
@@ -94,7 +94,7 @@ impl Case {
     /// Runs the case's backward pass from the given data and judges the gradients.
     ///
     /// # Errors
-    /// Those of [`Attention::backward_into`](crate::Attention::backward_into).
+    /// Errors of [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn judge_backward<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -131,7 +131,8 @@ impl Case {
         Ok(GradientAccuracy::of(found, &plain, &exact, self.cancelled(&scores, [&data.o, &data.d_o])))
     }
 
-    /// Where no query sees more than one key, the size of what dQ and dK subtract from each other; otherwise 1.
+    /// Returns the size of the terms that dQ and dK subtract from each other, if no query attends to more than one key;
+    /// otherwise 1.
     fn cancelled<E: Element>(&self, scores: &Scores<Tensor<&[E]>>, outputs: [&[E]; 2]) -> f64 {
         let Problem { seqlen_k, head_dim, .. } = self.problem;
         if seqlen_k > 1 {
@@ -147,7 +148,7 @@ impl Case {
         terms * factor * f64::from(self.effective_scale())
     }
 
-    /// The rows of a tensor in the case's layout, one after the other.
+    /// Returns the rows of a tensor in the case's layout, one after the other.
     pub(super) fn gather<E: Element>(&self, data: &[E], shape: [usize; 4]) -> Vec<f64> {
         let mut rows = Vec::new();
         for_rows(&self.layout(shape), |start| {
@@ -156,17 +157,17 @@ impl Case {
         rows
     }
 
-    /// Random inputs, what the backend's forward pass makes of them, and random gradients of that.
+    /// Returns random inputs, the results of the backend's forward pass, and random gradients of these results.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into).
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into).
     pub fn backward_data<B: Backend, E: Element>(&self, backend: &B) -> Result<BackwardData<E>> {
         let inputs = self.inputs::<E>()?;
         let output = self.output::<B, E>(backend, &inputs)?;
         self.with_gradients(inputs, output)
     }
 
-    /// Inputs and what the forward pass made of them, with random gradients of that.
+    /// Adds random gradients to inputs and the results of their forward pass.
     pub(super) fn with_gradients<E: Element, const INPUTS: usize>(
         &self,
         inputs: [Vec<E>; INPUTS],
@@ -182,7 +183,7 @@ impl Case {
     /// Runs the case's backward pass from the given data.
     ///
     /// # Errors
-    /// Those of [`Attention::backward_into`](crate::Attention::backward_into).
+    /// Errors of [`Attention::backward_into`](crate::Attention::backward_into).
     pub fn gradients<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -220,7 +221,7 @@ impl Case {
     }
 }
 
-/// What `backward` writes into the gradients that it is given.
+/// Returns the gradients that `backward` writes.
 pub(super) fn gradients_of<B: Backend, E: Element, const INPUTS: usize>(
     backend: &B,
     mut outputs: [Guarded<B, E>; INPUTS],

@@ -10,29 +10,29 @@ use crate::error::{Operand, Result};
 use crate::reference::{Accuracy, Forward, Rows, Scores, forward_f64, forward_plain};
 use crate::tensor::Tensor;
 
-/// How a case ended.
+/// Result of a case.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Outcome {
     pub o: Accuracy,
     pub lse: Accuracy,
-    /// Whether everything outside of the outputs' rows is as it was.
+    /// True if all memory outside of the outputs' rows is unchanged.
     pub untouched: bool,
 }
 
 impl Outcome {
-    /// Within the bar, and nothing else written.
+    /// True if the errors are within the tolerance and nothing else was written.
     pub fn passed(&self) -> bool {
         self.o.passed() && self.lse.passed() && self.untouched
     }
 }
 
-/// What a case's run wrote.
+/// Outputs that a case's run wrote.
 #[derive(Clone, Debug)]
 pub struct CaseOutput<E> {
     /// In the case's layout, padding included.
     pub o: Vec<E>,
     pub lse: Vec<f32>,
-    /// Whether canaries and padding are as they were.
+    /// True if canaries and padding are unchanged.
     pub untouched: bool,
 }
 
@@ -40,7 +40,7 @@ impl Case {
     /// Runs the case with its own inputs and judges the rows that `rows` names.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into).
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into).
     pub fn run<B: Backend>(&self, backend: &B, rows: &Rows) -> Result<Outcome> {
         match self.problem.dtype {
             Dtype::F16 => self.judge::<B, half::f16>(backend, &self.inputs()?, rows),
@@ -51,14 +51,14 @@ impl Case {
     /// Runs the case with the given inputs and judges the rows that `rows` names.
     ///
     /// # Errors
-    /// As [`Case::run`].
+    /// Errors of [`Case::run`].
     pub fn judge<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 3], rows: &Rows) -> Result<Outcome> {
         let output = self.output::<B, E>(backend, inputs)?;
         let [q, k, v] = self.tensors(inputs);
         self.judge_output(&output, Scores::plain(q, k), v, rows)
     }
 
-    /// Judges the rows that `rows` names of what a run with the given scores and values wrote.
+    /// Judges the rows that `rows` names in the outputs of a run with the given scores and values.
     pub(super) fn judge_output<E: Element>(
         &self,
         output: &CaseOutput<E>,
@@ -81,7 +81,7 @@ impl Case {
     /// Runs the case with the given inputs.
     ///
     /// # Errors
-    /// As [`Case::run`].
+    /// Errors of [`Case::run`].
     pub fn output<B: Backend, E: Element>(&self, backend: &B, [q, k, v]: &[Vec<E>; 3]) -> Result<CaseOutput<E>> {
         let problem = &self.problem;
         let q = backend.upload(Operand::Q, q)?;
@@ -101,7 +101,7 @@ impl Case {
         })
     }
 
-    /// What `forward` writes into the O and the LSE that it is given.
+    /// Returns the O and the LSE that `forward` writes.
     pub(super) fn output_of<B: Backend, E: Element>(
         &self,
         backend: &B,

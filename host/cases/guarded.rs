@@ -1,4 +1,4 @@
-//! An output between canaries: what a kernel writes, and whether it wrote anything else.
+//! An output between canaries, which reveal writes outside of it.
 
 use crate::element::Element;
 
@@ -7,17 +7,19 @@ use crate::backend::Backend;
 use crate::error::{Operand, Result};
 use crate::tensor::{Layout, Tensor};
 
-/// Elements of the canaries before and after it; the tensor is left with the least alignment allowed: 16 bytes.
+/// Number of elements of the canaries before and after a tensor. It leaves the tensor with the smallest alignment
+/// allowed, 16 bytes.
 const CANARY: usize = 72;
 /// A NaN whose bits no kernel writes.
 pub(super) const POISON: u16 = 0xffff;
 
-/// Elements of the canaries before and after a line, which is left with the least alignment allowed: that of f32.
+/// Number of elements of the canaries before and after a line. It leaves the line with the smallest alignment allowed,
+/// that of f32.
 const CANARY_LINE: usize = 65;
 /// A NaN whose bits no kernel writes.
 const POISON_LINE: u32 = 0xffff_ffff;
 
-/// Memory of an f32 array that a backend is to write, poisoned.
+/// Poisoned memory of an f32 array that a backend is to write.
 pub(super) struct GuardedLine<B: Backend> {
     buffer: B::Buffer<f32>,
     len: usize,
@@ -29,12 +31,12 @@ impl<B: Backend> GuardedLine<B> {
         Ok(GuardedLine { buffer, len })
     }
 
-    /// The array, to be written.
+    /// Returns the array for writing.
     pub(super) fn line(&mut self) -> B::SliceMut<'_, f32> {
         B::slice_mut(&mut self.buffer, CANARY_LINE..CANARY_LINE + self.len)
     }
 
-    /// What was written, and whether the canaries are as they were.
+    /// Returns the array's content, and true if the canaries are unchanged.
     pub(super) fn content(&self, backend: &B) -> Result<(Vec<f32>, bool)> {
         let found = backend.download(&self.buffer)?;
         let end = CANARY_LINE + self.len;
@@ -43,7 +45,7 @@ impl<B: Backend> GuardedLine<B> {
     }
 }
 
-/// Memory of a tensor that a backend is to write, poisoned.
+/// Poisoned memory of a tensor that a backend is to write.
 pub(super) struct Guarded<B: Backend, E: Element> {
     buffer: B::Buffer<E>,
     layout: Layout,
@@ -57,12 +59,12 @@ impl<B: Backend, E: Element> Guarded<B, E> {
         Ok(Guarded { buffer, layout, len })
     }
 
-    /// The tensor, to be written.
+    /// Returns the tensor for writing.
     pub(super) fn tensor(&mut self) -> Tensor<B::SliceMut<'_, E>> {
         Tensor { data: B::slice_mut(&mut self.buffer, CANARY..CANARY + self.len), layout: self.layout }
     }
 
-    /// What was written, padding included, and whether canaries and padding are as they were.
+    /// Returns the tensor's content, padding included, and true if canaries and padding are unchanged.
     pub(super) fn content(&self, backend: &B) -> Result<(Vec<E>, bool)> {
         let found = backend.download(&self.buffer)?;
         let mut outside = vec![true; found.len()];

@@ -1,8 +1,8 @@
 //! Cases: one attention with random inputs, run on a backend and judged against the reference.
 //!
-//! The CLI's `check` and the test suites draw from here. Inputs lie between rows of NaN padding, outputs are poisoned
-//! beforehand and stand between canaries, so a case also fails on memory that a kernel should have left alone.
-//! A backward case takes O and the LSE from the same backend's forward pass, one of total attention the LSE.
+//! The CLI's `check` and the test suites use these. Inputs lie between rows of NaN padding. Outputs are poisoned
+//! beforehand and lie between canaries, so a case also fails if a kernel writes memory that it should not. A backward
+//! case takes O and the LSE from the same backend's forward pass, and a case of total attention takes the LSE from it.
 
 use std::fmt;
 
@@ -55,25 +55,25 @@ impl fmt::Display for Order {
 pub struct Case {
     pub problem: Problem,
     pub mask: Mask,
-    /// `None` is the default, 1/√head_dim.
+    /// Scale; `None` is the default, 1/√head_dim.
     pub scale: Option<f32>,
     pub order: Order,
-    /// Elements between one row and the next, a multiple of 8.
+    /// Number of elements between one row and the next, a multiple of 8.
     pub padding: usize,
     /// Standard deviation of the inputs.
     pub input_std: f32,
-    /// The probability that a weight is dropped; the seed is the case's.
+    /// Probability that a weight is dropped; the seed is the case's.
     pub dropout: f32,
     pub seed: u64,
 }
 
 impl Case {
-    /// Contiguous tensors, standard normal inputs, the default scale.
+    /// Returns a case with contiguous tensors, standard normal inputs and the default scale.
     pub fn new(problem: Problem, mask: Mask) -> Self {
         Case { problem, mask, scale: None, order: Order::Bhsd, padding: 0, input_std: 1.0, dropout: 0.0, seed: 0 }
     }
 
-    /// A case of at most `limit` floating-point operations, with shapes that straddle the edges of tiles.
+    /// Returns a case of at most `limit` floating-point operations, with shapes that straddle the edges of tiles.
     pub fn random(seed: u64, limit: f64) -> Self {
         const EDGES: [usize; 30] = [
             0, 1, 2, 3, 5, 17, 63, 64, 65, 79, 80, 81, 95, 97, 127, 128, 129, 160, 161, 175, 177, 191, 192, 193, 255,
@@ -88,7 +88,7 @@ impl Case {
             _ => *EDGES.choose(rng).unwrap_or(&1),
         };
         let (seqlen_q, seqlen_k) = (seqlen(), seqlen());
-        // Equal lengths are what most users have.
+        // Most users have equal lengths.
         let seqlen_k = if rng.random_bool(0.25) { seqlen_q } else { seqlen_k };
         let (heads_q, heads_kv) = *HEADS.choose(rng).unwrap_or(&(1, 1));
         let mut problem = Problem {
@@ -111,7 +111,8 @@ impl Case {
                 problem.heads_q = group * problem.heads_kv;
             } else {
                 let larger = problem.seqlen_q.max(problem.seqlen_k);
-                // The next smaller edge, of both where they are equal: what is shrunk still straddles a tile.
+                // Takes the next smaller edge, for both lengths if they are equal. A shrunk length still straddles a
+                // tile.
                 let smaller = EDGES.into_iter().rev().find(|&edge| edge < larger).unwrap_or(0);
                 for seqlen in [&mut problem.seqlen_q, &mut problem.seqlen_k] {
                     *seqlen = if *seqlen == larger { smaller } else { *seqlen };
@@ -130,33 +131,34 @@ impl Case {
         }
     }
 
-    /// As [`Case::random`], with dropout, of which a row that sees all keys keeps a few weights on average.
+    /// Returns a case as [`Case::random`] does, with dropout. A row that attends to all keys keeps a few weights on
+    /// average.
     pub fn random_dropout(seed: u64, limit: f64) -> Self {
         let case = Case::random(seed, limit);
         let mut rng = StdRng::seed_from_u64(seed.wrapping_add(1));
         let dropout: f32 = *[0.05, 0.1, 0.1, 0.25, 0.5, 0.9, 0.99].choose(&mut rng).unwrap_or(&0.1);
-        // Where a row keeps a weight or two, one rounding is the whole error, and the plain implementation's is no
+        // If a row keeps only a weight or two, one rounding is the whole error, and the plain implementation's is no
         // measure of it (docs/numerics.md).
         let kept = (1.0 - dropout) * case.problem.seqlen_k as f32;
         Case { dropout: if kept < 4.0 { 0.1 } else { dropout }, ..case }
     }
 
-    /// The scale that the case runs with.
+    /// Returns the scale that the case runs with.
     pub fn effective_scale(&self) -> f32 {
         self.scale.unwrap_or_else(|| 1.0 / (self.problem.head_dim as f32).sqrt())
     }
 
-    /// Which weights are dropped.
+    /// Returns the dropout of the case.
     pub fn dropped(&self) -> Dropout {
         Dropout { p: self.dropout, seed: self.seed, offset: 0 }
     }
 
-    /// The attention that the case runs.
+    /// Returns the attention that the case runs.
     pub fn attention(&self) -> Attention {
         Attention::new(self.problem).mask(self.mask).scale(self.effective_scale()).dropout(self.dropped())
     }
 
-    /// How a tensor of `shape` lies in memory.
+    /// Returns the layout of a tensor of `shape` in memory.
     pub fn layout(&self, [batch, heads, seqlen, head_dim]: [usize; 4]) -> Layout {
         let row = head_dim + self.padding;
         let strides = match self.order {
@@ -166,14 +168,14 @@ impl Case {
         Layout::strided([batch, heads, seqlen, head_dim], strides)
     }
 
-    /// Q, K and V: normal values, with NaN in the padding.
+    /// Returns Q, K and V: normal values, with NaN in the padding.
     pub fn inputs<E: Element>(&self) -> Result<[Vec<E>; 3]> {
         let mut rng = StdRng::seed_from_u64(self.seed);
         let mut input = |shape: [usize; 4]| self.normal(&mut rng, shape, self.input_std);
         Ok([input(self.problem.q_shape())?, input(self.problem.kv_shape())?, input(self.problem.kv_shape())?])
     }
 
-    /// A tensor of normal values, with NaN in the padding.
+    /// Returns a tensor of normal values, with NaN in the padding.
     fn normal<E: Element>(&self, rng: &mut StdRng, shape: [usize; 4], std: f32) -> Result<Vec<E>> {
         let layout = self.layout(shape);
         let mut data = vec![E::from_bits(POISON); layout.required_len()?];
@@ -186,7 +188,7 @@ impl Case {
         Ok(data)
     }
 
-    /// The inputs as tensors.
+    /// Returns the inputs as tensors.
     pub fn tensors<'a, E>(&self, [q, k, v]: &'a [Vec<E>; 3]) -> [Tensor<&'a [E]>; 3] {
         let kv = self.layout(self.problem.kv_shape());
         [
@@ -197,9 +199,9 @@ impl Case {
     }
 }
 
-/// `len` standard normal values, quickly: a few million of them, over and over.
+/// Returns `len` standard normal values, quickly: a few million distinct ones, repeated.
 pub fn normal_values<E: Element>(seed: u64, len: usize) -> Vec<E> {
-    // A prime, so that no two of millions of rows are alike.
+    // The number is prime, so that no two of millions of rows are alike.
     const DISTINCT: usize = (1 << 21) - 9;
     let mut rng = StdRng::seed_from_u64(seed);
     let mut values = Vec::with_capacity(len);
@@ -213,8 +215,8 @@ pub fn normal_values<E: Element>(seed: u64, len: usize) -> Vec<E> {
     values
 }
 
-/// Attention as one would first write it: three loops in f32, one thread, one head. What the CPU executor
-/// is measured against.
+/// Attention in its simplest form: three loops in f32, one thread, one head. The speed of the CPU executor is compared
+/// with it.
 pub fn plain_loop([q, k, v]: [&[f32]; 3], o: &mut [f32], d: usize, scale: f32) {
     let mut p = vec![0.0f32; k.len() / d];
     for (q, o) in q.chunks_exact(d).zip(o.chunks_exact_mut(d)) {
@@ -244,8 +246,8 @@ pub fn for_rows(layout: &Layout, mut f: impl FnMut(usize)) {
     }
 }
 
-/// The flags of `ferroflash check` that run the case again. Padding has no flag; the values in the rows don't depend on
-/// it.
+/// Writes the flags of `ferroflash check` that run the case again. Padding has no flag, because the values in the rows
+/// do not depend on it.
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Problem { batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, dtype } = self.problem;

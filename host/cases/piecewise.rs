@@ -1,4 +1,4 @@
-//! Piecewise cases: a case with a second pair of queries and keys, and the distance from which that pair counts.
+//! Piecewise cases: a case with a second pair of queries and keys, and the distance from which on that pair counts.
 
 use std::fmt;
 
@@ -21,34 +21,34 @@ use crate::plan::Determinism;
 use crate::reference::{Backward, Rows, Scores};
 use crate::tensor::Tensor;
 
-/// Makes the second pair other numbers than the first.
+/// Changes the seed, so that the second pair has other numbers than the first.
 const SECOND_SEED: u64 = 0xd1b5_4a32_d192_ed03;
-/// Makes the threshold another number than the case's first.
+/// Changes the seed, so that the threshold is another number than the case's first.
 const THRESHOLD_SEED: u64 = 0x8cb9_2ba7_2f3d_8dd7;
 
 /// One piecewise attention with random inputs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PiecewiseCase {
-    /// Everything but the threshold. Q1, K1 and V are its inputs.
+    /// All but the threshold. Q1, K1 and V are its inputs.
     pub case: Case,
     /// The signed distance i + seqlen_k − seqlen_q − j from which on the second pair counts.
     pub dist_threshold: i32,
 }
 
 impl PiecewiseCase {
-    /// [`Case::random`] with a random threshold.
+    /// Returns [`Case::random`] with a random threshold.
     pub fn random(seed: u64, limit: f64) -> Self {
         PiecewiseCase::with_random_threshold(Case::random(seed, limit), seed)
     }
 
-    /// A case with a threshold that is 0, negative, beyond every distance, beside an edge of tiles or half the keys, or
-    /// anywhere among the distances.
+    /// Adds a threshold: 0, negative, beyond every distance, next to an edge of tiles, half the keys or next to that,
+    /// or any distance.
     pub fn with_random_threshold(case: Case, seed: u64) -> Self {
         const TILES: [i64; 9] = [16, 64, 80, 96, 112, 128, 160, 176, 192];
         let mut rng = StdRng::seed_from_u64(seed ^ THRESHOLD_SEED);
         let rng = &mut rng;
         let [m, n] = [case.problem.seqlen_q, case.problem.seqlen_k].map(|x| x as i64);
-        // Those of the last key to the first query, and of the first key to the last query.
+        // Distances of the last key to the first query, and of the first key to the last query.
         let (least, largest) = ((1 - m).min(n), n - 1);
         let threshold = match rng.random_range(0..8) {
             0 => 0,
@@ -59,7 +59,7 @@ impl PiecewiseCase {
             }
             3 | 4 => {
                 let tile = *TILES.choose(rng).unwrap_or(&64);
-                // Tiles are counted from the first query and key, distances from the last.
+                // Tiles are counted from the first query and key, but distances from the last.
                 let origin = if rng.random() { n - m } else { 0 };
                 let blocks = rng.random_range(least.min(0) / tile..=largest.max(0) / tile);
                 origin + blocks * tile + rng.random_range(-1..=1)
@@ -71,7 +71,7 @@ impl PiecewiseCase {
         PiecewiseCase { case, dist_threshold }
     }
 
-    /// Q1, K1, Q2, K2 and V: normal values, with NaN in the padding.
+    /// Returns Q1, K1, Q2, K2 and V: normal values, with NaN in the padding.
     pub fn inputs<E: Element>(&self) -> Result<[Vec<E>; 5]> {
         let [q1, k1, v] = self.case.inputs()?;
         let second = Case { seed: self.case.seed ^ SECOND_SEED, ..self.case };
@@ -79,22 +79,22 @@ impl PiecewiseCase {
         Ok([q1, k1, q2, k2, v])
     }
 
-    /// The inputs as tensors.
+    /// Returns the inputs as tensors.
     pub fn tensors<'a, E>(&self, [q1, k1, q2, k2, v]: &'a [Vec<E>; 5]) -> [Tensor<&'a [E]>; 5] {
         let [of_q, of_kv] = [self.case.problem.q_shape(), self.case.problem.kv_shape()].map(|x| self.case.layout(x));
         [(q1, of_q), (k1, of_kv), (q2, of_q), (k2, of_kv), (v, of_kv)]
             .map(|(data, layout)| Tensor { data: &data[..], layout })
     }
 
-    /// The operator.
+    /// Returns the operator.
     fn piecewise(&self) -> Piecewise {
         Piecewise::new(self.case.attention(), self.dist_threshold)
     }
 
-    /// Runs the forward pass and judges it; of long problems, the rows that `rows` names.
+    /// Runs the forward pass and judges the rows that `rows` names.
     ///
     /// # Errors
-    /// Those of the operator and of the reference.
+    /// Errors of the operator and of the reference.
     pub fn run<B: Backend>(&self, backend: &B, rows: &Rows) -> Result<Outcome> {
         match self.case.problem.dtype {
             Dtype::F16 => self.run_with::<B, f16>(backend, rows),
@@ -110,7 +110,7 @@ impl PiecewiseCase {
     /// Runs both passes and judges the gradients.
     ///
     /// # Errors
-    /// Those of the operator and of the reference.
+    /// Errors of the operator and of the reference.
     pub fn run_backward<B: Backend>(&self, backend: &B, determinism: Determinism) -> Result<BackwardOutcome> {
         match self.case.problem.dtype {
             Dtype::F16 => self.run_backward_with::<B, f16>(backend, determinism),
@@ -129,10 +129,10 @@ impl PiecewiseCase {
         self.judge_backward(&data, &self.gradients(backend, &data, determinism)?)
     }
 
-    /// What a forward pass makes of the given inputs.
+    /// Returns the outputs of a forward pass with the given inputs.
     ///
     /// # Errors
-    /// Those of the operator.
+    /// Errors of the operator.
     pub fn output<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 5]) -> Result<CaseOutput<E>> {
         let inputs = self.upload(backend, inputs)?;
         let [q1, k1, q2, k2, v] = self.device_tensors::<B, E>(&inputs);
@@ -140,10 +140,10 @@ impl PiecewiseCase {
         self.case.output_of(backend, |o, lse| self.piecewise().forward_into(backend, first, second, v, o, Some(lse)))
     }
 
-    /// What a backward pass makes of the given data.
+    /// Returns the gradients of a backward pass with the given data.
     ///
     /// # Errors
-    /// Those of the operator.
+    /// Errors of the operator.
     pub fn gradients<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -201,27 +201,28 @@ impl PiecewiseCase {
         [(q, of_q), (k, of_kv), (q2, of_q), (k2, of_kv), (v, of_kv)].map(|(data, layout)| Tensor { data, layout })
     }
 
-    /// Judges the rows that `rows` names of what a forward pass with the given inputs wrote.
+    /// Judges the rows that `rows` names in the outputs of a forward pass with the given inputs.
     ///
     /// # Errors
-    /// Those of the reference.
+    /// Errors of the reference.
     pub fn judge<E: Element>(&self, inputs: &[Vec<E>; 5], output: &CaseOutput<E>, rows: &Rows) -> Result<Outcome> {
         let (scores, v) = self.scores(inputs);
         self.case.judge_output(output, scores, v, rows)
     }
 
-    /// What a backward pass starts from: inputs, what a forward pass made of them, and random gradients of that.
+    /// Returns the inputs of a backward pass: the given inputs, the forward pass's results, and random gradients of
+    /// these.
     ///
     /// # Errors
-    /// Those of the layouts.
+    /// Errors of the layouts.
     pub fn backward_data<E: Element>(&self, inputs: [Vec<E>; 5], output: CaseOutput<E>) -> Result<BackwardData<E, 5>> {
         self.case.with_gradients(inputs, output)
     }
 
-    /// Judges what a backward pass from the given data wrote: dQ1, dK1, dQ2, dK2 and dV.
+    /// Judges the gradients of a backward pass with the given data: dQ1, dK1, dQ2, dK2 and dV.
     ///
     /// # Errors
-    /// Those of the reference.
+    /// Errors of the reference.
     pub fn judge_backward<E: Element>(
         &self,
         data: &BackwardData<E, 5>,
@@ -246,7 +247,7 @@ impl PiecewiseCase {
     }
 }
 
-/// The flags of `ferroflash check` that run both passes of the case again.
+/// Writes the flags of `ferroflash check` that run both passes of the case again.
 impl fmt::Display for PiecewiseCase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "--op piecewise,piecewise-backward --dist-threshold {} {}", self.dist_threshold, self.case)
@@ -262,7 +263,7 @@ mod tests {
     use crate::problem::{Mask, Problem};
     use crate::reference::{backward_plain, forward_plain};
 
-    /// What a plain implementation of `piecewise` writes, as a case's output.
+    /// Returns the outputs of a plain implementation of `piecewise`, as a case's.
     fn output(piecewise: &PiecewiseCase, inputs: &[Vec<bf16>; 5]) -> CaseOutput<bf16> {
         let case = &piecewise.case;
         let (scores, v) = piecewise.scores(inputs);
@@ -273,7 +274,7 @@ mod tests {
         CaseOutput { o: elements(&found.o), lse, untouched: true }
     }
 
-    /// The same for the gradients.
+    /// Returns the gradients of a plain implementation of `piecewise`, as a case's.
     fn gradients(piecewise: &PiecewiseCase, data: &BackwardData<bf16, 5>) -> CaseGradients<bf16, 5> {
         let case = &piecewise.case;
         let (scores, v) = piecewise.scores(&data.inputs);
@@ -297,7 +298,7 @@ mod tests {
         PiecewiseCase { case: Case { seed: 7, ..Case::new(problem, Mask::Causal) }, dist_threshold }
     }
 
-    /// Nothing but the right threshold passes, next to it either.
+    /// Only the right threshold passes, and its neighbours fail.
     #[test]
     fn the_threshold_is_judged() {
         let right = case(12);

@@ -12,41 +12,41 @@ use crate::error::{Operand, Result};
 use crate::reference::{Accuracy, total_f64, total_plain};
 use crate::tensor::Tensor;
 
-/// What a case's total attention starts from.
+/// Inputs of a case's total attention.
 #[derive(Clone, Debug)]
 pub struct TotalData<E> {
-    /// Q, K and V in the case's layout; V gives the LSE alone.
+    /// Q, K and V in the case's layout. V is needed only for the LSE.
     pub inputs: [Vec<E>; 3],
-    /// What the backend's own forward pass gave.
+    /// LSE of the backend's own forward pass.
     pub lse: Vec<f32>,
 }
 
-/// What a case's run wrote.
+/// Result that a case's run wrote.
 #[derive(Clone, Debug)]
 pub struct CaseTotal {
     /// (batch, heads_q, seqlen_k), contiguous.
     pub total: Vec<f32>,
-    /// Whether the canaries are as they were.
+    /// True if the canaries are unchanged.
     pub untouched: bool,
 }
 
 impl CaseTotal {
-    /// The result as bits, as NaN can be compared too.
+    /// Returns the result as bits, so that NaN can be compared too.
     pub fn bits(&self) -> Vec<u32> {
         self.total.iter().map(|x| x.to_bits()).collect()
     }
 }
 
-/// How a case's total attention ended.
+/// Result of a case's total attention.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TotalOutcome {
     pub total: Accuracy,
-    /// Whether everything outside of the result is as it was.
+    /// True if all memory outside of the result is unchanged.
     pub untouched: bool,
 }
 
 impl TotalOutcome {
-    /// Within the bar, and nothing else written.
+    /// True if the error is within the tolerance and nothing else was written.
     pub fn passed(&self) -> bool {
         self.total.passed() && self.untouched
     }
@@ -65,7 +65,7 @@ impl Case {
     /// Runs the case's forward pass, then its total attention from the LSE, and judges that.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into) and of
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into) and of
     /// [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn run_total<B: Backend>(&self, backend: &B) -> Result<TotalOutcome> {
         match self.problem.dtype {
@@ -77,7 +77,7 @@ impl Case {
     /// Computes the case's total attention from the given data and judges it.
     ///
     /// # Errors
-    /// Those of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
+    /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn judge_total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<TotalOutcome> {
         let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
         let found = self.total::<B, E>(backend, data)?;
@@ -88,10 +88,10 @@ impl Case {
         Ok(TotalOutcome { total: Accuracy::of_total(&total, &plain, &exact), untouched: found.untouched })
     }
 
-    /// Random inputs, and the LSE that the backend's forward pass makes of them.
+    /// Returns random inputs, and the LSE of the backend's forward pass.
     ///
     /// # Errors
-    /// Those of [`Attention::forward_into`](crate::Attention::forward_into).
+    /// Errors of [`Attention::forward_into`](crate::Attention::forward_into).
     pub fn total_data<B: Backend, E: Element>(&self, backend: &B) -> Result<TotalData<E>> {
         let inputs = self.inputs::<E>()?;
         let lse = self.output::<B, E>(backend, &inputs)?.lse;
@@ -101,7 +101,7 @@ impl Case {
     /// Computes the case's total attention from the given data.
     ///
     /// # Errors
-    /// Those of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
+    /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<CaseTotal> {
         let [q, k, _] = &data.inputs;
         let q = backend.upload(Operand::Q, q)?;

@@ -16,16 +16,16 @@ use crate::{
     tensor::Tensor,
 };
 
-/// The second pair of piecewise attention in a backward pass: its tensors, and their gradients to write.
+/// Second pair of piecewise attention in a backward pass: its tensors, and its gradients to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawSecond {
     /// Queries, (batch, heads_q, seqlen_q, head_dim), and keys, (batch, heads_kv, seqlen_k, head_dim).
     pub inputs: Pair<RawTensor>,
-    /// Their gradients, of the same shapes.
+    /// Gradients of both, of the same shapes.
     pub gradients: Pair<RawTensor>,
 }
 
-/// The tensors of a backward pass, named by their addresses: what a framework has at hand.
+/// Tensors of a backward pass, named by their addresses, as frameworks hold them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawBackward {
     /// Queries, (batch, heads_q, seqlen_q, head_dim).
@@ -36,13 +36,13 @@ pub struct RawBackward {
     pub second: Option<RawSecond>,
     /// Values, (batch, heads_kv, seqlen_k, head_dim).
     pub v: RawTensor,
-    /// What the forward pass gave, (batch, heads_q, seqlen_q, head_dim).
+    /// O of the forward pass, (batch, heads_q, seqlen_q, head_dim).
     pub o: RawTensor,
     /// The gradient of O, (batch, heads_q, seqlen_q, head_dim).
     pub d_o: RawTensor,
-    /// Address of the LSE that the forward pass gave, f32 (batch, heads_q, seqlen_q), contiguous.
+    /// Address of the forward pass's LSE, f32 (batch, heads_q, seqlen_q), contiguous.
     pub lse: u64,
-    /// Address of the gradient of the LSE, of the same shape; `None` where nothing depends on the LSE.
+    /// Address of the gradient of the LSE, of the same shape; `None` if nothing depends on the LSE.
     pub d_lse: Option<u64>,
     /// The gradient of Q, (batch, heads_q, seqlen_q, head_dim).
     pub dq: RawTensor,
@@ -52,14 +52,14 @@ pub struct RawBackward {
     pub dv: RawTensor,
     /// Address of memory for the kernels' own use, a multiple of 256; its content does not matter.
     pub workspace: u64,
-    /// Its size: at least [`BackwardPlan::workspace_bytes`].
+    /// Size of the workspace in bytes: at least [`BackwardPlan::workspace_bytes`].
     pub workspace_bytes: usize,
 }
 
 impl RawBackward {
-    /// Checks everything that addresses and layouts tell, by the rules of device memory: shapes, strides, alignment,
-    /// the workspace's size, and that outputs and workspace share memory neither with themselves nor with each other
-    /// nor with an input.
+    /// Checks everything that can be checked from addresses and layouts, by the rules of device memory: shapes,
+    /// strides, alignment and the workspace's size. Outputs and workspace must not share memory with themselves, with
+    /// each other or with an input.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
@@ -88,10 +88,10 @@ impl RawBackward {
     }
 
     /// Lowers buffers of elements of `dtype` to addresses, and checks them as [`RawBackward::validate`] does, and their
-    /// sizes beside. The workspace is left for the caller to fill in, with memory of its own.
+    /// sizes as well. The caller fills in the workspace later, with its own memory.
     ///
     /// # Errors
-    /// Those of [`RawBackward::validate`], of which the host's memory knows no alignment; [`Error::DtypeMismatch`],
+    /// Errors of [`RawBackward::validate`], except alignment in the host's memory; [`Error::DtypeMismatch`],
     /// [`Error::BufferTooSmall`], [`Error::LseLength`].
     pub(crate) fn lower(
         plan: &BackwardPlan,
@@ -127,7 +127,7 @@ impl RawBackward {
         Ok(args)
     }
 
-    /// Parameters of the kernel that prepares the workspace.
+    /// Returns the parameters of the preprocess kernel.
     pub(crate) fn prepare(&self, plan: &BackwardPlan) -> PrepareParams {
         PrepareParams {
             o: self.o.strided(),
@@ -142,14 +142,14 @@ impl RawBackward {
         }
     }
 
-    /// The second pair where there is one, as kernels take it, its tensors as the machine names them.
+    /// Returns the second pair, if there is one, as kernels take it. `named` has its tensors as the machine names them.
     pub(crate) fn second<T>(&self, plan: &BackwardPlan, named: Option<Pair<T>>) -> Option<BackwardSecondPair<T>> {
         let pair = second_pair(plan.dist_threshold(), named)?;
         Some(BackwardSecondPair { pair, dk: self.second?.gradients.k.strided() })
     }
 
-    /// Parameters of the main kernel of a plan that has work tiles; `q`, `k`, `v` and `d_o` as the machine names them,
-    /// and what [`RawBackward::second`] made of the second pair.
+    /// Returns the main kernel's parameters for a plan that has work tiles. `q`, `k`, `v` and `d_o` are as the machine
+    /// names them, and `second` is the result of [`RawBackward::second`].
     pub(crate) fn params<T, S>(&self, plan: &BackwardPlan, [q, k, v, d_o]: [T; 4], second: S) -> BackwardParams<T, S> {
         BackwardParams {
             second,
@@ -168,7 +168,7 @@ impl RawBackward {
         }
     }
 
-    /// Parameters of the kernel that turns the workspace's dQ into the tensor, for each pair.
+    /// Returns the parameters of the postprocess kernel for each pair.
     pub(crate) fn finish(&self, plan: &BackwardPlan) -> impl Iterator<Item = FinishParams> {
         let (_, shared_head) = plan.shared();
         let finish = |pair, dq: &RawTensor| FinishParams {
@@ -201,7 +201,7 @@ impl RawBackward {
         check_address(Operand::Workspace, self.workspace, WORKSPACE_ALIGNMENT, space)
     }
 
-    /// Checks that what is written has memory of its own.
+    /// Checks that outputs and workspace have memory of their own.
     fn check_overlaps(&self, plan: &BackwardPlan) -> Result<()> {
         let lse = |address| lse_region(plan.problem(), address);
         let workspace = match self.workspace {
@@ -233,7 +233,7 @@ impl RawBackward {
     }
 }
 
-/// Checks the inputs by themselves.
+/// Checks each input alone.
 pub(crate) fn check_inputs(
     plan: &BackwardPlan,
     inputs: &BackwardInputs<Memory, Memory>,
@@ -252,7 +252,7 @@ pub(crate) fn check_inputs(
     d_lse.map_or(Ok(()), |d_lse| check_lse(plan.problem(), Operand::DLse, d_lse, space))
 }
 
-/// Checks each output by itself.
+/// Checks each output alone.
 fn check_outputs(
     plan: &BackwardPlan,
     outputs: &Gradients<Tensor<Memory>>,

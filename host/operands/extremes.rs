@@ -1,4 +1,4 @@
-//! Raw arguments with extreme addresses, shapes and strides: validation accepts or refuses them, and nothing overflows.
+//! Raw arguments with extreme addresses, shapes and strides. Validation accepts or refuses them, and nothing overflows.
 
 use kernels_gpu::variants::Dtype;
 use proptest::prelude::*;
@@ -21,7 +21,7 @@ fn stride() -> impl Strategy<Value = usize> {
     prop::sample::select(vec![0, 1, 8, 64, 1 << 20, (1 << 39) - 8, 1 << 39, 1 << 62, LARGEST, usize::MAX])
 }
 
-/// A tensor of this shape, or now and then of another.
+/// Generates a tensor of this shape, or sometimes of another.
 fn tensor(shape: [usize; 4]) -> impl Strategy<Value = RawTensor> {
     let other = prop::sample::select(vec![[0; 4], [usize::MAX; 4], [1, 1, 1, 8]]);
     let shapes = prop_oneof![9 => Just(shape), 1 => other];
@@ -44,7 +44,7 @@ fn problem() -> impl Strategy<Value = Problem> {
         .prop_filter("invalid", |problem| problem.validate().is_ok())
 }
 
-/// A problem, and ten tensors: of each two, one of the queries' shape and one of the keys'.
+/// Generates a problem and ten tensors, in five pairs of one with the queries' shape and one with the keys'.
 fn arguments() -> impl Strategy<Value = (Problem, [[RawTensor; 2]; 5], [u64; 3], bool)> {
     problem().prop_flat_map(|problem| {
         let pair = || [tensor(problem.q_shape()).boxed(), tensor(problem.kv_shape()).boxed()];

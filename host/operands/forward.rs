@@ -14,7 +14,7 @@ use crate::{
     problem::Problem,
 };
 
-/// The tensors of a forward pass, named by their addresses: what a framework has at hand.
+/// Tensors of a forward pass, named by their addresses, as frameworks hold them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawForward {
     /// Queries, (batch, heads_q, seqlen_q, head_dim).
@@ -25,15 +25,15 @@ pub struct RawForward {
     pub second: Option<Pair<RawTensor>>,
     /// Values, (batch, heads_kv, seqlen_k, head_dim).
     pub v: RawTensor,
-    /// The result, (batch, heads_q, seqlen_q, head_dim).
+    /// O, (batch, heads_q, seqlen_q, head_dim).
     pub o: RawTensor,
-    /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; `None` where it is not wanted.
+    /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; `None` to omit it.
     pub lse: Option<u64>,
 }
 
 impl RawForward {
-    /// Checks everything that addresses and layouts tell, by the rules of device memory: shapes, strides, alignment,
-    /// and that outputs share memory neither with themselves nor with another tensor.
+    /// Checks everything that can be checked from addresses and layouts, by the rules of device memory: shapes,
+    /// strides, alignment. Outputs must not share memory with themselves or with another tensor.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
@@ -45,10 +45,10 @@ impl RawForward {
         self.validate_outputs(problem)
     }
 
-    /// [`RawForward::validate`] for buffers whose sizes are known.
+    /// Checks as [`RawForward::validate`] does, for buffers of known sizes.
     ///
     /// # Errors
-    /// Those of [`RawForward::validate`], of which the host's memory knows no alignment; [`Error::DtypeMismatch`],
+    /// Errors of [`RawForward::validate`], except alignment in the host's memory; [`Error::DtypeMismatch`],
     /// [`Error::BufferTooSmall`], [`Error::LseLength`].
     pub(crate) fn validate_buffers(&self, plan: &Plan, space: AddressSpace, buffers: &Buffers) -> Result<()> {
         let problem = plan.problem();
@@ -58,8 +58,8 @@ impl RawForward {
         self.validate_outputs(problem)
     }
 
-    /// The launch parameters of a plan that has work tiles; `q`, `k`, `v` and `o` as the machine names them, and
-    /// [`second_pair`](super::second_pair) of the second pair.
+    /// Returns the launch parameters of a plan that has work tiles. `q`, `k`, `v` and `o` are as the machine names
+    /// them, and `second` is the result of [`second_pair`](super::second_pair).
     pub(crate) fn params<T, S>(&self, plan: &Plan, [q, k, v, o]: [T; 4], second: S) -> ForwardParams<T, S> {
         ForwardParams {
             q,
@@ -111,7 +111,7 @@ impl RawForward {
     }
 }
 
-/// What the buffers behind a [`RawForward`] hold: element type and lengths in elements.
+/// Element type, and lengths in elements, of the buffers behind a [`RawForward`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Buffers {
     pub(crate) dtype: Dtype,
@@ -138,7 +138,7 @@ mod tests {
         Plan::forward(&PROBLEM, Mask::None, None, Dropout::NONE, 1).unwrap()
     }
 
-    /// Contiguous tensors, far from each other.
+    /// Returns contiguous tensors, far from each other.
     fn args() -> RawForward {
         let tensor = |address, shape| RawTensor { address, layout: Layout::bhsd(shape) };
         RawForward {

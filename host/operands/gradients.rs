@@ -1,8 +1,8 @@
-//! What a backward pass takes and gives, whatever the machine names memory by.
+//! Inputs and outputs of a backward pass, generic over the memory of the machine.
 
 use crate::tensor::Tensor;
 
-/// The inputs of a backward pass: those of the forward pass, its results, and the gradients of those.
+/// Inputs of a backward pass: the inputs and results of the forward pass, and the gradients of the results.
 ///
 /// `S` is borrowed memory of 16-bit elements and `L` of f32: `&[E]` and `&[f32]` for [`Cpu`](crate::Cpu), device memory
 /// for the GPU backend.
@@ -14,18 +14,18 @@ pub struct BackwardInputs<S, L> {
     pub k: Tensor<S>,
     /// Values, (batch, heads_kv, seqlen_k, head_dim).
     pub v: Tensor<S>,
-    /// What the forward pass gave, (batch, heads_q, seqlen_q, head_dim).
+    /// O of the forward pass, (batch, heads_q, seqlen_q, head_dim).
     pub o: Tensor<S>,
     /// The gradient of O, (batch, heads_q, seqlen_q, head_dim).
     pub d_o: Tensor<S>,
-    /// The LSE that the forward pass gave, f32 (batch, heads_q, seqlen_q), contiguous.
+    /// LSE of the forward pass, f32 (batch, heads_q, seqlen_q), contiguous.
     pub lse: L,
-    /// The gradient of the LSE, of the same shape; `None` where nothing depends on the LSE.
+    /// The gradient of the LSE, of the same shape; `None` if nothing depends on the LSE.
     pub d_lse: Option<L>,
 }
 
 impl<S, L> BackwardInputs<S, L> {
-    /// The same inputs with their memory named otherwise.
+    /// Converts the memory of each input.
     pub(crate) fn map<T, M>(&self, tensor: impl Fn(&S) -> T, line: impl Fn(&L) -> M) -> BackwardInputs<T, M> {
         let of = |x: &Tensor<S>| Tensor { data: tensor(&x.data), layout: x.layout };
         BackwardInputs {
@@ -40,20 +40,21 @@ impl<S, L> BackwardInputs<S, L> {
     }
 }
 
-/// The gradients of the inputs: as memory that a backward pass returns, or as tensors that it is to write.
+/// Gradients of the inputs: memory that a backward pass returns, or tensors that it is to write.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gradients<T> {
-    /// That of Q, (batch, heads_q, seqlen_q, head_dim); 0 for a query that sees no key.
+    /// Gradient of Q, (batch, heads_q, seqlen_q, head_dim); 0 for a query that attends to no key.
     pub dq: T,
-    /// That of K, (batch, heads_kv, seqlen_k, head_dim), summed over the query heads of a group; 0 for a key that no
-    /// query sees.
+    /// Gradient of K, (batch, heads_kv, seqlen_k, head_dim), summed over the query heads of a group; 0 for a key that
+    /// no query attends to.
     pub dk: T,
-    /// That of V, of the same shape and by the same rules.
+    /// Gradient of V, (batch, heads_kv, seqlen_k, head_dim), summed over the query heads of a group; 0 for a key that
+    /// no query attends to.
     pub dv: T,
 }
 
 impl<T> Gradients<T> {
-    /// `f` of each.
+    /// Applies `f` to each.
     pub(crate) fn map<U>(self, mut f: impl FnMut(T) -> U) -> Gradients<U> {
         Gradients { dq: f(self.dq), dk: f(self.dk), dv: f(self.dv) }
     }

@@ -1,8 +1,8 @@
-//! The tensors of one call as addresses and layouts, and every rule that they must meet.
+//! The tensors of one call as addresses and layouts, and the rules for them.
 //!
-//! Both backends lower what they are given to a [`RawForward`] or a [`RawBackward`] and check it here, so the rules are
-//! the same for slices, device buffers and raw device pointers. Where there is nothing to read or write, the address
-//! does not matter.
+//! Both backends lower their tensors to a [`RawForward`] or a [`RawBackward`] and check it here, so the rules are the
+//! same for slices, device buffers and raw device pointers. If there is nothing to read or write, the address does not
+//! matter.
 
 use kernels_gpu::{
     ground::tensor::Strided,
@@ -35,9 +35,9 @@ pub use pair::{ForwardInputs, Pair, SecondTensors};
 pub use total_attention::RawTotalAttention;
 pub(crate) use total_attention::check_inputs as check_total_inputs;
 
-/// What the copy engine wants of addresses and strides, in bytes.
+/// Unit of TMA's addresses and strides, in bytes.
 const GRAIN_BYTES: usize = 16;
-/// Strides in bytes stay below this in the copy engine.
+/// Exclusive limit of TMA's strides, in bytes.
 const STRIDE_LIMIT_BYTES: u64 = 1 << 40;
 
 /// A tensor named by its address.
@@ -45,18 +45,18 @@ const STRIDE_LIMIT_BYTES: u64 = 1 << 40;
 pub struct RawTensor {
     /// Address of element (0, 0, 0, 0); on the GPU a multiple of 16.
     pub address: u64,
-    /// Where elements lie from there.
+    /// Layout of the elements from there.
     pub layout: Layout,
 }
 
 impl RawTensor {
-    /// The tensor as kernels that compute addresses take it.
+    /// Returns the tensor as kernels that compute addresses take it.
     pub(crate) fn strided(&self) -> Strided {
         let [stride_batch, stride_head, stride_row] = self.layout.lowered_strides().map(|stride| stride as i64);
         Strided { address: self.address, stride_batch, stride_head, stride_row }
     }
 
-    /// The first row alone, of a tensor that has one.
+    /// Returns the first row of a tensor that has one.
     #[cfg(feature = "cuda")]
     pub(crate) fn first_row(&self) -> Self {
         let [_, _, _, head_dim] = self.layout.shape;
@@ -68,22 +68,23 @@ impl RawTensor {
     }
 }
 
-/// The second pair of a plan that has a threshold, as kernels take it; its tensors as the machine names them.
+/// Returns the second pair of a plan that has a threshold, as kernels take it. `named` has its tensors as the machine
+/// names them.
 pub(crate) fn second_pair<T>(dist_threshold: Option<i32>, named: Option<Pair<T>>) -> Option<SecondPair<T>> {
     let (dist_threshold, Pair { q, k }) = (dist_threshold?, named?);
     Some(SecondPair::new(q, k, dist_threshold))
 }
 
-/// Whose rules addresses follow.
+/// Rules for addresses: the host's or the device's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AddressSpace {
     /// The host's memory: any address that Rust's own slices have.
     Host,
-    /// Device memory: not null, aligned for the copy engine.
+    /// Device memory: not null, aligned for TMA.
     Device,
 }
 
-/// Borrowed memory: where it starts, and its elements where that is known.
+/// Borrowed memory: its start, and its length in elements if that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Memory {
     pub(crate) address: u64,
@@ -98,7 +99,7 @@ pub(crate) fn check_dtype(problem: &Problem, found: Dtype) -> Result<()> {
     Ok(())
 }
 
-/// Checks that there is a second pair of Q and K just where the operator takes one.
+/// Checks that there is a second pair of Q and K if, and only if, the operator takes one.
 pub(crate) fn check_second(op: Op, given: bool) -> Result<()> {
     if given != (op.pairs() == 2) {
         return Err(Error::SecondPair { op, given });
@@ -106,7 +107,7 @@ pub(crate) fn check_second(op: Op, given: bool) -> Result<()> {
     Ok(())
 }
 
-/// Checks one tensor by itself; `len` is the length of its buffer in elements, where that is known.
+/// Checks one tensor alone; `len` is the length of its buffer in elements, if that is known.
 pub(crate) fn check_tensor(
     problem: &Problem,
     operand: Operand,
@@ -136,7 +137,7 @@ pub(crate) fn check_tensor(
     check_address(operand, *address, GRAIN_BYTES, space)
 }
 
-/// Checks an f32 array (batch, heads_q, seqlen_q), contiguous, by itself.
+/// Checks an f32 array (batch, heads_q, seqlen_q), contiguous, alone.
 fn check_lse(problem: &Problem, operand: Operand, memory: Memory, space: AddressSpace) -> Result<()> {
     let expected = problem.lse_len();
     if let Some(len) = memory.len
@@ -147,7 +148,7 @@ fn check_lse(problem: &Problem, operand: Operand, memory: Memory, space: Address
     check_floats(operand, memory.address, expected, space)
 }
 
-/// Checks where a contiguous f32 array of `len` elements lies.
+/// Checks the address and the length of a contiguous f32 array of `len` elements.
 fn check_floats(operand: Operand, address: u64, len: usize, space: AddressSpace) -> Result<()> {
     if len == 0 {
         return Ok(());
@@ -156,12 +157,12 @@ fn check_floats(operand: Operand, address: u64, len: usize, space: AddressSpace)
     check_address(operand, address, size_of::<f32>(), space)
 }
 
-/// The bytes of such an array.
+/// Returns the bytes of an f32 array (batch, heads_q, seqlen_q).
 fn lse_region(problem: &Problem, address: u64) -> Option<Region> {
     Region::of_bytes(address, problem.lse_len() as u128 * size_of::<f32>() as u128)
 }
 
-/// Checks that an output's rows are apart from each other.
+/// Checks that an output's rows share no memory.
 fn check_rows_apart(operand: Operand, layout: &Layout) -> Result<()> {
     self_alias(layout).map_or(Ok(()), |alias| {
         Err(Error::OutputAliasesItself { operand, dim: alias.dim, stride: alias.stride, required: alias.required })

@@ -12,22 +12,22 @@ use crate::{
     tensor::Tensor,
 };
 
-/// The tensors of total attention, named by their addresses: what a framework has at hand.
+/// Tensors of total attention, named by their addresses, as frameworks hold them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawTotalAttention {
     /// Queries, (batch, heads_q, seqlen_q, head_dim).
     pub q: RawTensor,
     /// Keys, (batch, heads_kv, seqlen_k, head_dim).
     pub k: RawTensor,
-    /// Address of the LSE that the forward pass gave, f32 (batch, heads_q, seqlen_q), contiguous.
+    /// Address of the forward pass's LSE, f32 (batch, heads_q, seqlen_q), contiguous.
     pub lse: u64,
     /// Address of the result, f32 (batch, heads_q, seqlen_k), contiguous.
     pub total: u64,
 }
 
 impl RawTotalAttention {
-    /// Checks everything that addresses and layouts tell, by the rules of device memory: shapes, strides, alignment,
-    /// and that the result shares memory with no input.
+    /// Checks everything that can be checked from addresses and layouts, by the rules of device memory: shapes,
+    /// strides, alignment. The result must not share memory with an input.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
@@ -41,11 +41,11 @@ impl RawTotalAttention {
     }
 
     /// Lowers buffers of elements of `dtype` to addresses, and checks them as [`RawTotalAttention::validate`] does, and
-    /// their sizes beside.
+    /// their sizes as well.
     ///
     /// # Errors
-    /// Those of [`RawTotalAttention::validate`], of which the host's memory knows no alignment;
-    /// [`Error::DtypeMismatch`], [`Error::BufferTooSmall`], [`Error::LseLength`], [`Error::TotalLength`].
+    /// Errors of [`RawTotalAttention::validate`], except alignment in the host's memory; [`Error::DtypeMismatch`],
+    /// [`Error::BufferTooSmall`], [`Error::LseLength`], [`Error::TotalLength`].
     pub(crate) fn lower(
         plan: &TotalPlan,
         dtype: Dtype,
@@ -61,7 +61,7 @@ impl RawTotalAttention {
         Ok(args)
     }
 
-    /// The launch parameters of a plan that has work tiles; `q` and `k` as the machine names them.
+    /// Returns the launch parameters of a plan that has work tiles. `q` and `k` are as the machine names them.
     pub(crate) fn params<T>(&self, plan: &TotalPlan, [q, k]: [T; 2]) -> TotalParams<T> {
         TotalParams {
             q,
@@ -87,7 +87,7 @@ impl RawTotalAttention {
     }
 }
 
-/// Checks the inputs by themselves.
+/// Checks each input alone.
 pub(crate) fn check_inputs(
     plan: &TotalPlan,
     q: &Tensor<Memory>,
@@ -101,7 +101,7 @@ pub(crate) fn check_inputs(
     check_lse(plan.problem(), Operand::Lse, lse, space)
 }
 
-/// Checks the result's array by itself.
+/// Checks the result's array alone.
 fn check_total(plan: &TotalPlan, memory: Memory, space: AddressSpace) -> Result<()> {
     let expected = plan.problem().total_len();
     if let Some(len) = memory.len
@@ -131,7 +131,7 @@ mod tests {
         TotalPlan::new(problem, Mask::None, None, 1).unwrap()
     }
 
-    /// Contiguous tensors, far from each other.
+    /// Returns contiguous tensors, far from each other.
     fn args() -> RawTotalAttention {
         let tensor = |address, shape| RawTensor { address, layout: Layout::bhsd(shape) };
         RawTotalAttention {
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn contiguous_tensors_are_valid() {
         assert_eq!(args().validate(&plan(&PROBLEM)), Ok(()));
-        // 4-byte alignment is all that the arrays need.
+        // The arrays need no more than 4-byte alignment.
         assert_eq!(RawTotalAttention { lse: 0x30004, total: 0x4000c, ..args() }.validate(&plan(&PROBLEM)), Ok(()));
     }
 

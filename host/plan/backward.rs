@@ -1,4 +1,4 @@
-//! How a backward pass runs: three kernels and the workspace between them.
+//! The plan of a backward pass: three kernels and the workspace between them.
 
 use std::fmt;
 
@@ -20,18 +20,18 @@ use crate::{
     problem::{Mask, Problem, at_most},
 };
 
-/// Whether a backward pass gives the same bits every time.
+/// Choice between the fastest order of dQ's sums and a fixed one.
 ///
-/// Every element of dQ is a sum of parts that different work tiles contribute; the order in which they are added up is
-/// what decides its last bits. dK and dV are the same bits every time, and so is all that the CPU computes.
+/// Every element of dQ is a sum over several work tiles, and the order of that sum decides its last bits. dK and dV
+/// have the same bits every time, and so has every result of the CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Determinism {
-    /// Parts of dQ are added as they come: the last bits of dQ may differ from run to run.
+    /// Work tiles accumulate into dQ in any order. The last bits of dQ may differ from run to run.
     #[default]
     Fast,
-    /// Parts of dQ are added in the order of their keys: the same bits on every run. Slower, for tiles wait for each
-    /// other. On a GPU the pass starts once all its CTAs can run at the same time (a cooperative launch), so of two
-    /// exact passes on two streams one waits where they don't fit together.
+    /// Work tiles accumulate into dQ in the order of their keys, so it has the same bits on every run. This is slower,
+    /// because tiles wait for each other. On a GPU the pass starts once all its CTAs can run at the same time (a
+    /// cooperative launch). Of two exact passes on two streams, one waits if they do not fit together.
     Exact,
 }
 
@@ -52,27 +52,27 @@ pub struct BackwardPlan {
     scale: f32,
     dist_threshold: Option<i32>,
     dropout: Dropout,
-    /// What the main kernel gets of it; `None` where nothing is dropped.
+    /// Launch parameter of dropout for the main kernel; `None` if nothing is dropped.
     pub(crate) launched: Option<Launched>,
     determinism: Determinism,
     variant: &'static BackwardVariant,
     work_tiles: u32,
-    /// How CTAs take the work tiles; of no meaning where there are none.
+    /// Order of the work tiles; meaningless if there are none.
     pub(crate) order: TileOrder,
-    /// Which of them are taken in parts.
+    /// Split of the tail's work tiles along their queries.
     pub(crate) sharing: Sharing,
-    /// Which of them store dQ.
+    /// Work tiles that store dQ instead of accumulating.
     pub(crate) first: FirstTiles,
-    /// All zeros where there is nothing to do.
+    /// Layout of the workspace; all zeros if there is nothing to do.
     pub(crate) workspace: WorkspaceLayout,
 }
 
 impl BackwardPlan {
-    /// Plans a backward pass for a machine with `sm_count` multiprocessors, or threads on the CPU; 0 counts as 1. The
-    /// default scale is 1/√head_dim.
+    /// Plans a backward pass for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1. The default scale
+    /// is 1/√head_dim.
     ///
     /// # Errors
-    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`]
+    /// Errors of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`]
     /// for a probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work
     /// tiles or more, for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128, for 2³⁰ query
     /// blocks or more of one CTA, counted as if there was no mask, or for an `sm_count` above 2²⁰.
@@ -87,10 +87,11 @@ impl BackwardPlan {
         Self::plan(problem, mask, scale, Extra { dist_threshold: None, dropout }, determinism, sm_count)
     }
 
-    /// As [`BackwardPlan::new`], for piecewise attention; see [`Plan::piecewise`](super::Plan::piecewise).
+    /// Plans a backward pass of piecewise attention; see [`BackwardPlan::new`] and
+    /// [`Plan::piecewise`](super::Plan::piecewise).
     ///
     /// # Errors
-    /// Those of [`BackwardPlan::new`].
+    /// Errors of [`BackwardPlan::new`].
     pub fn piecewise(
         problem: &Problem,
         mask: Mask,
@@ -131,7 +132,7 @@ impl BackwardPlan {
         at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
         let work_tiles = work_tiles as u32;
         let exact = determinism == Determinism::Exact;
-        // All work tiles take as long where no query is hidden from a key, and with one pair.
+        // All work tiles take equally long if nothing is masked and there is one pair.
         let m_blocks = shape.seqlen_q.div_ceil(variant.block_m).max(1);
         let sharing = match (mask, dist_threshold, determinism) {
             (Mask::None, None, Determinism::Fast) if shape.seqlen_q > 0 => {
@@ -143,7 +144,7 @@ impl BackwardPlan {
         let idle = problem.batch == 0 || problem.seqlen_q == 0 && problem.seqlen_k == 0;
         let workspace =
             if idle { WorkspaceLayout::default() } else { WorkspaceLayout::new(variant, &shape, slots, exact)? };
-        // Rounds of work tiles, and the query blocks of each.
+        // Number of waves of work tiles, and of query blocks in each.
         let rounds = sharing.count.div_ceil(sharing.ctas.max(1)) as u128;
         let blocks = shape.group() as u128 * m_blocks as u128 * op.pairs() as u128;
         at_most("query blocks of a CTA", rounds * blocks, MAX_QUERY_BLOCKS as u128)?;
@@ -153,7 +154,7 @@ impl BackwardPlan {
             Determinism::Exact => variant.exact_order(&shape, sharing.ctas),
         };
         let first = match (dist_threshold, launched, determinism) {
-            // Then nothing has bounded the number of key heads.
+            // Without work, nothing has limited the number of key heads.
             _ if idle => FirstTiles::none(0),
             (None, None, Determinism::Fast) => variant.first_tiles(&shape, &order, sharing.ctas),
             _ => FirstTiles::none(shape.batch * shape.heads_kv),
@@ -175,58 +176,58 @@ impl BackwardPlan {
         })
     }
 
-    /// The same for a machine with another number of multiprocessors.
+    /// Plans the same pass for a machine with another number of SMs.
     pub(crate) fn on(&self, sm_count: u32) -> Result<BackwardPlan> {
         let extra = Extra { dist_threshold: self.dist_threshold, dropout: self.dropout };
         Self::plan(&self.problem, self.mask, Some(self.scale), extra, self.determinism, sm_count)
     }
 
-    /// The problem, validated.
+    /// Returns the problem, validated.
     pub fn problem(&self) -> &Problem {
         &self.problem
     }
 
-    /// Which keys a query sees.
+    /// Returns the mask, which selects the keys that a query attends to.
     pub fn mask(&self) -> Mask {
         self.mask
     }
 
-    /// The factor of the scores, finite and above 0.
+    /// Returns the factor of the scores, finite and above 0.
     pub fn scale(&self) -> f32 {
         self.scale
     }
 
-    /// The distance from which on scores come from the second pair of Q and K; `None` where there is one pair.
+    /// Returns the distance from which on scores come from the second pair of Q and K; `None` if there is one pair.
     pub fn dist_threshold(&self) -> Option<i32> {
         self.dist_threshold
     }
 
-    /// Which weights are dropped.
+    /// Returns the dropout of attention weights.
     pub fn dropout(&self) -> Dropout {
         self.dropout
     }
 
-    /// Whether dQ is the same bits every time.
+    /// Returns the order of dQ's sums.
     pub fn determinism(&self) -> Determinism {
         self.determinism
     }
 
-    /// The kernels.
+    /// Returns the kernels.
     pub fn variant(&self) -> &'static BackwardVariant {
         self.variant
     }
 
-    /// Work tiles of the main kernel: blocks of keys of each batch item and key head. 0 where there is no key.
+    /// Number of work tiles of the main kernel: blocks of keys of each batch item and key head. 0 if there is no key.
     pub fn work_tiles(&self) -> u32 {
         self.work_tiles
     }
 
-    /// Work tiles of one key head.
+    /// Number of work tiles of one key head.
     pub(crate) fn key_blocks(&self) -> u32 {
         (self.problem.seqlen_k as u32).div_ceil(self.variant.block_n)
     }
 
-    /// How many of them are taken in parts, and the first key head, of all batch items, that may have one of them.
+    /// Returns the number of split work tiles, and the first key head, of all batch items, that may have one of them.
     pub(crate) fn shared(&self) -> (u32, u32) {
         match self.work_tiles - self.sharing.from {
             0 => (0, u32::MAX),
@@ -234,41 +235,41 @@ impl BackwardPlan {
         }
     }
 
-    /// CTAs of the main kernel's persistent grid. 0 where there is nothing to launch.
+    /// Number of CTAs in the main kernel's persistent grid. 0 if there is nothing to launch.
     pub fn grid(&self) -> u32 {
         self.sharing.ctas
     }
 
-    /// Threads of a CTA of the main kernel.
+    /// Number of threads per CTA of the main kernel.
     pub fn block(&self) -> u32 {
         self.variant.threads()
     }
 
-    /// Dynamic shared memory of a CTA of the main kernel, in bytes.
+    /// Dynamic shared memory per CTA of the main kernel, in bytes.
     pub fn smem_bytes(&self) -> u32 {
         self.variant.smem().bytes()
     }
 
-    /// Memory that the kernels need beside the tensors, in bytes: linear in seqlen_q, and a constant where a part
-    /// of the work tiles is shared out. It starts at a multiple of 256.
+    /// Size of the workspace in bytes: linear in seqlen_q, plus a constant if some work tiles are split. The workspace
+    /// starts at a multiple of 256.
     pub fn workspace_bytes(&self) -> usize {
         self.workspace.bytes
     }
 
-    /// CTAs of the kernel that prepares the workspace. 0 where there is nothing to do at all.
+    /// Number of CTAs of the preprocess kernel. 0 if there is nothing to do at all.
     pub fn prepare_grid(&self) -> u32 {
         self.workspace_rows().div_ceil(PREPARE_ROWS)
     }
 
-    /// CTAs of the kernel that turns the workspace's dQ into the tensor, one for 64 rows, and adds up dK and dV of work
-    /// tiles that were shared out, one for 64 rows and columns. 0 where there is no query.
+    /// Number of CTAs of the postprocess kernel: one for 64 rows of dQ, which it converts to the tensor, and one for 64
+    /// rows and columns of dK and dV of split work tiles, which it sums. 0 if there is no query.
     pub fn finish_grid(&self) -> u32 {
         let BackwardVariant { block_n, head_dim, .. } = self.variant;
         let parts = self.shared().0 * 2 * (block_n / WARPGROUP_ROWS) * (head_dim / 64);
         if self.problem.seqlen_q == 0 { 0 } else { self.workspace_rows() / WARPGROUP_ROWS + parts }
     }
 
-    /// Query rows of all heads; that they fit was checked with the workspace's layout.
+    /// Number of query rows of all heads. The workspace's layout has checked that it fits.
     fn workspace_rows(&self) -> u32 {
         match self.workspace.rows {
             0 => 0,

@@ -1,4 +1,4 @@
-//! Plans of the most extreme valid problems: each is made, or refused by [`Error::TooLarge`], and nothing overflows.
+//! Plans of the most extreme valid problems. Each is made, or refused by [`Error::TooLarge`], and nothing overflows.
 
 use std::{hint::black_box, panic::catch_unwind};
 
@@ -14,7 +14,7 @@ use crate::{
 
 const MOST: usize = i32::MAX as usize;
 
-/// Lengths and numbers of batch items.
+/// Generates lengths and numbers of batch items.
 fn extent() -> impl Strategy<Value = usize> {
     prop::sample::select(vec![0, 1, 2, 127, 128, 129, 65535, 65536, 65537, 1 << 30, MOST - 128, MOST - 1, MOST])
 }
@@ -55,7 +55,7 @@ fn dropout() -> impl Strategy<Value = Dropout> {
     prop::sample::select(vec![0.0, 0.5]).prop_map(|p| Dropout { p, seed: u64::MAX, offset: u64::MAX })
 }
 
-/// The plan, unless a number of it is too large.
+/// Returns the plan, or `None` if one of its numbers is too large.
 fn planned<P>(plan: Result<P>) -> Option<P> {
     match plan {
         Ok(plan) => Some(plan),
@@ -64,7 +64,7 @@ fn planned<P>(plan: Result<P>) -> Option<P> {
     }
 }
 
-/// The first and the last work tile of an order, and the way back from them.
+/// Checks the first and the last work tile of an order, and their way back to indices.
 fn check_order(order: &TileOrder, tiles: u32) {
     if tiles > 0 {
         assert_eq!(order.tiles(), tiles);
@@ -126,7 +126,7 @@ fn fast(problem: &Problem, sm_count: u32) -> Result<BackwardPlan> {
     BackwardPlan::new(problem, Mask::None, None, Dropout::NONE, Determinism::Fast, sm_count)
 }
 
-/// More key heads than 32 bits count, and nothing to do for any of them.
+/// Problems with more key heads than 32 bits count are valid if no head has anything to do.
 #[test]
 fn heads_without_work_are_not_counted() {
     let problem = Problem { batch: 1 << 16, heads_q: 1 << 16, heads_kv: 1 << 16, seqlen_q: 0, seqlen_k: 0, ..PROBLEM };

@@ -1,4 +1,4 @@
-//! How a forward pass runs.
+//! The plan of a forward pass.
 
 use std::fmt;
 
@@ -23,42 +23,42 @@ pub struct Plan {
     pub(crate) scale: f32,
     pub(crate) dist_threshold: Option<i32>,
     dropout: Dropout,
-    /// What the kernel gets of it; `None` where nothing is dropped.
+    /// Launch parameter of dropout for the kernel; `None` if nothing is dropped.
     pub(crate) launched: Option<Launched>,
     pub(crate) variant: &'static Variant,
     pub(crate) work_tiles: u32,
-    /// How CTAs take the work tiles; of no meaning where there are none.
+    /// Order of the work tiles; meaningless if there are none.
     pub(crate) order: TileOrder,
     pub(crate) grid: u32,
 }
 
-/// One way to run a problem.
+/// One way to run a problem, with its estimated time.
 #[derive(Clone, Copy)]
 struct Choice {
     variant: &'static Variant,
     work_tiles: u32,
     grid: u32,
     order: TileOrder,
-    /// About how long it takes.
+    /// Estimated time.
     time: u64,
 }
 
 impl Plan {
-    /// Plans a forward pass for a machine with `sm_count` multiprocessors, or threads on the CPU; 0 counts as 1.
+    /// Plans a forward pass for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1.
     ///
     /// # Errors
-    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`]
+    /// Errors of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`]
     /// for a probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work
     /// tiles or more, or for an `sm_count` above 2²⁰.
     pub fn forward(problem: &Problem, mask: Mask, scale: Option<f32>, dropout: Dropout, sm_count: u32) -> Result<Plan> {
         Self::new(problem, mask, scale, Extra { dist_threshold: None, dropout }, sm_count)
     }
 
-    /// As [`Plan::forward`], for piecewise attention: scores come from the second pair of Q and K where
-    /// i + seqlen_k − seqlen_q − j is at least `dist_threshold`, for query i and key j. Nothing is dropped.
+    /// Plans a forward pass of piecewise attention; see [`Plan::forward`]. The score of query i and key j comes from
+    /// the second pair of Q and K if i + seqlen_k − seqlen_q − j is at least `dist_threshold`. Nothing is dropped.
     ///
     /// # Errors
-    /// Those of [`Plan::forward`].
+    /// Errors of [`Plan::forward`].
     pub fn piecewise(
         problem: &Problem,
         mask: Mask,
@@ -88,7 +88,7 @@ impl Plan {
             let work_tiles = m_blocks * problem.heads_q as u128 * problem.batch as u128;
             at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
             let work_tiles = work_tiles as u32;
-            // Whole clusters.
+            // Only whole clusters.
             let grid = work_tiles.min(sm_count / variant.cluster * variant.cluster);
             if variant.cluster > 1 && (grid == 0 || !variant.shares(&shape)) {
                 continue;
@@ -105,57 +105,57 @@ impl Plan {
         Ok(Plan { problem: *problem, mask, scale, dist_threshold, dropout, launched, variant, work_tiles, order, grid })
     }
 
-    /// The problem, validated.
+    /// Returns the problem, validated.
     pub fn problem(&self) -> &Problem {
         &self.problem
     }
 
-    /// Which keys a query sees.
+    /// Returns the mask, which selects the keys that a query attends to.
     pub fn mask(&self) -> Mask {
         self.mask
     }
 
-    /// The factor of the scores, finite and above 0.
+    /// Returns the factor of the scores, finite and above 0.
     pub fn scale(&self) -> f32 {
         self.scale
     }
 
-    /// The distance from which on scores come from the second pair of Q and K; `None` where there is one pair.
+    /// Returns the distance from which on scores come from the second pair of Q and K; `None` if there is one pair.
     pub fn dist_threshold(&self) -> Option<i32> {
         self.dist_threshold
     }
 
-    /// Which weights are dropped.
+    /// Returns the dropout of attention weights.
     pub fn dropout(&self) -> Dropout {
         self.dropout
     }
 
-    /// The kernel.
+    /// Returns the kernel.
     pub fn variant(&self) -> &'static Variant {
         self.variant
     }
 
-    /// Work tiles: query tiles of each batch item and head. 0 where there is nothing to do.
+    /// Number of work tiles: query tiles of each batch item and head. 0 if there is nothing to do.
     pub fn work_tiles(&self) -> u32 {
         self.work_tiles
     }
 
-    /// CTAs of the persistent grid. 0 where there is nothing to launch.
+    /// Number of CTAs in the persistent grid. 0 if there is nothing to launch.
     pub fn grid(&self) -> u32 {
         self.grid
     }
 
-    /// Threads of a CTA.
+    /// Number of threads per CTA.
     pub fn block(&self) -> u32 {
         self.variant.threads()
     }
 
-    /// Dynamic shared memory of a CTA, in bytes.
+    /// Dynamic shared memory per CTA, in bytes.
     pub fn smem_bytes(&self) -> u32 {
         self.variant.smem_bytes()
     }
 
-    /// Memory that the kernel needs beside the tensors, in bytes: none.
+    /// Memory that the kernel needs in addition to the tensors, in bytes: none.
     pub fn workspace_bytes(&self) -> usize {
         0
     }
@@ -249,7 +249,7 @@ mod tests {
         assert!(plan(Problem { seqlen_k: 0, ..PROBLEM }).unwrap().work_tiles() > 0);
     }
 
-    /// Query tiles of 192 rows waste much of a short causal problem, and little of a long one.
+    /// Query tiles of 192 rows waste much of a short causal problem, but little of a long one.
     #[test]
     fn tiles_follow_the_shape() {
         let tiles = |seqlen: usize, mask| {
@@ -261,7 +261,7 @@ mod tests {
         assert_eq!([1024, 16384].map(|seqlen| tiles(seqlen, Mask::Causal)), [128, 192]);
     }
 
-    /// Smaller blocks of keys fit the edge of a causal mask, and cost more a score.
+    /// Smaller blocks of keys fit the edge of a causal mask better, but cost more per score.
     #[test]
     fn blocks_follow_the_shape() {
         let blocks = |seqlen: usize| {
@@ -272,8 +272,8 @@ mod tests {
         assert_eq!([512, 1024, 2048, 4096, 16384].map(blocks), [64, 64, 80, 80, 80]);
     }
 
-    /// CTAs of a cluster take neighbouring work tiles, which have the same keys; short problems are not worth the wait
-    /// for two CTAs.
+    /// The CTAs of a cluster have neighbouring work tiles with the same keys. For short problems the start of two CTAs
+    /// takes longer than they save.
     #[test]
     fn clusters_share_their_keys() {
         let long = Problem { seqlen_k: 9000, head_dim: 256, ..PROBLEM };

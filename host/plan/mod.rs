@@ -1,7 +1,7 @@
-//! How a problem will be run: kernel, tiles, grid. Pure functions of the problem and the machine's size.
+//! Plans: kernel, tiles and grid as pure functions of the problem and the machine's size.
 //!
-//! A [`Plan`], [`BackwardPlan`] or [`TotalPlan`] can only be made by a function that has validated the problem, so
-//! whoever holds one need not do so again. The CPU executor and the GPU run the same plan.
+//! Only functions that validate the problem make a [`Plan`], [`BackwardPlan`] or [`TotalPlan`], so code that has a plan
+//! need not validate again. The CPU executor and the GPU run the same plan.
 
 use std::fmt;
 
@@ -33,7 +33,7 @@ pub(crate) use workspace::{WORKSPACE_ALIGNMENT, WorkspaceLayout};
 /// Work tiles are counted in 32-bit signed numbers.
 const MAX_WORK_TILES: u128 = i32::MAX as u128;
 
-/// Checks the problem; the factor of its scores, by default 1/√head_dim.
+/// Checks the problem and returns the factor of its scores, by default 1/√head_dim.
 fn checked_scale(problem: &Problem, scale: Option<f32>) -> Result<f32> {
     problem.validate()?;
     let scale = scale.unwrap_or_else(|| 1.0 / (problem.head_dim as f32).sqrt());
@@ -43,19 +43,19 @@ fn checked_scale(problem: &Problem, scale: Option<f32>) -> Result<f32> {
     Ok(scale)
 }
 
-/// Checks the number of multiprocessors; 0 counts as 1.
+/// Checks the number of SMs; 0 counts as 1.
 fn checked_sm_count(sm_count: u32) -> Result<u32> {
     at_most("sm_count", sm_count as u128, MAX_CTAS as u128)?;
     Ok(sm_count.max(1))
 }
 
-/// What a pass can have beside problem, mask and scale; no kernel has both.
+/// Options of a pass in addition to problem, mask and scale. No kernel has both.
 struct Extra {
     dist_threshold: Option<i32>,
     dropout: Dropout,
 }
 
-/// What a plan with such a threshold computes.
+/// Returns the operator of a plan with this threshold.
 fn op(dist_threshold: Option<i32>) -> Op {
     if dist_threshold.is_some() { Op::Piecewise } else { Op::Forward }
 }
@@ -64,7 +64,7 @@ fn write_threshold(f: &mut fmt::Formatter<'_>, dist_threshold: Option<i32>) -> f
     dist_threshold.map_or(Ok(()), |threshold| write!(f, ", dist_threshold {threshold}"))
 }
 
-/// A plan's first line: the pass and the problem.
+/// Writes a plan's first line: the pass and the problem.
 fn write_problem(
     f: &mut fmt::Formatter<'_>,
     pass: &str,

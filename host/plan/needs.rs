@@ -1,4 +1,4 @@
-//! The properties that a kernel needs for a pass, as the error names them if no kernel has them all.
+//! The properties that a pass needs of a kernel. The error names them if no kernel has them all.
 
 use std::fmt;
 
@@ -22,12 +22,12 @@ pub enum Pass {
     TotalAttention,
 }
 
-/// The properties of the kernel that a plan asked for.
+/// Properties of the kernel that a plan asked for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Needs {
-    /// The pass that was to be planned.
+    /// Pass that was to be planned.
     pub pass: Pass,
-    /// The attention that it computes, or whose gradients.
+    /// Attention that the pass computes or differentiates.
     pub op: Op,
     /// Head dim of the problem.
     pub head_dim: usize,
@@ -39,7 +39,7 @@ pub struct Needs {
     pub dropout: f32,
 }
 
-/// The needs of a pass over `problem`.
+/// Returns the needs of a pass over `problem`.
 pub(super) fn needs(pass: Pass, op: Op, problem: &Problem, mask: Mask, dropout: Dropout) -> Needs {
     Needs { pass, op, head_dim: problem.head_dim, mask, dtype: problem.dtype, dropout: dropout.p }
 }

@@ -1,4 +1,4 @@
-//! A plan that is kept, and run again with other tensors of the same problem.
+//! Runs of a plan that is kept, with other tensors of the same problem.
 
 use super::{BackwardPlan, Plan, TotalPlan};
 use crate::{
@@ -12,8 +12,8 @@ use crate::{
 impl Plan {
     /// Runs the plan: computes O, and the LSE if a buffer for it is given, into the caller's memory.
     ///
-    /// A plan may be run any number of times, on any backend. It is best on a machine with as many multiprocessors as
-    /// it was made for. See [`Attention::forward_into`](crate::Attention::forward_into) for the tensors.
+    /// A plan may be run any number of times, on any backend. It is fastest on a machine with as many SMs as it was
+    /// made for. See [`Attention::forward_into`](crate::Attention::forward_into) for the tensors.
     ///
     /// ```
     /// use ferroflash::{Attention, Backend, Cpu, Dtype, ForwardInputs, Problem, Tensor, bf16};
@@ -31,8 +31,8 @@ impl Plan {
     /// ```
     ///
     /// # Errors
-    /// [`Error::SecondPair`](crate::Error::SecondPair) for inputs of another kind than the plan's, and those of
-    /// [`Attention::forward_into`](crate::Attention::forward_into) but the plan's own.
+    /// [`Error::SecondPair`](crate::Error::SecondPair) for inputs of another kind than the plan's, and the errors of
+    /// [`Attention::forward_into`](crate::Attention::forward_into), except those of planning.
     pub fn run<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -48,12 +48,12 @@ impl BackwardPlan {
     /// Runs the plan: computes the gradients into the caller's memory, in a workspace that the caller keeps and that
     /// grows if it is too small. `second` is for a plan of piecewise attention.
     ///
-    /// A plan may be run any number of times, on any backend. It is best on a machine with as many multiprocessors as
-    /// it was made for. See [`Attention::backward_into`](crate::Attention::backward_into) for the tensors.
+    /// A plan may be run any number of times, on any backend. It is fastest on a machine with as many SMs as it was
+    /// made for. See [`Attention::backward_into`](crate::Attention::backward_into) for the tensors.
     ///
     /// # Errors
-    /// [`Error::SecondPair`](crate::Error::SecondPair) for inputs of another kind than the plan's, and those of
-    /// [`Attention::backward_into`](crate::Attention::backward_into) but the plan's own.
+    /// [`Error::SecondPair`](crate::Error::SecondPair) for inputs of another kind than the plan's, and the errors of
+    /// [`Attention::backward_into`](crate::Attention::backward_into), except those of planning.
     pub fn run<B: Backend, E: Element>(
         &self,
         backend: &B,
@@ -73,7 +73,7 @@ impl TotalPlan {
     /// [`Attention::total_attention_into`](crate::Attention::total_attention_into) for the tensors.
     ///
     /// # Errors
-    /// Those of [`Attention::total_attention_into`](crate::Attention::total_attention_into) but the plan's own.
+    /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into), except those of planning.
     pub fn run<B: Backend, E: Element>(
         &self,
         backend: &B,

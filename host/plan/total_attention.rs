@@ -1,4 +1,4 @@
-//! How total attention is computed: one kernel, without a workspace.
+//! The plan of total attention: one kernel, without a workspace.
 
 use std::fmt;
 
@@ -23,18 +23,18 @@ pub struct TotalPlan {
     variant: &'static TotalVariant,
     work_tiles: u32,
     grid: u32,
-    /// How CTAs take the work tiles; of no meaning where there are none.
+    /// Order of the work tiles; meaningless if there are none.
     pub(crate) order: TileOrder,
-    /// The first work tile that is shared out in parts, one for each consumer.
+    /// First work tile that is split into parts, one for each consumer.
     pub(crate) shared_from: u32,
 }
 
 impl TotalPlan {
-    /// Plans total attention for a machine with `sm_count` multiprocessors, or threads on the CPU; 0 counts as 1. The
-    /// default scale is 1/√head_dim.
+    /// Plans total attention for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1. The default scale
+    /// is 1/√head_dim.
     ///
     /// # Errors
-    /// Those of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
+    /// Errors of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
     /// [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more, or for an `sm_count` above 2²⁰.
     pub fn new(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<TotalPlan> {
         let scale = checked_scale(problem, scale)?;
@@ -53,43 +53,43 @@ impl TotalPlan {
         Ok(TotalPlan { problem: *problem, mask, scale, variant, work_tiles, grid, order, shared_from })
     }
 
-    /// The problem, validated.
+    /// Returns the problem, validated.
     pub fn problem(&self) -> &Problem {
         &self.problem
     }
 
-    /// Which keys a query sees.
+    /// Returns the mask, which selects the keys that a query attends to.
     pub fn mask(&self) -> Mask {
         self.mask
     }
 
-    /// The factor of the scores, finite and above 0.
+    /// Returns the factor of the scores, finite and above 0.
     pub fn scale(&self) -> f32 {
         self.scale
     }
 
-    /// The kernel.
+    /// Returns the kernel.
     pub fn variant(&self) -> &'static TotalVariant {
         self.variant
     }
 
-    /// Work tiles: blocks of keys of each batch item and query head. 0 where there is no key, or no query: there the
-    /// result is zeros, which no kernel has to compute.
+    /// Number of work tiles: blocks of keys of each batch item and query head. 0 if there is no key, or no query; the
+    /// result is then zeros, which no kernel has to compute.
     pub fn work_tiles(&self) -> u32 {
         self.work_tiles
     }
 
-    /// CTAs of the persistent grid. 0 where there is no kernel to launch.
+    /// Number of CTAs in the persistent grid. 0 if there is no kernel to launch.
     pub fn grid(&self) -> u32 {
         self.grid
     }
 
-    /// Threads of a CTA.
+    /// Number of threads per CTA.
     pub fn block(&self) -> u32 {
         self.variant.threads()
     }
 
-    /// Dynamic shared memory of a CTA, in bytes.
+    /// Dynamic shared memory per CTA, in bytes.
     pub fn smem_bytes(&self) -> u32 {
         self.variant.smem().bytes()
     }
@@ -154,7 +154,7 @@ mod tests {
         let many = Problem { batch: most, heads_q: 2, heads_kv: 1, seqlen_q: 1, seqlen_k: 1, ..PROBLEM };
         let error = Error::TooLarge { field: "work_tiles", value: 2 * most as u128, limit: most as u128 };
         assert_eq!(plan(many), Err(error.clone()));
-        // The result's size is bounded with them, also where no kernel runs.
+        // The size of the result is limited too, also if no kernel runs.
         assert_eq!(plan(Problem { seqlen_q: 0, ..many }), Err(error));
         assert_eq!(plan(Problem { heads_q: 1, ..many }).unwrap().work_tiles(), most as u32);
     }
@@ -182,7 +182,7 @@ mod tests {
             let (tiles, most) = (plan.work_tiles(), sm_count.max(1));
             let taken = shared_tiles::count(tiles, plan.shared_from, plan.variant().smem().parts());
             prop_assert_eq!(plan.grid(), taken.min(most));
-            // Whole rounds stay whole, and sharing the rest out adds none.
+            // Whole waves stay unsplit, and splitting the tail adds no wave.
             prop_assert!(plan.shared_from == tiles || plan.shared_from.is_multiple_of(most));
             prop_assert_eq!(taken.div_ceil(most), tiles.div_ceil(most));
             if plan.work_tiles() > 0 {

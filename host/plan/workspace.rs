@@ -1,43 +1,43 @@
-//! Where the parts of a backward pass's workspace lie. Its size grows with the sequence, not with its square.
+//! Layout of a backward pass's workspace. Its size grows with the sequence, not with its square.
 
 use kernels_gpu::{ground::shape::Shape, params::Workspace, variants::BackwardVariant};
 
 use crate::{error::Result, problem::at_most};
 
-/// The workspace, and each region of it, starts at a multiple of this many bytes.
+/// Alignment in bytes of the workspace and of each region in it.
 pub(crate) const WORKSPACE_ALIGNMENT: usize = 256;
 
-/// Rows of dQ of all heads and pairs: kernels go from one to any other by a step that an i32 holds.
+/// Maximum number of rows of dQ of all heads and pairs: kernels step from any row to any other by an i32.
 const MAX_ROWS: u128 = 1 << 31;
 
-/// The workspace's regions, as offsets from its start in bytes.
+/// Offsets of the workspace's regions from its start, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct WorkspaceLayout {
-    /// f32 (batch, heads_q, rows).
+    /// `neg_lse_log2` (−LSE·log₂e), f32 (batch, heads_q, rows).
     pub(crate) offsets: usize,
-    /// f32 (batch, heads_q, rows).
+    /// δ, f32 (batch, heads_q, rows).
     pub(crate) delta: usize,
-    /// f32 (pairs, batch, heads_q, rows, compiled head dim).
+    /// dQ, f32 (pairs, batch, heads_q, rows, compiled head dim).
     pub(crate) dq: usize,
-    /// u32 (batch, heads_kv).
+    /// Numbers of finished work tiles, u32 (batch, heads_kv).
     pub(crate) tiles: usize,
-    /// u32 (batch, heads_kv).
+    /// States of the dQ initialisation, u32 (batch, heads_kv).
     pub(crate) first_values: usize,
-    /// u32 (pairs, batch, heads_q, query blocks, 2); `None` where order is free.
+    /// dQ semaphores, u32 (pairs, batch, heads_q, query blocks); `None` for a fast pass.
     pub(crate) turns: Option<usize>,
-    /// f32 (slots, {dK, dV}, block of keys, compiled head dim).
+    /// Split work tiles' shares of the gradients, f32 (slots, {dK, dV}, block of keys, compiled head dim).
     pub(crate) parts: usize,
-    /// All of it.
+    /// Size of the whole workspace in bytes.
     pub(crate) bytes: usize,
-    /// Numbers in `turns`; 0 where there is none.
+    /// Number of semaphores in `turns`; 0 for a fast pass.
     pub(crate) turns_len: usize,
-    /// Query rows of a head, padding included.
+    /// Number of query rows of a head, padding included.
     pub(crate) rows: u32,
 }
 
 impl WorkspaceLayout {
-    /// The layout for a problem with something to do, with so many slots for parts of work tiles; `exact` passes take
-    /// turns.
+    /// Returns the layout for a problem with something to do. `slots` is the number of parts of split work tiles, and
+    /// `exact` adds the semaphores of an exact pass.
     ///
     /// # Errors
     /// [`Error::TooLarge`](crate::Error::TooLarge) for more than 2³¹ rows of dQ, the padding of each head included, or
@@ -77,9 +77,9 @@ impl WorkspaceLayout {
         })
     }
 
-    /// The workspace at `address`, as kernels take it.
+    /// Returns the workspace at `address`, as kernels take it.
     pub(crate) fn at(&self, address: u64) -> Workspace {
-        // Wraps if a region without a byte begins at the end of all addresses.
+        // Wraps if an empty region begins at the end of the address space.
         let at = |offset: usize| address.wrapping_add(offset as u64);
         Workspace {
             offsets: at(self.offsets),
@@ -121,7 +121,7 @@ mod tests {
         assert_eq!((fast.tiles, fast.rows), (8 * rows + 4 * 128 * rows, 1024));
         assert_eq!((fast.turns, fast.turns_len, fast.parts), (None, 0, fast.first_values + 256));
         assert_eq!(fast.first_values, fast.tiles + 256);
-        // dK and dV of 128 keys.
+        // Shares of dK and dV of 128 keys.
         let parts = SLOTS as usize * 2 * 128 * 128 * 4;
         assert_eq!(fast.bytes, fast.parts + parts);
         assert_eq!((exact.turns, exact.turns_len), (Some(fast.parts), 12 * (1024 / 64)));
@@ -138,13 +138,13 @@ mod tests {
 
     #[test]
     fn rows_have_a_limit() {
-        // 128 rows a head, however few the queries.
+        // 128 rows per head, even with few queries.
         let most = Shape { batch: 1 << 24, heads_q: 1, heads_kv: 1, seqlen_q: 1, ..SHAPE };
         assert_eq!(layout(&most, true).unwrap().rows, 128);
         let more = Shape { batch: (1 << 24) + 1, ..most };
         let error = |value| Err(Error::TooLarge { field: "workspace_rows", value, limit: 1 << 31 });
         assert_eq!(layout(&more, false), error((1 << 31) + 128));
-        // dQ of a second pair has rows of its own.
+        // dQ of a second pair has its own rows.
         let pairs = variants::backward(Op::Piecewise, Dtype::F16, 64, MaskKind::None, DropoutKind::None).unwrap();
         let piecewise = |batch| WorkspaceLayout::new(pairs, &Shape { batch, ..most }, 0, false);
         assert!(piecewise(1 << 23).is_ok());

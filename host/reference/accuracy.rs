@@ -1,25 +1,25 @@
-//! The accuracy bar: flash-attention's and FlagAttention's own, against f64.
+//! Accuracy against f64, with the tolerance of flash-attention's and FlagAttention's own tests.
 
 use super::backward::Backward;
 use super::forward::Forward;
 use crate::operands::Pair;
 
-/// What is added to twice the plain error, so that the bar is above 0 where the plain result happens to be exact.
+/// Added to twice the plain error, so that the tolerance is above 0 if the plain result happens to be exact.
 const SLACK: f64 = 1e-5;
 
-/// The largest error of one result beside that of a plain implementation in the same precision.
+/// Maximum error of one result, and that of a plain implementation in the same precision.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Accuracy {
-    /// Largest absolute error; infinite where NaN, an infinity, a −∞ or a row of zeros is not where it belongs.
+    /// Maximum absolute error. It is infinite if NaN, an infinity, a −∞ or a row of zeros is in a wrong place.
     pub error: f64,
-    /// The same for the plain implementation.
+    /// Maximum absolute error of the plain implementation.
     pub plain: f64,
-    /// What the error may be at most.
+    /// Tolerance: the largest error allowed.
     pub bar: f64,
 }
 
 impl Accuracy {
-    /// For O: twice the plain error + 10⁻⁵. A row without a key is 0, not nearly 0.
+    /// Accuracy of O. The tolerance is twice the plain error + 10⁻⁵. A row without a key must be 0, not nearly 0.
     pub fn of_o(found: &Forward, plain: &Forward, exact: &Forward) -> Self {
         let accuracy = Self::compare(&found.o, &plain.o, &exact.o, SLACK);
         let head_dim = exact.o.len() / exact.lse.len().max(1);
@@ -28,18 +28,19 @@ impl Accuracy {
         Accuracy { error: if stray { f64::INFINITY } else { accuracy.error }, ..accuracy }
     }
 
-    /// For the LSE: twice the plain error + 10⁻⁵ of the largest LSE, or of 1, which f32 resolves to 6·10⁻⁸.
+    /// Accuracy of the LSE. The tolerance is twice the plain error + 10⁻⁵ of the largest LSE, or of 1, which f32
+    /// resolves to 6·10⁻⁸.
     pub fn of_lse(found: &Forward, plain: &Forward, exact: &Forward) -> Self {
         let largest = exact.lse.iter().filter(|x| x.is_finite()).fold(1.0f64, |a, x| a.max(x.abs()));
         Self::compare(&found.lse, &plain.lse, &exact.lse, SLACK * largest)
     }
 
-    /// For total attention: twice the plain error + 10⁻⁵.
+    /// Accuracy of total attention. The tolerance is twice the plain error + 10⁻⁵.
     pub fn of_total(found: &[f64], plain: &[f64], exact: &[f64]) -> Self {
         Self::compare(found, plain, exact, SLACK)
     }
 
-    /// Whether the error is within the bar.
+    /// True if the error is within the tolerance.
     pub fn passed(&self) -> bool {
         self.error <= self.bar
     }
@@ -47,31 +48,32 @@ impl Accuracy {
     fn compare(found: &[f64], plain: &[f64], exact: &[f64], slack: f64) -> Self {
         let error = largest_error(found, exact);
         let plain = largest_error(plain, exact);
-        // Where even the plain result is not a number, there is nothing to double.
+        // If even the plain result is not a number, there is nothing to double.
         let bar = if plain.is_finite() { 2.0 * plain + slack } else { slack };
         Accuracy { error, plain, bar }
     }
 }
 
-/// The accuracy of the gradients. Where there are two pairs of Q and K, `dq` and `dk` are the first's.
+/// Accuracy of the gradients. If there are two pairs of Q and K, `dq` and `dk` are those of the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GradientAccuracy {
-    /// That of dQ.
+    /// Accuracy of dQ.
     pub dq: Accuracy,
-    /// That of dK.
+    /// Accuracy of dK.
     pub dk: Accuracy,
-    /// That of dV.
+    /// Accuracy of dV.
     pub dv: Accuracy,
-    /// That of dQ and dK of the second pair, where there is one.
+    /// Accuracy of dQ and dK of the second pair, if there is one.
     pub second: Option<Pair<Accuracy>>,
 }
 
 impl GradientAccuracy {
-    /// For each gradient: twice the plain error + 10⁻⁵.
+    /// Returns the accuracy of each gradient. The tolerance is twice the plain error + 10⁻⁵.
     ///
-    /// Where every query sees a single key, the exact dQ and dK are 0: dP and delta are equal sums. A plain loop forms
-    /// them in the same order and gets 0; a machine that forms them in different ones gets f32's rounding of them.
-    /// There the 10⁻⁵ count in units of `cancelled`, the size of the terms whose difference is 0; elsewhere it is 1.
+    /// If every query attends to a single key, the exact dQ and dK are 0, because dP and δ are equal sums. A plain loop
+    /// forms them in the same order and gets 0; a machine that forms them in different orders gets f32's rounding of
+    /// them. In that case the 10⁻⁵ count in units of `cancelled`, the size of the terms whose difference is 0.
+    /// Otherwise `cancelled` is 1.
     pub fn of(found: &Backward, plain: &Backward, exact: &Backward, cancelled: f64) -> Self {
         let compare = |of: fn(&Backward) -> &[f64], slack| Accuracy::compare(of(found), of(plain), of(exact), slack);
         let slack = SLACK * cancelled.max(1.0);
@@ -86,7 +88,7 @@ impl GradientAccuracy {
         }
     }
 
-    /// Each with its name, those of Q and K numbered where there are two pairs.
+    /// Returns each accuracy with its name. Names of Q and K are numbered if there are two pairs.
     pub fn named(&self) -> Vec<(&'static str, Accuracy)> {
         match self.second {
             None => vec![("dQ", self.dq), ("dK", self.dk), ("dV", self.dv)],
@@ -94,13 +96,14 @@ impl GradientAccuracy {
         }
     }
 
-    /// Whether every error is within its bar.
+    /// True if every error is within its tolerance.
     pub fn passed(&self) -> bool {
         self.named().iter().all(|(_, accuracy)| accuracy.passed())
     }
 }
 
-/// NaN counts as equal to NaN, an infinity as equal to itself; anything else about them is an infinite error.
+/// Returns the largest absolute difference. NaN counts as equal to NaN, and an infinity as equal to itself; any other
+/// difference that involves them is an infinite error.
 fn largest_error(found: &[f64], exact: &[f64]) -> f64 {
     if found.len() != exact.len() {
         return f64::INFINITY;

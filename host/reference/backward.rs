@@ -2,9 +2,9 @@
 //! parameter.
 //!
 //! With S = scale·Q·Kᵀ and P = softmax(S + mask): dV = Pᵀ·dO, dP = dO·Vᵀ, δᵢ = Σⱼ Pᵢⱼ·dPᵢⱼ − dLSEᵢ, dS = P∘(dP − δ), dQ
-//! = scale·dS·K and dK = scale·dSᵀ·Q. With dropout, dV = (P∘Z)ᵀ·dO and dP = (dO·Vᵀ)∘Z, Z being 0 or 1 / (1 − p)
-//! (FlashAttention-2, arXiv 2307.08691, section 2.2; ∂LSEᵢ/∂Sᵢⱼ = Pᵢⱼ, which is where dLSE comes in). Where scores come
-//! from two pairs of Q and K, each dSᵢⱼ goes to the pair that Sᵢⱼ came from.
+//! = scale·dS·K and dK = scale·dSᵀ·Q (FlashAttention-2, arXiv 2307.08691, section 2.2). dLSE enters because ∂LSEᵢ/∂Sᵢⱼ
+//! = Pᵢⱼ. With dropout, dV = (P∘Z)ᵀ·dO and dP = (dO·Vᵀ)∘Z, where Z is 0 or 1 / (1 − p). If scores come from two pairs
+//! of Q and K, each dSᵢⱼ goes to the pair that Sᵢⱼ came from.
 
 use std::ops::Range;
 
@@ -22,25 +22,25 @@ use crate::plan::Plan;
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
 
-/// The gradients of the inputs, contiguous. Where there are two pairs of Q and K, `dq` and `dk` are the first's.
+/// Gradients of the inputs, contiguous. If there are two pairs of Q and K, `dq` and `dk` are those of the first.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Backward {
-    /// (batch, heads_q, seqlen_q, head_dim); 0 for a row without a live key.
+    /// (batch, heads_q, seqlen_q, head_dim); 0 for a row without a valid key.
     pub dq: Vec<f64>,
     /// (batch, heads_kv, seqlen_k, head_dim), summed over the query heads of a group.
     pub dk: Vec<f64>,
     /// (batch, heads_kv, seqlen_k, head_dim), summed over the query heads of a group.
     pub dv: Vec<f64>,
-    /// dQ and dK of the second pair, where there is one.
+    /// dQ and dK of the second pair, if there is one.
     pub second: Option<Pair<Vec<f64>>>,
 }
 
-/// The gradients in f64, given that of O, `d_o`, and that of the natural-log LSE, `d_lse`: (batch, heads_q, seqlen_q),
-/// contiguous, 0 where there is none. Keys that the mask hides take no part, whatever they hold, and rows without a
-/// live key contribute nothing.
+/// Returns the gradients in f64, given the gradient of O, `d_o`, and that of the natural-log LSE, `d_lse`: (batch,
+/// heads_q, seqlen_q), contiguous, 0 if there is none. Masked keys take no part, even if they hold NaN or an infinity,
+/// and rows without a valid key contribute nothing.
 ///
 /// # Errors
-/// Those of [`Plan::forward`] and of the tensors' shapes.
+/// Errors of [`Plan::forward`] and of the tensors' shapes.
 pub fn backward_f64<E: Element>(
     problem: &Problem,
     mask: Mask,
@@ -54,14 +54,14 @@ pub fn backward_f64<E: Element>(
     evaluate(&plan, scores, [v, d_o], (None, d_lse), |x: f64| x)
 }
 
-/// The same in the precision of a kernel, without its tiles: products of 16-bit operands in f32, softmax, δ and dS in
-/// f32, P and dS rounded to the inputs' dtype before they are multiplied, the gradients rounded to it at the end.
+/// Returns the gradients in the precision of a kernel, without its tiles. Products of 16-bit operands, softmax, δ and
+/// dS are f32. P and dS are rounded to the inputs' dtype before they are multiplied, and the gradients at the end.
 ///
-/// `o` is what the forward pass stored, where δ is to be taken from it as a kernel does: δᵢ = dOᵢ·Oᵢ − dLSEᵢ. Its
-/// rounding to 16 bits is then in δ too; where P is close to 1 and dP − δ close to 0, that is most of the error of dS.
+/// `o` is the stored result of the forward pass if δ is to be computed from it, as a kernel does: δᵢ = dOᵢ·Oᵢ − dLSEᵢ.
+/// Its rounding to 16 bits is then in δ too. If P is close to 1 and dP − δ close to 0, that is most of the error of dS.
 ///
 /// # Errors
-/// As [`backward_f64`].
+/// Errors of [`backward_f64`].
 pub fn backward_plain<E: Element>(
     problem: &Problem,
     mask: Mask,
@@ -75,7 +75,7 @@ pub fn backward_plain<E: Element>(
     evaluate(&plan, scores, [v, d_o], (o, d_lse), |x: f32| E::from_f32(x).to_f32())
 }
 
-/// Runs [`row`] over every row, key heads in parallel; `round` is what becomes of P, dS and the gradients.
+/// Runs [`row`] over every row, key heads in parallel. `round` rounds P, dS and the gradients.
 fn evaluate<E: Element, R: Real>(
     plan: &Plan,
     scores: Scores<Tensor<&[E]>>,
@@ -130,7 +130,7 @@ fn evaluate<E: Element, R: Real>(
                     row(parts.collect(), values, o, [d_lse, scale], &mut dv[..live * d], &round);
                 }
             }
-            // dQ and dK lack the scale so far.
+            // The scale is still missing in dQ and dK.
             grads.iter_mut().flat_map(|Pair { q, k }| q.iter_mut().chain(k)).for_each(|x| *x = round(scale * *x));
             dv.iter_mut().for_each(|x| *x = round(*x));
             (grads, dv)
@@ -146,7 +146,7 @@ fn evaluate<E: Element, R: Real>(
     Ok(all)
 }
 
-/// What a query row has of one pair: its query, the keys whose scores come from the pair, and the gradients of both.
+/// One pair's part in a query row: the query, the keys whose scores come from the pair, and the gradients of both.
 struct Part<'a, R> {
     keys: Range<usize>,
     q: &'a [R],
@@ -155,8 +155,8 @@ struct Part<'a, R> {
     dk: &'a mut [R],
 }
 
-/// Adds what one query row contributes; V and dV hold its live keys only, z the factors of their weights, and dQ
-/// and dK lack the scale.
+/// Adds the contribution of one query row. V and dV hold its valid keys only, and z the factors of their weights. The
+/// scale is still missing in dQ and dK.
 fn row<R: Real>(
     parts: Vec<Part<'_, R>>,
     [v, d_o, z]: [&[R]; 3],
@@ -212,7 +212,7 @@ mod tests {
         Problem { batch: 2, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim: 8, dtype: Dtype::F16 }
     }
 
-    /// Q, K, V and dO, and dLSE: multiples of 1/8 from −1 to 1, in no order that a wrong index would keep.
+    /// Returns Q, K, V and dO, and dLSE: multiples of 1/8 from −1 to 1, in an order that a wrong index would change.
     fn inputs<E: Element>(problem: &Problem) -> ([Vec<E>; 4], Vec<f32>) {
         let value = |i: usize, step: usize| ((i * step + i * i / 3 + 3) % 17) as f32 / 8.0 - 1.0;
         let (q, kv) = (problem.q_shape(), problem.kv_shape());
@@ -246,7 +246,8 @@ mod tests {
         backward_plain(problem, mask, scale, &Dropout::NONE, Scores::plain(q, k), [v, d_o], (None, d_lse))
     }
 
-    /// Central differences of Σ O∘dO + Σ LSE∘dLSE, with a step that f16 holds exactly beside any of the values.
+    /// Compares the gradients with central differences of Σ O∘dO + Σ LSE∘dLSE. The step is exact in f16 when added to
+    /// any of the values.
     #[test]
     fn equals_the_differences_of_the_forward() {
         const STEP: f32 = 1.0 / 1024.0;
@@ -283,7 +284,7 @@ mod tests {
 
     #[test]
     fn what_takes_no_part_is_zero_and_poisons_nothing() {
-        // The first three of five queries see no key.
+        // The first three of five queries attend to no key.
         let dead = problem(5, 2, 2, 1);
         let (mut inputs_dead, mut d_lse_dead) = inputs::<f16>(&dead);
         for row in (0..20).filter(|row| row % 5 < 3) {
@@ -291,7 +292,7 @@ mod tests {
             inputs_dead[3][row * 8..][..8].fill(f16::INFINITY);
             d_lse_dead[row] = f32::NAN;
         }
-        // Of three queries only the last sees the last of five keys.
+        // Of three queries only the last attends to the last of five keys.
         let hidden = problem(3, 5, 2, 1);
         let (mut inputs_hidden, _) = inputs::<f16>(&hidden);
         for (operand, head) in [(1, 0), (1, 1), (2, 0), (2, 1)] {
@@ -303,7 +304,8 @@ mod tests {
             assert!(found.dk.iter().chain(&found.dv).all(|x| x.is_finite()));
             let found = run(&hidden, Mask::Causal, 0.7, tensors(&hidden, &inputs_hidden), None).unwrap();
             assert!(found.dq.iter().enumerate().all(|(at, x)| x.is_nan() == (at / 8 % 3 == 2)));
-            // Aligned bottom right, the last query sees every key: only without a query is a key unseen.
+            // The mask is aligned to the bottom right, so the last query attends to every key. A key has no query only
+            // if there are none.
             let unseen = problem(0, 3, 2, 1);
             let found = run(&unseen, Mask::Causal, 0.7, tensors(&unseen, &inputs(&unseen).0), Some(&[])).unwrap();
             assert_eq!(found, Backward { dk: vec![0.0; 48], dv: vec![0.0; 48], ..Backward::default() });
@@ -344,7 +346,7 @@ mod tests {
         }
     }
 
-    /// With one query, dK and dV are products of one dS and one P, which the exact gradients tell.
+    /// With one query, dK and dV are products of one dS and one P, which the exact gradients reveal.
     #[test]
     fn plain_rounds_each_factor_and_product() {
         let problem = Problem { dtype: Dtype::Bf16, ..problem(1, 9, 1, 1) };
@@ -360,7 +362,7 @@ mod tests {
         }
     }
 
-    /// The O that belongs to the inputs changes next to nothing; another one changes δ, and so dQ and dK alone.
+    /// The O of the inputs changes next to nothing. Another O changes δ, and so only dQ and dK.
     #[test]
     fn delta_comes_from_the_stored_output() {
         let problem = problem(6, 5, 4, 2);

@@ -13,7 +13,7 @@ use crate::plan::Plan;
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
 
-/// Which query rows are computed: all of them takes seqlen_q × seqlen_k time.
+/// Query rows to compute. All of them take seqlen_q × seqlen_k time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rows {
     /// Every row.
@@ -23,7 +23,7 @@ pub enum Rows {
 }
 
 impl Rows {
-    /// At most `count` rows spread over `seqlen_q`, the first and the last among them.
+    /// Returns at most `count` rows spread over `seqlen_q`, the first and the last among them.
     pub fn sample(seqlen_q: usize, count: usize) -> Self {
         if seqlen_q <= count || count < 2 {
             return Rows::All;
@@ -31,7 +31,7 @@ impl Rows {
         Rows::Some((0..count).map(|i| (i as u128 * (seqlen_q - 1) as u128 / (count - 1) as u128) as usize).collect())
     }
 
-    /// The rows of a problem with `seqlen_q` rows.
+    /// Returns the rows of a problem with `seqlen_q` rows.
     ///
     /// # Errors
     /// [`Error::TooLarge`] for a row that it doesn't have.
@@ -55,11 +55,11 @@ impl Rows {
 pub struct Forward {
     /// (batch, heads_q, rows, head_dim), contiguous.
     pub o: Vec<f64>,
-    /// (batch, heads_q, rows), natural log; −∞ for a row without a live key.
+    /// (batch, heads_q, rows), natural log; −∞ for a row without a valid key.
     pub lse: Vec<f64>,
 }
 
-/// Keys that query row `i` sees: 0..this.
+/// Number of keys that query row `i` attends to; they are the first ones.
 pub(super) fn live_keys(problem: &Problem, mask: Mask, i: usize) -> usize {
     match mask {
         Mask::None => problem.seqlen_k,
@@ -68,7 +68,7 @@ pub(super) fn live_keys(problem: &Problem, mask: Mask, i: usize) -> usize {
     }
 }
 
-/// What dropout multiplies each of the first weights of query row `i` by; `head` counts query heads over the batch.
+/// Returns the factors of dropout for the first weights of query row `i`. `head` counts query heads over the batch.
 pub(super) fn factors<R: Real>(dropout: &Option<Launched>, head: usize, i: usize, weights: usize) -> Vec<R> {
     let Some(dropout) = dropout else { return vec![R::from_f32(1.0); weights] };
     let scale = R::from_f32(1.0) / R::from_f32(dropout.keeps());
@@ -76,12 +76,12 @@ pub(super) fn factors<R: Real>(dropout: &Option<Launched>, head: usize, i: usize
     (0..weights).map(factor).collect()
 }
 
-/// softmax(S + mask)·V in f64, the weights after dropout, where `scores` says which products S consists of. Keys that
-/// the mask hides take no part, whatever they hold: a kernel gives them the weight 0 in the blocks that it visits, so
-/// where V holds a NaN or an infinity under the mask the two differ.
+/// Computes softmax(S + mask)·V in f64 with dropout of the weights, where `scores` defines the products in S. Masked
+/// keys take no part, even if they hold NaN or an infinity. A kernel gives them the weight 0 in the blocks that it
+/// visits, so the two differ if V holds a NaN or an infinity at a masked key.
 ///
 /// # Errors
-/// Those of [`Plan::forward`] and of the tensors' shapes; [`Error::TooLarge`] for a row that the problem doesn't have.
+/// Errors of [`Plan::forward`] and of the tensors' shapes; [`Error::TooLarge`] for a row that the problem doesn't have.
 pub fn forward_f64<E: Element>(
     problem: &Problem,
     mask: Mask,
@@ -106,13 +106,13 @@ pub fn forward_f64<E: Element>(
     })
 }
 
-/// The same in the precision of a kernel, without its tiles: products of 16-bit inputs in f32, softmax in f32, P
-/// rounded to the inputs' dtype before the second product, O rounded to it at the end. With dropout it is
-/// flash-attention's own (`attention_ref` of its tests): kept weights meet V times the factor, rounded to that dtype
-/// too.
+/// Computes the same result in the precision of a kernel, without its tiles. Products of 16-bit inputs and softmax are
+/// f32. P is rounded to the inputs' dtype before the second product, and O at the end. Dropout is that of
+/// flash-attention's `attention_ref` in its tests: kept weights are multiplied by V times the factor, which is rounded
+/// to that dtype too.
 ///
 /// # Errors
-/// As [`forward_f64`].
+/// Errors of [`forward_f64`].
 pub fn forward_plain<E: Element>(
     problem: &Problem,
     mask: Mask,
@@ -138,7 +138,7 @@ pub fn forward_plain<E: Element>(
     })
 }
 
-/// Numbers that a reference computes in.
+/// Number type that a reference computes in.
 pub(super) trait Real:
     Copy
     + Send
@@ -174,7 +174,7 @@ impl Real for f32 {
     }
 }
 
-/// q·k, in eight running sums that the compiler keeps in vector registers.
+/// Returns q·k, in eight running sums that the compiler keeps in vector registers.
 pub(super) fn dot<R: Real>(q: &[R], k: &[R]) -> R {
     let mut sums = [R::default(); 8];
     // Head dims are multiples of eight.
@@ -188,7 +188,7 @@ pub(super) fn dot<R: Real>(q: &[R], k: &[R]) -> R {
     total
 }
 
-/// Every row of one head, one after the other.
+/// Returns every row of one head, one after the other.
 pub(super) fn head_rows<E: Element, R: Real>(tensor: &Tensor<&[E]>, batch: usize, head: usize) -> Vec<R> {
     let [_, _, seqlen, d] = tensor.layout.shape;
     let mut rows = Vec::with_capacity(seqlen * d);
@@ -196,7 +196,7 @@ pub(super) fn head_rows<E: Element, R: Real>(tensor: &Tensor<&[E]>, batch: usize
     rows
 }
 
-/// One row of one head.
+/// Returns one row of one head.
 fn head_row<E: Element, R: Real>(
     tensor: &Tensor<&[E]>,
     batch: usize,
@@ -207,8 +207,8 @@ fn head_row<E: Element, R: Real>(
     tensor.data[start..start + tensor.layout.shape[3]].iter().map(|x| R::from_f32(x.to_f32()))
 }
 
-/// Runs `row(s, [v, z], o) -> lse` over every row that has a live key, heads and rows in parallel; s and v hold the
-/// scaled scores and the values of the live keys only, and z the factors of their weights.
+/// Runs `row(s, [v, z], o) -> lse` over every row that has a valid key, heads and rows in parallel. s and v hold the
+/// scaled scores and the values of the valid keys only, and z the factors of their weights.
 fn evaluate<E: Element, R: Real>(
     plan: &Plan,
     scores: Scores<Tensor<&[E]>>,
@@ -222,7 +222,7 @@ fn evaluate<E: Element, R: Real>(
     let (problem, scale) = (plan.problem(), R::from_f32(plan.scale()));
     let rows = rows.of(problem.seqlen_q)?;
     if rows.is_empty() {
-        // Then nothing has bounded the number of heads.
+        // Nothing has limited the number of heads in this case.
         return Ok(Forward { o: Vec::new(), lse: Vec::new() });
     }
     let (d, group) = (problem.head_dim, problem.heads_q / problem.heads_kv);
@@ -269,10 +269,10 @@ fn evaluate<E: Element, R: Real>(
 }
 
 impl Forward {
-    /// The rows that `rows` names out of whole tensors: O in any layout, the LSE contiguous.
+    /// Gathers the rows that `rows` names from whole tensors: O in any layout, the LSE contiguous.
     ///
     /// # Errors
-    /// Those of the problem and of the shapes of `o` and `lse`; [`Error::TooLarge`] for a row that the problem doesn't
+    /// Errors of the problem and of the shapes of `o` and `lse`; [`Error::TooLarge`] for a row that the problem doesn't
     /// have.
     pub fn gather<E: Element>(problem: &Problem, o: Tensor<&[E]>, lse: Option<&[f32]>, rows: &Rows) -> Result<Self> {
         problem.validate()?;
@@ -316,7 +316,7 @@ mod tests {
         (0..len).map(|i| bf16::from_f32(((i * step + 3) % 17) as f32 / 8.0 - 1.0)).collect()
     }
 
-    /// Three loops over the whole score matrix.
+    /// Compares with three loops over the whole score matrix.
     #[test]
     fn equals_the_definition() {
         for (m, n, mask) in [(3, 5, Mask::None), (5, 3, Mask::Causal), (4, 4, Mask::Causal), (2, 0, Mask::None)] {

@@ -1,14 +1,14 @@
-//! What attention is, written for trust and not for speed: the oracle that every kernel is judged by.
+//! Attention by its definition, written for trust and not for speed. It is the oracle for every kernel.
 //!
-//! [`forward_f64`] follows the definition in f64. [`forward_plain`] is what the accuracy bar compares with: the same
-//! computation with 16-bit inputs, f32 accumulation, softmax in f32 and P rounded, row by row and without tiles.
-//! [`backward_f64`] and [`backward_plain`] are the same two for the gradients, [`total_f64`] and [`total_plain`] for
-//! total attention. [`Scores`] says which queries and keys a score comes from, in plain and in piecewise attention.
-//! [`Accuracy`] is the bar itself.
+//! [`forward_f64`] follows the definition in f64. [`forward_plain`] gives the error that the tolerance doubles: the
+//! same computation with 16-bit inputs, f32 accumulation, softmax in f32 and P rounded, row by row and without tiles.
+//! [`backward_f64`] and [`backward_plain`] are these two for the gradients, [`total_f64`] and [`total_plain`] for total
+//! attention. [`Scores`] assigns scores to pairs of queries and keys, in plain and in piecewise attention. [`Accuracy`]
+//! has the error and the tolerance.
 //!
-//! The results are f64 and take 8 bytes an element: four times O, or four times dQ, dK and dV, and in between twice
-//! that. Each thread also holds K and V of a key head and a row of scores. Unlike elsewhere in the crate, nothing
-//! checks beforehand that there is so much memory: the process aborts if there is too little.
+//! The results are f64 and take 8 bytes an element: four times O, or four times dQ, dK and dV, and twice that in
+//! between. Each thread also holds K and V of a key head and a row of scores. Unlike elsewhere in the crate, the memory
+//! is not checked beforehand: the process aborts if there is too little.
 
 mod accuracy;
 mod backward;

@@ -1,41 +1,42 @@
-//! Which pair of queries and keys a score comes from.
+//! The pair of queries and keys that a score comes from.
 //!
-//! Plain attention has one pair, Q and K. Piecewise attention has two: the score of query i and key j comes from the
-//! second where their signed distance, i + seqlen_k − seqlen_q − j, is at least a threshold, otherwise from the first.
-//! The distance falls along a row, so each row's keys are cut in two: the second pair has those before the cut, the
-//! first the rest.
+//! Plain attention has one pair, Q and K. Piecewise attention has two. The score of query i and key j comes from the
+//! second pair if their signed distance, i + seqlen_k − seqlen_q − j, is at least a threshold, and otherwise from the
+//! first. The distance falls along a row, so each row's keys have one boundary: those before it belong to the second
+//! pair, the rest to the first.
 
 use std::ops::Range;
 
 use super::forward::{Real, dot};
 use crate::{operands::Pair, problem::Problem};
 
-/// The pairs that scores come from, and which of them each comes from.
+/// Pairs that scores come from, and the rule that selects one of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scores<T> {
     first: Pair<T>,
-    /// With the least distance at which it counts.
+    /// Second pair, with the smallest distance at which it counts.
     second: Option<(Pair<T>, i32)>,
 }
 
 impl<T> Scores<T> {
-    /// Those of plain attention: every score is scale·q·k.
+    /// Returns the scores of plain attention: every score is scale·q·k.
     pub fn plain(q: T, k: T) -> Self {
         Scores { first: Pair { q, k }, second: None }
     }
 
-    /// Those of piecewise attention: score (i, j) is scale·q2ᵢ·k2ⱼ where i + seqlen_k − seqlen_q − j ≥
+    /// Returns the scores of piecewise attention: score (i, j) is scale·q2ᵢ·k2ⱼ if i + seqlen_k − seqlen_q − j ≥
     /// `dist_threshold`, otherwise scale·q1ᵢ·k1ⱼ.
     pub fn piecewise(first: Pair<T>, second: Pair<T>, dist_threshold: i32) -> Self {
         Scores { first, second: Some((second, dist_threshold)) }
     }
 
-    /// The first pair, then the second where there is one.
+    /// Returns the first pair, then the second if there is one.
     pub fn pairs(&self) -> impl Iterator<Item = &Pair<T>> {
         [&self.first].into_iter().chain(self.second.as_ref().map(|(pair, _)| pair))
     }
 
-    /// Of the first `live` keys, those whose score with query `i` comes from the first pair, and from the second.
+    /// Returns the ranges of the first `live` keys whose score with query `i` comes from the first pair, and from the
+    /// second.
     pub(super) fn keys(&self, problem: &Problem, i: usize, live: usize) -> [Range<usize>; 2] {
         let cut = self.second.as_ref().map_or(0, |&(_, dist_threshold)| {
             // j ≤ i + seqlen_k − seqlen_q − dist_threshold.
@@ -46,7 +47,7 @@ impl<T> Scores<T> {
     }
 }
 
-/// The scaled scores of one query with as many keys as `s` has elements.
+/// Computes the scaled scores of one query with as many keys as `s` has elements.
 pub(super) fn score<R: Real>(s: &mut [R], scale: R, q: &[R], k: &[R]) {
     for (s, k) in s.iter_mut().zip(k.chunks_exact(q.len())) {
         *s = scale * dot(q, k);
@@ -84,7 +85,7 @@ mod tests {
     }
 
     impl<E: Element> Data<E> {
-        /// Multiples of 1/8 from −1 to 1, in no order that a wrong index would keep.
+        /// Returns multiples of 1/8 from −1 to 1, in an order that a wrong index would change.
         fn new((seqlen_q, seqlen_k, mask): (usize, usize, Mask)) -> Self {
             let problem =
                 Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q, seqlen_k, head_dim: 8, dtype: E::DTYPE };
@@ -109,14 +110,14 @@ mod tests {
             Scores::piecewise(first, second, dist_threshold)
         }
 
-        /// In f64, and in the precision of a kernel.
+        /// Returns the forward pass in f64, and in the precision of a kernel.
         fn forward(&self, scores: Scores<Tensor<&[E]>>) -> [Forward; 2] {
             [forward_f64::<E>, forward_plain::<E>].map(|run| {
                 run(&self.problem, self.mask, SCALE, &Dropout::NONE, scores, self.tensor(4), &Rows::All).unwrap()
             })
         }
 
-        /// In f64, and in the precision of a kernel.
+        /// Returns the gradients in f64, and in the precision of a kernel.
         fn backward(&self, scores: Scores<Tensor<&[E]>>) -> [Backward; 2] {
             let (values, d_lse) = ([self.tensor(4), self.tensor(5)], Some(&self.d_lse[..]));
             [
@@ -125,14 +126,14 @@ mod tests {
             ]
         }
 
-        /// Every threshold that makes a difference, and some beyond.
+        /// Returns every threshold that makes a difference, and some beyond.
         fn thresholds(&self) -> impl Iterator<Item = i32> + use<E> {
             let (m, n) = (self.problem.seqlen_q as i32, self.problem.seqlen_k as i32);
             (-m - 1..=n + 1).chain([i32::MIN, i32::MAX])
         }
     }
 
-    /// Whether each of the scores of a problem comes from the second pair, by the definition.
+    /// True if a score comes from the second pair, by the definition.
     fn is_second(problem: &Problem, i: usize, j: usize, dist_threshold: i32) -> bool {
         let dist = (i + problem.seqlen_k) as i128 - (problem.seqlen_q + j) as i128;
         dist >= i128::from(dist_threshold)
@@ -150,7 +151,7 @@ mod tests {
                 let found = data.backward(data.piecewise(threshold));
                 let [exact, plain] = &found;
                 assert!(exact.dv == backward[0].dv && plain.dv == backward[1].dv, "{shape:?} {threshold}");
-                // Each pair has a part of the sums; in f64 their order hardly matters.
+                // Each pair has a part of the sums. In f64 their order hardly matters.
                 let second = exact.second.as_ref().unwrap();
                 let parts = [(&exact.dq, &second.q, &backward[0].dq), (&exact.dk, &second.k, &backward[0].dk)];
                 for (first, second, whole) in parts {
@@ -162,12 +163,12 @@ mod tests {
         }
     }
 
-    /// The pair that takes no part may hold anything.
+    /// The pair that takes no part may hold any values.
     #[test]
     fn one_side_of_the_threshold_is_plain_attention() {
         for shape @ (m, n, mask) in SHAPES {
             let (m, n) = (m as i32, n as i32);
-            // No key after a query is live under the causal mask.
+            // Under the causal mask, no query attends to a key after it.
             let least = if mask == Mask::Causal { 0 } else { 1 - m };
             for (used, thresholds) in [(0, [n, n + 1, i32::MAX]), (1, [least, least.min(1 - m), i32::MIN])] {
                 let mut data = Data::<f16>::new(shape);
@@ -191,7 +192,8 @@ mod tests {
         }
     }
 
-    /// Scores of the first pair are 0 and those of the second 1, and V is the identity: O·exp(LSE) tells each score.
+    /// Scores of the first pair are 0, those of the second are 1, and V is the identity. So O·exp(LSE) reveals each
+    /// score.
     #[test]
     fn a_threshold_moves_the_scores_at_its_distance() {
         for (m, n) in [(5, 7), (7, 5), (6, 6), (1, 8), (8, 1)] {
@@ -220,7 +222,8 @@ mod tests {
         }
     }
 
-    /// Central differences of Σ O∘dO + Σ LSE∘dLSE, with a step that f16 holds exactly beside any of the values.
+    /// Compares the gradients with central differences of Σ O∘dO + Σ LSE∘dLSE. The step is exact in f16 when added to
+    /// any of the values.
     #[test]
     fn gradients_equal_the_differences_of_the_forward() {
         const STEP: f32 = 1.0 / 1024.0;

@@ -10,11 +10,11 @@ use crate::plan::TotalPlan;
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
 
-/// Σᵢ softmax(scale·Q·Kᵀ + mask)ᵢⱼ in f64, (batch, heads_q, seqlen_k), contiguous. Rows without a live key count
-/// nothing, and keys that the mask hides take no part, whatever they hold.
+/// Computes Σᵢ softmax(scale·Q·Kᵀ + mask)ᵢⱼ in f64, (batch, heads_q, seqlen_k), contiguous. Rows without a valid key
+/// count nothing. Masked keys take no part, even if they hold NaN or an infinity.
 ///
 /// # Errors
-/// Those of [`TotalPlan::new`] and of the tensors' shapes.
+/// Errors of [`TotalPlan::new`] and of the tensors' shapes.
 pub fn total_f64<E: Element>(
     problem: &Problem,
     mask: Mask,
@@ -29,11 +29,11 @@ pub fn total_f64<E: Element>(
     })
 }
 
-/// The same in the precision of a kernel, without its tiles: products of 16-bit inputs in f32, P = exp(s − LSE) and its
-/// sums in f32, from the LSE that a kernel is given: (batch, heads_q, seqlen_q), contiguous.
+/// Computes the same sums in the precision of a kernel, without its tiles. Products of 16-bit inputs, P = exp(s − LSE)
+/// and its sums are f32. `lse` is the LSE that a kernel is given: (batch, heads_q, seqlen_q), contiguous.
 ///
 /// # Errors
-/// As [`total_f64`]; [`Error::LseLength`].
+/// Errors of [`total_f64`]; [`Error::LseLength`].
 pub fn total_plain<E: Element>(
     problem: &Problem,
     mask: Mask,
@@ -51,8 +51,8 @@ pub fn total_plain<E: Element>(
     })
 }
 
-/// Adds up what `weights(scores, row)` makes of the scaled scores of each row that has a live key, its live keys'
-/// alone; `row` is its place in the LSE. Heads in parallel.
+/// Adds up the results of `weights(scores, row)` for each row that has a valid key. It takes the scaled scores of the
+/// row's valid keys only, and the row's index in the LSE. Heads run in parallel.
 fn evaluate<E: Element, R: Real>(
     problem: &Problem,
     mask: Mask,
@@ -104,7 +104,7 @@ mod tests {
         (0..len).map(|i| bf16::from_f32(((i * step + 3) % 17) as f32 / 8.0 - 1.0)).collect()
     }
 
-    /// The forward pass gives P·V: with V one key's unit vector, the sum of its rows is that key's total.
+    /// The forward pass gives P·V. If V is one key's unit vector, the sum of its rows is that key's total.
     #[test]
     fn agrees_with_the_forward_pass() {
         for (m, n, mask) in [(3, 5, Mask::None), (5, 3, Mask::Causal), (4, 4, Mask::Causal), (2, 7, Mask::Causal)] {

@@ -1,9 +1,9 @@
-//! What both machines must pass with dropout.
+//! Tests with dropout that both machines must pass.
 
 use ferroflash::cases::{Case, CaseOutput};
 use ferroflash::{Backend, BackwardInputs, Dtype, Mask, Operand, Problem, Tensor, bf16, dropout_mask};
 
-/// (name, case): the shapes of [`super::named`] with dropout, more and less of it.
+/// Returns (name, case): the shapes of [`super::named`], with more and less dropout.
 pub fn named() -> Vec<(String, Case)> {
     let small = super::named().into_iter().filter(|(_, case)| case.problem.seqlen_q <= 1024);
     small
@@ -12,8 +12,8 @@ pub fn named() -> Vec<(String, Case)> {
         .collect()
 }
 
-/// The weights that the kernels drop are those of `dropout_mask`: with Q = 0 every weight of a row is the same, and V
-/// and dO that are rows of unit matrices show them one by one, in O and in dV.
+/// Checks that the kernels drop the weights of `dropout_mask`. With Q = 0 every weight of a row is the same. V and dO
+/// are rows of unit matrices and show the weights one by one, in O and in dV.
 pub fn mask_is_recovered<B: Backend>(backend: &B, head_dim: usize, mask: Mask) {
     let problem =
         Problem { batch: 2, heads_q: 2, heads_kv: 1, seqlen_q: 150, seqlen_k: 210, head_dim, dtype: Dtype::Bf16 };
@@ -36,7 +36,8 @@ pub fn mask_is_recovered<B: Backend>(backend: &B, head_dim: usize, mask: Mask) {
                 assert_eq!(o.to_f32() != 0.0, expected, "head {}, query {i}, key {j}", row / 150);
             }
         }
-        // dV of a key has in column d what it gives to query first + d of each head of the group; one head at a time.
+        // Column d of a key's dV has its weight for query first + d, summed over the heads of the group, so one head is
+        // checked at a time.
         for head in 0..2 {
             let mut d_o = rows(150, q_len);
             for (row, line) in d_o.chunks_exact_mut(head_dim).enumerate() {

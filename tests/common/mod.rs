@@ -1,4 +1,4 @@
-//! What both machines must pass: named cases, and properties that compare runs with each other.
+//! Tests that both machines must pass: named cases, and properties that compare runs with each other.
 
 pub mod piecewise;
 
@@ -8,7 +8,7 @@ use ferroflash::{Backend, Determinism, Dtype, Element, Mask, Problem, bf16, f16}
 
 pub mod dropout;
 
-/// (name, case): the shapes that attention kernels get wrong.
+/// Returns (name, case): the shapes that are easy to get wrong in attention kernels.
 pub fn named() -> Vec<(&'static str, Case)> {
     let case = |heads: (usize, usize), seqlens: (usize, usize), head_dim, mask| {
         let problem = Problem {
@@ -54,7 +54,7 @@ pub fn named() -> Vec<(&'static str, Case)> {
     ]
 }
 
-/// (name, case): the shapes that the backward pass has to get right beside those of [`named`]. Odd seeds have a
+/// Returns (name, case): more shapes for the backward pass, in addition to those of [`named`]. Odd seeds have a
 /// gradient of the LSE.
 pub fn named_backward() -> Vec<(String, Case)> {
     let mut cases: Vec<(String, Case)> =
@@ -70,7 +70,7 @@ pub fn named_backward() -> Vec<(String, Case)> {
             }
         }
     }
-    // Ten work tiles, of which a last round has some: few enough to be taken in parts.
+    // Ten work tiles, of which a tail has some: few enough to be split.
     for (head_dim, seqlen_k) in [(64, 600), (128, 600), (256, 300)] {
         for (dtype, order) in [(Dtype::F16, Order::Bhsd), (Dtype::Bf16, Order::Bshd)] {
             for (seqlen_q, head_dim, dropout) in [(300, head_dim, 0.0), (50, head_dim - 8, 0.0), (150, head_dim, 0.2)] {
@@ -84,13 +84,14 @@ pub fn named_backward() -> Vec<(String, Case)> {
     cases
 }
 
-/// Runs a case's backward pass and fails with what it takes to run it again.
+/// Runs a case's backward pass. A failure prints the command that runs it again.
 pub fn pass_backward<B: Backend>(backend: &B, case: &Case, determinism: Determinism) {
     let outcome = case.run_backward(backend, determinism).unwrap_or_else(|error| panic!("{case}: {error}"));
     assert!(outcome.passed(), "{case} ({determinism})\n{outcome}");
 }
 
-/// The same gradients, bit for bit, on every run of an exact pass, and the same dK and dV on every run of a fast one.
+/// Checks that every run of an exact pass gives the same gradients, bit for bit, and every run of a fast pass the same
+/// dK and dV.
 pub fn repeats_backward<B: Backend>(backend: &B, case: &Case, determinism: Determinism, runs: usize) {
     let data: BackwardData<bf16> = case.backward_data(backend).unwrap();
     let bits = || case.gradients(backend, &data, determinism).unwrap().bits();
@@ -104,18 +105,18 @@ pub fn repeats_backward<B: Backend>(backend: &B, case: &Case, determinism: Deter
     }
 }
 
-/// Runs a case and fails with what it takes to run it again.
+/// Runs a case. A failure prints the command that runs it again.
 pub fn pass<B: Backend>(backend: &B, case: &Case) {
     let outcome = case.run(backend, &Rows::All).unwrap_or_else(|error| panic!("{case}: {error}"));
     assert!(outcome.passed(), "{case}\n{outcome:#?}");
 }
 
-/// O and LSE, as NaN can be compared too.
+/// Returns O and LSE as bits, so that NaN can be compared too.
 pub fn bits<E: Element>(output: &CaseOutput<E>) -> (Vec<u16>, Vec<u32>) {
     (output.o.iter().map(|x| x.to_bits()).collect(), output.lse.iter().map(|x| x.to_bits()).collect())
 }
 
-/// The same bits on every run.
+/// Checks that every run gives the same bits.
 pub fn repeats<B: Backend>(backend: &B, case: &Case, runs: usize) {
     let inputs = case.inputs::<bf16>().unwrap();
     let first = bits(&case.output(backend, &inputs).unwrap());
@@ -124,8 +125,8 @@ pub fn repeats<B: Backend>(backend: &B, case: &Case, runs: usize) {
     }
 }
 
-/// Logits up to ±2.5·10⁵ give a finite answer. There the exponent of the largest score is not exactly 0
-/// (docs/numerics.md), so P's largest element is rounded where plain softmax has an exact 1: half a unit in the last
+/// Checks that logits up to ±2.5·10⁵ give a finite answer. Their exponent of the largest score is not exactly 0
+/// (docs/numerics.md). So P's largest element is rounded, where plain softmax has an exact 1: half a unit in the last
 /// place of f16.
 pub fn large_logits<B: Backend>(backend: &B, mask: Mask) {
     let problem =
@@ -148,14 +149,14 @@ pub fn large_logits<B: Backend>(backend: &B, mask: Mask) {
     assert!(live >= 2 * 149 && output.o.iter().all(|x| x.is_finite()), "{case}: {live} finite LSE");
 }
 
-/// Rows whose scores are all negative, or negative but for one key, beside rows whose scores are all positive. They
-/// spread so far that a maximum taken too low overflows the exponentials.
+/// Checks rows whose scores are all negative, or negative except for one key, together with rows whose scores are all
+/// positive. They spread so far that a maximum taken too low overflows the exponentials.
 pub fn negative_scores<B: Backend>(backend: &B, head_dim: usize, mask: Mask) {
     let problem =
         Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 333, seqlen_k: 700, head_dim, dtype: Dtype::Bf16 };
     let case = Case { scale: Some(256.0 / head_dim as f32), ..Case::new(problem, mask) };
     let mut inputs = case.inputs::<bf16>().unwrap();
-    // Every product has the sign of its row, except with key 300; exponents reach some ±235 in base 2.
+    // Every product has the sign of its row, except with key 300. Exponents reach some ±235 in base 2.
     let [rows, keys, _] = &mut inputs;
     for (row, line) in rows.chunks_exact_mut(head_dim).enumerate() {
         line.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32().abs() * if row % 3 == 0 { 1.0 } else { -1.0 }));
@@ -168,7 +169,7 @@ pub fn negative_scores<B: Backend>(backend: &B, head_dim: usize, mask: Mask) {
     assert!(outcome.passed(), "{case}\n{outcome:#?}");
 }
 
-/// A NaN in one key leaves every other batch item and key head as it was, bit for bit.
+/// Checks that a NaN in one key leaves every other batch item and key head unchanged, bit for bit.
 pub fn nan_stays_in_its_head<B: Backend>(backend: &B) {
     let problem =
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 150, seqlen_k: 140, head_dim: 64, dtype: Dtype::Bf16 };
@@ -191,7 +192,7 @@ pub fn nan_stays_in_its_head<B: Backend>(backend: &B) {
     }
 }
 
-/// A NaN in one row of dO leaves every other batch item and key head as it was, bit for bit.
+/// Checks that a NaN in one row of dO leaves every other batch item and key head unchanged, bit for bit.
 pub fn nan_gradient_stays_in_its_head<B: Backend>(backend: &B) {
     let problem =
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 150, seqlen_k: 140, head_dim: 64, dtype: Dtype::Bf16 };
@@ -199,7 +200,7 @@ pub fn nan_gradient_stays_in_its_head<B: Backend>(backend: &B) {
     let clean: BackwardData<bf16> = case.backward_data(backend).unwrap();
     let before = case.gradients(backend, &clean, Determinism::Exact).unwrap().bits();
     let mut data = clean.clone();
-    // A row of query head 1 of batch item 1, which reads key head 0.
+    // This is a row of query head 1 of batch item 1, which reads key head 0.
     let start = case.layout(problem.q_shape()).offset(1, 1, 77);
     data.d_o[start..start + 64].fill(bf16::NAN);
     let after = case.gradients(backend, &data, Determinism::Exact).unwrap().bits();
@@ -210,7 +211,7 @@ pub fn nan_gradient_stays_in_its_head<B: Backend>(backend: &B) {
     }
 }
 
-/// What lies between strided rows never matters: zeros there, NaN there, the same bits.
+/// Checks that memory between strided rows never matters: zeros and NaN there give the same bits.
 pub fn padding_is_never_read<B: Backend>(backend: &B) {
     for (order, head_dim) in [(Order::Bhsd, 40), (Order::Bshd, 128), (Order::Bshd, 232)] {
         let problem =

@@ -1,4 +1,4 @@
-//! What piecewise attention must pass on both machines.
+//! Tests of piecewise attention that both machines must pass.
 
 use ferroflash::cases::{Case, Order, PiecewiseCase};
 use ferroflash::reference::Rows;
@@ -9,8 +9,8 @@ use super::bits;
 const PROBLEM: Problem =
     Problem { batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: 300, seqlen_k: 420, head_dim: 64, dtype: Dtype::Bf16 };
 
-/// Shapes and thresholds that are easily got wrong: rows without a key, no keys or queries at all, grouped heads, every
-/// compiled head dim; thresholds at, before and behind every distance, and beside the edges of tiles.
+/// Returns shapes and thresholds that are easy to get wrong: rows without a key, no keys or queries at all, grouped
+/// heads, every compiled head dim; thresholds at, before and behind every distance, and next to the edges of tiles.
 pub fn named() -> Vec<PiecewiseCase> {
     let mut cases = Vec::new();
     let mut add = |problem: Problem, mask, order, thresholds: &[i32]| {
@@ -38,7 +38,7 @@ pub fn named() -> Vec<PiecewiseCase> {
     cases
 }
 
-/// Long problems, judged by a sample of their rows.
+/// Returns long problems, judged by a sample of their rows.
 pub fn long() -> Vec<PiecewiseCase> {
     let case = |seqlen_q, seqlen_k, head_dim, order| {
         let problem = Problem { batch: 2, heads_q: 4, heads_kv: 4, seqlen_q, seqlen_k, head_dim, ..PROBLEM };
@@ -48,21 +48,21 @@ pub fn long() -> Vec<PiecewiseCase> {
     vec![case(4096, 4001, 16, Order::Bhsd), case(8192, 3867, 32, Order::Bshd)]
 }
 
-/// Runs the forward pass and fails with what it takes to run it again.
+/// Runs the forward pass. A failure prints the command that runs it again.
 pub fn pass<B: Backend>(backend: &B, case: &PiecewiseCase, rows: &Rows) {
     let outcome = case.run(backend, rows).unwrap_or_else(|error| panic!("{case}: {error}"));
     assert!(outcome.passed(), "{case}\n{outcome:#?}");
 }
 
-/// Runs both passes and fails with what it takes to run them again.
+/// Runs both passes. A failure prints the command that runs them again.
 pub fn pass_backward<B: Backend>(backend: &B, case: &PiecewiseCase, determinism: Determinism) {
     let outcome = case.run_backward(backend, determinism).unwrap_or_else(|error| panic!("{case}: {error}"));
     assert!(outcome.passed(), "{case} ({determinism})\n{outcome}");
 }
 
-/// With the same tensors in both pairs it is plain attention, whatever the threshold, also at a distance and beside it;
-/// with the threshold beyond every distance it is that of the first pair, bit for bit, and at 0 with a causal mask that
-/// of the second.
+/// Checks that piecewise attention becomes plain attention. With the same tensors in both pairs it does for any
+/// threshold, also at a distance and next to it. With the threshold beyond every distance it is that of the first pair,
+/// bit for bit, and with 0 and a causal mask that of the second.
 pub fn becomes_plain<B: Backend>(backend: &B) {
     for (mask, head_dim) in [(Mask::None, 64), (Mask::Causal, 64), (Mask::None, 128), (Mask::Causal, 128)] {
         let case = Case::new(Problem { head_dim, ..PROBLEM }, mask);
@@ -71,7 +71,7 @@ pub fn becomes_plain<B: Backend>(backend: &B) {
         let same = [q.clone(), k.clone(), q.clone(), k.clone(), v.clone()];
         for threshold in [-300, -299, 0, 1, 119, 120, 121, 250, 419, 420] {
             let found = piecewise(threshold).output(backend, &same).unwrap();
-            // The distance has no part in it.
+            // The distance has no effect.
             let outcome = piecewise(0).judge(&same, &found, &Rows::All).unwrap();
             assert!(outcome.passed(), "{case}, threshold {threshold}: {outcome:?}");
         }
@@ -90,9 +90,9 @@ pub fn becomes_plain<B: Backend>(backend: &B) {
     }
 }
 
-/// One key and query at a distance: the threshold moves the score there and no other.
+/// Checks one key and query at a distance: the threshold moves the score there and no other.
 pub fn moves_one_distance<B: Backend>(backend: &B) {
-    // Row i of O is the mean of V over its keys, but for those of the second pair, whose scores are far larger.
+    // Row i of O is the mean of V over its keys, unless it has keys of the second pair, whose scores are far larger.
     let problem = Problem { heads_q: 1, seqlen_q: 70, seqlen_k: 200, ..PROBLEM };
     let case = Case { scale: Some(1.0), ..Case::new(problem, Mask::Causal) };
     for dist_threshold in [1, 63, 129, 130, 131, 198] {
@@ -101,7 +101,7 @@ pub fn moves_one_distance<B: Backend>(backend: &B) {
         let fill = |like: &[bf16], x: f32| vec![bf16::from_f32(x); like.len()];
         let mut v = fill(&k, 0.0);
         for (j, row) in v.chunks_exact_mut(64).enumerate() {
-            // Exact in bf16: small integers, and the powers of two beyond.
+            // These are exact in bf16: small integers, and powers of two for larger numbers.
             row[j % 64] = bf16::from_f32(1.0 + (j / 64) as f32);
         }
         let inputs = [fill(&q, 0.0), fill(&k, 0.0), fill(&q, 1.0), fill(&k, 1.0), v];
@@ -114,7 +114,7 @@ pub fn moves_one_distance<B: Backend>(backend: &B) {
     }
 }
 
-/// The same gradients, bit for bit, on every run of an exact pass.
+/// Checks that every run of an exact pass gives the same gradients, bit for bit.
 pub fn repeats_backward<B: Backend>(backend: &B, case: &PiecewiseCase, runs: usize) {
     let inputs = case.inputs::<bf16>().unwrap();
     let output = case.output(backend, &inputs).unwrap();
@@ -126,7 +126,7 @@ pub fn repeats_backward<B: Backend>(backend: &B, case: &PiecewiseCase, runs: usi
     }
 }
 
-/// A threshold of the reference that no run has is not passed.
+/// Checks that a run fails if the reference has another threshold.
 pub fn another_threshold_fails<B: Backend>(backend: &B) {
     let case = PiecewiseCase { case: Case::new(PROBLEM, Mask::Causal), dist_threshold: 100 };
     let inputs = case.inputs::<bf16>().unwrap();

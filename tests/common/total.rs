@@ -1,9 +1,9 @@
-//! What total attention must pass on both machines.
+//! Tests of total attention that both machines must pass.
 
 use ferroflash::cases::{Case, Order, TotalData, for_rows};
 use ferroflash::{Backend, Dtype, Mask, Problem, bf16};
 
-/// (name, case): the shapes that such a kernel gets wrong.
+/// Returns (name, case): the shapes that are easy to get wrong in such a kernel.
 pub fn named() -> Vec<(String, Case)> {
     let problem = |heads: (usize, usize), seqlens: (usize, usize), head_dim| Problem {
         batch: 1,
@@ -33,11 +33,11 @@ pub fn named() -> Vec<(String, Case)> {
         ("grouped 6 over 2", Problem { batch: 2, ..problem((6, 2), (150, 130), 64) }),
         ("grouped 71 over 1", problem((71, 1), (40, 90), 64)),
     ];
-    // Around the edges of query blocks, of 96 rows and of 128.
+    // Lengths around the edges of query blocks, of 96 rows and of 128.
     for seqlen_q in [63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 193] {
         shapes.push(("an edge", problem((1, 1), (seqlen_q, 130), [256, 72, 64][seqlen_q % 3])));
     }
-    // Around the edges of consumers' parts of a work tile, with more query blocks than the ring has slots.
+    // Lengths around the edges of consumers' parts of a work tile, with more query blocks than the ring has slots.
     for seqlen_k in [63, 64, 65, 191, 193, 255, 257, 321] {
         shapes.push(("an edge of keys", problem((1, 1), (1100, seqlen_k), [256, 128, 64][seqlen_k % 3])));
     }
@@ -57,13 +57,13 @@ pub fn named() -> Vec<(String, Case)> {
     cases
 }
 
-/// Runs a case and fails with what it takes to run it again.
+/// Runs a case. A failure prints the command that runs it again.
 pub fn pass<B: Backend>(backend: &B, case: &Case) {
     let outcome = case.run_total(backend).unwrap_or_else(|error| panic!("{case}: {error}"));
     assert!(outcome.passed(), "{case}\n{outcome}");
 }
 
-/// The same bits on every run.
+/// Checks that every run gives the same bits.
 pub fn repeats<B: Backend>(backend: &B, case: &Case, runs: usize) {
     let data: TotalData<bf16> = case.total_data(backend).unwrap();
     let bits = || case.total(backend, &data).unwrap().bits();
@@ -73,7 +73,7 @@ pub fn repeats<B: Backend>(backend: &B, case: &Case, runs: usize) {
     }
 }
 
-/// Every query that sees a key gives away 1, whatever the mask leaves it to see.
+/// Checks that the weights of every query that attends to a key add up to 1, for any mask.
 pub fn weights_add_up<B: Backend>(backend: &B) {
     for (seqlen_q, seqlen_k, head_dim) in [(300, 300, 64), (700, 200, 128), (130, 513, 256), (799, 3, 40)] {
         for mask in [Mask::None, Mask::Causal] {
@@ -93,8 +93,8 @@ pub fn weights_add_up<B: Backend>(backend: &B) {
     }
 }
 
-/// A NaN in one key, in one query and in one element of the LSE leaves every head that does not read it as it was, bit
-/// for bit.
+/// Checks that a NaN in one key, in one query and in one element of the LSE leaves every head that does not read it
+/// unchanged, bit for bit.
 pub fn nan_stays_in_its_head<B: Backend>(backend: &B) {
     let problem =
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 150, seqlen_k: 140, head_dim: 64, dtype: Dtype::Bf16 };
@@ -111,21 +111,22 @@ pub fn nan_stays_in_its_head<B: Backend>(backend: &B) {
         let nans = found.total.iter().filter(|x| x.is_nan()).count();
         assert!(nans > 0 && nans <= dirty.len() * 140, "{name}: {nans} NaN");
     };
-    // Batch item 1, key head 0: query heads 0 and 1 read it. Of the key alone, one key is NaN.
+    // Query heads 0 and 1 read key head 0 of batch item 1. A NaN in the key makes only that key's total NaN.
     let key = case.layout(problem.kv_shape()).offset(1, 0, 77);
     check("key", 4..6, &|data| data.inputs[1][key..key + 64].fill(bf16::NAN));
     let query = case.layout(problem.q_shape()).offset(1, 1, 77);
     check("query", 5..6, &|data| data.inputs[0][query..query + 64].fill(bf16::NAN));
-    // Of the second, the weights come from a polynomial.
+    // The weights of the second query come from a polynomial.
     for query in [77, 113] {
         check("lse", 6..7, &|data| data.lse[6 * 150 + query] = f32::NAN);
     }
 }
 
-/// An infinite key that gets no weight keeps the total 0: what lies past the last query never matters.
+/// Checks that an infinite key without weight keeps the total 0, because rows past the last query never matter.
 pub fn infinite_key<B: Backend>(backend: &B) {
     for head_dim in [64, 128, 256] {
-        // Whole blocks of keys, and 77 queries: most rows of their block are past the end, and 0 · ∞ is NaN.
+        // The blocks of keys are whole, and there are 77 queries. Most rows of their block are past the end, and 0 · ∞
+        // is NaN.
         let problem =
             Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 77, seqlen_k: 256, head_dim, dtype: Dtype::Bf16 };
         let case = Case::new(problem, Mask::None);
@@ -139,7 +140,7 @@ pub fn infinite_key<B: Backend>(backend: &B) {
     }
 }
 
-/// What lies between strided rows never matters: zeros there, NaN there, the same bits.
+/// Checks that memory between strided rows never matters: zeros and NaN there give the same bits.
 pub fn padding_is_never_read<B: Backend>(backend: &B) {
     for (order, head_dim) in [(Order::Bhsd, 40), (Order::Bshd, 128), (Order::Bshd, 232)] {
         let problem =

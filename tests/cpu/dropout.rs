@@ -1,4 +1,4 @@
-//! Dropout on the CPU executor: which weights are dropped, and both passes against the reference.
+//! Tests of dropout on the CPU executor: its mask, and both passes against the reference.
 
 use ferroflash::cases::Case;
 use ferroflash::reference::Rows;
@@ -34,7 +34,7 @@ proptest! {
     }
 }
 
-/// The mask is what the kernels use, weight by weight, whatever their tiles.
+/// The kernels use the mask weight by weight, for any tiles.
 #[test]
 fn the_mask_is_recovered() {
     for (head_dim, mask) in [(64, Mask::None), (128, Mask::Causal), (256, Mask::None), (40, Mask::Causal)] {
@@ -42,8 +42,8 @@ fn the_mask_is_recovered() {
     }
 }
 
-/// Where a CTA goes on from one work tile to the next, each has its own mask: on one thread there are a few CTAs for
-/// many.
+/// Every work tile has its own mask, also if a CTA goes on from one to the next. On one thread a few CTAs have many
+/// work tiles.
 #[test]
 fn work_tiles_have_their_own_masks() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
@@ -53,7 +53,7 @@ fn work_tiles_have_their_own_masks() {
     }
 }
 
-/// Nothing that resolves to no dropout changes a bit, or the kernel.
+/// A probability that is resolved to 0 changes neither a bit nor the kernel.
 #[test]
 fn no_dropout_changes_nothing() {
     let case = Case { seed: 1, ..Case::new(PROBLEM, Mask::Causal) };
@@ -77,8 +77,8 @@ fn no_dropout_changes_nothing() {
     let (out, gradients, symbols) = run(without);
     assert!(with.0.o != out.o && with.1.dq != gradients.dq && with.1.dk != gradients.dk && with.1.dv != gradients.dv);
     assert!(with.2.0 != symbols.0 && with.2.1 != symbols.1);
-    // The LSE is that of the undropped scores: it does not depend on the mask by a bit. Without dropout its terms are
-    // added in another order; half of them missing would make it 0.7 less.
+    // The LSE is that of the undropped scores and does not depend on the mask by a bit. Without dropout its terms are
+    // added in another order. Half of them missing would make it 0.7 less.
     let other = run(Attention::new(PROBLEM).mask(Mask::Causal).dropout(Dropout { p: 0.9, seed: 5, offset: 6 }));
     assert!(with.0.o != other.0.o);
     assert_eq!(with.0.lse, other.0.lse);
@@ -87,7 +87,7 @@ fn no_dropout_changes_nothing() {
     assert!(with.iter().zip(&out).all(|(a, b)| a == b || (a - b).abs() < 1e-6), "{with:?}, {out:?}");
 }
 
-/// The same mask for the same seed and offset, another one for another.
+/// Equal seed and offset give the same mask, and others give another.
 #[test]
 fn seed_and_offset_choose_the_mask() {
     let inputs = Case::new(PROBLEM, Mask::None).inputs::<bf16>().unwrap();

@@ -1,4 +1,4 @@
-//! Piecewise attention on the CPU executor, against the reference.
+//! Tests of piecewise attention on the CPU executor, against the reference.
 
 use crate::common::piecewise;
 use crate::random;
@@ -86,7 +86,7 @@ fn errors_name_the_second_pair() {
     assert_eq!(missing, "second is missing; a plan of piecewise needs a second pair of queries and keys");
 }
 
-/// A plan of piecewise attention drops nothing, and an attention that would is refused.
+/// A plan of piecewise attention drops nothing, and refuses an attention with dropout.
 #[test]
 fn dropout_is_refused() {
     let problem =
@@ -98,7 +98,7 @@ fn dropout_is_refused() {
     let message = "dropout.p is 0.1; dropout is not available with piecewise attention, 0 is needed";
     assert_eq!((refused.to_string().as_str(), refused.is_bad_input()), (message, true));
     assert_eq!(with(1.0).plan(1), Err(Error::Dropout { value: 1.0 }));
-    // 0, and what is resolved to it.
+    // The second value is resolved to 0.
     for p in [0.0, 0.001] {
         assert_eq!(with(p).plan(1).unwrap().dropout(), Dropout::NONE);
         assert_eq!(with(p).plan_backward(1).unwrap().dropout(), Dropout::NONE);

@@ -1,4 +1,5 @@
-//! What a program beside ferroflash relies on: its current context stays, streams keep their order, memory its device.
+//! Guarantees for a program that also uses the driver: its current context stays, streams keep their order, memory its
+//! device.
 
 use std::thread;
 
@@ -15,7 +16,7 @@ use crate::driver::{Context, Primary, Stream, current};
 
 const CAUSAL: Mask = Mask::Causal;
 
-/// Every call and every drop leaves the thread's current context as it was, also where none was.
+/// Checks that every call and every drop leaves the thread's current context unchanged, also if there was none.
 pub fn current_context_stays(cuda: &Cuda) {
     let other = Context::new(cuda.ordinal());
     for foreign in [false, true] {
@@ -49,7 +50,8 @@ pub fn current_context_stays(cuda: &Cuda) {
     drop(other);
 }
 
-/// Memory of one stream used on others, dropped at once, and its place taken: the results are those of one stream.
+/// Uses memory of one stream on others, drops it at once and allocates in its place. The results must be those of one
+/// stream.
 pub fn streams_are_put_in_order(cuda: &Cuda) {
     let case = Case { seed: 1, ..Case::new(BIG, CAUSAL) };
     let data: BackwardData<bf16> = case.backward_data(cuda).unwrap();
@@ -58,7 +60,8 @@ pub fn streams_are_put_in_order(cuda: &Cuda) {
     let [a, b] = [0, 1].map(|_| cuda.on_new_stream().unwrap());
     let mut workspace = Workspace::new();
     for run in 0..30 {
-        // Inputs of three streams, outputs of two; the work is done on the second and the third in turn.
+        // The inputs belong to three streams, the outputs to two. The work is done on the second and the third
+        // alternately.
         let here = if run % 2 == 0 { &b } else { cuda };
         let [q, k, v] = data.inputs.each_ref().map(|x| a.upload(Operand::Q, x).unwrap());
         let [o, d_o] = [&data.o, &data.d_o].map(|x| b.upload(Operand::O, x).unwrap());
@@ -75,7 +78,7 @@ pub fn streams_are_put_in_order(cuda: &Cuda) {
         };
         let gradients: Gradients<DeviceBuffer<bf16>> = attention.backward_in(here, &mut workspace, inputs).unwrap();
         drop((q, k, v, o, d_o, lse, d_lse));
-        // What takes their place, if the driver gives it away too early.
+        // These take the place of the dropped memory, if the driver gives it away too early.
         let len = data.inputs[0].len();
         let junk = [&a, &b].map(|cuda| cuda.upload(Operand::Q, &vec![bf16::NAN; len]).unwrap());
         let Gradients { dq, dk, dv } = gradients;
@@ -86,7 +89,7 @@ pub fn streams_are_put_in_order(cuda: &Cuda) {
     assert!(workspace.bytes() > 0);
 }
 
-/// A stream of the caller's, and those that are refused.
+/// Checks a stream of the caller's, and streams that are refused.
 pub fn callers_stream(cuda: &Cuda) {
     let case = Case::new(BIG, CAUSAL);
     let inputs = case.inputs::<bf16>().unwrap();
@@ -100,7 +103,7 @@ pub fn callers_stream(cuda: &Cuda) {
     assert!(found.o == expected.o && found.lse == expected.lse);
     drop(on_stream);
     let number = |stream: usize| std::ptr::without_provenance_mut(stream);
-    // SAFETY: the driver's own names of streams.
+    // SAFETY: these are the driver's own names of streams.
     unsafe {
         assert!(cuda.on_stream(number(1)).unwrap().stream().is_null());
         assert_eq!(cuda.on_stream(number(2)).err(), Some(Error::ThreadStream));
@@ -112,7 +115,7 @@ pub fn callers_stream(cuda: &Cuda) {
     let refused = unsafe { cuda.on_stream(foreign.raw()) };
     assert_eq!(refused.err(), Some(Error::WrongContext { device: cuda.ordinal() }));
     drop(foreign);
-    // Memory can't be had while a stream is captured, and a buffer that is dropped does not end the capture.
+    // Memory can't be allocated while a stream is captured, and a buffer that is dropped does not end the capture.
     drop(other);
     let _current = Primary::enter(cuda.ordinal());
     // SAFETY: the stream outlives the backend and its buffers.
@@ -126,7 +129,8 @@ pub fn callers_stream(cuda: &Cuda) {
     assert_eq!(refused, Some(Error::Capturing { operand: Operand::K }));
 }
 
-/// A plan and a workspace that are kept: the bits of a pass that makes its own, on contents that change.
+/// Checks that a plan and a workspace that are kept give the bits of a pass that makes its own, on contents that
+/// change.
 pub fn plans_are_kept(cuda: &Cuda) {
     let attention = Attention::new(BIG).mask(CAUSAL).determinism(Determinism::Exact);
     let (plan, backward) =
@@ -169,7 +173,7 @@ pub fn plans_are_kept(cuda: &Cuda) {
     assert!(workspace.bytes() >= backward.workspace_bytes());
 }
 
-/// Memory that can't be had is an error of its own; so is a device that is not there.
+/// Checks that a failed allocation and a missing device have errors of their own.
 pub fn errors_say_what_is_wrong(cuda: &Cuda) {
     let elements = 1usize << 50;
     let error = cuda.allocate::<u32>(Operand::O, elements).err();
@@ -178,7 +182,7 @@ pub fn errors_say_what_is_wrong(cuda: &Cuda) {
     assert!(matches!(&error, Error::NoDevice { reason } if reason.contains("9999")), "{error}");
 }
 
-/// Device 1 while another is current, both at once from two threads, and tensors of the other device.
+/// Uses device 1 while another is current, both at once from two threads, and tensors of the other device.
 pub fn two_devices(cuda: &Cuda) -> Result<(), Failed> {
     let count = Cuda::device_count();
     if count < 2 {
@@ -207,7 +211,7 @@ pub fn two_devices(cuda: &Cuda) -> Result<(), Failed> {
             });
         }
     });
-    // Each operand on the wrong device is refused, whatever the stream.
+    // Each operand on the wrong device is refused, on any stream.
     let there = other.upload(Operand::Q, &data.inputs[0])?;
     let here = data.inputs.each_ref().map(|x| cuda.upload(Operand::Q, x).unwrap());
     let of_q = |x| Tensor::bhsd(x, problem.q_shape());

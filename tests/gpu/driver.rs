@@ -1,4 +1,4 @@
-//! The driver as a framework beside ferroflash uses it: contexts, streams and graphs of its own.
+//! The driver as a framework uses it next to ferroflash: contexts, streams and graphs of its own.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr;
@@ -54,7 +54,7 @@ fn check(call: &str, code: u32) {
     assert_eq!(code, 0, "{call}");
 }
 
-/// The calling thread's current context.
+/// Returns the calling thread's current context.
 pub fn current() -> Handle {
     let mut context = ptr::null_mut();
     // SAFETY: writes one handle.
@@ -62,7 +62,7 @@ pub fn current() -> Handle {
     context
 }
 
-/// The primary context of a device, current until this is dropped.
+/// The primary context of a device, current until this value is dropped.
 pub struct Primary {
     ordinal: u32,
     before: Handle,
@@ -104,7 +104,7 @@ impl Context {
         Context(context)
     }
 
-    /// Makes it the thread's current one.
+    /// Makes it the thread's current context.
     pub fn make_current(&self) -> Handle {
         // SAFETY: the context is live.
         check("cuCtxSetCurrent", unsafe { (calls().cuCtxSetCurrent)(self.0) });
@@ -122,8 +122,8 @@ impl Drop for Context {
     }
 }
 
-/// Waits until what the default stream was given is done, copies to the device included: a non-blocking stream does not
-/// wait for it.
+/// Waits for all work of the default stream, copies to the device included, because a non-blocking stream does not wait
+/// for it.
 pub fn wait_for_default_stream() {
     // SAFETY: null is the default stream of the current context.
     check("cuStreamSynchronize", unsafe { (calls().cuStreamSynchronize)(ptr::null_mut()) });
@@ -144,13 +144,13 @@ impl Stream {
         self.0
     }
 
-    /// Waits until what it was given is done.
+    /// Waits until all work of the stream is done.
     pub fn wait(&self) {
         // SAFETY: the handle is live.
         check("cuStreamSynchronize", unsafe { (calls().cuStreamSynchronize)(self.0) });
     }
 
-    /// What `work` launches on this stream, as a graph.
+    /// Captures the launches of `work` on this stream as a graph.
     pub fn capture(&self, work: impl FnOnce(RawStream)) -> Graph {
         let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: the stream is live and idle, its capture begins and ends on this thread, and each call writes one
@@ -165,7 +165,7 @@ impl Stream {
         Graph(executable)
     }
 
-    /// Runs a graph after what the default stream was given, and waits for it.
+    /// Runs a graph after the earlier work of the default stream, and waits for it.
     pub fn run(&self, graph: &Graph) {
         wait_for_default_stream();
         // SAFETY: both handles are live.

@@ -1,4 +1,4 @@
-//! Work tiles of the backward pass that store dQ where others add to it.
+//! Tests of the backward pass's work tiles that store dQ instead of accumulating.
 
 use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
@@ -6,8 +6,8 @@ use ferroflash::{Backend, Determinism, Dtype, Mask, Problem};
 
 use crate::common;
 
-/// Short heads, so many that most of them have no zeros: with groups of query heads, lengths that are not whole blocks,
-/// and work tiles in parts; dK and dV are the same bits on every run.
+/// Runs short heads, so many that most of them get no zeros: with groups of query heads, lengths that are not whole
+/// blocks, and split work tiles. dK and dV must have the same bits on every run.
 pub fn backward(cuda: &Cuda, head_dim: usize) {
     let two_blocks = if head_dim == 256 { 110 } else { 250 };
     let single = Problem {
@@ -22,7 +22,7 @@ pub fn backward(cuda: &Cuda, head_dim: usize) {
     let grouped = Problem { heads_q: 120, heads_kv: 40, seqlen_q: 60, seqlen_k: 5 * two_blocks / 2, ..single };
     let shared = Problem { batch: 1, heads_q: 401, heads_kv: 401, seqlen_q: 130, dtype: Dtype::F16, ..single };
     for problem in [single, grouped, shared] {
-        // Under a causal mask the first keys must be seen by every query.
+        // Under a causal mask, every query must attend to the first keys.
         for mask in [Mask::None, Mask::Causal] {
             let mask = if problem.seqlen_q > problem.seqlen_k { Mask::None } else { mask };
             let case = Case { seed: 1, ..Case::new(problem, mask) };

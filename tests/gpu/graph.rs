@@ -1,7 +1,7 @@
-//! CUDA graphs: the raw form, captured on a stream of the caller's, as frameworks do it.
+//! Tests of CUDA graphs: the raw form, captured on a stream of the caller's, as frameworks do it.
 //!
-//! Other tests run on the default stream meanwhile. A non-blocking stream and a capture of this thread alone leave them
-//! be; but nobody may wait for the whole context while a stream of it is captured.
+//! Other tests run on the default stream meanwhile. A non-blocking stream and a capture of this thread alone do not
+//! affect them. But no test may wait for the whole context while a stream of it is captured.
 
 use std::ptr;
 
@@ -14,12 +14,12 @@ use ferroflash::{
 use crate::BIG;
 use crate::driver::{Primary, Stream, wait_for_default_stream};
 
-/// A forward pass: one launch.
+/// Captures a forward pass: one launch.
 pub fn forward(cuda: &Cuda) {
     let _current = Primary::enter(cuda.ordinal());
     let first = Case::new(BIG, Mask::Causal);
     let contents = [first, Case { seed: 1, ..first }].map(|case| case.inputs::<bf16>().unwrap());
-    // Ordinary launches, which are the kernel's first use as well.
+    // These launches are ordinary, and are the kernel's first use as well.
     let expected = contents.each_ref().map(|inputs| crate::common::bits(&first.output(cuda, inputs).unwrap()));
     assert!(expected[0] != expected[1]);
 
@@ -38,7 +38,8 @@ pub fn forward(cuda: &Cuda) {
         lse: Some(lse.address()),
     };
     let stream = Stream::new();
-    // SAFETY: the buffers outlive the graph, and nobody uses them while it runs; the stream is of the device's context.
+    // SAFETY: the buffers outlive the graph, and nothing uses them while it runs; the stream is of the device's
+    // context.
     let graph = stream.capture(|stream| unsafe { cuda.forward_raw(&plan, &args, stream) }.unwrap());
     wait_for_default_stream();
     assert!(cuda.download(&o).unwrap().iter().all(|x| x.is_nan()), "a capture launches nothing");
@@ -51,8 +52,8 @@ pub fn forward(cuda: &Cuda) {
     }
 }
 
-/// A backward pass: three launches, of which some may start early; in an exact pass one of them is cooperative, and its
-/// turns are set to zero before them.
+/// Captures a backward pass: three launches, of which some may start early. In an exact pass one of them is
+/// cooperative, and its semaphores are set to zero before them.
 pub fn backward(cuda: &Cuda, determinism: Determinism) {
     let _current = Primary::enter(cuda.ordinal());
     // Odd seeds have a gradient of the LSE.
@@ -69,7 +70,7 @@ pub fn backward(cuda: &Cuda, determinism: Determinism) {
     let mut outputs = [q, k, v].map(|len| cuda.upload(Operand::Dq, &vec![bf16::NAN; len]).unwrap());
     let workspace = cuda.upload(Operand::Workspace, &vec![0xffu8; plan.workspace_bytes()]).unwrap();
     let args = raw(&BIG, &inputs, &rows, &outputs, &workspace);
-    // Ordinary launches, which are the kernels' first use as well.
+    // These launches are ordinary, and are the kernels' first use as well.
     let expected = contents.each_ref().map(|data| {
         refill(&mut inputs, tensors(data));
         refill(&mut rows, statistics(data));
@@ -82,7 +83,8 @@ pub fn backward(cuda: &Cuda, determinism: Determinism) {
 
     outputs.iter_mut().for_each(|x| poison(x, bf16::NAN));
     let stream = Stream::new();
-    // SAFETY: the buffers outlive the graph, and nobody uses them while it runs; the stream is of the device's context.
+    // SAFETY: the buffers outlive the graph, and nothing uses them while it runs; the stream is of the device's
+    // context.
     let graph = stream.capture(|stream| unsafe { cuda.backward_raw(&plan, &args, stream) }.unwrap());
     wait_for_default_stream();
     for x in &outputs {
@@ -97,8 +99,8 @@ pub fn backward(cuda: &Cuda, determinism: Determinism) {
     }
 }
 
-/// Whether two runs gave the same gradients: the same bits, but for dQ of a fast pass, whose parts are added as they
-/// come.
+/// True if two runs gave the same gradients. They must have the same bits, except dQ of a fast pass, which is summed in
+/// any order.
 fn same(found: &[Vec<u16>; 3], expected: &[Vec<u16>; 3], determinism: Determinism) -> bool {
     let value = |bits: u16| bf16::from_bits(bits).to_f32();
     let bound = expected[0].iter().map(|&x| value(x).abs()).fold(0.0, f32::max) / 128.0;
@@ -110,8 +112,9 @@ fn same(found: &[Vec<u16>; 3], expected: &[Vec<u16>; 3], determinism: Determinis
         }
 }
 
-/// Exact passes on two streams at once, whose CTAs do not all fit on the device together, give the bits of one by
-/// itself. That neither waits for ever is the cooperative launch's promise: ordinary ones have passed here as well.
+/// Runs exact passes on two streams at once, whose CTAs do not all fit on the device together. Each must give the bits
+/// of a pass alone. Cooperative launches guarantee that neither waits forever; this test does not prove it, because
+/// ordinary launches have passed here as well.
 pub fn two_streams(cuda: &Cuda) {
     let _current = Primary::enter(cuda.ordinal());
     let case = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
@@ -141,8 +144,8 @@ pub fn two_streams(cuda: &Cuda) {
     assert!(first == expected, "{case}");
 }
 
-/// A fast pass whose CTAs can't all run at first, because another launch holds some of the multiprocessors: work tiles
-/// that add find no dQ stored by those that are to come, wait for none of them, and dQ is the same.
+/// Runs a fast pass whose CTAs can't all run at first, because another launch occupies some of the SMs. Accumulating
+/// work tiles then find that the storing ones have not begun. They wait for none of them, and dQ must be the same.
 pub fn beside_another(cuda: &Cuda) {
     let _current = Primary::enter(cuda.ordinal());
     let problem = Problem { batch: 6, heads_q: 100, heads_kv: 100, seqlen_q: 200, seqlen_k: 256, ..BIG };
@@ -157,7 +160,7 @@ pub fn beside_another(cuda: &Cuda) {
     let mut outputs = data.inputs.each_ref().map(|x| cuda.upload(Operand::Dq, &vec![bf16::NAN; x.len()]).unwrap());
     let mut workspace = cuda.upload(Operand::Workspace, &vec![0xffu8; plan.workspace_bytes()]).unwrap();
 
-    // Few work tiles, each of which takes longer than the pass.
+    // It has few work tiles, each of which takes longer than the pass.
     let other = Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 7000, seqlen_k: 100_000, ..BIG };
     let other_plan = Attention::new(other).plan(cuda.sm_count()).unwrap();
     assert!(other_plan.grid() < cuda.sm_count(), "{other_plan}");
@@ -191,7 +194,7 @@ pub fn beside_another(cuda: &Cuda) {
     }
 }
 
-/// A backward pass of a problem: Q, K, V, O and dO; the LSE and its gradient; dQ, dK and dV; the workspace.
+/// Returns the arguments of a backward pass: Q, K, V, O and dO; the LSE and its gradient; dQ, dK and dV; the workspace.
 fn raw(
     problem: &Problem,
     inputs: &[DeviceBuffer<bf16>; 5],
@@ -219,13 +222,13 @@ fn raw(
     }
 }
 
-/// Q, K, V, O and dO.
+/// Returns Q, K, V, O and dO.
 fn tensors(data: &BackwardData<bf16>) -> [&Vec<bf16>; 5] {
     let [q, k, v] = &data.inputs;
     [q, k, v, &data.o, &data.d_o]
 }
 
-/// The LSE and its gradient.
+/// Returns the LSE and its gradient.
 fn statistics(data: &BackwardData<bf16>) -> [&Vec<f32>; 2] {
     [&data.lse, data.d_lse.as_ref().expect("odd seeds have one")]
 }
@@ -238,7 +241,7 @@ fn of_kv(problem: &Problem, address: u64) -> RawTensor {
     RawTensor { address, layout: Layout::bhsd(problem.kv_shape()) }
 }
 
-/// Other contents in the same memory.
+/// Copies other contents into the same memory.
 fn refill<'a, T: Pod>(buffers: &mut [DeviceBuffer<T>], contents: impl IntoIterator<Item = &'a Vec<T>>) {
     for (buffer, contents) in buffers.iter_mut().zip(contents) {
         assert_eq!(buffer.len(), contents.len());
@@ -246,13 +249,13 @@ fn refill<'a, T: Pod>(buffers: &mut [DeviceBuffer<T>], contents: impl IntoIterat
     }
 }
 
-/// Content that every run must overwrite.
+/// Fills a buffer with content that every run must overwrite.
 fn poison<T: Pod>(buffer: &mut DeviceBuffer<T>, with: T) {
     let poison = vec![with; buffer.len()];
     buffer.copy_from_host(&poison).unwrap();
 }
 
-/// As NaN can be compared too.
+/// Returns a buffer's content as bits, so that NaN can be compared too.
 fn bits16(cuda: &Cuda, buffer: &DeviceBuffer<bf16>) -> Vec<u16> {
     cuda.download(buffer).unwrap().into_iter().map(bf16::to_bits).collect()
 }

@@ -1,4 +1,4 @@
-//! Contexts, streams and memory of other crates: the results are those of ferroflash's own memory.
+//! Tests with contexts, streams and memory of other crates. The results must be those of ferroflash's own memory.
 
 #![cfg(any(feature = "cudarc", feature = "cust"))]
 
@@ -9,7 +9,7 @@ use crate::BIG;
 #[cfg(feature = "cust")]
 use crate::driver::current;
 
-/// Inputs of a causal case, and the bits of its output.
+/// Returns the inputs of a causal case, and the bits of its output.
 fn case(cuda: &Cuda) -> ([Vec<bf16>; 3], Vec<bf16>) {
     let case = Case::new(BIG, Mask::Causal);
     let inputs = case.inputs::<bf16>().unwrap();
@@ -17,7 +17,7 @@ fn case(cuda: &Cuda) -> ([Vec<bf16>; 3], Vec<bf16>) {
     (inputs, expected)
 }
 
-/// Memory of cudarc's on two of its streams, written and read again by cudarc.
+/// Uses memory of cudarc's on two of its streams, written and read again by cudarc.
 #[cfg(feature = "cudarc")]
 pub fn cudarc(cuda: &Cuda) {
     use cudarc::driver::CudaContext;
@@ -49,13 +49,13 @@ pub fn cudarc(cuda: &Cuda) {
         let x = there.clone_htod(&[0.0f32; 8]).unwrap();
         assert!(matches!(backend.read(&x).err(), Some(Error::WrongDevice { found: 1, expected: 0, .. })));
     }
-    // A buffer of ferroflash's lives on after cudarc's stream was given up.
+    // A buffer of ferroflash's stays valid after cudarc's stream was dropped.
     let buffer = backend.cuda().upload(ferroflash::Operand::Q, &inputs[0]).unwrap();
     drop((backend, stream, other, context));
     assert!(cuda.download(&buffer).unwrap() == inputs[0]);
 }
 
-/// Memory of cust's, in its context and on its stream.
+/// Uses memory of cust's, in its context and on its stream.
 #[cfg(feature = "cust")]
 pub fn cust(cuda: &Cuda) {
     use std::sync::Arc;

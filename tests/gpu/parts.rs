@@ -1,4 +1,4 @@
-//! Work tiles of the backward pass that are taken in parts.
+//! Tests of the backward pass's split work tiles.
 
 use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
@@ -6,10 +6,11 @@ use ferroflash::{Backend, Determinism, Dtype, Mask, Problem};
 
 use crate::common;
 
-/// Work tiles that whole rounds leave over are taken in parts, some of a last block of keys that is not whole; dK and
-/// dV are the same bits on every run.
+/// Splits the tail's work tiles, some of which have a partial last block of keys. dK and dV must have the same bits on
+/// every run.
 pub fn backward(cuda: &Cuda, head_dim: usize) {
-    // Five rounds of 132 and fifteen work tiles more, and seven in all.
+    // The first problem has five waves of 132 and a tail of fifteen work tiles; the others have seven work tiles in
+    // all.
     let seqlen_k = if head_dim == 256 { 300 } else { 600 };
     let many = Problem { batch: 3, heads_q: 90, heads_kv: 45, seqlen_q: 190, seqlen_k, head_dim, dtype: Dtype::Bf16 };
     let few = Problem { batch: 1, heads_q: 14, heads_kv: 7, seqlen_q: 1000, seqlen_k: 60, dtype: Dtype::F16, ..many };

@@ -1,4 +1,4 @@
-//! Piecewise attention on a GPU.
+//! Tests of piecewise attention on a GPU.
 
 use ferroflash::cases::{Case, PiecewiseCase};
 use ferroflash::cuda::Cuda;
@@ -8,10 +8,10 @@ use ferroflash::{Determinism, Mask, Problem};
 use crate::common::piecewise;
 use crate::{BIG, Run};
 
-/// Random cases of each pass.
+/// Number of random cases of each pass.
 const RANDOM_CASES: u64 = 300;
 
-/// Every test, by name.
+/// Returns every test, by name.
 pub fn tests() -> Vec<(String, Run)> {
     let mut tests: Vec<(String, Run)> = vec![
         ("piecewise: named cases".into(), Box::new(named)),
@@ -65,7 +65,7 @@ fn random_backward(cuda: &Cuda) {
     }
 }
 
-/// More work tiles than the chip runs at once, so that CTAs take several and the ring goes round.
+/// Runs more work tiles than the chip runs at once, so that CTAs take several and the ring wraps around.
 fn many_tiles(cuda: &Cuda) {
     for (head_dim, mask) in [(64, Mask::None), (64, Mask::Causal), (128, Mask::Causal), (256, Mask::Causal)] {
         let problem = Problem { batch: 6, heads_q: 24, heads_kv: 8, seqlen_q: 500, seqlen_k: 700, head_dim, ..BIG };

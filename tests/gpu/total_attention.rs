@@ -1,4 +1,4 @@
-//! Total attention on a GPU: work tiles that follow each other, and the form for frameworks.
+//! Tests of total attention on a GPU: work tiles that follow each other, and the form for frameworks.
 
 use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
@@ -6,7 +6,8 @@ use ferroflash::{Attention, Backend, Layout, Mask, Operand, Problem, RawTensor, 
 
 use crate::{BIG, total};
 
-/// More work tiles than a CTA takes at once, of one query block and of many: the ring runs on from one into the next.
+/// Runs more work tiles than a CTA takes at once, of one query block and of many: the ring continues from one to the
+/// next.
 pub fn many_tiles(cuda: &Cuda) {
     for (seqlen_q, seqlen_k, head_dim) in [(100, 4000, 64), (700, 700, 128), (60, 1000, 256), (300, 20, 64)] {
         for mask in [Mask::None, Mask::Causal] {
@@ -18,7 +19,8 @@ pub fn many_tiles(cuda: &Cuda) {
     }
 }
 
-/// Total attention from addresses, the LSE and the result with the least alignment; and zeros where there is no query.
+/// Runs total attention from addresses, with the smallest alignment of the LSE and the result. Without queries the
+/// result must be zeros.
 pub fn raw_addresses(cuda: &Cuda) {
     let case = Case::new(BIG, Mask::Causal);
     let data = case.total_data::<_, bf16>(cuda).unwrap();
@@ -47,11 +49,11 @@ pub fn raw_addresses(cuda: &Cuda) {
     }
     let found = cuda.download(&total).unwrap();
     assert!(found[0].is_nan() && found[1..] == expected.total);
-    // No queries: all of it is 0, whatever it held.
+    // Without queries all of it is 0, for any earlier content.
     let problem = Problem { seqlen_q: 0, ..BIG };
     let plan = Attention::new(problem).plan_total_attention(cuda.sm_count()).unwrap();
     let args = RawTotalAttention { q: tensor(0, problem.q_shape()), lse: 0, ..args };
-    // SAFETY: as above.
+    // SAFETY: the buffers outlive the launches, and the default stream is this device's.
     unsafe { cuda.total_attention_raw(&plan, &args, stream) }.unwrap();
     let found = cuda.download(&total).unwrap();
     assert!(found[0].is_nan() && found[1..].iter().all(|&x| x == 0.0));

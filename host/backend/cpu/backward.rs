@@ -1,6 +1,6 @@
-//! The backward pass on the CPU: key heads spread over rayon's threads.
+//! The backward pass on the CPU: key heads, spread over rayon's threads.
 //!
-//! A key head and the query heads that read it are one unit: nothing else adds to their dQ, dK and dV, so the order of
+//! A key head and the query heads that read it are one unit. No other unit adds to their dQ, dK and dV, so the order of
 //! every sum is fixed, and the bits do not depend on the number of threads.
 
 use kernels_gpu::{
@@ -21,11 +21,11 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Multiprocessors of the machine for which work tiles are shared out in parts, whatever the threads that run them:
-/// bits don't depend on those. So few that small problems, too, have both whole work tiles and parts.
+/// Number of SMs for which the tail's work tiles are split. It does not depend on the number of threads, because the
+/// bits must not. It is small, so that small problems also have both unsplit and split work tiles.
 const SM_COUNT: u32 = 7;
 
-/// Checks the inputs by themselves.
+/// Checks each input alone.
 pub(super) fn check_inputs<E: Element>(
     plan: &BackwardPlan,
     inputs: &BackwardInputs<&[E], &[f32]>,
@@ -65,27 +65,27 @@ pub(super) fn run_into<E: Element>(
     unsafe { run(plan, E::DTYPE, &inputs, &outputs, second.as_ref(), workspace) }
 }
 
-/// A tensor that is read.
+/// Returns a tensor that is read, as memory.
 fn read<E>(x: &Tensor<&[E]>) -> Tensor<Memory> {
     Tensor { data: memory(x.data), layout: x.layout }
 }
 
-/// A tensor that is written.
+/// Returns a tensor that is written, as memory.
 fn written<E>(x: Tensor<&mut [E]>) -> Tensor<Memory> {
     let data = Memory { address: x.data.as_mut_ptr().expose_provenance() as u64, len: Some(x.data.len()) };
     Tensor { data, layout: x.layout }
 }
 
-/// A slice's address and length.
+/// Returns a slice's address and length.
 fn memory<T>(data: &[T]) -> Memory {
     Memory { address: data.as_ptr().expose_provenance() as u64, len: Some(data.len()) }
 }
 
-/// Checks everything and runs every key head of `plan` in the caller's workspace, in parallel; stops at the first
+/// Checks everything and runs every key head of `plan` in the caller's workspace, in parallel. Stops at the first
 /// fault.
 ///
 /// # Safety
-/// The memory is valid, for writing the outputs and for reading the inputs, until this function returns.
+/// The memory is valid until this function returns, for writing the outputs and for reading the inputs.
 unsafe fn run(
     plan: &BackwardPlan,
     dtype: Dtype,
@@ -99,7 +99,7 @@ unsafe fn run(
     let workspace = workspace.reserve(&Cpu, plan.workspace_bytes())?;
     args.workspace = workspace.as_mut_ptr().expose_provenance() as u64;
     args.workspace_bytes = plan.workspace_bytes();
-    // Nothing to do, and so no workspace to work in.
+    // Without anything to do there is no workspace either.
     if plan.prepare_grid() == 0 {
         return Ok(());
     }
@@ -111,10 +111,10 @@ unsafe fn run(
     pool::for_each(variant.symbol, shape.batch * shape.heads_kv, |unit| {
         let (batch, head_kv) = (unit / shape.heads_kv, unit % shape.heads_kv);
         let heads = head_kv * shape.group()..(head_kv + 1) * shape.group();
-        // SAFETY: the caller promised the memory, and its layouts were checked against the plan, whose variant this
-        // is; the workspace is borrowed mutably. Outputs and workspace alias nothing, and what is written belongs
-        // to this key head or to one of its query heads, so units may run at the same time. The workspace is filled
-        // before it is used, and the main kernel runs only if there is a key.
+        // SAFETY: the caller promised the memory, and its layouts were checked against the plan, which also has this
+        // variant. The workspace is borrowed mutably. Outputs and workspace alias nothing, and every write goes to this
+        // key head or to one of its query heads, so units may run at the same time. The workspace is filled before it
+        // is used, and the main kernel runs only if there is a key.
         unsafe {
             heads.clone().for_each(|head| prepare(&preparation, variant.dtype, batch, head));
             if problem.seqlen_k > 0 {

@@ -1,7 +1,7 @@
-//! The CPU executor: the GPU's own kernels, work tiles spread over rayon's threads.
+//! The CPU executor: the GPU's own kernels, with work tiles spread over rayon's threads.
 //!
-//! It runs the same plan as the GPU: same variant, tiles and order. A kernel that breaks the pipeline's protocol panics
-//! with a name for what it did; that becomes [`Error::KernelFault`].
+//! It runs the same plan as the GPU, with the same variant, tiles and order. A kernel that violates the pipeline's
+//! protocol panics with a name for the violation, which becomes [`Error::KernelFault`].
 
 use std::ops::Range;
 
@@ -39,7 +39,7 @@ impl Backend for Cpu {
         pool::threads()
     }
 
-    /// All zeros.
+    /// Allocates zeros.
     fn allocate<T: Pod>(&self, operand: Operand, len: usize) -> Result<Vec<T>> {
         bytemuck::allocation::try_zeroed_vec(len)
             .map_err(|()| Error::OutOfMemory { operand, bytes: len as u128 * size_of::<T>() as u128 })
@@ -96,8 +96,8 @@ impl Backend for Cpu {
             o: raw(o.data.as_mut_ptr(), o.layout),
             lse: lse.as_mut().map(|lse| lse.as_mut_ptr().expose_provenance() as u64),
         };
-        // SAFETY: the arguments come from slices that are borrowed until this function returns, those of `o` and `lse`
-        // mutably, and the lengths are theirs.
+        // SAFETY: the arguments come from slices that are borrowed until this function returns, `o` and `lse` mutably,
+        // and the lengths are those of the slices.
         unsafe { run(plan, &args, &buffers) }
     }
 
@@ -143,7 +143,7 @@ impl Backend for Cpu {
     }
 }
 
-/// A copy of host memory.
+/// Copies host memory.
 fn copy<T: Pod>(operand: Operand, from: &[T]) -> Result<Vec<T>> {
     let mut to = Vec::new();
     to.try_reserve_exact(from.len()).map_err(|_| Error::OutOfMemory { operand, bytes: size_of_val(from) as u128 })?;
@@ -151,16 +151,16 @@ fn copy<T: Pod>(operand: Operand, from: &[T]) -> Result<Vec<T>> {
     Ok(to)
 }
 
-/// A slice's address and layout.
+/// Returns a slice's address and layout.
 fn raw<T>(data: *const T, layout: Layout) -> RawTensor {
     RawTensor { address: data.expose_provenance() as u64, layout }
 }
 
-/// Checks the arguments and runs every CTA of `plan`, in parallel; stops at the first fault.
+/// Checks the arguments and runs every CTA of `plan`, in parallel. Stops at the first fault.
 ///
 /// # Safety
-/// The buffers are where `args` says and as long as `buffers` says; they are valid for writing (O, LSE) and for reading
-/// (the rest) until this function returns.
+/// The buffers have the addresses of `args` and the lengths of `buffers`. They are valid until this function returns,
+/// for writing (O, LSE) and for reading (the rest).
 unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
     args.validate_buffers(plan, AddressSpace::Host, buffers)?;
     let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
@@ -171,9 +171,9 @@ unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
     }
     let params = args.params(plan, tensors, second_pair(plan.dist_threshold(), second));
     pool::for_each(plan.variant().symbol, ctas, |cta| {
-        // SAFETY: the arguments were validated against the plan, whose variant and tile count these are; the caller
+        // SAFETY: the arguments were validated against the plan, which also has this variant and tile count; the caller
         // promised the memory. Outputs alias nothing, and each row of them belongs to one work tile of one CTA, so CTAs
-        // may run at the same time. A CTA that panics leaves behind nothing but its rows of the output, which the error
+        // may run at the same time. A CTA that panics leaves only its rows of the output unfinished, which the error
         // calls unspecified.
         unsafe { forward(plan.variant(), &params, plan.launched, cta, ctas) }
     })

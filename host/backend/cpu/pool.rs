@@ -1,9 +1,9 @@
-//! The threads that work tiles run on: as many as rayon's pool has, or one in a process that was forked from one with a
-//! pool.
+//! The threads that run work tiles: as many as rayon's pool has, or one in a process that was forked from a process
+//! with a pool.
 //!
 //! `fork` copies a process with the calling thread only. In the child rayon still counts the threads of its pool, and
-//! would wait for them without end. So the process that first uses the pool is remembered, and in any other one all
-//! work tiles run on one thread. The results are the same bits.
+//! would wait for them forever. So the first process that uses the pool is recorded, and in any other process all work
+//! tiles run on one thread. The results have the same bits.
 
 use std::{
     any::Any,
@@ -16,14 +16,14 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
-/// CTAs for each thread of the pool: enough that threads can steal what a causal mask leaves to the end, few enough
-/// that work tiles follow one another in a CTA as they do on a GPU.
+/// Number of CTAs per thread of the pool. There are enough for threads to steal the work that a causal mask leaves to
+/// the end, and few enough for several work tiles to follow one another in a CTA, as on a GPU.
 const CTAS_PER_THREAD: u32 = 8;
 
-/// The process whose threads the pool has; 0 before it is used.
+/// Process that the pool's threads belong to; 0 before the pool is used.
 static OWNER: AtomicU32 = AtomicU32::new(0);
 
-/// True if the pool's threads are those of another process, and so gone.
+/// True if the pool's threads belong to another process and do not exist in this one.
 fn is_forked() -> bool {
     let process = process::id();
     match OWNER.compare_exchange(0, process, Ordering::Relaxed, Ordering::Relaxed) {
@@ -32,24 +32,25 @@ fn is_forked() -> bool {
     }
 }
 
-/// Number of threads that work tiles run on.
+/// Number of threads that run work tiles.
 pub(super) fn threads() -> u32 {
     if is_forked() { 1 } else { u32::try_from(rayon::current_num_threads()).unwrap_or(u32::MAX) }
 }
 
-/// Number of CTAs that share so many work tiles.
+/// Number of CTAs for `work_tiles` work tiles.
 pub(super) fn ctas(work_tiles: u32) -> u32 {
     work_tiles.min(threads().saturating_mul(CTAS_PER_THREAD))
 }
 
-/// Stack that a part of a kernel needs at most: fragments are whole tiles here, and without optimisation every function
+/// Maximum stack size of a part of a kernel. Fragments are whole tiles here, and without optimisation every function
 /// keeps its own copies of them.
 const STACK_BYTES: usize = 32 << 20;
 
-/// `run(i)` for every i below `count`, in parallel if there are threads. A panic becomes an error that names the
+/// Calls `run(i)` for every i below `count`, in parallel if there are threads. A panic becomes an error that names the
 /// kernel, and nothing starts after it.
 ///
-/// Each thread of the pool that takes part waits for a thread with the stack for it, which takes one i after the other.
+/// Each thread of the pool that takes part waits for a helper thread with a large enough stack, which runs one i after
+/// the other.
 pub(super) fn for_each(symbol: &'static str, count: u32, run: impl Fn(u32) + Sync) -> Result<()> {
     let next = AtomicU64::new(0);
     let take = || u32::try_from(next.fetch_add(1, Ordering::Relaxed)).ok().filter(|i| *i < count);
@@ -80,7 +81,7 @@ pub(super) fn for_each(symbol: &'static str, count: u32, run: impl Fn(u32) + Syn
     (0..threads().min(count)).into_par_iter().with_max_len(1).try_for_each(|_| runner())
 }
 
-/// The text of a panic.
+/// Returns the text of a panic.
 fn message(panic: &(dyn Any + Send)) -> String {
     match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
         (Some(text), _) => (*text).to_owned(),

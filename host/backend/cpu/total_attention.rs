@@ -1,6 +1,6 @@
-//! Total attention on the CPU: work tiles spread over rayon's threads.
+//! Total attention on the CPU: work tiles, spread over rayon's threads.
 //!
-//! A work tile is a block of keys of one query head, and its sums are formed in one order: the bits do not depend on
+//! A work tile is a block of keys of one query head, and each of its sums has one order. So the bits do not depend on
 //! the number of threads.
 
 use kernels_gpu::variants::Dtype;
@@ -14,7 +14,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Checks the inputs by themselves.
+/// Checks each input alone.
 pub(super) fn check_inputs<E: Element>(
     plan: &TotalPlan,
     q: &Tensor<&[E]>,
@@ -42,12 +42,12 @@ fn tensor<E>(tensor: &Tensor<&[E]>) -> Tensor<Memory> {
     Tensor { data: memory(tensor.data), layout: tensor.layout }
 }
 
-/// A slice's address and length.
+/// Returns a slice's address and length.
 fn memory<T>(data: &[T]) -> Memory {
     Memory { address: data.as_ptr().expose_provenance() as u64, len: Some(data.len()) }
 }
 
-/// Checks everything and runs every CTA of `plan`, in parallel; stops at the first fault.
+/// Checks everything and runs every CTA of `plan`, in parallel. Stops at the first fault.
 ///
 /// # Safety
 /// The tensors and the LSE are valid for reading until this function returns.
@@ -67,8 +67,8 @@ unsafe fn run(
     }
     let params = args.params(plan, [args.q.strided(), args.k.strided()]);
     pool::for_each(plan.variant().symbol, ctas, |cta| {
-        // SAFETY: the memory is valid, and its layouts were checked against the plan, whose variant and tile count
-        // these are; the result aliases nothing, and each element of it belongs to one work tile of one CTA, so CTAs
+        // SAFETY: the memory is valid, and its layouts were checked against the plan, which also has this variant and
+        // tile count. The result aliases nothing, and each element of it belongs to one work tile of one CTA, so CTAs
         // may run at the same time.
         unsafe { kernels_gpu::cpu::total_attention(plan.variant(), &params, cta, ctas) }
     })
@@ -82,7 +82,7 @@ mod tests {
     use crate::problem::{Mask, Problem};
     use kernels_gpu::variants::Dtype;
 
-    /// On a machine with many multiprocessors a few work tiles are shared out, on one with one they are not.
+    /// A machine with many SMs splits a few work tiles, and a machine with one SM splits none.
     #[test]
     fn parts_of_work_tiles_give_the_same_bits() {
         let problem = Problem {

@@ -20,7 +20,7 @@ use crate::operands::{
 use crate::plan::{BackwardPlan, Determinism};
 use crate::tensor::Tensor;
 
-/// The kernels of a plan, loaded.
+/// Loaded kernels of a plan.
 struct Kernels<'a> {
     prepare: &'a Loaded,
     main: &'a Loaded,
@@ -28,8 +28,7 @@ struct Kernels<'a> {
 }
 
 impl Cuda {
-    /// Loads a backward plan's kernels, so that their first launch need not. Returns how long loading took when it
-    /// happened.
+    /// Loads a backward plan's kernels before their first launch. Returns the time that loading took when it happened.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver).
@@ -43,13 +42,13 @@ impl Cuda {
     /// [`Cuda::load_backward`]) it neither allocates nor waits, and may be captured into a graph.
     ///
     /// # Errors
-    /// Those of [`RawBackward::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
+    /// Errors of [`RawBackward::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
     ///
     /// # Safety
-    /// Until the launches have run, the addresses are valid on this device for all that their layouts span, of elements
-    /// of the plan's dtype, f32 for the LSE and its gradient, and the workspace for all of its size; inputs are not
-    /// written, and outputs and workspace not accessed, by anything else. `stream` is a stream of this device's primary
-    /// context, or null.
+    /// Until the launches have run, the addresses are valid on this device for the whole span of their layouts:
+    /// elements of the plan's dtype, f32 for the LSE and its gradient, and the workspace for all of its size. Nothing
+    /// else writes the inputs or accesses outputs and workspace. `stream` is a stream of this device's primary context,
+    /// or null.
     pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward, stream: RawStream) -> Result<()> {
         args.validate(plan)?;
         let _entered = self.device().enter()?;
@@ -57,7 +56,7 @@ impl Cuda {
         unsafe { self.launch_backward(plan, args, stream) }
     }
 
-    /// Checks the inputs by themselves.
+    /// Checks each input alone.
     pub(super) fn check_gradient_inputs<E: Element>(
         &self,
         plan: &BackwardPlan,
@@ -71,7 +70,7 @@ impl Cuda {
         check_backward_inputs(plan, &inputs.map(memory, memory), second.as_ref(), AddressSpace::Device)
     }
 
-    /// Where the inputs lie.
+    /// Returns the streams that the inputs belong to.
     fn order_of_gradient_inputs<'a, E: Element>(
         &'a self,
         inputs: &BackwardInputs<DeviceSlice<'a, E>, DeviceSlice<'a, f32>>,
@@ -120,12 +119,12 @@ impl Cuda {
         args.workspace_bytes = plan.workspace_bytes();
         let _entered = self.device().enter()?;
         // SAFETY: the arguments were validated against the plan, and the workspace is borrowed mutably and large
-        // enough; the slices stand for valid memory of this device, borrowed as the kernels use it. What is done with
-        // that memory later comes after the launches in its stream, by `Order`.
+        // enough. The slices stand for valid memory of this device, borrowed as the kernels use it. Later uses of that
+        // memory come after the launches in its stream, by `Order`.
         order.run(|| unsafe { self.launch_backward(plan, &args, self.stream()) })
     }
 
-    /// The device's context is current.
+    /// Returns the kernels of a plan. The device's context is current.
     fn backward_kernels(&self, plan: &BackwardPlan) -> Result<Kernels<'_>> {
         let variant = plan.variant();
         Ok(Kernels {
@@ -135,21 +134,21 @@ impl Cuda {
         })
     }
 
-    /// Launches a backward plan; the device's context is current.
+    /// Launches a backward plan. The device's context is current.
     ///
     /// # Safety
-    /// As [`Cuda::backward_raw`], with arguments that were validated for `plan`, workspace included.
+    /// The requirements of [`Cuda::backward_raw`], with arguments that were validated for `plan`, workspace included.
     unsafe fn launch_backward(&self, plan: &BackwardPlan, args: &RawBackward, stream: RawStream) -> Result<()> {
-        // Nothing to do, and so no workspace to work in.
+        // Without anything to do there is no workspace either.
         if plan.prepare_grid() == 0 {
             return Ok(());
         }
-        // Everything that can fail by itself comes before the first launch.
+        // Everything that can fail independently comes before the first launch.
         let kernels = self.backward_kernels(plan)?;
         let maps = if plan.grid() > 0 { Some(self.backward_maps(plan, args)?) } else { None };
         let rows = |grid| Extent { grid, block: ROW_KERNEL_THREADS, shared_memory: 0 };
-        // SAFETY: these are the kernels' parameters, their context is current, and the caller promises the rest; the
-        // turns are a part of the workspace.
+        // SAFETY: these are the kernels' parameters, their context is current, and the caller promises the rest;
+        // `turns` is a part of the workspace.
         unsafe {
             let preparation = args.prepare(plan);
             if plan.workspace.turns_len > 0 {
@@ -159,7 +158,7 @@ impl Cuda {
             function.launch(rows(plan.prepare_grid()), stream, &preparation)?;
             let mut finish = kernels.finish.function;
             if let Some((maps, second)) = maps {
-                // Each waits by itself for the one before: main for all of it, finish head by head.
+                // Each kernel itself waits for the one before it: main for all of it, postprocess head by head.
                 let early = self.device().early_launch;
                 finish = finish.early(early);
                 let function = match plan.determinism() {
@@ -181,7 +180,7 @@ impl Cuda {
             if plan.finish_grid() > 0 {
                 for params in args.finish(plan) {
                     finish.launch(rows(plan.finish_grid()), stream, &params)?;
-                    // The second pair's waits for the first's, and so for main.
+                    // The postprocess kernel of the second pair waits for that of the first, and so for main.
                     finish = kernels.finish.function;
                 }
             }
@@ -189,7 +188,7 @@ impl Cuda {
         Ok(())
     }
 
-    /// Tensor maps of Q, K, V and dO, of a plan that has keys, and of the second pair.
+    /// Returns the tensor maps of Q, K, V and dO, and of the second pair, for a plan that has keys.
     fn backward_maps(
         &self,
         plan: &BackwardPlan,
@@ -197,7 +196,8 @@ impl Cuda {
     ) -> Result<([TensorMap; 4], Option<Pair<TensorMap>>)> {
         let (variant, dtype) = (plan.variant(), plan.problem().dtype);
         let encode = |tensor: &RawTensor, rows| self.device().encoder.encode(tensor, dtype, rows);
-        // The driver encodes no empty tensor; every query of this one, some element of its K, has P = 0.
+        // The driver encodes no empty tensor. This map points at some element of its K instead, and every such query
+        // has P = 0.
         let idle = plan.problem().seqlen_q == 0;
         let queries = |tensor: &RawTensor, k: &RawTensor| match idle {
             true => encode(&k.first_row(), variant.block_m),
@@ -219,17 +219,17 @@ impl Cuda {
     }
 }
 
-/// A tensor that is read.
+/// Returns a tensor that is read, as memory.
 fn read<T>(x: &Tensor<DeviceSlice<'_, T>>) -> Tensor<Memory> {
     Tensor { data: memory(&x.data), layout: x.layout }
 }
 
-/// A tensor that is written.
+/// Returns a tensor that is written, as memory.
 fn written<T>(x: Tensor<DeviceSliceMut<'_, T>>) -> Tensor<Memory> {
     Tensor { data: Memory { address: x.data.address, len: Some(x.data.len) }, layout: x.layout }
 }
 
-/// A slice's address and length.
+/// Returns a slice's address and length.
 fn memory<T>(slice: &DeviceSlice<'_, T>) -> Memory {
     Memory { address: slice.address, len: Some(slice.len) }
 }

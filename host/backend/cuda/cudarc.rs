@@ -31,18 +31,18 @@ use super::stream::Stream;
 use super::{Cuda, Device, DeviceSlice, DeviceSliceMut};
 use crate::error::{Error, Operand, Result};
 
-/// A stream of cudarc's, and the backend whose safe calls run on it.
+/// A stream of cudarc's, and the backend that runs safe calls on it.
 pub struct CudarcStream {
     cuda: Cuda,
     stream: Arc<CudaStream>,
 }
 
 impl CudarcStream {
-    /// The backend for a stream of cudarc's, which is kept for as long as the backend and its buffers are.
+    /// Returns the backend for a stream of cudarc's. The stream is kept for as long as the backend and its buffers are.
     ///
     /// # Errors
     /// [`Error::WrongContext`] for a stream of another context than its device's primary one; [`Error::ThreadStream`]
-    /// for a per-thread stream; those of [`Cuda::new`].
+    /// for a per-thread stream; errors of [`Cuda::new`].
     pub fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         let ordinal = u32::try_from(stream.context().ordinal()).unwrap_or(u32::MAX);
         let device = Device::shared(ordinal)?;
@@ -54,12 +54,12 @@ impl CudarcStream {
         Ok(CudarcStream { cuda: Cuda { stream: Arc::new(kept) }, stream: stream.clone() })
     }
 
-    /// The backend.
+    /// Returns the backend.
     pub fn cuda(&self) -> &Cuda {
         &self.cuda
     }
 
-    /// Memory of cudarc's to be read by this backend: the stream waits for what writes it.
+    /// Returns memory of cudarc's for this backend to read. The stream waits for work that writes it.
     ///
     /// # Errors
     /// [`Error::WrongDevice`].
@@ -70,7 +70,7 @@ impl CudarcStream {
         Ok(CudarcView { cuda: &self.cuda, address, len, _order: order, elements: std::marker::PhantomData })
     }
 
-    /// Memory of cudarc's to be written by this backend: the stream waits for what uses it.
+    /// Returns memory of cudarc's for this backend to write. The stream waits for work that uses it.
     ///
     /// # Errors
     /// [`Error::WrongDevice`].
@@ -91,7 +91,7 @@ impl CudarcStream {
     }
 }
 
-/// Memory of cudarc's that may be read. When it is dropped, cudarc is told that the stream may still be reading.
+/// Memory of cudarc's that may be read. Dropping it informs cudarc that the stream may still be reading.
 pub struct CudarcView<'a, T> {
     cuda: &'a Cuda,
     address: u64,
@@ -101,15 +101,15 @@ pub struct CudarcView<'a, T> {
 }
 
 impl<T: Pod> CudarcView<'_, T> {
-    /// All of it.
+    /// Returns all of the memory as a slice.
     pub fn as_slice(&self) -> DeviceSlice<'_, T> {
-        // SAFETY: cudarc's memory is borrowed for longer than this view. What is launched on other streams meanwhile is
-        // put in order with this backend's stream, on which cudarc waits once the view is dropped.
+        // SAFETY: cudarc's memory is borrowed for longer than this view. Launches on other streams meanwhile are
+        // ordered with this backend's stream, on which cudarc waits once the view is dropped.
         unsafe { DeviceSlice::from_raw(self.cuda, self.address, self.len) }.on(self.cuda)
     }
 }
 
-/// Memory of cudarc's that may be written. When it is dropped, cudarc is told that the stream may still be writing.
+/// Memory of cudarc's that may be written. Dropping it informs cudarc that the stream may still be writing.
 pub struct CudarcViewMut<'a, T> {
     cuda: &'a Cuda,
     address: u64,
@@ -119,10 +119,10 @@ pub struct CudarcViewMut<'a, T> {
 }
 
 impl<T: Pod> CudarcViewMut<'_, T> {
-    /// All of it.
+    /// Returns all of the memory as a slice.
     pub fn as_slice_mut(&mut self) -> DeviceSliceMut<'_, T> {
-        // SAFETY: cudarc's memory is mutably borrowed for longer than this view. What is launched on other streams
-        // meanwhile is put in order with this backend's stream, on which cudarc waits once the view is dropped.
+        // SAFETY: cudarc's memory is mutably borrowed for longer than this view. Launches on other streams meanwhile
+        // are ordered with this backend's stream, on which cudarc waits once the view is dropped.
         unsafe { DeviceSliceMut::from_raw(self.cuda, self.address, self.len) }.on(self.cuda)
     }
 }

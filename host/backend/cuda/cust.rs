@@ -1,8 +1,8 @@
 //! cust's contexts, streams and device slices, for a program that uses Rust-CUDA's host half.
 //!
-//! cust frees memory without regard to streams, so a view of its memory waits, when it is dropped, for everything that
-//! was launched with it. cust knows no 16-bit floats of the crate `half` 2, so they are `u16` there, and a view says
-//! what they are: its elements have the size of cust's.
+//! cust frees memory regardless of streams. So a view of its memory waits, when it is dropped, for everything that was
+//! launched with it. cust does not know the 16-bit floats of the crate `half` 2, so they are `u16` there. A view
+//! reinterprets them as elements of the same size.
 //!
 //! ```no_run
 //! use cust::memory::{CopyDestination, DeviceBuffer};
@@ -36,14 +36,15 @@ use super::{Cuda, DeviceSlice, DeviceSliceMut, sys};
 use crate::error::{Error, Operand, Result};
 
 impl Cuda {
-    /// The device of a context of cust's, which is its primary one; safe calls run on the default stream.
+    /// Returns the backend for the device of a context of cust's, which must be the primary one. Safe calls run on the
+    /// default stream.
     ///
     /// # Errors
-    /// [`Error::WrongContext`] for a context that is not the device's primary one; those of [`Cuda::new`].
+    /// [`Error::WrongContext`] for a context that is not the device's primary one; errors of [`Cuda::new`].
     pub fn from_cust(context: &Context) -> Result<Self> {
         let (calls, handle) = (sys::calls()?, context.as_raw().cast());
         let mut device = 0;
-        // SAFETY: cust's context is live; it is current between the two calls alone.
+        // SAFETY: cust's context is live, and is current only between the two calls.
         unsafe {
             check(calls, "cuCtxPushCurrent", (calls.cuCtxPushCurrent_v2)(handle))?;
             let code = (calls.cuCtxGetDevice)(&mut device);
@@ -58,8 +59,8 @@ impl Cuda {
         Ok(cuda)
     }
 
-    /// The same device, with safe calls on a stream of cust's, which is kept for as long as the backend and its buffers
-    /// are.
+    /// Returns the same device with safe calls on a stream of cust's. The stream is kept for as long as the backend and
+    /// its buffers are.
     ///
     /// # Errors
     /// [`Error::WrongContext`] for a stream of another device.
@@ -69,7 +70,7 @@ impl Cuda {
         Ok(Cuda { stream: Arc::new(made.kept_by(Box::new(stream))) })
     }
 
-    /// Memory of cust's to be read, as elements of the same size.
+    /// Returns memory of cust's for reading, as elements of the same size.
     ///
     /// # Errors
     /// [`Error::WrongDevice`], [`Error::Driver`].
@@ -80,7 +81,7 @@ impl Cuda {
         Ok(CustView { wait: WaitOnDrop(self), address, len, elements: PhantomData })
     }
 
-    /// Memory of cust's to be written, as elements of the same size.
+    /// Returns memory of cust's for writing, as elements of the same size.
     ///
     /// # Errors
     /// [`Error::WrongDevice`], [`Error::Driver`].
@@ -94,7 +95,7 @@ impl Cuda {
         Ok(CustViewMut { wait: WaitOnDrop(self), address, len, elements: PhantomData })
     }
 
-    /// Asks the driver for the device that an address belongs to.
+    /// Checks that an address belongs to this device, by asking the driver.
     fn check_device_of(&self, address: u64, len: usize) -> Result<()> {
         if len == 0 {
             return Ok(());
@@ -118,7 +119,7 @@ struct WaitOnDrop<'a>(&'a Cuda);
 impl Drop for WaitOnDrop<'_> {
     fn drop(&mut self) {
         if let Ok(_entered) = self.0.device().enter() {
-            // An error here is one of an earlier launch, which other calls report.
+            // An error here belongs to an earlier launch, and other calls report it.
             let _ = self.0.stream.synchronize();
         }
     }
@@ -133,10 +134,10 @@ pub struct CustView<'a, T> {
 }
 
 impl<T: Pod> CustView<'_, T> {
-    /// All of it.
+    /// Returns all of the memory as a slice.
     pub fn as_slice(&self) -> DeviceSlice<'_, T> {
-        // SAFETY: cust's memory is borrowed for longer than this view. What is launched on other streams meanwhile is
-        // put in order with this backend's stream, for which dropping the view waits.
+        // SAFETY: cust's memory is borrowed for longer than this view. Launches on other streams meanwhile are ordered
+        // with this backend's stream, and dropping the view waits for that stream.
         unsafe { DeviceSlice::from_raw(self.wait.0, self.address, self.len) }.on(self.wait.0)
     }
 }
@@ -150,10 +151,10 @@ pub struct CustViewMut<'a, T> {
 }
 
 impl<T: Pod> CustViewMut<'_, T> {
-    /// All of it.
+    /// Returns all of the memory as a slice.
     pub fn as_slice_mut(&mut self) -> DeviceSliceMut<'_, T> {
-        // SAFETY: cust's memory is mutably borrowed for longer than this view. What is launched on other streams
-        // meanwhile is put in order with this backend's stream, for which dropping the view waits.
+        // SAFETY: cust's memory is mutably borrowed for longer than this view. Launches on other streams meanwhile are
+        // ordered with this backend's stream, and dropping the view waits for that stream.
         unsafe { DeviceSliceMut::from_raw(self.wait.0, self.address, self.len) }.on(self.wait.0)
     }
 }

@@ -1,4 +1,4 @@
-//! The driver's calls with their results checked: each error names the call and has the driver's code and words.
+//! Calls of the driver with their results checked. Each error names the call and has the driver's code and message.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -6,7 +6,7 @@ use std::ptr;
 use super::sys::{self, Calls, Code, DeviceHandle, Handle};
 use crate::error::{Error, Result};
 
-/// Nothing, or the error of `call`.
+/// Returns nothing, or the error of `call`.
 pub(super) fn check(calls: &Calls, call: &'static str, code: Code) -> Result<()> {
     match code {
         sys::SUCCESS => Ok(()),
@@ -21,7 +21,7 @@ pub(super) struct Context {
     handle: Handle,
 }
 
-// SAFETY: a context is a name for something of the device's, not of a thread; the driver takes it from any.
+// SAFETY: a context handle names an object of the device, not of a thread; the driver takes it from any thread.
 unsafe impl Send for Context {}
 // SAFETY: the driver's calls on it are thread-safe.
 unsafe impl Sync for Context {}
@@ -29,12 +29,12 @@ unsafe impl Sync for Context {}
 impl Context {
     pub(super) fn retain(calls: &'static Calls, device: DeviceHandle) -> Result<Self> {
         let mut handle = ptr::null_mut();
-        // SAFETY: writes one handle; the device is one that the driver named.
+        // SAFETY: writes one handle; the device is one that the driver returned.
         check(calls, "cuDevicePrimaryCtxRetain", unsafe { (calls.cuDevicePrimaryCtxRetain)(&mut handle, device) })?;
         Ok(Context { calls, device, handle })
     }
 
-    /// The driver's handle of it.
+    /// Returns the driver's handle of the context.
     pub(super) fn handle(&self) -> Handle {
         self.handle
     }
@@ -61,11 +61,11 @@ impl Drop for Context {
     }
 }
 
-/// While it lives, a context is the thread's current one; then the one before is again.
+/// Guard of a current context. Dropping it restores the context that was current before.
 pub(super) struct Entered {
     calls: &'static Calls,
     pushed: bool,
-    /// It must be dropped on the thread that made it.
+    /// Restricts the guard to the thread that made it.
     of_thread: std::marker::PhantomData<*const ()>,
 }
 
@@ -79,11 +79,11 @@ impl Drop for Entered {
     }
 }
 
-/// Sets `words` 32-bit words to 0, on the stream; neither allocates nor waits.
+/// Sets `words` 32-bit words to 0, on the stream. Neither allocates nor waits.
 ///
 /// # Safety
-/// They are valid at `address`, a multiple of 4, until that has run; `stream` is a stream of the current context or
-/// null.
+/// The words are valid at `address`, a multiple of 4, until that has run. `stream` is a stream of the current context
+/// or null.
 pub(super) unsafe fn zero_words(calls: &Calls, address: u64, words: usize, stream: Handle) -> Result<()> {
     // SAFETY: the caller's promise.
     check(calls, "cuMemsetD32Async", unsafe { (calls.cuMemsetD32Async)(address, 0, words, stream) })
@@ -95,44 +95,45 @@ pub(super) struct Function {
     calls: &'static Calls,
     symbol: &'static str,
     handle: Handle,
-    /// Bytes of its parameter, as its PTX states.
+    /// Size of its parameter in bytes, as its PTX states.
     parameter_bytes: u32,
     start: Start,
 }
 
-/// When a kernel starts.
+/// Condition for the start of a kernel.
 #[derive(Clone, Copy)]
 enum Start {
-    /// After the one before it in the stream.
+    /// Starts after the kernel before it in the stream.
     After,
-    /// After it, and once there is room for all CTAs at the same time.
+    /// Starts after the kernel before it, once there is room for all CTAs at the same time.
     Together,
-    /// Before it is complete: CUDA's programmatic dependent launch (PTX ISA, griddepcontrol).
+    /// May start before the kernel before it is complete: CUDA's programmatic dependent launch (PTX ISA,
+    /// griddepcontrol).
     Early(EarlyLaunch),
 }
 
-/// The driver's call for launches that may start early.
+/// Driver's call for launches that may start early.
 #[derive(Clone, Copy)]
 pub(super) struct EarlyLaunch(
     unsafe extern "C" fn(*const sys::LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void) -> Code,
 );
 
 impl EarlyLaunch {
-    /// The first driver that captures such launches into graphs, CUDA 12.3.
+    /// First driver that captures such launches into graphs, CUDA 12.3.
     const FIRST_DRIVER: i32 = 12030;
 
-    /// `None` for an older driver: kernels that start one after the other find what they would wait for.
+    /// Returns `None` for an older driver. The kernels then start one after the other, and their waits end at once.
     pub(super) fn of(calls: &Calls, driver: i32) -> Option<Self> {
         calls.cuLaunchKernelEx.filter(|_| driver >= Self::FIRST_DRIVER).map(EarlyLaunch)
     }
 }
 
-// SAFETY: a function handle is a name for something in a context, not in a thread; the driver takes it from any.
+// SAFETY: a function handle names an object of a context, not of a thread; the driver takes it from any thread.
 unsafe impl Send for Function {}
 // SAFETY: the driver's calls on it are thread-safe.
 unsafe impl Sync for Function {}
 
-/// CTAs, threads of each, and bytes of dynamic shared memory of each.
+/// CTAs, threads per CTA, and bytes of dynamic shared memory per CTA.
 #[derive(Clone, Copy)]
 pub(super) struct Extent {
     pub(super) grid: u32,
@@ -145,18 +146,19 @@ impl Function {
         Function { calls, symbol, handle, parameter_bytes, start: Start::After }
     }
 
-    /// As a kernel whose CTAs wait for each other: it starts once there is room for all of them at the same time.
+    /// Makes the launch cooperative, for a kernel whose CTAs wait for each other: it starts once there is room for all
+    /// of them at the same time.
     pub(super) fn cooperative(self) -> Self {
         Function { start: Start::Together, ..self }
     }
 
-    /// As a kernel that waits by itself for what it needs of the one before it in the stream, and may start before that
-    /// is complete, as far as it and the driver allow.
+    /// Lets the kernel start before the one before it in the stream is complete, if the kernel and the driver allow it.
+    /// The kernel itself must wait for the results that it needs.
     pub(super) fn early(self, launch: Option<EarlyLaunch>) -> Self {
         Function { start: launch.map_or(Start::After, Start::Early), ..self }
     }
 
-    /// Lets the kernel have `bytes` of dynamic shared memory.
+    /// Allows the kernel `bytes` of dynamic shared memory.
     pub(super) fn set_shared_memory(self, bytes: u32) -> Result<()> {
         let attribute = sys::FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the handle is a loaded function.
@@ -164,15 +166,16 @@ impl Function {
         check(self.calls, "cuFuncSetAttribute", code)
     }
 
-    /// Launches the kernel with one by-value parameter; neither allocates nor waits.
+    /// Launches the kernel with one by-value parameter. Neither allocates nor waits.
     ///
     /// # Errors
-    /// [`Error::BrokenKernel`] for a parameter of another size than the kernel's PTX states; [`Error::Driver`].
+    /// [`Error::BrokenKernel`] if the size of the parameter differs from the size that the kernel's PTX states;
+    /// [`Error::Driver`].
     ///
     /// # Safety
-    /// `parameter` is what the kernel takes, the addresses in it are valid until the kernel has run, `stream` is a
-    /// stream of the kernel's context or null, and the context is current. One that starts early waits by itself for
-    /// what it needs of the one before it.
+    /// `parameter` is the kernel's parameter, and the addresses in it are valid until the kernel has run. `stream` is a
+    /// stream of the kernel's context or null, and the context is current. A kernel that starts early itself waits for
+    /// the results that it needs.
     pub(super) unsafe fn launch<P: Copy>(self, extent: Extent, stream: Handle, parameter: &P) -> Result<()> {
         if size_of::<P>() != self.parameter_bytes as usize {
             let message =

@@ -1,4 +1,4 @@
-//! The compiled kernels that this build holds, each a module of its own.
+//! The compiled kernels of this build, each a module of its own.
 //!
 //! They lie in compressed streams, two for each family of kernels. The build writes the table, from source or when it
 //! makes a package.
@@ -33,7 +33,7 @@ pub struct Kernel {
 struct Streams {
     cubins: &'static [u8],
     ptx: &'static [u8],
-    /// All cubins, unpacked when one is first asked for.
+    /// All cubins, unpacked at the first request for one.
     unpacked_cubins: OnceLock<std::result::Result<Vec<u8>, String>>,
 }
 

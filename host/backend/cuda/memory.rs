@@ -15,12 +15,12 @@ use crate::error::{Error, Operand, Result};
 
 /// Device memory of plain data, freed when dropped.
 ///
-/// It belongs to the stream of the [`Cuda`] that allocated it: it is allocated and freed in that stream's order
-/// (`cuMemAllocAsync`, `cuMemFreeAsync`), so dropping it does not wait and does not take it away from what was launched
-/// before. On a device without memory pools it is freed after a wait for the stream. A buffer that is dropped while its
+/// It belongs to the stream of the [`Cuda`] that allocated it. It is allocated and freed in that stream's order
+/// (`cuMemAllocAsync`, `cuMemFreeAsync`), so dropping it does not wait, and work that was launched before may still use
+/// it. On a device without memory pools it is freed after a wait for the stream. A buffer that is dropped while its
 /// stream is captured into a graph is not freed, because the graph may use it.
 ///
-/// It holds plain data alone, for which any bits are a value:
+/// It holds only plain data, for which any bits are a value:
 ///
 /// ```compile_fail,E0277
 /// # use ferroflash::cuda::DeviceBuffer;
@@ -36,7 +36,7 @@ pub struct DeviceBuffer<T: Pod> {
 }
 
 impl<T: Pod> DeviceBuffer<T> {
-    /// Memory for `len` elements, its content undefined; `operand` is what an error calls it.
+    /// Allocates memory for `len` elements with undefined content. Errors name the memory `operand`.
     pub(super) fn new(cuda: &Cuda, operand: Operand, len: usize) -> Result<Self> {
         let bytes = len as u128 * size_of::<T>() as u128;
         let none = || Error::OutOfMemory { operand, bytes };
@@ -66,19 +66,19 @@ impl<T: Pod> DeviceBuffer<T> {
         self.address
     }
 
-    /// All of it.
+    /// Returns the whole buffer as a slice.
     pub fn as_slice(&self) -> DeviceSlice<'_, T> {
         DeviceSlice { address: self.address, len: self.len, home: home(&self.stream), memory: PhantomData }
     }
 
-    /// A range of it, to be written; empty if the buffer does not have it.
+    /// Returns a range of the buffer for writing, or an empty slice if the range is not within the buffer.
     pub fn as_slice_mut(&mut self, range: Range<usize>) -> DeviceSliceMut<'_, T> {
         let range = if range.start <= range.end && range.end <= self.len { range } else { 0..0 };
         let address = self.address + (range.start * size_of::<T>()) as u64;
         DeviceSliceMut { address, len: range.len(), home: home(&self.stream), memory: PhantomData }
     }
 
-    /// Copies host memory over it, after what its stream has been given, and waits until that is done.
+    /// Copies host memory to the buffer after the earlier work of its stream, and waits until that is done.
     ///
     /// # Errors
     /// [`Error::Driver`]. Copies as many elements as both have.
@@ -96,10 +96,10 @@ impl<T: Pod> DeviceBuffer<T> {
         self.stream.synchronize().and(copied)
     }
 
-    /// Waits for everything that its stream has been given, and copies it to the host.
+    /// Waits for the earlier work of the buffer's stream, and copies the content to the host.
     ///
     /// # Errors
-    /// [`Error::Driver`], also for what went wrong in earlier launches; [`Error::OutOfMemory`] for the host's memory.
+    /// [`Error::Driver`], also for errors of earlier launches; [`Error::OutOfMemory`] for the host's memory.
     pub fn to_host(&self) -> Result<Vec<T>> {
         let mut to = Vec::new();
         let bytes = self.len * size_of::<T>();
@@ -125,7 +125,7 @@ impl<T: Pod> DeviceBuffer<T> {
 }
 
 impl DeviceBuffer<u32> {
-    /// Sets every element to 0, after what its stream has been given; does not wait.
+    /// Sets every element to 0 after the earlier work of the buffer's stream. Does not wait.
     ///
     /// # Errors
     /// [`Error::Driver`].
@@ -150,10 +150,10 @@ impl<T: Pod> Drop for DeviceBuffer<T> {
         if stream.is_capturing() != Ok(false) {
             return;
         }
-        // An error here is one of an earlier launch, which other calls report.
+        // An error here belongs to an earlier launch, and other calls report it.
         if device.pools {
-            // SAFETY: allocated by `new` on this stream; no slice of it is left, and other streams that used it were
-            // made to wait for by this one.
+            // SAFETY: allocated by `new` on this stream. No slice of it is left, and this stream was made to wait for
+            // other streams that used it.
             let _ = unsafe { (device.calls().cuMemFreeAsync)(self.address, stream.handle()) };
         } else {
             let _ = stream.synchronize();
@@ -163,7 +163,7 @@ impl<T: Pod> Drop for DeviceBuffer<T> {
     }
 }
 
-/// Memory of `bytes` bytes, in the order of a stream.
+/// Allocates `bytes` bytes in the order of a stream.
 fn allocate(stream: &Stream, operand: Operand, bytes: usize) -> Result<u64> {
     let (device, calls, mut address) = (&stream.device, stream.device.calls(), 0);
     let _entered = device.enter()?;
@@ -185,7 +185,7 @@ fn home(stream: &Stream) -> Home<'_> {
     Home { ordinal: stream.device.ordinal, stream: Some(stream) }
 }
 
-/// Device memory to be read, borrowed.
+/// Borrowed device memory for reading.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceSlice<'a, T> {
     pub(super) address: u64,
@@ -195,11 +195,11 @@ pub struct DeviceSlice<'a, T> {
 }
 
 impl<T: Pod> DeviceSlice<'_, T> {
-    /// `len` elements at an address on the device of `cuda`, for instance a framework's.
+    /// Returns a slice of `len` elements at an address on the device of `cuda`, for instance a framework's.
     ///
     /// # Safety
-    /// They are valid on that device until everything that reads this slice has run. No one writes them meanwhile, and
-    /// what wrote them before comes first in the order of the stream that reads them.
+    /// The elements are valid on that device until all work that reads this slice has run. Nothing writes them
+    /// meanwhile, and earlier writes come first in the order of the stream that reads them.
     pub unsafe fn from_raw(cuda: &Cuda, address: u64, len: usize) -> Self {
         let home = Home { ordinal: cuda.ordinal(), stream: None };
         DeviceSlice { address, len, home, memory: PhantomData }
@@ -208,13 +208,13 @@ impl<T: Pod> DeviceSlice<'_, T> {
 
 #[cfg(any(feature = "cust", feature = "cudarc"))]
 impl<'a, T> DeviceSlice<'a, T> {
-    /// The same memory, put in order with the stream of `cuda`.
+    /// Returns the same memory, ordered with the stream of `cuda`.
     pub(super) fn on(self, cuda: &'a Cuda) -> Self {
         DeviceSlice { home: home(&cuda.stream), ..self }
     }
 }
 
-/// Device memory to be written, borrowed.
+/// Borrowed device memory for writing.
 #[derive(Debug)]
 pub struct DeviceSliceMut<'a, T> {
     pub(super) address: u64,
@@ -224,11 +224,11 @@ pub struct DeviceSliceMut<'a, T> {
 }
 
 impl<T: Pod> DeviceSliceMut<'_, T> {
-    /// `len` elements at an address on the device of `cuda`, for instance a framework's.
+    /// Returns a slice of `len` elements at an address on the device of `cuda`, for instance a framework's.
     ///
     /// # Safety
-    /// They are valid on that device until everything that writes this slice has run. Nothing else accesses them
-    /// meanwhile, and what accessed them before comes first in the order of the stream that writes them.
+    /// The elements are valid on that device until all work that writes this slice has run. Nothing else accesses them
+    /// meanwhile, and earlier accesses come first in the order of the stream that writes them.
     pub unsafe fn from_raw(cuda: &Cuda, address: u64, len: usize) -> Self {
         let home = Home { ordinal: cuda.ordinal(), stream: None };
         DeviceSliceMut { address, len, home, memory: PhantomData }
@@ -237,7 +237,7 @@ impl<T: Pod> DeviceSliceMut<'_, T> {
 
 #[cfg(any(feature = "cust", feature = "cudarc"))]
 impl<'a, T> DeviceSliceMut<'a, T> {
-    /// The same memory, put in order with the stream of `cuda`.
+    /// Returns the same memory, ordered with the stream of `cuda`.
     pub(super) fn on(self, cuda: &'a Cuda) -> Self {
         DeviceSliceMut { home: home(&cuda.stream), ..self }
     }

@@ -1,17 +1,17 @@
 //! NVIDIA GPUs, through the driver API.
 //!
-//! [`Cuda`] holds the device's primary context, the one that CUDA's runtime and the frameworks on it use, so memory and
-//! streams of theirs can be passed in. The safe calls run on the backend's stream and return before the GPU is done;
-//! reading a [`DeviceBuffer`] waits. [`Cuda::forward_raw`], [`Cuda::backward_raw`] and [`Cuda::total_attention_raw`]
-//! are for frameworks: raw addresses, the caller's stream, no allocation and no waiting.
+//! [`Cuda`] holds the device's primary context, which CUDA's runtime and the frameworks on it also use, so their memory
+//! and streams can be passed in. The safe calls run on the backend's stream and return before the GPU is done; reading
+//! a [`DeviceBuffer`] waits. [`Cuda::forward_raw`], [`Cuda::backward_raw`] and [`Cuda::total_attention_raw`] are for
+//! frameworks: raw addresses, the caller's stream, no allocation and no waiting.
 //!
 //! # Context and streams
 //! - Every call, and every drop, leaves the calling thread's current context as it was.
-//! - [`Cuda::new`] works on the device's default stream, [`Cuda::on_new_stream`] on one of its own, [`Cuda::on_stream`]
-//!   on one of the caller's. Memory belongs to the stream that allocated it, and calls on other streams of the device
-//!   are put in order with it by events, so safe calls may mix streams.
-//! - Raw calls take any stream of the device's primary context, also null and `CU_STREAM_LEGACY` (1) for the default
-//!   stream and `CU_STREAM_PER_THREAD` (2) for the calling thread's.
+//! - [`Cuda::new`] works on the device's default stream, [`Cuda::on_new_stream`] on a new stream, [`Cuda::on_stream`]
+//!   on a stream of the caller's. Memory belongs to the stream that allocated it. Calls on other streams of the device
+//!   are ordered with it by events, so safe calls may mix streams.
+//! - Raw calls take any stream of the device's primary context. Null and `CU_STREAM_LEGACY` (1) mean the default
+//!   stream, and `CU_STREAM_PER_THREAD` (2) means the calling thread's.
 
 mod backward;
 #[cfg(feature = "cudarc")]
@@ -60,7 +60,7 @@ use driver::{Context, EarlyLaunch, Entered, Extent, check};
 use stream::{Order, Stream};
 use sys::{Calls, attribute};
 
-/// The compute capability that the kernels are compiled for.
+/// Compute capability that the kernels are compiled for.
 const CAPABILITY: (u32, u32) = (9, 0);
 
 /// A stream of the driver API, `CUstream`; null is the default stream.
@@ -72,7 +72,7 @@ pub struct Cuda {
     stream: Arc<Stream>,
 }
 
-/// A device, its context and what was loaded there.
+/// A device, its context and the kernels loaded there.
 struct Device {
     modules: modules::Modules,
     context: Context,
@@ -95,7 +95,7 @@ impl Device {
         self.context.enter()
     }
 
-    /// The device of this number, shared by every [`Cuda`] of it.
+    /// Returns the device of this number, shared by every [`Cuda`] of it.
     fn shared(ordinal: u32) -> Result<Arc<Self>> {
         static OPEN: Mutex<BTreeMap<u32, Weak<Device>>> = Mutex::new(BTreeMap::new());
         let calls = sys::calls()?;
@@ -118,7 +118,7 @@ impl Device {
         // SAFETY: writes one handle.
         check(calls, "cuDeviceGet", unsafe { (calls.cuDeviceGet)(&mut device, ordinal as i32) })?;
         let mut name = [0u8; 256];
-        // SAFETY: the buffer has as many bytes as the call is told; what it writes ends with a zero.
+        // SAFETY: the buffer has as many bytes as the call is told, and the written name ends with a zero.
         let code = unsafe { (calls.cuDeviceGetName)(name.as_mut_ptr().cast(), name.len() as i32, device) };
         check(calls, "cuDeviceGetName", code)?;
         let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
@@ -143,10 +143,10 @@ impl Drop for Device {
     /// Unloads the kernels once everything in the context has run.
     fn drop(&mut self) {
         let Ok(_entered) = self.context.enter() else { return };
-        // SAFETY: the context is current. The wait fails while a stream is captured; then the modules stay loaded, for
-        // the graph may use them.
+        // SAFETY: the context is current. The wait fails while a stream is captured; then the modules stay loaded,
+        // because the graph may use them.
         if unsafe { (self.calls().cuCtxSynchronize)() } == sys::SUCCESS {
-            // SAFETY: functions are used through a reference to this device alone, and all that was launched has run.
+            // SAFETY: functions are used only through a reference to this device, and all launches have run.
             unsafe { self.modules.unload() };
         }
     }
@@ -161,13 +161,13 @@ fn device_count(calls: &Calls) -> Result<u32> {
 
 fn device_attribute(calls: &Calls, attribute: i32, device: sys::DeviceHandle) -> Result<u32> {
     let mut value = 0;
-    // SAFETY: writes one number; the device is one that the driver named.
+    // SAFETY: writes one number; the device is one that the driver returned.
     let code = unsafe { (calls.cuDeviceGetAttribute)(&mut value, attribute, device) };
     check(calls, "cuDeviceGetAttribute", code)?;
     Ok(value.unsigned_abs())
 }
 
-/// The CUDA version that the driver supports: 1000 times the major number and 10 times the minor one.
+/// Returns the CUDA version that the driver supports: 1000 times the major number and 10 times the minor one.
 fn driver_version(calls: &Calls) -> Result<i32> {
     let mut version = 0;
     // SAFETY: writes one number.
@@ -176,24 +176,24 @@ fn driver_version(calls: &Calls) -> Result<i32> {
 }
 
 impl Cuda {
-    /// How many devices the driver shows; 0 without a driver.
+    /// Number of devices that the driver shows; 0 without a driver.
     pub fn device_count() -> u32 {
         sys::calls().and_then(device_count).unwrap_or(0)
     }
 
-    /// Opens device `ordinal`; safe calls run on its default stream.
+    /// Opens device `ordinal`. Safe calls run on its default stream.
     ///
     /// NVIDIA's driver is opened here, at run time. Every [`Cuda`] of a device shares its loaded kernels. Dropping the
     /// last one waits for the device and unloads them.
     ///
     /// # Errors
-    /// [`Error::NoDevice`], which says what is missing; [`Error::UnsupportedDevice`] for a GPU that is not of compute
+    /// [`Error::NoDevice`], which names what is missing; [`Error::UnsupportedDevice`] for a GPU that is not of compute
     /// capability 9.0; [`Error::Driver`].
     pub fn new(ordinal: u32) -> Result<Self> {
         Ok(Cuda { stream: Arc::new(Stream::default_of(Device::shared(ordinal)?)) })
     }
 
-    /// The same device, with safe calls on a new stream, which is destroyed when the last user is dropped.
+    /// Returns the same device with safe calls on a new stream, which is destroyed when the last user is dropped.
     ///
     /// # Errors
     /// [`Error::Driver`].
@@ -201,8 +201,8 @@ impl Cuda {
         Ok(Cuda { stream: Arc::new(Stream::new(self.stream.device.clone())?) })
     }
 
-    /// The same device, with safe calls on a stream of the caller's: of the device's primary context, or null or
-    /// `CU_STREAM_LEGACY` for the default stream.
+    /// Returns the same device with safe calls on a stream of the caller's. It is a stream of the device's primary
+    /// context; null or `CU_STREAM_LEGACY` is the default stream.
     ///
     /// # Errors
     /// [`Error::ThreadStream`] for `CU_STREAM_PER_THREAD`; [`Error::WrongContext`] for a stream of another context or
@@ -216,7 +216,7 @@ impl Cuda {
         Ok(Cuda { stream: Arc::new(stream) })
     }
 
-    /// The stream that safe calls run on; null is the default stream.
+    /// Returns the stream that safe calls run on; null is the default stream.
     pub fn stream(&self) -> RawStream {
         self.stream.handle()
     }
@@ -225,17 +225,17 @@ impl Cuda {
         &self.stream.device
     }
 
-    /// The device's number.
+    /// Returns the device's number.
     pub fn ordinal(&self) -> u32 {
         self.device().ordinal
     }
 
-    /// The device's name.
+    /// Returns the device's name.
     pub fn name(&self) -> &str {
         &self.device().name
     }
 
-    /// The CUDA version that the driver supports, as (major, minor).
+    /// Returns the CUDA version that the driver supports, as (major, minor).
     ///
     /// # Errors
     /// [`Error::Driver`].
@@ -244,19 +244,19 @@ impl Cuda {
         Ok((version / 1000, version % 1000 / 10))
     }
 
-    /// Bytes of device memory.
+    /// Number of bytes of device memory.
     ///
     /// # Errors
     /// [`Error::Driver`].
     pub fn total_memory(&self) -> Result<usize> {
         let (context, mut bytes) = (&self.device().context, 0);
-        // SAFETY: writes one number; the device is one that the driver named.
+        // SAFETY: writes one number; the device is one that the driver returned.
         let code = unsafe { (context.calls.cuDeviceTotalMem_v2)(&mut bytes, context.device) };
         check(context.calls, "cuDeviceTotalMem", code)?;
         Ok(bytes)
     }
 
-    /// The device's peak clock rate in kHz.
+    /// Returns the device's peak clock rate in kHz.
     ///
     /// # Errors
     /// [`Error::Driver`].
@@ -265,10 +265,10 @@ impl Cuda {
         device_attribute(context.calls, attribute::CLOCK_RATE, context.device)
     }
 
-    /// Waits until everything that was launched on the device, on any stream of its primary context, has run.
+    /// Waits until all launches on the device, on any stream of its primary context, have run.
     ///
     /// # Errors
-    /// [`Error::Driver`], also for what went wrong in earlier launches.
+    /// [`Error::Driver`], also for errors of earlier launches.
     pub fn synchronize(&self) -> Result<()> {
         let _entered = self.device().enter()?;
         let calls = self.device().calls();
@@ -276,13 +276,13 @@ impl Cuda {
         check(calls, "cuCtxSynchronize", unsafe { (calls.cuCtxSynchronize)() })
     }
 
-    /// The kernel of this name, loaded; the device's context is current.
+    /// Returns the kernel of this name, loaded. The device's context is current.
     fn kernel(&self, symbol: &'static str, smem_bytes: u32) -> Result<&modules::Loaded> {
         let device = self.device();
         device.modules.get(device.calls(), symbol, smem_bytes)
     }
 
-    /// Loads a plan's kernel, so that its first launch need not. Returns how long loading took when it happened.
+    /// Loads a plan's kernel before its first launch. Returns the time that loading took when it happened.
     ///
     /// # Errors
     /// [`Error::Driver`].
@@ -295,12 +295,12 @@ impl Cuda {
     /// [`Cuda::load`]) it neither allocates nor waits, and may be captured into a graph.
     ///
     /// # Errors
-    /// Those of [`RawForward::validate`], before anything is launched; [`Error::Driver`].
+    /// Errors of [`RawForward::validate`], before anything is launched; [`Error::Driver`].
     ///
     /// # Safety
-    /// Until the launch has run, the addresses are valid on this device for all that their layouts span, of elements of
-    /// the plan's dtype; Q, K and V are not written, and O and the LSE not accessed, by anything else. `stream` is a
-    /// stream of this device's primary context, or null.
+    /// Until the launch has run, the addresses are valid on this device for the whole span of their layouts, as
+    /// elements of the plan's dtype. Nothing else writes Q, K and V or accesses O and the LSE. `stream` is a stream of
+    /// this device's primary context, or null.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward, stream: RawStream) -> Result<()> {
         args.validate(plan)?;
         let _entered = self.device().enter()?;
@@ -308,10 +308,10 @@ impl Cuda {
         unsafe { self.launch(plan, args, stream) }
     }
 
-    /// Launches a forward plan; the device's context is current.
+    /// Launches a forward plan. The device's context is current.
     ///
     /// # Safety
-    /// As [`Cuda::forward_raw`], with arguments that were validated for `plan`.
+    /// The requirements of [`Cuda::forward_raw`], with arguments that were validated for `plan`.
     unsafe fn launch(&self, plan: &Plan, args: &RawForward, stream: RawStream) -> Result<()> {
         if plan.work_tiles() == 0 {
             return Ok(());
@@ -321,7 +321,8 @@ impl Cuda {
         let q = encode(&args.q, WARPGROUP_ROWS)?;
         let o = encode(&args.o, WARP_ROWS)?;
         let maps = match plan.problem().seqlen_k {
-            // The driver encodes no empty tensor; every key of this one, some element of Q, is masked.
+            // The driver encodes no empty tensor. This map points at some element of Q instead, and every key of it is
+            // masked out.
             0 => {
                 let stand_in = encode(&args.q.first_row(), variant.block_n)?;
                 [q, stand_in, stand_in, o]
@@ -429,9 +430,8 @@ impl Backend for Cuda {
         };
         args.validate_buffers(plan, AddressSpace::Device, &buffers)?;
         let _entered = self.device().enter()?;
-        // SAFETY: the arguments were validated against the plan; the slices stand for valid memory of this device,
-        // borrowed as the kernel uses it. What is done with that memory later comes after the launch in its stream, by
-        // `Order`.
+        // SAFETY: the arguments were validated against the plan. The slices stand for valid memory of this device,
+        // borrowed as the kernel uses it. Later uses of that memory come after the launch in its stream, by `Order`.
         order.run(|| unsafe { self.launch(plan, &args, self.stream()) })
     }
 

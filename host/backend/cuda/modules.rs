@@ -1,4 +1,4 @@
-//! The kernels that a device has loaded, each a module of its own that is loaded when it is first called.
+//! The kernels that a device has loaded. Each is a module of its own, loaded at the first call.
 
 use std::ffi::{CString, c_int, c_void};
 use std::ptr;
@@ -10,7 +10,7 @@ use super::kernels::{KERNELS, Kernel, place};
 use super::sys::{self, Calls, Handle};
 use crate::error::{Error, Result};
 
-/// Bytes for what the driver's compiler says of PTX that it refuses.
+/// Number of bytes for the message of the driver's compiler about PTX that it refuses.
 const LOG_BYTES: usize = 16 << 10;
 
 /// A kernel on a device.
@@ -26,12 +26,12 @@ struct Module {
     handle: Handle,
 }
 
-// SAFETY: a module handle is a name for something in a context, not in a thread; the driver takes it from any.
+// SAFETY: a module handle names an object of a context, not of a thread; the driver takes it from any thread.
 unsafe impl Send for Module {}
 // SAFETY: the driver's calls on it are thread-safe.
 unsafe impl Sync for Module {}
 
-/// The kernels that one device has loaded, in the order of [`KERNELS`].
+/// Kernels that one device has loaded, in the order of [`KERNELS`].
 pub(super) struct Modules(Box<[OnceLock<Loaded>]>);
 
 impl Modules {
@@ -39,8 +39,8 @@ impl Modules {
         Modules(KERNELS.iter().map(|_| OnceLock::new()).collect())
     }
 
-    /// The kernel of this name, which has `smem_bytes` of dynamic shared memory, loaded on the first call; the device's
-    /// context is current.
+    /// Returns the kernel of this name with `smem_bytes` of dynamic shared memory. The first call loads it. The
+    /// device's context is current.
     ///
     /// # Errors
     /// [`Error::BrokenKernel`] for a kernel that the build does not hold, [`Error::Driver`].
@@ -51,7 +51,7 @@ impl Modules {
             return Ok(loaded);
         }
         let loaded = load(calls, &KERNELS[place], smem_bytes)?;
-        // Another thread may have loaded it meanwhile; then this module is the one too many.
+        // Another thread may have loaded it meanwhile. Then this module is not needed.
         match self.0[place].set(loaded) {
             Ok(()) => {}
             // SAFETY: nothing was launched from this module, and its context is current.
@@ -60,10 +60,10 @@ impl Modules {
         self.0[place].get().ok_or_else(missing)
     }
 
-    /// Unloads every module; their context is current.
+    /// Unloads every module. Their context is current.
     ///
     /// # Safety
-    /// No function of theirs is used any more.
+    /// Their functions are not used any more.
     pub(super) unsafe fn unload(&mut self) {
         for loaded in self.0.iter_mut().filter_map(OnceLock::take) {
             // SAFETY: the caller's promise.
@@ -74,9 +74,9 @@ impl Modules {
 
 impl Module {
     /// # Safety
-    /// Its context is current, and no function of it is used any more.
+    /// Its context is current, and its functions are not used any more.
     unsafe fn unload(self) {
-        // SAFETY: the caller's promise. An error here is one of an earlier launch, which other calls report.
+        // SAFETY: the caller's promise. An error here belongs to an earlier launch, and other calls report it.
         let _ = unsafe { (self.calls.cuModuleUnload)(self.handle) };
     }
 }
@@ -121,7 +121,7 @@ fn load_cubin(calls: &'static Calls, cubin: &[u8]) -> Result<Module> {
     Ok(Module { calls, handle })
 }
 
-/// Lets the driver compile PTX; an error has what its compiler says.
+/// Lets the driver compile PTX. An error has the message of the driver's compiler.
 fn load_ptx(calls: &'static Calls, symbol: &'static str, text: String) -> Result<Module> {
     let broken = |_| Error::BrokenKernel { symbol, message: "its PTX holds a zero".to_owned() };
     let text = CString::new(text).map_err(broken)?;
@@ -129,8 +129,8 @@ fn load_ptx(calls: &'static Calls, symbol: &'static str, text: String) -> Result
     let mut options: [c_int; 2] = [sys::JIT_ERROR_LOG_BUFFER, sys::JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
     // The driver takes a number as the value of the pointer.
     let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), ptr::without_provenance_mut(log.len())];
-    // SAFETY: the text ends with a zero; two options with their values, of which the first is a buffer of as many bytes
-    // as the second says; writes one handle.
+    // SAFETY: the text ends with a zero. Of the two options, the first is a buffer and the second is its size in bytes.
+    // Writes one handle.
     let code = unsafe {
         let (options, values) = (options.as_mut_ptr(), values.as_mut_ptr());
         (calls.cuModuleLoadDataEx)(&mut handle, text.as_ptr().cast(), 2, options, values)
@@ -156,7 +156,7 @@ mod tests {
     use crate::backend::cuda::Cuda;
     use crate::backend::cuda::driver::Extent;
 
-    /// The first device, if there is one that kernels run on.
+    /// Returns the first device, if there is one that kernels run on.
     fn device() -> Option<Cuda> {
         Cuda::new(0).inspect_err(|error| println!("skipped: {error}")).ok()
     }

@@ -1,8 +1,8 @@
-//! Streams, and the order between them: a call sees what other streams have written, and they see what it writes.
+//! Streams and the order between them: a call sees the writes of other streams, and they see its writes.
 //!
-//! Every buffer belongs to the stream that it was allocated on. A call whose tensors belong to other streams than its
-//! own waits for those by an event, and makes them wait for it afterwards, all on the device. So memory is freed, in
-//! its own stream's order, after everything that uses it (CUDA driver API, stream ordered memory allocator).
+//! Every buffer belongs to the stream that it was allocated on. If the tensors of a call belong to other streams than
+//! its own, the call waits for those by an event, and makes them wait for it afterwards, all on the device. So memory
+//! is freed, in its own stream's order, after all uses of it (CUDA driver API, stream ordered memory allocator).
 
 use std::ptr;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ pub(super) struct Stream {
     owner: Owner,
 }
 
-/// What destroys a stream.
+/// Owner of a stream, which destroys it.
 enum Owner {
     /// The caller, or the driver for the default stream.
     Caller,
@@ -30,19 +30,19 @@ enum Owner {
     Kept { _owner: Box<dyn std::any::Any + Send + Sync> },
 }
 
-// SAFETY: a stream handle is a name for something in a context, not in a thread, because `caller` refuses the one name
-// that means another stream in each thread; what an owner keeps is `Send`.
+// SAFETY: a stream handle names an object of a context, not of a thread, because `caller` refuses the one handle that
+// means another stream in each thread. The value that an owner keeps is `Send`.
 unsafe impl Send for Stream {}
-// SAFETY: the driver's calls on a stream are thread-safe; what an owner keeps is `Sync`.
+// SAFETY: the driver's calls on a stream are thread-safe. The value that an owner keeps is `Sync`.
 unsafe impl Sync for Stream {}
 
 impl Stream {
-    /// The device's default stream, which waits for other blocking streams and they for it.
+    /// Returns the device's default stream. It and other blocking streams wait for each other.
     pub(super) fn default_of(device: Arc<Device>) -> Self {
         Stream { device, handle: ptr::null_mut(), owner: Owner::Caller }
     }
 
-    /// A stream of this crate's own, which waits for no other.
+    /// Creates a stream that waits for no other.
     pub(super) fn new(device: Arc<Device>) -> Result<Self> {
         let entered = device.enter()?;
         let mut handle = ptr::null_mut();
@@ -53,13 +53,13 @@ impl Stream {
         Ok(Stream { device, handle, owner: Owner::Crate })
     }
 
-    /// A stream of the caller's.
+    /// Wraps a stream of the caller's.
     ///
     /// # Errors
     /// [`Error::ThreadStream`], [`Error::WrongDevice`] for a stream of another context, [`Error::Driver`].
     ///
     /// # Safety
-    /// It is a stream, and lives as long as this value and what was allocated on it.
+    /// The handle is a stream, and lives as long as this value and the memory that was allocated on it.
     pub(super) unsafe fn caller(device: Arc<Device>, handle: Handle) -> Result<Self> {
         let handle = match handle as usize {
             sys::STREAM_PER_THREAD => return Err(Error::ThreadStream),
@@ -89,14 +89,14 @@ impl Stream {
         self.handle
     }
 
-    /// Waits, on the host, until everything on it has run; its context is current.
+    /// Waits, on the host, until all work of the stream has run. Its context is current.
     pub(super) fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream is live.
         let code = unsafe { (self.device.calls().cuStreamSynchronize)(self.handle) };
         check(self.device.calls(), "cuStreamSynchronize", code)
     }
 
-    /// True if what is put on it now becomes part of a graph and does not run; its context is current.
+    /// True if new work on the stream becomes part of a graph and does not run. Its context is current.
     pub(super) fn is_capturing(&self) -> Result<bool> {
         let mut status = 0;
         // SAFETY: the stream is live; writes one number.
@@ -105,11 +105,11 @@ impl Stream {
         Ok(status != 0)
     }
 
-    /// Lets what is put on this stream from now on run after what the other has been given; their context is current.
+    /// Orders later work of this stream after the earlier work of the other. Their context is current.
     fn wait_for(&self, other: &Stream) -> Result<()> {
         let event = Event::new(&self.device, sys::EVENT_DISABLE_TIMING)?;
         event.record(other)?;
-        // SAFETY: both are live; the driver keeps what it needs of the event.
+        // SAFETY: both are live; the driver keeps the parts of the event that it needs.
         let code = unsafe { (self.device.calls().cuStreamWaitEvent)(self.handle, event.handle, 0) };
         check(self.device.calls(), "cuStreamWaitEvent", code)
     }
@@ -120,13 +120,13 @@ impl Drop for Stream {
         if let Owner::Crate = self.owner
             && let Ok(_entered) = self.device.enter()
         {
-            // SAFETY: made by `new`, used no more. The driver lets what is on it run.
+            // SAFETY: made by `new`, used no more. The driver lets the stream's work finish.
             let _ = unsafe { (self.device.calls().cuStreamDestroy_v2)(self.handle) };
         }
     }
 }
 
-/// The device and the stream that memory belongs to; no stream for memory whose order the caller answers for.
+/// Device and stream that memory belongs to. There is no stream if the caller is responsible for the memory's order.
 #[derive(Clone, Copy)]
 pub(super) struct Home<'a> {
     pub(super) ordinal: u32,
@@ -139,19 +139,19 @@ impl std::fmt::Debug for Home<'_> {
     }
 }
 
-/// The streams that the tensors of one call belong to, other than the call's own.
+/// Streams that the tensors of one call belong to, except the call's own.
 pub(super) struct Order<'a> {
     stream: &'a Stream,
     others: Vec<&'a Stream>,
 }
 
 impl<'a> Order<'a> {
-    /// Of a call on `stream`.
+    /// Returns the order of a call on `stream`, so far without other streams.
     pub(super) fn on(stream: &'a Stream) -> Self {
         Order { stream, others: Vec::new() }
     }
 
-    /// Adds a tensor that lies there.
+    /// Adds a tensor of the given device and stream.
     ///
     /// # Errors
     /// [`Error::WrongDevice`] for another device than the call's.
@@ -168,11 +168,12 @@ impl<'a> Order<'a> {
         Ok(())
     }
 
-    /// Runs `work`, which puts something on the call's stream, in its place between the others; the context is current.
+    /// Runs `work`, which launches on the call's stream, after the other streams' earlier work and before their later
+    /// work. The context is current.
     pub(super) fn run(self, work: impl FnOnce() -> Result<()>) -> Result<()> {
         self.others.iter().try_for_each(|other| self.stream.wait_for(other))?;
         let worked = work();
-        // Also after a failure: some of it may have been put there.
+        // Also after a failure, because some of the work may have been launched.
         let waited = self.others.iter().try_for_each(|other| other.wait_for(self.stream));
         worked.and(waited)
     }
@@ -185,7 +186,7 @@ pub(super) struct Event<'a> {
 }
 
 impl<'a> Event<'a> {
-    /// The device's context is current.
+    /// Creates an event. The device's context is current.
     pub(super) fn new(device: &'a Device, flags: u32) -> Result<Self> {
         let mut handle = ptr::null_mut();
         // SAFETY: writes one handle.
@@ -193,14 +194,15 @@ impl<'a> Event<'a> {
         Ok(Event { device, handle })
     }
 
-    /// Puts it behind what the stream has been given.
+    /// Records the event after the stream's earlier work.
     pub(super) fn record(&self, stream: &Stream) -> Result<()> {
         // SAFETY: both are live and of one context.
         let code = unsafe { (self.device.calls().cuEventRecord)(self.handle, stream.handle) };
         check(self.device.calls(), "cuEventRecord", code)
     }
 
-    /// Waits for this event; the device time since `start` in milliseconds, in steps of about half a microsecond.
+    /// Waits for this event. Returns the device time since `start` in milliseconds, in steps of about half a
+    /// microsecond.
     pub(super) fn milliseconds_since(&self, start: &Event<'_>) -> Result<f32> {
         let (calls, mut milliseconds) = (self.device.calls(), 0.0);
         // SAFETY: both handles are recorded events.
@@ -215,8 +217,8 @@ impl<'a> Event<'a> {
 
 impl Drop for Event<'_> {
     fn drop(&mut self) {
-        // An event is destroyed without a current context: the driver knows the one that it belongs to.
-        // SAFETY: made by `new`, used no more.
+        // An event is destroyed without a current context, because the driver knows its context. SAFETY: made by `new`,
+        // used no more.
         let _ = unsafe { (self.device.calls().cuEventDestroy_v2)(self.handle) };
     }
 }

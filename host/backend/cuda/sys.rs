@@ -1,8 +1,8 @@
-//! The CUDA driver, opened at run time: the calls that the backend makes, and nothing that interprets them.
+//! The CUDA driver, opened at run time: the calls that the backend makes, without interpretation.
 //!
-//! A result is a plain `u32`, because drivers return codes that no list of this crate has: an enum would make each of
-//! them undefined behaviour. Names, types and numbers are those of cuda.h of CUDA 12. The library stays open for the
-//! life of the process, so its functions have addresses that never go stale.
+//! A result is a plain `u32`, because drivers return codes that this crate does not list, and as an enum each of them
+//! would be undefined behaviour. Names, types and numbers are those of cuda.h of CUDA 12. The library stays open for
+//! the life of the process, so the addresses of its functions stay valid.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 pub(super) type Code = u32;
 /// `CUdevice`: an ordinal.
 pub(super) type DeviceHandle = c_int;
-/// `CUcontext`, `CUmodule`, `CUfunction`, `CUstream`, `CUevent`: each the address of something of the driver's.
+/// `CUcontext`, `CUmodule`, `CUfunction`, `CUstream`, `CUevent`: each the address of an object of the driver.
 pub(super) type Handle = *mut c_void;
 /// `CUdeviceptr`.
 pub(super) type DevicePointer = u64;
@@ -70,7 +70,7 @@ const _: () = assert!(size_of::<LaunchConfig>() == 56 && size_of::<LaunchAttribu
 /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`.
 pub(super) const PROGRAMMATIC_STREAM_SERIALIZATION: c_uint = 6;
 
-/// Declares the table of calls: those that every driver has, and those that only newer ones have.
+/// Declares the table of calls: the calls that every driver has, and those that only newer drivers have.
 macro_rules! calls {
     (needed { $($(#[$attribute:meta])* $needed:ident($($parameter:ty),*);)* }
      newer { $($newer:ident($($other:ty),*);)* }) => {
@@ -82,7 +82,7 @@ macro_rules! calls {
         }
 
         impl Calls {
-            /// Looks every function up.
+            /// Looks up every function.
             fn of(library: &libloading::Library) -> std::result::Result<Self, libloading::Error> {
                 // SAFETY: each type is the one that cuda.h gives the function of this name, and `open` never closes the
                 // library, so the addresses stay valid.
@@ -152,13 +152,13 @@ calls! {
     }
 }
 
-/// Where the driver is looked for, by the loader's own rules; the second is its place under WSL.
+/// Paths of the driver, found by the loader's own rules. The second is its place under WSL.
 const LIBRARIES: [&str; 2] = ["libcuda.so.1", "/usr/lib/wsl/lib/libcuda.so.1"];
 
-/// The driver, opened on the first call and initialised.
+/// Returns the driver, which the first call opens and initialises.
 ///
 /// # Errors
-/// [`Error::NoDevice`] where there is no driver, it lacks a call, or it finds no device.
+/// [`Error::NoDevice`] if there is no driver, it lacks a call, or it finds no device.
 pub(super) fn calls() -> Result<&'static Calls> {
     static CALLS: OnceLock<std::result::Result<Calls, String>> = OnceLock::new();
     CALLS.get_or_init(open).as_ref().map_err(|reason| Error::NoDevice { reason: reason.clone() })
@@ -192,7 +192,7 @@ fn open_library() -> std::result::Result<libloading::Library, String> {
 }
 
 impl Calls {
-    /// The driver's name and words for a code, as far as it has any.
+    /// Returns the driver's name and message for a code, as far as it has any.
     pub(super) fn describe(&self, code: Code) -> String {
         let (mut name, mut words) = (std::ptr::null(), std::ptr::null());
         // SAFETY: each call writes the address of a static string, or null or nothing for a code that the driver does
@@ -200,7 +200,8 @@ impl Calls {
         let text = |address: *const c_char| unsafe {
             (!address.is_null()).then(|| CStr::from_ptr(address).to_string_lossy().into_owned())
         };
-        // SAFETY: as said above.
+        // SAFETY: each call writes the address of a static string, or null or nothing for a code that the driver does
+        // not know.
         unsafe {
             let _ = (self.cuGetErrorName)(code, &mut name);
             let _ = (self.cuGetErrorString)(code, &mut words);

@@ -1,6 +1,6 @@
-//! Tensor maps: how the copy engine is told what a tensor looks like (CUDA driver API, cuTensorMapEncodeTiled).
+//! Tensor maps: descriptions of tensors for TMA (CUDA driver API, cuTensorMapEncodeTiled).
 //!
-//! Encoding is arithmetic on the host: it touches neither the device nor its memory, and takes well under a
+//! Encoding is arithmetic on the host. It touches neither the device nor its memory, and takes well under a
 //! microsecond.
 
 use std::ffi::c_void;
@@ -16,7 +16,7 @@ use crate::operands::RawTensor;
 
 const RANK: usize = 4;
 
-/// The driver wants the map on a 64-byte boundary.
+/// A tensor map on a 64-byte boundary, as the driver requires.
 #[repr(C, align(64))]
 struct TensorMapOut(TensorMap);
 
@@ -43,12 +43,12 @@ type EncodeTiled = unsafe extern "C" fn(
     u32,
 ) -> sys::Code;
 
-/// The driver's encoder.
+/// Driver's function that encodes tensor maps.
 #[derive(Clone, Copy)]
 pub(super) struct Encoder(&'static Calls, EncodeTiled);
 
 impl Encoder {
-    /// The driver's call.
+    /// Returns the function of this driver.
     ///
     /// # Errors
     /// [`Error::NoDevice`] for a driver that is older than CUDA 12.0.
@@ -58,7 +58,7 @@ impl Encoder {
         Ok(Encoder(calls, encode))
     }
 
-    /// The map of a tensor that is not empty, for boxes of 64 columns and `rows` rows, in the 128-byte swizzle.
+    /// Returns the map of a tensor that is not empty, for boxes of 64 columns and `rows` rows, in the 128-byte swizzle.
     pub(super) fn encode(self, tensor: &RawTensor, dtype: Dtype, rows: u32) -> Result<TensorMap> {
         let [batch, heads, seqlen, head_dim] = tensor.layout.shape.map(|extent| extent as u64);
         let [batch_stride, head_stride, row_stride] =

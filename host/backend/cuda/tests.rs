@@ -1,4 +1,5 @@
-//! Tensors of another device are refused, whichever operand it is. Without a second device, slices claim to lie on one.
+//! Tests that tensors of another device are refused, for every operand. Without a second device, slices claim to lie on
+//! one.
 
 use half::bf16;
 use kernels_gpu::element::Dtype;
@@ -19,7 +20,7 @@ struct Memory {
     cuda: Cuda,
     elements: DeviceBuffer<bf16>,
     rows: DeviceBuffer<f32>,
-    /// The operand that claims to lie elsewhere.
+    /// Operand that claims to lie elsewhere.
     elsewhere: Operand,
 }
 
@@ -55,7 +56,7 @@ impl Memory {
         Pair { q: self.read(Operand::Q2), k: self.read(Operand::K2) }
     }
 
-    /// The error of the pass that takes the operand.
+    /// Returns the error of the pass that takes the operand.
     fn refused(&self) -> Option<Error> {
         let sm_count = self.cuda.sm_count();
         let piecewise = Piecewise::new(Attention::new(PROBLEM), 5);

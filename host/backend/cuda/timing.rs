@@ -1,4 +1,4 @@
-//! Device time: what lies between two events of the backend's stream, where the safe calls run.
+//! Device time: the interval between two events of the backend's stream, where the safe calls run.
 
 use std::time::Duration;
 
@@ -7,10 +7,10 @@ use super::stream::{Event, Stream};
 use crate::error::Result;
 
 impl Cuda {
-    /// The device time of what `work` launches through this backend; waits until that has run.
+    /// Returns the device time of the launches of `work` through this backend. Waits until they have run.
     ///
     /// # Errors
-    /// Those of `work`; [`Error::Driver`](crate::Error::Driver).
+    /// Errors of `work`; [`Error::Driver`](crate::Error::Driver).
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
         let _entered = self.device().enter()?;
         let interval = Interval::new(self)?;
@@ -18,11 +18,11 @@ impl Cuda {
         interval.elapsed()
     }
 
-    /// The device time of each of `runs` calls of `work`, before each of which `before` is called and not timed. What
-    /// they launch follows one another without a wait on the host; waits at the end until all has run.
+    /// Returns the device time of each of `runs` calls of `work`. Before each, `before` is called and not timed. Their
+    /// launches follow one another without a wait on the host; at the end it waits until all have run.
     ///
     /// # Errors
-    /// Those of `before` and `work`; [`Error::Driver`](crate::Error::Driver).
+    /// Errors of `before` and `work`; [`Error::Driver`](crate::Error::Driver).
     pub fn time_each(
         &self,
         runs: usize,
@@ -30,7 +30,7 @@ impl Cuda {
         mut work: impl FnMut() -> Result<()>,
     ) -> Result<Vec<Duration>> {
         let _entered = self.device().enter()?;
-        // All of them beforehand, so that the host is never behind the device.
+        // All events are made beforehand, so that the host is never behind the device.
         let intervals = (0..runs).map(|_| Interval::new(self)).collect::<Result<Vec<_>>>()?;
         for interval in &intervals {
             before()?;
@@ -43,7 +43,7 @@ impl Cuda {
 /// Flags of an event that notes the time: none.
 const TIMED: u32 = 0;
 
-/// Two events, with what is timed between them.
+/// Two events around the timed work.
 struct Interval<'a> {
     stream: &'a Stream,
     start: Event<'a>,
@@ -51,7 +51,7 @@ struct Interval<'a> {
 }
 
 impl<'a> Interval<'a> {
-    /// On the backend's stream, whose context is current.
+    /// Creates the events on the backend's stream, whose context is current.
     fn new(cuda: &'a Cuda) -> Result<Self> {
         let event = || Event::new(cuda.device(), TIMED);
         Ok(Interval { stream: &cuda.stream, start: event()?, stop: event()? })
@@ -63,7 +63,7 @@ impl<'a> Interval<'a> {
         self.stop.record(self.stream)
     }
 
-    /// Waits until the device has come to its end.
+    /// Waits until the device has reached the second event.
     fn elapsed(&self) -> Result<Duration> {
         let milliseconds = self.stop.milliseconds_since(&self.start)?;
         Ok(Duration::from_secs_f64(f64::from(milliseconds) / 1e3))

@@ -1,4 +1,4 @@
-//! Total attention on the GPU: one launch, or zeros where there is no query.
+//! Total attention on the GPU: one launch, or zeros if there is no query.
 
 use std::time::Duration;
 
@@ -12,8 +12,8 @@ use crate::plan::TotalPlan;
 use crate::tensor::Tensor;
 
 impl Cuda {
-    /// Loads the kernel of a plan of total attention, so that its first launch need not. Returns how long loading took
-    /// when it happened.
+    /// Loads the kernel of a plan of total attention before its first launch. Returns the time that loading took when
+    /// it happened.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver).
@@ -26,12 +26,12 @@ impl Cuda {
     /// [`Cuda::load_total_attention`]) it neither allocates nor waits, and may be captured into a graph.
     ///
     /// # Errors
-    /// Those of [`RawTotalAttention::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
+    /// Errors of [`RawTotalAttention::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
     ///
     /// # Safety
-    /// Until the launch has run, the addresses are valid on this device for all that their layouts span, of elements of
-    /// the plan's dtype, f32 for the LSE and the result; inputs are not written, and the result not accessed, by
-    /// anything else. `stream` is a stream of this device's primary context, or null.
+    /// Until the launch has run, the addresses are valid on this device for the whole span of their layouts: elements
+    /// of the plan's dtype, and f32 for the LSE and the result. Nothing else writes the inputs or accesses the result.
+    /// `stream` is a stream of this device's primary context, or null.
     pub unsafe fn total_attention_raw(
         &self,
         plan: &TotalPlan,
@@ -44,7 +44,7 @@ impl Cuda {
         unsafe { self.launch_total(plan, args, stream) }
     }
 
-    /// Checks the inputs by themselves.
+    /// Checks each input alone.
     pub(super) fn check_inputs_of_total<E: Element>(
         &self,
         plan: &TotalPlan,
@@ -72,13 +72,12 @@ impl Cuda {
         let (tensors, lines) = ([tensor(q), tensor(k)], [memory(lse), result]);
         let args = RawTotalAttention::lower(plan, E::DTYPE, AddressSpace::Device, tensors, lines)?;
         let _entered = self.device().enter()?;
-        // SAFETY: the arguments were validated against the plan; the slices stand for valid memory of this device,
-        // borrowed as the kernel uses it. What is done with that memory later comes after the launch in its stream, by
-        // `Order`.
+        // SAFETY: the arguments were validated against the plan. The slices stand for valid memory of this device,
+        // borrowed as the kernel uses it. Later uses of that memory come after the launch in its stream, by `Order`.
         order.run(|| unsafe { self.launch_total(plan, &args, self.stream()) })
     }
 
-    /// Where the inputs lie.
+    /// Returns the streams that the inputs belong to.
     fn order_of_total<'a, E: Element>(
         &'a self,
         q: &Tensor<DeviceSlice<'a, E>>,
@@ -92,10 +91,10 @@ impl Cuda {
         Ok(order)
     }
 
-    /// Launches a plan of total attention; the device's context is current.
+    /// Launches a plan of total attention. The device's context is current.
     ///
     /// # Safety
-    /// As [`Cuda::total_attention_raw`], with arguments that were validated for `plan`.
+    /// The requirements of [`Cuda::total_attention_raw`], with arguments that were validated for `plan`.
     unsafe fn launch_total(&self, plan: &TotalPlan, args: &RawTotalAttention, stream: RawStream) -> Result<()> {
         let len = plan.problem().total_len();
         if len == 0 {
@@ -120,7 +119,7 @@ fn tensor<E>(tensor: &Tensor<DeviceSlice<'_, E>>) -> Tensor<Memory> {
     Tensor { data: memory(&tensor.data), layout: tensor.layout }
 }
 
-/// A slice's address and length.
+/// Returns a slice's address and length.
 fn memory<T>(slice: &DeviceSlice<'_, T>) -> Memory {
     Memory { address: slice.address, len: Some(slice.len) }
 }

@@ -1,4 +1,4 @@
-//! Every rule for the tensors of a backward pass, broken once.
+//! Every rule for the tensors of a backward pass, violated once.
 
 use super::*;
 use crate::dropout::Dropout;
@@ -19,7 +19,7 @@ fn tensor(address: u64, shape: [usize; 4]) -> RawTensor {
     RawTensor { address, layout: Layout::bhsd(shape) }
 }
 
-/// Contiguous tensors, far from each other.
+/// Returns contiguous tensors, far from each other.
 fn args() -> RawBackward {
     let (q, kv) = (PROBLEM.q_shape(), PROBLEM.kv_shape());
     RawBackward {
@@ -46,7 +46,7 @@ fn message(change: impl FnOnce(&mut RawBackward)) -> String {
     args.validate(&plan(&PROBLEM)).unwrap_err().to_string()
 }
 
-/// Every tensor of 16-bit elements.
+/// Returns every tensor of 16-bit elements.
 fn tensors(args: &mut RawBackward) -> [(&'static str, &mut RawTensor); 8] {
     let RawBackward { q, k, v, o, d_o, dq, dk, dv, .. } = args;
     [("q", q), ("k", k), ("v", v), ("o", o), ("d_o", d_o), ("dq", dq), ("dk", dk), ("dv", dv)]
@@ -110,7 +110,7 @@ fn outputs_have_memory_of_their_own() {
             let names = [output, other].map(|i| tensors(&mut args)[i].0);
             tensors(&mut args)[output].1.address = address + 16;
             let found = args.validate(&plan(&PROBLEM)).unwrap_err().to_string();
-            // Of two outputs, the later one is at fault.
+            // The error names the later one of two outputs.
             let [output, other] = if other > output && other >= 5 { [names[1], names[0]] } else { names };
             assert_eq!(found, format!("{output} overlaps {other}; {rule}"));
         }
@@ -141,7 +141,7 @@ fn the_workspace_has_memory_of_its_own() {
 
 #[test]
 fn gradients_may_be_parts_of_one_tensor_and_inputs_shared() {
-    // (batch, seqlen, q and k and v, heads, head_dim)
+    // The dimensions are (batch, seqlen, q and k and v, heads, head_dim).
     let problem = Problem { heads_kv: 4, seqlen_k: 10, ..PROBLEM };
     let layout = Layout::strided(problem.q_shape(), [10 * 192, 16, 192]);
     let part = |i: u64| RawTensor { address: 0x80000 + 128 * i, layout };

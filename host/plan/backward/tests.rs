@@ -65,7 +65,7 @@ fn nothing_to_do_is_nothing_to_launch() {
         assert_eq!((plan.prepare_grid(), plan.grid(), plan.finish_grid()), (0, 0, 0));
         assert_eq!(plan.workspace_bytes(), 0);
     }
-    // Without keys dQ is 0, without queries dK and dV are: there are zeros to write.
+    // Without keys, dQ is 0; without queries, dK and dV are. Either way there are zeros to write.
     let no_keys = plan(Problem { seqlen_k: 0, ..PROBLEM }, Determinism::Fast).unwrap();
     assert_eq!((no_keys.prepare_grid(), no_keys.grid(), no_keys.finish_grid()), (12 * 1024 / 128, 0, 12 * 16));
     let no_queries = plan(Problem { seqlen_q: 0, ..PROBLEM }, Determinism::Fast).unwrap();
@@ -101,14 +101,14 @@ fn shares_what_the_last_round_leaves() {
     }
 }
 
-/// Ten times the queries are at most ten times the bytes, whatever the keys.
+/// Ten times the queries need at most ten times the bytes, for any number of keys.
 #[test]
 fn the_workspace_is_linear() {
     let bytes = |seqlen_q, seqlen_k, determinism| {
         plan(Problem { seqlen_q, seqlen_k, ..PROBLEM }, determinism).unwrap().workspace_bytes()
     };
     for determinism in [Determinism::Fast, Determinism::Exact] {
-        // Parts of work tiles come on top, of which there are at most as many as CTAs.
+        // Parts of work tiles come in addition; there are at most as many as CTAs.
         let parts = 132 * 2 * 128 * 64 * 4;
         assert!(bytes(1 << 20, 1 << 20, determinism).abs_diff(bytes(1 << 20, 1, determinism)) <= parts);
         assert!(bytes(10 << 20, 1, determinism) <= 10 * bytes(1 << 20, 1, determinism));
