@@ -1,7 +1,7 @@
 //! NVIDIA Hopper, sm_90a: a fragment is one thread's registers, a product is `wgmma`, a load is TMA
 //! (`cp.async.bulk.tensor`).
 //!
-//! This is the only place with `asm!`. Each file wraps one hardware facility in functions as small as the instruction
+//! `asm!` is here and in `arch/bytes.rs` alone. Each file wraps one hardware facility in functions as small as the instruction
 //! allows. [`consumer`] and [`producer`] build the two roles of a CTA from them, and [`cta`] assigns the roles to
 //! warpgroups (warp specialization).
 //!
