@@ -1,9 +1,9 @@
 //! NVIDIA Hopper, sm_90a: a fragment is one thread's registers, a product is `wgmma`, a load is TMA
 //! (`cp.async.bulk.tensor`).
 //!
-//! `asm!` is here and in `arch/bytes.rs` alone. Each file wraps one hardware facility in functions as small as the instruction
-//! allows. [`consumer`] and [`producer`] build the two roles of a CTA from them, and [`cta`] assigns the roles to
-//! warpgroups (warp specialization).
+//! `asm!` is here and in `arch/bytes.rs` alone. Each file wraps one hardware facility in functions as small as the
+//! instruction allows. [`consumer`] and [`producer`] build the two roles of a CTA from them, and [`cta`] assigns the
+//! roles to warpgroups (warp specialization).
 //!
 //! SAFETY comments cite these invariants:
 //!
