@@ -167,7 +167,7 @@ pub(super) fn calls() -> Result<&'static Calls> {
 fn open() -> std::result::Result<Calls, String> {
     let library = open_library()?;
     let calls = Calls::of(&library).map_err(|error| {
-        format!("NVIDIA's driver is too old, CUDA 12.0 or newer is needed ({error}): install a newer driver")
+        format!("NVIDIA's driver is too old, CUDA 12.0 or newer is needed ({}): install a newer driver", words(&error))
     })?;
     // The functions are used until the process ends.
     std::mem::forget(library);
@@ -178,13 +178,18 @@ fn open() -> std::result::Result<Calls, String> {
     }
 }
 
+/// The loader's own words, which libloading keeps as the source of its error.
+fn words(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 fn open_library() -> std::result::Result<libloading::Library, String> {
     let mut reasons = Vec::new();
     for name in LIBRARIES {
         // SAFETY: NVIDIA's driver may be loaded at any time; its initialisers set up nothing but itself.
         match unsafe { libloading::Library::new(name) } {
             Ok(library) => return Ok(library),
-            Err(error) => reasons.push(error.to_string()),
+            Err(error) => reasons.push(words(&error)),
         }
     }
     let reason = reasons.swap_remove(0);
