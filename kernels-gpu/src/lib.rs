@@ -16,6 +16,7 @@ pub mod kernels;
 pub mod params;
 pub mod pipeline;
 pub mod tile;
+pub mod tuning;
 pub mod variants;
 
 #[cfg(all(feature = "cpu", not(target_arch = "nvptx64")))]

@@ -9,14 +9,7 @@ use super::dropout::Drops;
 use super::pairs::Pairs;
 use super::scheduler::TileOrder;
 use crate::ground::places::WorkTile;
-
-/// Number of waves from the work tile that initialises dQ to those that accumulate. The initialising tile takes as long
-/// as two waves if a mask masks out half of the queries, and CTAs are not all equally far. More waves would leave less
-/// of dQ in L2 (notebook 73, 74).
-const ROUNDS: u32 = 3;
-/// Maximum number of blocks of keys per head. With more, zeroing is so small a part of the work that what is lost from
-/// L2 outweighs it (notebook 73).
-const MOST_BLOCKS: u32 = 16;
+use crate::tuning;
 
 /// Key heads, of all batch items, whose dQ is initialised by a work tile. The host makes it; it travels with the launch
 /// parameters.
@@ -37,10 +30,15 @@ impl FirstTiles {
 
     /// Selects the heads for `heads` key heads of `key_blocks` work tiles each, in sections of `section` heads, on
     /// `ctas` CTAs. Every query must attend to the first keys.
+    ///
+    /// Example: D 128, no mask, S 1024, batch 32, 16 heads, 132 CTAs. The 512 heads have 8 work tiles each and sections
+    /// of 1 head, so three waves of 132 tiles are 49.5 heads: the first 50 are zeroed, and work tiles initialise the
+    /// other 462. At S 4096 a head has 32 blocks of keys, which are too many, and all heads are zeroed.
     pub fn new(heads: u32, key_blocks: u32, section: u32, ctas: u32) -> Self {
         // The work tiles that initialise dQ may be the last ones of a section.
-        let zeroed = ROUNDS.saturating_mul(ctas).div_ceil(key_blocks.max(1)).saturating_add(section.saturating_sub(1));
-        match key_blocks <= MOST_BLOCKS && zeroed <= heads / 2 {
+        let waves = tuning::DQ_INIT_WAVES.saturating_mul(ctas);
+        let zeroed = waves.div_ceil(key_blocks.max(1)).saturating_add(section.saturating_sub(1));
+        match key_blocks <= tuning::DQ_INIT_MAX_KEY_BLOCKS && zeroed <= heads / 2 {
             true => FirstTiles { zeroed, heads },
             false => Self::none(heads),
         }
@@ -49,7 +47,7 @@ impl FirstTiles {
     /// True if kernels for such pairs and dropout support this initialisation. At head dim 64 it gains nothing
     /// (notebook 73).
     pub const fn is_for<P: Pairs, R: Drops>(head_dim: u32) -> bool {
-        P::COUNT == 1 && !R::DROPS && head_dim >= 128
+        P::COUNT == 1 && !R::DROPS && head_dim >= tuning::DQ_INIT_MIN_HEAD_DIM
     }
 
     /// Returns the `index`-th work tile.
@@ -96,7 +94,10 @@ mod tests {
                         stored[head as usize] = Some(index);
                     } else if head >= first.zeroed {
                         let ahead = stored[head as usize].map(|first| index - first);
-                        assert!(ahead >= Some((ROUNDS - 1) * ctas), "{shape:?}: {tile:?} {ahead:?} behind");
+                        assert!(
+                            ahead >= Some((tuning::DQ_INIT_WAVES - 1) * ctas),
+                            "{shape:?}: {tile:?} {ahead:?} behind"
+                        );
                     }
                     seen.push((head, tile.m_block));
                 }

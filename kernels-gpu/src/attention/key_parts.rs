@@ -11,9 +11,7 @@ use super::pairs::Pairs;
 use super::scheduler::{CtaTiles, TileOrder};
 use crate::ground::divisor::Divisor;
 use crate::ground::places::WorkTile;
-
-/// Maximum number of parts of a work tile. With more, summing them takes longer than what they save.
-const MOST_PARTS: u32 = 8;
+use crate::tuning;
 
 /// Part of a work tile, by the number of its workspace slot, or the unsplit tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +88,10 @@ impl Sharing {
     }
 
     /// Splits the tail of `tiles` work tiles that are alike. The parameters are those of [`Sharing::none`].
+    ///
+    /// Example: D 128, S 4096, batch 8, 16 heads, 132 CTAs have 4096 tiles of 64 query blocks. 31 waves leave 4 tiles.
+    /// 132 CTAs would suffice for 33 parts each; they are split into 8 of 8 query blocks, for 32 CTAs. A launch of 64
+    /// tiles is all tail: 2 parts each, for 128 CTAs.
     pub fn new(tiles: u32, ctas: u32, heads: u32, m_blocks: u32) -> Self {
         let left = tiles % ctas.max(1);
         let whole = Self::none(tiles, ctas, heads, m_blocks);
@@ -98,7 +100,7 @@ impl Sharing {
             return whole;
         }
         // All parts but the last have equally many query blocks; their number is the smallest that suffices.
-        let blocks = all.div_ceil((ctas / left).min(MOST_PARTS).min(all));
+        let blocks = all.div_ceil((ctas / left).min(tuning::MAX_TILE_PARTS).min(all));
         match all.div_ceil(blocks) {
             1 => whole,
             parts => Sharing {

@@ -14,6 +14,7 @@ use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::places::WorkTile;
 use crate::ground::shape::Shape;
+use crate::tuning;
 
 /// Query blocks that a block of keys visits through one pair. Of `start..end`, those in `full_start..full_end` are
 /// full, the others masked.
@@ -72,8 +73,14 @@ pub const MAX_QUERY_BLOCKS: u32 = (1 << 30) - 1;
 
 /// Number of query blocks that share one counter of the dQ semaphore in an exact pass. Blocks of keys of one head
 /// follow each other at that distance. Fewer counters cost less waiting and signalling (notebook 38, 82).
+///
+/// Example: at D 128 and S 4096 a head has 64 query blocks of 64 rows, which share 16 counters of four blocks each.
 pub const fn turn_blocks(head_dim: u32) -> u32 {
-    if head_dim <= 128 { 4 } else { 2 }
+    if head_dim <= tuning::EXACT_LARGE_ABOVE_HEAD_DIM {
+        tuning::DQ_SEMAPHORE_BLOCKS
+    } else {
+        tuning::DQ_SEMAPHORE_BLOCKS_LARGE
+    }
 }
 
 /// Returns the block of keys of a work tile. The work tile that comes first in the order has the first block of keys,

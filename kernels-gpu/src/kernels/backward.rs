@@ -54,6 +54,7 @@ use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::tensor::Strided;
 use crate::params::{BackwardParams, BackwardSecond, Second};
+use crate::tuning;
 
 /// dK and dV of a block of keys so far, and P, dS and the slot of the last query block, whose products dK and dV still
 /// lack.
@@ -77,13 +78,13 @@ pub(super) struct Step<'a, T, S: Second<T>, M, R> {
 /// True if a consumer passes on the ping-pong barrier before it issues dP instead of after it. That pays if
 /// exponentials take as long as products (notebook 44).
 const fn passes_early(head_dim: u32) -> bool {
-    head_dim <= 64
+    head_dim <= tuning::PING_PONG_BEFORE_DP_MAX_HEAD_DIM
 }
 
 /// True if S of the next block is issued before dV and dK are waited for, so that products follow each other without a
 /// pause (notebook 59). dP must still wait for them: it has room only in the registers of P and dS.
 const fn queues_scores(head_dim: u32) -> bool {
-    head_dim == 128
+    head_dim == tuning::QUEUED_SCORES_HEAD_DIM
 }
 
 impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {

@@ -51,6 +51,7 @@ use crate::attention::pairs::Pairs;
 use crate::attention::softmax::Softmax;
 use crate::ground::places::WorkTile;
 use crate::params::{ForwardParams, Second};
+use crate::tuning;
 
 /// State that is carried from block to block: O, P of the last block, and m and l.
 struct Mainloop<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> {
@@ -96,7 +97,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
     /// check saves multiplications but keeps ptxas from interleaving the instructions around it. It pays above head dim
     /// 128 (notebook 20); with dropout `step` wants the fence itself (notebook 124).
     const fn looks_first() -> bool {
-        D8 > 16 || R::DROPS
+        D8 as u32 * 8 > tuning::RESCALE_CHECK_ABOVE_HEAD_DIM || R::DROPS
     }
 
     /// True if row maxima are taken on floats and not on integers: if a mask may mask many scores out, or with dropout,

@@ -8,6 +8,7 @@
 
 use super::smem::{BARRIER_BYTES, tile_bytes};
 use crate::tile::lane::WARPGROUP_ROWS;
+use crate::tuning;
 
 /// Offsets in the shared memory of a CTA that computes total attention.
 #[derive(Clone, Copy, Debug)]
@@ -27,11 +28,11 @@ impl TotalSmem {
     /// Returns true if the consumers are so many that one fragment of scores each suffices: the exponentials of one
     /// overlap the products of the others. With fewer, each must overlap its exponentials with its own products.
     pub const fn many_consumers(&self) -> bool {
-        self.consumers >= 4
+        self.consumers >= tuning::ONE_FRAGMENT_CONSUMERS
     }
     /// Returns true if a consumer has enough registers to keep its keys in them.
     pub const fn keys_in_registers(&self) -> bool {
-        self.many_consumers() && self.head_dim <= 64
+        self.many_consumers() && self.head_dim <= tuning::KEYS_IN_REGISTERS_MAX_HEAD_DIM
     }
     /// Returns the number of parts that a work tile can be split into. With few consumers it is 1, because a part
     /// leaves consumers without keys and only many of them can do without some.
@@ -42,8 +43,12 @@ impl TotalSmem {
     /// Returns true if the exponential of a block's query `column` is a polynomial instead of the SFU's. That is one
     /// query in sixteen, at head dims where exponentials are the limit. With more of them, other units cost more than
     /// the SFU saves.
+    ///
+    /// Example: at D 64 a block has 128 queries, and the polynomials are those of queries 113, 115, …, 127.
     pub const fn by_polynomial(&self, column: u32) -> bool {
-        self.head_dim <= 64 && column % 2 == 1 && column + 16 >= self.block_m
+        self.head_dim <= tuning::POLYNOMIAL_MAX_HEAD_DIM
+            && column % 2 == 1
+            && column + tuning::POLYNOMIAL_QUERIES >= self.block_m
     }
 
     /// Returns the number of keys of a work tile: 64 for each consumer.

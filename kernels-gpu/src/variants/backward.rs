@@ -13,6 +13,7 @@ use crate::params::ROW_PADDING;
 use crate::tile::lane::WARPGROUP_THREADS;
 use crate::tile::smem::BackwardSmem;
 use crate::tile::smem::Split;
+use crate::tuning;
 
 /// Compiled backward kernel, with two consumer warpgroups and one producer warpgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,15 +85,26 @@ impl BackwardVariant {
     /// order, each some steps of the dQ semaphore behind the one before. With more heads in a section, fewer key blocks
     /// of one head run at once, and their wait at the start of a launch is short compared with a work tile. With fewer
     /// heads, more of Q, dO and dQ stays in L2.
+    ///
+    /// Example: D 128, S 4096, batch 8, 16 heads, 132 CTAs. A head has 64 steps, and a key block is five steps behind
+    /// the one before: the four query blocks of a semaphore counter, and one more. Without a mask, sections
+    /// have 132 · 5 / 64 heads, rounded up: 11. Under a causal mask, they have 132 · 5 / 32 or 21 heads; the nearest
+    /// whole fraction of the CTAs is a sixth, 22.
     pub fn exact_order(&self, shape: &Shape, ctas: u32) -> TileOrder {
         let steps = shape.seqlen_q.div_ceil(self.block_m);
         // Under a causal mask a key block has half of the steps on average, and neighbouring key blocks differ in their
         // number. With grouped queries, the steps of one query head count there, by measurement. Heads of the largest
         // head dim are so large that fewer of them stay in L2.
-        let large = self.head_dim > 128;
-        let (steps, fewest) = match self.mask {
-            MaskKind::None => ((steps * shape.group()).max(1), if large { 2 } else { 1 }),
-            MaskKind::Causal => ((steps / 2).max(8), if large { 4 } else { 16 }),
+        let large = self.head_dim > tuning::EXACT_LARGE_ABOVE_HEAD_DIM;
+        let steps = match self.mask {
+            MaskKind::None => (steps * shape.group()).max(1),
+            MaskKind::Causal => (steps / 2).max(tuning::EXACT_MIN_STEPS_CAUSAL),
+        };
+        let fewest = match (self.mask, large) {
+            (MaskKind::None, false) => tuning::EXACT_MIN_SECTION,
+            (MaskKind::None, true) => tuning::EXACT_MIN_SECTION_LARGE,
+            (MaskKind::Causal, false) => tuning::EXACT_MIN_SECTION_CAUSAL,
+            (MaskKind::Causal, true) => tuning::EXACT_MIN_SECTION_CAUSAL_LARGE,
         };
         let turn = ctas * turn_blocks(self.head_dim);
         let section = if large { (turn + steps / 2) / steps } else { (turn + ctas).div_ceil(steps) }.max(fewest);

@@ -21,6 +21,7 @@ use crate::ground::tensor::Strided;
 use crate::tile::lane::WARPGROUP_THREADS;
 use crate::tile::smem::Split;
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
+use crate::tuning;
 
 /// Consumer's end of the backward pipeline.
 pub struct BackwardPipe<'a> {
@@ -64,7 +65,11 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     /// rematerialised at each use. At other head dims it is kept, because reading it again takes time.
     #[inline(always)]
     fn short_lived_index(&self) -> u32 {
-        if self.pipe.smem.head_dim <= 64 { cta::consumer_of_thread() } else { self.index() }
+        if self.pipe.smem.head_dim <= tuning::REREAD_INDEX_MAX_HEAD_DIM {
+            cta::consumer_of_thread()
+        } else {
+            self.index()
+        }
     }
 
     /// Issues x·Bᵀ of a tile x of keys, at byte offset `keys`, and a tile B of query rows, at `queries`: Sᵀ or dPᵀ.

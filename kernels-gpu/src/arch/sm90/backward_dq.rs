@@ -29,6 +29,7 @@ use crate::ground::tensor::TensorMap;
 use crate::params::{BackwardParams, Second, Workspace};
 use crate::tile::lane::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
+use crate::tuning;
 
 /// Consumer's end of the ring of dSᵀ: computes dS·K and accumulates dQ, 8·N8 columns at a time. The columns are few
 /// because the two consumer warpgroups need the registers.
@@ -212,10 +213,10 @@ impl<const N8: usize> Dq<'_, N8> {
 #[inline(always)]
 fn loads_at<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
     match (smem.head_dim, S::Pairs::COUNT) {
-        (64, 1) => 1,
-        (128, 1) => 2,
-        (128, 2) => 3,
-        (256, 1) => 2,
+        (64, 1) => tuning::LOADS_AT_DQ_TILE_D64,
+        (128, 1) => tuning::LOADS_AT_DQ_TILE_D128,
+        (128, 2) => tuning::LOADS_AT_DQ_TILE_D128_TWO_PAIRS,
+        (256, 1) => tuning::LOADS_AT_DQ_TILE_D256,
         _ => 0,
     }
 }
