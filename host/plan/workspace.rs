@@ -14,7 +14,7 @@ const MAX_ROWS: u128 = 1 << 31;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct WorkspaceLayout {
     /// `neg_lse_log2` (−LSE·log₂e), f32 (batch, heads_q, rows).
-    pub(crate) offsets: usize,
+    pub(crate) neg_lse_log2: usize,
     /// δ, f32 (batch, heads_q, rows).
     pub(crate) delta: usize,
     /// dQ, f32 (pairs, batch, heads_q, rows, compiled head dim).
@@ -55,7 +55,7 @@ impl WorkspaceLayout {
             end = (start + bytes).next_multiple_of(WORKSPACE_ALIGNMENT as u128);
             start as usize
         };
-        let offsets = region(row_bytes);
+        let neg_lse_log2 = region(row_bytes);
         let delta = region(row_bytes);
         let dq = region(pairs * row_bytes * variant.head_dim as u128);
         let key_heads = shape.batch as u128 * shape.heads_kv as u128;
@@ -64,7 +64,7 @@ impl WorkspaceLayout {
         let parts = region(slots as u128 * variant.part_bytes() as u128);
         at_most("workspace_bytes", end, isize::MAX as u128)?;
         Ok(WorkspaceLayout {
-            offsets,
+            neg_lse_log2,
             delta,
             dq,
             tiles,
@@ -82,7 +82,7 @@ impl WorkspaceLayout {
         // Wraps if an empty region begins at the end of the address space.
         let at = |offset: usize| address.wrapping_add(offset as u64);
         Workspace {
-            offsets: at(self.offsets),
+            neg_lse_log2: at(self.neg_lse_log2),
             delta: at(self.delta),
             dq: at(self.dq),
             tiles: at(self.tiles),
@@ -116,7 +116,7 @@ mod tests {
     fn regions_follow_one_another() {
         let (fast, exact) = (layout(&SHAPE, false).unwrap(), layout(&SHAPE, true).unwrap());
         let rows = 12 * 1024;
-        assert_eq!((fast.offsets, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
+        assert_eq!((fast.neg_lse_log2, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
         // Head dim 72 runs in 128. There are two key heads in each of two batch items.
         assert_eq!((fast.tiles, fast.rows), (8 * rows + 4 * 128 * rows, 1024));
         assert_eq!((fast.turns, fast.turns_len, fast.parts), (None, 0, fast.first_values + 256));
@@ -131,7 +131,7 @@ mod tests {
         let at = |offset: usize| base + offset as u64;
         let [delta, dq, tiles, first_values, parts] =
             [fast.delta, fast.dq, fast.tiles, fast.first_values, fast.parts].map(at);
-        let expected = Workspace { offsets: base, delta, dq, turns: 0, tiles, first_values, parts, rows: 1024 };
+        let expected = Workspace { neg_lse_log2: base, delta, dq, turns: 0, tiles, first_values, parts, rows: 1024 };
         assert_eq!(fast.at(base), expected);
         assert_eq!(exact.at(base), Workspace { turns: parts, parts: at(exact.parts), ..expected });
     }
@@ -168,7 +168,7 @@ mod tests {
             let rows = (batch * heads * found.rows) as usize;
             let turns = found.turns.unwrap_or(found.parts);
             for (start, bytes, end) in [
-                (found.offsets, 4 * rows, found.delta),
+                (found.neg_lse_log2, 4 * rows, found.delta),
                 (found.delta, 4 * rows, found.dq),
                 (found.dq, 4 * rows * variant.head_dim as usize, found.tiles),
                 (found.tiles, 4 * (batch * heads_kv) as usize, found.first_values),

@@ -14,7 +14,7 @@ use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
 use crate::arch::sm90::store::write_tile;
-use crate::arch::sm90::total_offsets::produce_offsets;
+use crate::arch::sm90::total_neg_lse_log2::produce_neg_lse_log2;
 use crate::arch::sm90::total_producer;
 use crate::attention::dropout::NoDropout;
 use crate::attention::dropping::Dropping;
@@ -345,7 +345,7 @@ fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
             cta::set_registers(role, smem.consumers);
             match cta::warp_of_warpgroup() {
                 0 => total_producer::produce::<M>(p, parameters, smem, tiles),
-                1 => produce_offsets::<M>(p, smem, tiles),
+                1 => produce_neg_lse_log2::<M>(p, smem, tiles),
                 _ => {}
             }
         }

@@ -180,7 +180,7 @@ pub struct BackwardParams<T, S = ()> {
 pub struct Workspace {
     /// Address of f32 (batch, heads_q, rows): `neg_lse_log2` = −LSE·log₂e; −∞ for rows without a key and for rows of
     /// padding.
-    pub offsets: u64,
+    pub neg_lse_log2: u64,
     /// Address of f32 (batch, heads_q, rows): δ = rowsum(dO∘O) − dLSE, with dLSE the gradient of the LSE.
     pub delta: u64,
     /// Address of f32 (pairs, batch, heads_q, rows, compiled head_dim): dQ, unscaled. Within a query block the layout
@@ -202,7 +202,7 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Returns the index of a query row in `offsets` and `delta`.
+    /// Returns the index of a query row in `neg_lse_log2` and `delta`.
     #[inline(always)]
     pub fn row(&self, shape: &Shape, batch: u32, head: u32, row: u32) -> u64 {
         (batch * shape.heads_q + head) as u64 * self.rows as u64 + row as u64

@@ -179,7 +179,7 @@ pub trait BackwardWarpgroup: Warpgroup {
     fn release(&mut self, slot: Self::Slot);
 
     /// Returns `neg_lse_log2` = −LSE·log₂e of each query of the block.
-    fn offsets<const M8: usize>(&self, slot: Self::Slot) -> Self::Columns<M8>;
+    fn neg_lse_log2<const M8: usize>(&self, slot: Self::Slot) -> Self::Columns<M8>;
     /// Returns δ of each query of the block.
     fn delta<const M8: usize>(&self, slot: Self::Slot) -> Self::Columns<M8>;
     /// Reads the values of all columns into registers now, ahead of a wait, instead of a few at a time at their use.

@@ -23,7 +23,7 @@ type Raised<W> = (<W as Warpgroup>::Rows, <W as Warpgroup>::Rows);
 
 /// Returns `max_scaled` = m·c, or 0 for a row without a valid key.
 #[inline(always)]
-fn exponent_offset(m: f32, c: f32) -> f32 {
+fn max_scaled(m: f32, c: f32) -> f32 {
     if m == f32::NEG_INFINITY { 0.0 } else { m * c }
 }
 
@@ -47,18 +47,18 @@ impl<W: Warpgroup> Softmax<W> {
     pub fn raise<const N8: usize>(&mut self, wg: &W, s: &W::Acc<N8>, floats: bool) -> Raised<W> {
         let c = self.c;
         let m = wg.maxima(s, self.m, floats);
-        let offset = wg.zip(m, m, |m, _| exponent_offset(m, c));
+        let max_scaled = wg.zip(m, m, |m, _| max_scaled(m, c));
         // Uses `max_scaled` as rounded on both sides, so that α is exactly 1 while the maximum stays.
-        let correction = wg.zip(self.m, offset, |old, offset| W::exp2(old * c - offset));
+        let correction = wg.zip(self.m, max_scaled, |old, max_scaled| W::exp2(old * c - max_scaled));
         self.m = m;
-        (offset, correction)
+        (max_scaled, correction)
     }
 
-    /// Second half of [`Softmax::step`]: turns S into P, and updates l. `offset` is `max_scaled`, `correction` is α.
+    /// Second half of [`Softmax::step`]: turns S into P, and updates l. `correction` is α.
     #[inline(always)]
-    pub fn exponents<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, (offset, correction): Raised<W>) {
+    pub fn exponents<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, (max_scaled, correction): Raised<W>) {
         let c = self.c;
-        wg.map_rows(s, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
+        wg.map_rows(s, max_scaled, |x, max_scaled| W::exp2(W::fma(x, c, -max_scaled)));
         // Sums the block first, then adds it to l: the l of a long row is too large to take small terms one by one.
         let block = wg.fold(s, |a, p| a + p);
         let l = wg.zip(self.l, correction, |l, a| l * a);
@@ -72,11 +72,11 @@ impl<W: Warpgroup> Softmax<W> {
         &mut self,
         wg: &W,
         s: &mut W::Acc<N8>,
-        (offset, correction): Raised<W>,
+        (max_scaled, correction): Raised<W>,
         half: usize,
     ) {
         let c = self.c;
-        wg.map_half(s, half, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
+        wg.map_half(s, half, max_scaled, |x, max_scaled| W::exp2(W::fma(x, c, -max_scaled)));
         let part = wg.fold_half(s, half, |a, p| a + p);
         if half == 0 {
             self.l = wg.zip(self.l, correction, |l, a| l * a);
@@ -91,7 +91,7 @@ impl<W: Warpgroup> Softmax<W> {
         // Computes 1/l for every row and then selects. A branch would keep ptxas from interleaving the other
         // instructions at the end of a work tile (notebook 29).
         let normaliser = wg.zip(l, wg.zip(l, l, |l, _| W::recip(l)), |l, r| if l == 0.0 { 0.0 } else { r });
-        let lse = wg.zip(self.m, l, |m, l| (exponent_offset(m, c) + W::log2(l)) * LN_2);
+        let lse = wg.zip(self.m, l, |m, l| (max_scaled(m, c) + W::log2(l)) * LN_2);
         let lse = wg.zip(l, lse, |l, lse| if l == 0.0 { f32::NEG_INFINITY } else { lse });
         (normaliser, lse)
     }

@@ -3,7 +3,7 @@
 //!
 //! A CTA keeps one block of keys, K and V in shared memory, dK and dV in registers. Each of two consumer warpgroups has
 //! half of the keys (for head dim 256 see [`super::backward_gradients`]). Let c = scale·log₂e, δ = rowsum(dO∘O) − dLSE
-//! and neg_lse_log2 = −LSE·log₂e, which is `offsets` in the code. The CTA computes, transposed:
+//! and neg_lse_log2 = −LSE·log₂e. The CTA computes, transposed:
 //!
 //! ```text
 //! for each work tile of the CTA, a block of keys of one key head:
@@ -88,14 +88,14 @@ const fn queues_scores(head_dim: u32) -> bool {
 
 impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
     /// Takes a query block from S, in flight, to dS. Returns Pᵀ and dSᵀ as left operands, and writes dSᵀ to its ring
-    /// for dQ. `offsets` is `neg_lse_log2`.
+    /// for dQ.
     #[inline(always)]
     fn gradients<W: BackwardWarpgroup<Tensor = T>, const D8: usize, const M8: usize>(
         &self,
         wg: &mut W,
         at: &QueryBlock,
         slot: W::Slot,
-        offsets: &W::Columns<M8>,
+        neg_lse_log2: &W::Columns<M8>,
         s: Pending<W::Acc<M8>>,
     ) -> (W::Operand<M8>, W::Operand<M8>) {
         let early = const { passes_early(8 * D8 as u32) };
@@ -107,7 +107,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
             wg.pass_turn();
         }
         let s = wg.wait::<1, M8>(s);
-        let p = self.weights(wg, at, offsets, s); //                Pᵀ = exp(scale·Sᵀ − LSE)
+        let p = self.weights(wg, at, neg_lse_log2, s); //           Pᵀ = exp(scale·Sᵀ − LSE)
         let delta = read_early(wg, wg.delta(slot));
         wg.wait_ds(slot);
         let dp = wg.wait::<0, M8>(dp);
@@ -117,13 +117,13 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         (R::pack_unmarked::<W, M8>(wg, &p), ds)
     }
 
-    /// Turns Sᵀ into Pᵀ, masked. Sets the sign bit of dropped elements. `offsets` is `neg_lse_log2`.
+    /// Turns Sᵀ into Pᵀ, masked. Sets the sign bit of dropped elements.
     #[inline(always)]
     pub fn weights<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
         &self,
         wg: &W,
         at: &QueryBlock,
-        offsets: &W::Columns<M8>,
+        neg_lse_log2: &W::Columns<M8>,
         mut s: W::Acc<M8>,
     ) -> W::Acc<M8> {
         let (p, first_row) = (self.p, at.m_block * self.block_m);
@@ -132,7 +132,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
             mask_transposed::<W, M, S::Pairs, M8>(wg, &p.shape, pairs, at.pair, &mut s, self.first_key, first_row);
         }
         let c = p.scale * LOG2_E;
-        wg.map_columns(&mut s, offsets, |s, offset| W::exp2(W::fma(s, c, offset)));
+        wg.map_columns(&mut s, neg_lse_log2, |s, neg_lse_log2| W::exp2(W::fma(s, c, neg_lse_log2)));
         let keep = self.dropping.keep::<W, M8>(wg, |_| Place {
             head: at.batch * p.shape.heads_q + at.head,
             row: self.first_key,
@@ -179,11 +179,11 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
     ) -> Self {
         let slot = wg.wait_q();
         wg.wait_do(slot);
-        let offsets = read_early(wg, wg.offsets(slot));
+        let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
         wg.take_turn();
         let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
         wg.wait_v();
-        let (p, ds) = step.gradients::<W, D8, M8>(wg, at, slot, &offsets, s);
+        let (p, ds) = step.gradients::<W, D8, M8>(wg, at, slot, &neg_lse_log2, s);
         Mainloop { dk: wg.zeros::<D8>(), dv, p, ds, slot }
     }
 
@@ -197,7 +197,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
     ) {
         let slot = wg.wait_q();
         wg.wait_do(slot);
-        let offsets = read_early(wg, wg.offsets(slot));
+        let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
         wg.take_turn();
         let s = if const { queues_scores(8 * D8 as u32) } {
             let (dv, dk) = self.issue(wg);
@@ -209,7 +209,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
             self.finish(wg);
             wg.kq::<D8, M8>(slot)
         };
-        (self.p, self.ds) = step.gradients::<W, D8, M8>(wg, at, slot, &offsets, s);
+        (self.p, self.ds) = step.gradients::<W, D8, M8>(wg, at, slot, &neg_lse_log2, s);
         self.slot = slot;
     }
 

@@ -274,7 +274,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         let block = self.pipe.q().next();
         let mut tile = self.pipe.q().memory();
         let Tensors { q, workspace, .. } = &self.pipe.tensors;
-        self.pipe.load(&q[block.pair as usize], workspace.offsets, &block, &mut tile);
+        self.pipe.load(&q[block.pair as usize], workspace.neg_lse_log2, &block, &mut tile);
         self.pipe.q().hold(tile)
     }
     #[inline(never)]
@@ -294,7 +294,7 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
     }
 
     #[inline(never)]
-    fn offsets<const M8: usize>(&self, slot: u32) -> [[f32; 8]; M8] {
+    fn neg_lse_log2<const M8: usize>(&self, slot: u32) -> [[f32; 8]; M8] {
         columns(&self.pipe.held_q(slot).statistics)
     }
     #[inline(never)]

@@ -184,8 +184,8 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
 
     #[inline(always)]
-    fn offsets<const M8: usize>(&self, slot: u32) -> Columns<M8> {
-        Columns::At(self.base() + self.pipe.smem.offsets(self.slot(slot)))
+    fn neg_lse_log2<const M8: usize>(&self, slot: u32) -> Columns<M8> {
+        Columns::At(self.base() + self.pipe.smem.neg_lse_log2(self.slot(slot)))
     }
     #[inline(always)]
     fn delta<const M8: usize>(&self, slot: u32) -> Columns<M8> {

@@ -99,15 +99,15 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
 
     #[inline(always)]
-    fn map_offsets<const M8: usize>(&self, q: Position, x: &mut Fragment<M8>, f: impl Fn(f32, f32, bool) -> f32) {
-        let first = self.base() + self.pipe.smem.offsets(q.slot, q.parity) + 4 * self.lane().column;
+    fn map_neg_lse_log2<const M8: usize>(&self, q: Position, x: &mut Fragment<M8>, f: impl Fn(f32, f32, bool) -> f32) {
+        let first = self.base() + self.pipe.smem.neg_lse_log2(q.slot, q.parity) + 4 * self.lane().column;
         for (group, registers) in x.0.iter_mut().enumerate() {
             // SAFETY: I2, the array was full when Q was; it has as many elements as the tile has columns.
-            let offsets = unsafe { load_shared_pair(first + 32 * group as u32) };
+            let neg_lse_log2 = unsafe { load_shared_pair(first + 32 * group as u32) };
             for (i, x) in registers.iter_mut().enumerate() {
                 // The columns of all lanes differ by an even number from these.
                 let by_polynomial = self.pipe.smem.by_polynomial((8 * group + i % 2) as u32);
-                *x = f(*x, offsets[i % 2], by_polynomial);
+                *x = f(*x, neg_lse_log2[i % 2], by_polynomial);
             }
         }
     }
