@@ -188,7 +188,7 @@ pub struct Workspace {
     pub dq: u64,
     /// Address of u32 (pairs, batch, heads_q, query blocks): dQ semaphores, each the number of key blocks that have
     /// accumulated into dQ of its query blocks. 0 if the order of accumulation is free.
-    pub turns: u64,
+    pub dq_semaphores: u64,
     /// Address of u32 (batch, heads_kv): number of a key head's work tiles whose contributions to dQ are complete.
     pub tiles: u64,
     /// Address of u32 (batch, heads_kv): state of the dQ initialisation of a key head. The values are those of the

@@ -135,9 +135,9 @@ pub trait ForwardWarpgroup: Warpgroup {
     ) -> Pending<Self::Acc<D8>>;
     /// Waits at this warpgroup's ping-pong barrier before it issues products. So another warpgroup's softmax overlaps
     /// them.
-    fn take_turn(&mut self);
+    fn take_ping_pong(&mut self);
     /// Opens the ping-pong barrier of the next warpgroup, which may then issue its products.
-    fn pass_turn(&mut self);
+    fn pass_ping_pong(&mut self);
 
     /// Stores this warpgroup's rows of `tile` in the input's dtype. Rows and columns beyond those of `shape` are left
     /// out.
@@ -170,9 +170,9 @@ pub trait BackwardWarpgroup: Warpgroup {
     fn wait_do(&mut self, slot: Self::Slot);
     /// Waits at this warpgroup's ping-pong barrier before it issues products. So the other warpgroup's exponentials
     /// overlap them.
-    fn take_turn(&mut self);
+    fn take_ping_pong(&mut self);
     /// Opens the ping-pong barrier of the other warpgroup, which may then issue its products.
-    fn pass_turn(&mut self);
+    fn pass_ping_pong(&mut self);
     /// Waits until the query block's slot in the ring of dS is empty.
     fn wait_ds(&mut self, slot: Self::Slot);
     /// Releases a query block. Every product that reads it must have been waited for.

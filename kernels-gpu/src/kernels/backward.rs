@@ -26,9 +26,9 @@
 //! 2. The consumers also write dSᵀ to a ring in shared memory. A third warpgroup, which issues the loads too, computes
 //!    dS·K from it and accumulates dQ in f32 in the workspace (`arch/sm90/backward_dq.rs`). So the consumers never wait
 //!    for each other's dS (notebook 41).
-//! 3. A ping-pong barrier (`take_turn`, `pass_turn`) overlaps one consumer's exponentials with the other's products. A
-//!    consumer holds it while it issues dV and dK of the last query block and S of the next, and above head dim 64 also
-//!    dP (notebook 43, 44).
+//! 3. A ping-pong barrier (`take_ping_pong`, `pass_ping_pong`) overlaps one consumer's exponentials with the other's
+//!    products. A consumer holds it while it issues dV and dK of the last query block and S of the next, and above head
+//!    dim 64 also dP (notebook 43, 44).
 //! 4. At head dim 128, S is issued before dV and dK are waited for, so that products follow each other without a pause
 //!    (`queues_scores`, notebook 59).
 //! 5. `neg_lse_log2` is read before the ping-pong barrier, and δ before a wait, if registers allow (`read_early`,
@@ -100,11 +100,11 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
     ) -> (W::Operand<M8>, W::Operand<M8>) {
         let early = const { passes_early(8 * D8 as u32) };
         if early {
-            wg.pass_turn();
+            wg.pass_ping_pong();
         }
         let dp = wg.v_do::<D8, M8>(slot); //                        dPᵀ = V·dOᵀ
         if !early {
-            wg.pass_turn();
+            wg.pass_ping_pong();
         }
         let s = wg.wait::<1, M8>(s);
         let p = self.weights(wg, at, neg_lse_log2, s); //           Pᵀ = exp(scale·Sᵀ − LSE)
@@ -180,7 +180,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
         let slot = wg.wait_q();
         wg.wait_do(slot);
         let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
-        wg.take_turn();
+        wg.take_ping_pong();
         let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
         wg.wait_v();
         let (p, ds) = step.gradients::<W, D8, M8>(wg, at, slot, &neg_lse_log2, s);
@@ -198,7 +198,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
         let slot = wg.wait_q();
         wg.wait_do(slot);
         let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
-        wg.take_turn();
+        wg.take_ping_pong();
         let s = if const { queues_scores(8 * D8 as u32) } {
             let (dv, dk) = self.issue(wg);
             let s = wg.kq::<D8, M8>(slot); //                       Sᵀ = K·Qᵀ

@@ -20,8 +20,8 @@
 //!
 //! 1. S of the next block is issued together with P·V of this one, and the softmax starts as soon as S has arrived. So
 //!    the tensor cores work during the softmax (`Mainloop::step`).
-//! 2. A ping-pong barrier (`take_turn`, `pass_turn`) lets one consumer at a time issue, so that one's softmax overlaps
-//!    the other's products (notebook 11).
+//! 2. A ping-pong barrier (`take_ping_pong`, `pass_ping_pong`) lets one consumer at a time issue, so that one's softmax
+//!    overlaps the other's products (notebook 11).
 //! 3. S of the next work tile's first block is issued with the last P·V of this one (`Mainloop::turn_over`, notebook
 //!    14). The pipeline drains once per launch.
 //! 4. Q of the next work tile is requested as soon as the last S of this one has arrived (`Upcoming`, notebook 9).
@@ -133,11 +133,11 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
     #[inline(always)]
     fn issue(&self, wg: &mut W, pair: u32) -> InFlight<W, D8, N8> {
         let k = wg.wait_kv();
-        wg.take_turn();
+        wg.take_ping_pong();
         let s = wg.qk::<D8, N8>(k, pair); //               S = Q·Kᵀ
         let v = wg.wait_kv();
         let o = wg.pv::<N8, D8>(self.o, self.p, v); //     O = O + P·V, one block behind
-        wg.pass_turn();
+        wg.pass_ping_pong();
         InFlight { s, o, k, v }
     }
 

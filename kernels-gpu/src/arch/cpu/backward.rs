@@ -337,8 +337,8 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         add_product(&mut dk, &ds, &self.pipe.held_q(slot).rows);
         Pending(dk)
     }
-    fn take_turn(&mut self) {}
-    fn pass_turn(&mut self) {}
+    fn take_ping_pong(&mut self) {}
+    fn pass_ping_pong(&mut self) {}
     fn wait_ds(&mut self, _: u32) {}
     #[inline(never)]
     fn add_dq<const M8: usize>(&mut self, ds: &Tile<M8>, _: u32, at: &QueryBlock) {

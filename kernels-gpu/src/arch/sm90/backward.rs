@@ -38,7 +38,7 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     #[inline(always)]
     pub fn backward(smem: &'a BackwardSmem, index: u32, parameters: u64) -> Self {
         if smem.split == Split::Keys && index == 1 {
-            BackwardBarrier::turn(0).arrive(2 * WARPGROUP_THREADS);
+            BackwardBarrier::ping_pong(0).arrive(2 * WARPGROUP_THREADS);
         }
         Self::with_pipe(index, parameters, BackwardPipe { smem, count: 0 })
     }
@@ -163,12 +163,12 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         unsafe { Mbarrier(self.base() + self.pipe.smem.do_full(self.slot(slot))).wait(self.parity(slot)) };
     }
     #[inline(always)]
-    fn take_turn(&mut self) {
-        BackwardBarrier::turn(self.short_lived_index()).sync(2 * WARPGROUP_THREADS);
+    fn take_ping_pong(&mut self) {
+        BackwardBarrier::ping_pong(self.short_lived_index()).sync(2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
-    fn pass_turn(&mut self) {
-        BackwardBarrier::turn(1 - self.short_lived_index()).arrive(2 * WARPGROUP_THREADS);
+    fn pass_ping_pong(&mut self) {
+        BackwardBarrier::ping_pong(1 - self.short_lived_index()).arrive(2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
     fn wait_ds(&mut self, slot: u32) {
