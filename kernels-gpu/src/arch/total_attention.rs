@@ -1,7 +1,7 @@
 //! The interface of a consumer warpgroup of the kernel of total attention.
 
 use super::{Pending, Warpgroup};
-use crate::attention::total_steps::{Part, TotalTile};
+use crate::attention::total_steps::{OwnKeys, TotalTile};
 use crate::ground::shape::Shape;
 
 /// Consumer warpgroup of the kernel of total attention: 64 keys, and the consumer's end of the rings of K and Q. Each
@@ -14,7 +14,7 @@ pub trait TotalWarpgroup: Warpgroup {
 
     /// Returns this warpgroup's keys within an unsplit work tile. While some keys of a tile are its own, it skips fewer
     /// query blocks at once than the ring of Q has slots.
-    fn part(&self) -> Part;
+    fn own_keys(&self) -> OwnKeys;
     /// Waits for K of the next work tile. Later products read it.
     fn wait_k(&mut self);
     /// Releases K. Every product that reads it must have been waited for.
@@ -25,7 +25,7 @@ pub trait TotalWarpgroup: Warpgroup {
     /// by [`TotalWarpgroup::map_neg_lse_log2`] until the next block in the same slot is released.
     fn release_q(&mut self, q: Self::Slot);
 
-    /// Loads this warpgroup's part of K, after [`TotalWarpgroup::wait_k`], from shared memory into registers. It does
+    /// Loads this warpgroup's rows of K, after [`TotalWarpgroup::wait_k`], from shared memory into registers. It does
     /// not release K, because the loads may still be in flight until a product with these registers has been waited
     /// for.
     fn take_k<const D8: usize>(&mut self) -> Self::Operand<D8>;

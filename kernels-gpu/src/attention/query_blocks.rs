@@ -7,7 +7,7 @@
 
 use core::marker::PhantomData;
 
-use super::key_parts::{Part, Sharing};
+use super::key_parts::{Sharing, SplitPart};
 use super::mask::Mask;
 use super::pairs::{OnePair, Pairs};
 use crate::ground::places::KvBlock;
@@ -120,7 +120,7 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
 
     /// Restricts them to a part of the work tile.
     #[inline(always)]
-    pub fn part(self, sharing: &Sharing, part: Part) -> Self {
+    pub fn part(self, sharing: &Sharing, part: SplitPart) -> Self {
         if const { !Sharing::is_for::<M, P>() } {
             return self;
         }

@@ -45,7 +45,7 @@ use core::f32::consts::LOG2_E;
 use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::dropout::{Place, Rows};
 use crate::attention::dropping::Dropping;
-use crate::attention::key_parts::{KeyPart, Part};
+use crate::attention::key_parts::{KeyPart, SplitPart};
 use crate::attention::mask::Mask;
 use crate::attention::masking::mask_transposed;
 use crate::attention::pairs::Pairs;
@@ -237,7 +237,7 @@ pub(super) fn blocks_met<T, S: BackwardSecond<T>, M: Mask>(
     p: &BackwardParams<T, S>,
     (block_m, block_n): (u32, u32),
     keys: &KvBlock,
-    part: Part,
+    part: SplitPart,
 ) -> QueryBlocks<M, S::Pairs> {
     let blocks = QueryBlocks::new(&p.shape, p.second.pairs(&p.shape), block_m, block_n, keys);
     blocks.end_of(&p.sharing).part(&p.sharing, part)

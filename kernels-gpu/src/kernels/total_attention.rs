@@ -84,7 +84,7 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
     ) {
         let p = self.p;
         if !tile.is_full(m_block) {
-            let first_key = tile.first_key + wg.part().first_key;
+            let first_key = tile.first_key + wg.own_keys().first_key;
             let first_row = m_block * 8 * M8 as u32;
             mask_transposed::<W, M, OnePair, M8>(wg, &p.shape, OnePair, 0, &mut s, first_key, first_row);
             wg.fill_outside(&mut s, f32::NEG_INFINITY, |_| (0, p.shape.seqlen_q as i32 - first_row as i32));
@@ -117,7 +117,7 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     smem: &TotalSmem,
     tiles: impl Iterator<Item = TilePart>,
 ) {
-    let mut tiles = TotalTiles::<M, _>::new(&p.shape, 8 * M8 as u32, smem.block_n(), wg.part(), tiles);
+    let mut tiles = TotalTiles::<M, _>::new(&p.shape, 8 * M8 as u32, smem.block_n(), wg.own_keys(), tiles);
     let mut mainloop = Mainloop { p, total: wg.rows(0.0) };
     if smem.many_consumers() {
         for tile in tiles {

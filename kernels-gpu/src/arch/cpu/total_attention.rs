@@ -15,7 +15,7 @@ use crate::arch::{Pending, TotalWarpgroup};
 use crate::attention::mask::Mask;
 use crate::attention::row_statistics::neg_lse_log2;
 use crate::attention::shared_tiles::SharedTiles;
-use crate::attention::total_steps::{Part, TotalTile, TotalTiles};
+use crate::attention::total_steps::{OwnKeys, TotalTile, TotalTiles};
 use crate::element::Dtype;
 use crate::ground::places::KvBlock;
 use crate::ground::shape::Shape;
@@ -67,7 +67,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
         tiles: SharedTiles<'a>,
     ) -> Self {
         let (block_m, block_n) = (smem.block_m, smem.block_n());
-        let loads = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles);
+        let loads = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, OwnKeys::whole(block_n), tiles);
         let pipe = TotalPipe {
             p,
             smem,
@@ -100,7 +100,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
     fn load_k(&self, tile: &TotalTile) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
         let columns = smem.head_dim as usize;
-        let first = tile.first_key + self.part().first_key;
+        let first = tile.first_key + self.own_keys().first_key;
         let mut k = std::vec![0.0; ROWS * columns];
         let (at, rows) = ((tile.keys.batch, p.order.group.divide(tile.keys.head).0), first..first + ROWS as u32);
         // SAFETY: `total`'s caller has promised that the tensor is valid for reading.
@@ -145,9 +145,9 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
     /// Number of the query block, counted from the first. Its slot follows from it.
     type Slot = u32;
 
-    fn part(&self) -> Part {
+    fn own_keys(&self) -> OwnKeys {
         let keys = ROWS as u32;
-        Part { first_key: self.pipe.index * keys, keys, most_passed: self.pipe.smem.stages - 1 }
+        OwnKeys { first_key: self.pipe.index * keys, keys, most_passed: self.pipe.smem.stages - 1 }
     }
     #[inline(never)]
     fn wait_k(&mut self) {
@@ -239,7 +239,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
     #[inline(never)]
     fn store_keys(&mut self, values: Rows, address: u64, at: &TotalTile, shape: &Shape) {
         let line = (at.keys.batch * shape.heads_q + at.keys.head) as usize * shape.seqlen_k as usize;
-        let first = at.first_key + self.part().first_key;
+        let first = at.first_key + self.own_keys().first_key;
         for (key, value) in (first..shape.seqlen_k).zip(values) {
             // SAFETY: the key's element belongs to this warpgroup; `total`'s caller has promised the array.
             unsafe { memory::write_f32(address, line + key as usize, value) };

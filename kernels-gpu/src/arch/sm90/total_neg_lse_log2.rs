@@ -11,7 +11,7 @@ use super::store::store_shared_f32;
 use crate::attention::mask::Mask;
 use crate::attention::row_statistics::neg_lse_log2;
 use crate::attention::shared_tiles::TilePart;
-use crate::attention::total_steps::{Part, TotalTiles};
+use crate::attention::total_steps::{OwnKeys, TotalTiles};
 use crate::ground::places::KvBlock;
 use crate::ground::tensor::TensorMap;
 use crate::params::TotalParams;
@@ -41,7 +41,7 @@ pub fn produce_neg_lse_log2<M: Mask>(
         })
     };
     let block_n = smem.block_n();
-    let mut steps = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles).steps();
+    let mut steps = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, OwnKeys::whole(block_n), tiles).steps();
     let mut position = Position::PRODUCER;
     let mut loaded = steps.next().map(load);
     while let Some(lse) = loaded {
