@@ -29,7 +29,7 @@
 //!    only if they are not full (notebook 17).
 //! 6. Row maxima are taken on the integer pipe if a block has at least 128 keys, no mask is expected to mask many of
 //!    its scores out, and there is no dropout (notebook 26, 128).
-//! 7. O is rescaled only if a row maximum has changed, if that check pays (`Mainloop::rescale_check`, notebook 20, 124).
+//! 7. O is rescaled only if a row maximum has changed, if the check pays (`Mainloop::rescale_check`, notebook 20, 124).
 //!
 //! A ring of slots, filled in the order of [`crate::pipeline::order`], connects producer and consumers. With two
 //! consumers:
