@@ -14,7 +14,7 @@ const MAX_ROWS: u128 = 1 << 31;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct WorkspaceLayout {
     /// `neg_lse_log2` (−LSE·log₂e), f32 (batch, heads_q, rows).
-    pub(crate) offsets: usize,
+    pub(crate) neg_lse_log2: usize,
     /// δ, f32 (batch, heads_q, rows).
     pub(crate) delta: usize,
     /// dQ, f32 (pairs, batch, heads_q, rows, compiled head dim).
@@ -24,13 +24,13 @@ pub(crate) struct WorkspaceLayout {
     /// States of the dQ initialisation, u32 (batch, heads_kv).
     pub(crate) first_values: usize,
     /// dQ semaphores, u32 (pairs, batch, heads_q, query blocks); `None` for a fast pass.
-    pub(crate) turns: Option<usize>,
+    pub(crate) dq_semaphores: Option<usize>,
     /// Split work tiles' shares of the gradients, f32 (slots, {dK, dV}, block of keys, compiled head dim).
     pub(crate) parts: usize,
     /// Size of the whole workspace in bytes.
     pub(crate) bytes: usize,
-    /// Number of semaphores in `turns`; 0 for a fast pass.
-    pub(crate) turns_len: usize,
+    /// Number of semaphores in `dq_semaphores`; 0 for a fast pass.
+    pub(crate) dq_semaphores_len: usize,
     /// Number of query rows of a head, padding included.
     pub(crate) rows: u32,
 }
@@ -47,7 +47,7 @@ impl WorkspaceLayout {
         let heads = shape.batch as u128 * shape.heads_q as u128;
         let pairs = variant.op.pairs() as u128;
         at_most("workspace_rows", pairs * heads * rows as u128, MAX_ROWS)?;
-        let turns_len = if exact { pairs * heads * variant.m_blocks(shape) as u128 } else { 0 };
+        let dq_semaphores_len = if exact { pairs * heads * variant.m_blocks(shape) as u128 } else { 0 };
         let row_bytes = heads * rows as u128 * size_of::<f32>() as u128;
         let mut end = 0;
         let mut region = |bytes: u128| {
@@ -55,24 +55,24 @@ impl WorkspaceLayout {
             end = (start + bytes).next_multiple_of(WORKSPACE_ALIGNMENT as u128);
             start as usize
         };
-        let offsets = region(row_bytes);
+        let neg_lse_log2 = region(row_bytes);
         let delta = region(row_bytes);
         let dq = region(pairs * row_bytes * variant.head_dim as u128);
         let key_heads = shape.batch as u128 * shape.heads_kv as u128;
         let [tiles, first_values] = [(); 2].map(|()| region(key_heads * size_of::<u32>() as u128));
-        let turns = region(turns_len * size_of::<u32>() as u128);
+        let dq_semaphores = region(dq_semaphores_len * size_of::<u32>() as u128);
         let parts = region(slots as u128 * variant.part_bytes() as u128);
         at_most("workspace_bytes", end, isize::MAX as u128)?;
         Ok(WorkspaceLayout {
-            offsets,
+            neg_lse_log2,
             delta,
             dq,
             tiles,
             first_values,
-            turns: exact.then_some(turns),
+            dq_semaphores: exact.then_some(dq_semaphores),
             parts,
             bytes: end as usize,
-            turns_len: turns_len as usize,
+            dq_semaphores_len: dq_semaphores_len as usize,
             rows,
         })
     }
@@ -82,12 +82,12 @@ impl WorkspaceLayout {
         // Wraps if an empty region begins at the end of the address space.
         let at = |offset: usize| address.wrapping_add(offset as u64);
         Workspace {
-            offsets: at(self.offsets),
+            neg_lse_log2: at(self.neg_lse_log2),
             delta: at(self.delta),
             dq: at(self.dq),
             tiles: at(self.tiles),
             first_values: at(self.first_values),
-            turns: self.turns.map_or(0, at),
+            dq_semaphores: self.dq_semaphores.map_or(0, at),
             parts: at(self.parts),
             rows: self.rows,
         }
@@ -116,24 +116,25 @@ mod tests {
     fn regions_follow_one_another() {
         let (fast, exact) = (layout(&SHAPE, false).unwrap(), layout(&SHAPE, true).unwrap());
         let rows = 12 * 1024;
-        assert_eq!((fast.offsets, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
+        assert_eq!((fast.neg_lse_log2, fast.delta, fast.dq), (0, 4 * rows, 8 * rows));
         // Head dim 72 runs in 128. There are two key heads in each of two batch items.
         assert_eq!((fast.tiles, fast.rows), (8 * rows + 4 * 128 * rows, 1024));
-        assert_eq!((fast.turns, fast.turns_len, fast.parts), (None, 0, fast.first_values + 256));
+        assert_eq!((fast.dq_semaphores, fast.dq_semaphores_len, fast.parts), (None, 0, fast.first_values + 256));
         assert_eq!(fast.first_values, fast.tiles + 256);
         // Shares of dK and dV of 128 keys.
         let parts = SLOTS as usize * 2 * 128 * 128 * 4;
         assert_eq!(fast.bytes, fast.parts + parts);
-        assert_eq!((exact.turns, exact.turns_len), (Some(fast.parts), 12 * (1024 / 64)));
-        assert_eq!(exact.parts, fast.parts + (4 * exact.turns_len).next_multiple_of(256));
+        assert_eq!((exact.dq_semaphores, exact.dq_semaphores_len), (Some(fast.parts), 12 * (1024 / 64)));
+        assert_eq!(exact.parts, fast.parts + (4 * exact.dq_semaphores_len).next_multiple_of(256));
         assert_eq!(exact.bytes, exact.parts + parts);
         let base = 0x1000;
         let at = |offset: usize| base + offset as u64;
         let [delta, dq, tiles, first_values, parts] =
             [fast.delta, fast.dq, fast.tiles, fast.first_values, fast.parts].map(at);
-        let expected = Workspace { offsets: base, delta, dq, turns: 0, tiles, first_values, parts, rows: 1024 };
+        let expected =
+            Workspace { neg_lse_log2: base, delta, dq, dq_semaphores: 0, tiles, first_values, parts, rows: 1024 };
         assert_eq!(fast.at(base), expected);
-        assert_eq!(exact.at(base), Workspace { turns: parts, parts: at(exact.parts), ..expected });
+        assert_eq!(exact.at(base), Workspace { dq_semaphores: parts, parts: at(exact.parts), ..expected });
     }
 
     #[test]
@@ -166,20 +167,20 @@ mod tests {
             let variant = variants::backward(Op::Forward, Dtype::Bf16, head_dim, kind, DropoutKind::None).unwrap();
             let found = WorkspaceLayout::new(variant, &shape, slots, exact).unwrap();
             let rows = (batch * heads * found.rows) as usize;
-            let turns = found.turns.unwrap_or(found.parts);
+            let dq_semaphores = found.dq_semaphores.unwrap_or(found.parts);
             for (start, bytes, end) in [
-                (found.offsets, 4 * rows, found.delta),
+                (found.neg_lse_log2, 4 * rows, found.delta),
                 (found.delta, 4 * rows, found.dq),
                 (found.dq, 4 * rows * variant.head_dim as usize, found.tiles),
                 (found.tiles, 4 * (batch * heads_kv) as usize, found.first_values),
-                (found.first_values, 4 * (batch * heads_kv) as usize, turns),
-                (turns, 4 * found.turns_len, found.parts),
+                (found.first_values, 4 * (batch * heads_kv) as usize, dq_semaphores),
+                (dq_semaphores, 4 * found.dq_semaphores_len, found.parts),
                 (found.parts, (slots * variant.part_bytes()) as usize, found.bytes),
             ] {
                 prop_assert!(start.is_multiple_of(256) && start + bytes <= end && end - start < bytes + 256);
             }
             prop_assert!(found.rows >= seqlen_q && found.rows < seqlen_q + 129 && found.rows.is_multiple_of(variant.block_m));
-            prop_assert_eq!(exact, found.turns.is_some() && found.turns_len > 0);
+            prop_assert_eq!(exact, found.dq_semaphores.is_some() && found.dq_semaphores_len > 0);
         }
     }
 }

@@ -4,7 +4,6 @@ use core::arch::nvptx::{_block_idx_x, _grid_dim_x};
 
 use half::{bf16, f16};
 
-use crate::arch::Warpgroup;
 use crate::arch::sm90::backward_dq;
 use crate::arch::sm90::consumer::Consumer;
 use crate::arch::sm90::cta::{self, Role};
@@ -14,8 +13,9 @@ use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
 use crate::arch::sm90::store::write_tile;
-use crate::arch::sm90::total_offsets::produce_offsets;
+use crate::arch::sm90::total_neg_lse_log2::produce_neg_lse_log2;
 use crate::arch::sm90::total_producer;
+use crate::arch::{MaxUnit, Warpgroup};
 use crate::attention::dropout::NoDropout;
 use crate::attention::dropping::Dropping;
 use crate::attention::first_tiles::FirstTiles;
@@ -59,8 +59,8 @@ pub unsafe extern "ptx-kernel" fn shared_functions(tile: u32, row: u32, x: i32, 
     let scores = Fragment([[x as f32, y as f32, 1.0, 2.0]; 16]);
     const SMEM: ForwardSmem = ForwardSmem { head_dim: 64, block_n: 128, consumers: 2, stages: 2, pairs: 1, cluster: 1 };
     let consumer = Consumer::<Element, ForwardPipe<()>>::forward(&SMEM, row, u64::from(tile));
-    let maxima = |rows, floats| consumer.maxima(&scores, rows, floats);
-    let [a, b] = maxima(maxima([x as f32; 2], true), false);
+    let maxima = |rows, unit| consumer.maxima(&scores, rows, unit);
+    let [a, b] = maxima(maxima([x as f32; 2], MaxUnit::Float), MaxUnit::Integer);
     let tile = tile + a.to_bits() + b.to_bits();
     // SAFETY: nothing launches this kernel.
     unsafe {
@@ -345,7 +345,7 @@ fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
             cta::set_registers(role, smem.consumers);
             match cta::warp_of_warpgroup() {
                 0 => total_producer::produce::<M>(p, parameters, smem, tiles),
-                1 => produce_offsets::<M>(p, smem, tiles),
+                1 => produce_neg_lse_log2::<M>(p, smem, tiles),
                 _ => {}
             }
         }

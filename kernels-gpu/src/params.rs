@@ -180,7 +180,7 @@ pub struct BackwardParams<T, S = ()> {
 pub struct Workspace {
     /// Address of f32 (batch, heads_q, rows): `neg_lse_log2` = −LSE·log₂e; −∞ for rows without a key and for rows of
     /// padding.
-    pub offsets: u64,
+    pub neg_lse_log2: u64,
     /// Address of f32 (batch, heads_q, rows): δ = rowsum(dO∘O) − dLSE, with dLSE the gradient of the LSE.
     pub delta: u64,
     /// Address of f32 (pairs, batch, heads_q, rows, compiled head_dim): dQ, unscaled. Within a query block the layout
@@ -188,7 +188,7 @@ pub struct Workspace {
     pub dq: u64,
     /// Address of u32 (pairs, batch, heads_q, query blocks): dQ semaphores, each the number of key blocks that have
     /// accumulated into dQ of its query blocks. 0 if the order of accumulation is free.
-    pub turns: u64,
+    pub dq_semaphores: u64,
     /// Address of u32 (batch, heads_kv): number of a key head's work tiles whose contributions to dQ are complete.
     pub tiles: u64,
     /// Address of u32 (batch, heads_kv): state of the dQ initialisation of a key head. The values are those of the
@@ -202,7 +202,7 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Returns the index of a query row in `offsets` and `delta`.
+    /// Returns the index of a query row in `neg_lse_log2` and `delta`.
     #[inline(always)]
     pub fn row(&self, shape: &Shape, batch: u32, head: u32, row: u32) -> u64 {
         (batch * shape.heads_q + head) as u64 * self.rows as u64 + row as u64

@@ -148,11 +148,16 @@ impl Cuda {
         let maps = if plan.grid() > 0 { Some(self.backward_maps(plan, args)?) } else { None };
         let rows = |grid| Extent { grid, block: ROW_KERNEL_THREADS, shared_memory: 0 };
         // SAFETY: these are the kernels' parameters, their context is current, and the caller promises the rest;
-        // `turns` is a part of the workspace.
+        // `dq_semaphores` is a part of the workspace.
         unsafe {
             let preparation = args.prepare(plan);
-            if plan.workspace.turns_len > 0 {
-                zero_words(self.device().calls(), preparation.workspace.turns, plan.workspace.turns_len, stream)?;
+            if plan.workspace.dq_semaphores_len > 0 {
+                zero_words(
+                    self.device().calls(),
+                    preparation.workspace.dq_semaphores,
+                    plan.workspace.dq_semaphores_len,
+                    stream,
+                )?;
             }
             let function = kernels.prepare.function;
             function.launch(rows(plan.prepare_grid()), stream, &preparation)?;

@@ -28,6 +28,24 @@ use crate::ground::tensor::{Output, Strided};
 #[must_use = "a product must be waited for"]
 pub struct Pending<T>(pub(crate) T);
 
+/// Unit of a GPU that takes row maxima ([`Warpgroup::maxima`]).
+#[derive(Clone, Copy)]
+pub enum MaxUnit {
+    /// Integers: compares bit patterns, which is faster if a row has positive elements and at least 128 columns.
+    Integer,
+    /// Floats: for many elements that may be −∞, or if the integer pipe has other work (Philox).
+    Float,
+}
+
+/// Skip-rescale check of [`Warpgroup::scale_rows`]: tests if any factor differs from 1.
+#[derive(Clone, Copy)]
+pub enum RescaleCheck {
+    /// Tests first, and skips the multiplication if all factors are 1.
+    First,
+    /// Multiplies always.
+    Never,
+}
+
 /// A warpgroup: its fragments of 64 rows each, and the operations on them.
 ///
 /// Widths are counted in n8 column groups, eight columns of a fragment: `N8 = 16` is 128 columns.
@@ -59,18 +77,15 @@ pub trait Warpgroup: Sized {
         rows: Self::Rows,
         f: impl Fn(f32, f32) -> f32,
     );
-    /// Multiplies each row by its factor. If `look` is true, tests first if any factor differs from 1, and skips the
-    /// multiplication if none does.
-    fn scale_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, factors: Self::Rows, look: bool);
+    /// Multiplies each row by its factor, after the skip-rescale check if `check` asks for it.
+    fn scale_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, factors: Self::Rows, check: RescaleCheck);
     /// Folds each row's elements. The result is partial: [`Warpgroup::reduce`] joins it to that of the whole row.
     fn fold<const N8: usize>(&self, x: &Self::Acc<N8>, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     /// Folds the elements of the left (`half` 0) or right (1) half of each row. The result is partial, as that of
     /// [`Warpgroup::fold`].
     fn fold_half<const N8: usize>(&self, x: &Self::Acc<N8>, half: usize, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
-    /// Returns the maximum of `rows` and each row's elements. If `floats` is false, a GPU may compare bit patterns as
-    /// integers, which is faster if a row has positive elements. Pass true if many elements may be −∞ or the integer
-    /// pipe has other work (Philox).
-    fn maxima<const N8: usize>(&self, x: &Self::Acc<N8>, rows: Self::Rows, floats: bool) -> Self::Rows;
+    /// Returns the maximum of `rows` and each row's elements, taken by `unit`.
+    fn maxima<const N8: usize>(&self, x: &Self::Acc<N8>, rows: Self::Rows, unit: MaxUnit) -> Self::Rows;
     /// Joins the partial folds of each row to the fold of the whole row.
     fn reduce(&self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     fn rows(&self, value: f32) -> Self::Rows;
@@ -135,9 +150,9 @@ pub trait ForwardWarpgroup: Warpgroup {
     ) -> Pending<Self::Acc<D8>>;
     /// Waits at this warpgroup's ping-pong barrier before it issues products. So another warpgroup's softmax overlaps
     /// them.
-    fn take_turn(&mut self);
+    fn take_ping_pong(&mut self);
     /// Opens the ping-pong barrier of the next warpgroup, which may then issue its products.
-    fn pass_turn(&mut self);
+    fn pass_ping_pong(&mut self);
 
     /// Stores this warpgroup's rows of `tile` in the input's dtype. Rows and columns beyond those of `shape` are left
     /// out.
@@ -170,16 +185,16 @@ pub trait BackwardWarpgroup: Warpgroup {
     fn wait_do(&mut self, slot: Self::Slot);
     /// Waits at this warpgroup's ping-pong barrier before it issues products. So the other warpgroup's exponentials
     /// overlap them.
-    fn take_turn(&mut self);
+    fn take_ping_pong(&mut self);
     /// Opens the ping-pong barrier of the other warpgroup, which may then issue its products.
-    fn pass_turn(&mut self);
+    fn pass_ping_pong(&mut self);
     /// Waits until the query block's slot in the ring of dS is empty.
     fn wait_ds(&mut self, slot: Self::Slot);
     /// Releases a query block. Every product that reads it must have been waited for.
     fn release(&mut self, slot: Self::Slot);
 
     /// Returns `neg_lse_log2` = −LSE·log₂e of each query of the block.
-    fn offsets<const M8: usize>(&self, slot: Self::Slot) -> Self::Columns<M8>;
+    fn neg_lse_log2<const M8: usize>(&self, slot: Self::Slot) -> Self::Columns<M8>;
     /// Returns δ of each query of the block.
     fn delta<const M8: usize>(&self, slot: Self::Slot) -> Self::Columns<M8>;
     /// Reads the values of all columns into registers now, ahead of a wait, instead of a few at a time at their use.

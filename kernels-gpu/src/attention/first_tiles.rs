@@ -65,7 +65,7 @@ impl FirstTiles {
 
 #[cfg(test)]
 mod tests {
-    use super::super::key_parts::{KeyPart, Part, Sharing};
+    use super::super::key_parts::{KeyPart, Sharing, SplitPart};
     use super::*;
     use crate::ground::shape::Shape;
     use std::vec::Vec;
@@ -90,7 +90,7 @@ mod tests {
                     let head = tile.batch * heads + tile.head;
                     if tile.m_block + 1 == blocks {
                         let stores = head >= first.zeroed;
-                        assert!(!stores || part == Part::WHOLE, "{shape:?}: {tile:?}");
+                        assert!(!stores || part == SplitPart::WHOLE, "{shape:?}: {tile:?}");
                         stored[head as usize] = Some(index);
                     } else if head >= first.zeroed {
                         let ahead = stored[head as usize].map(|first| index - first);

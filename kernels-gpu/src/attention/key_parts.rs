@@ -13,17 +13,17 @@ use crate::ground::divisor::Divisor;
 use crate::ground::places::WorkTile;
 use crate::tuning;
 
-/// Part of a work tile, by the number of its workspace slot, or the unsplit tile.
+/// Part of a split work tile, by the number of its workspace slot, or the unsplit tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part(u32);
+pub struct SplitPart(u32);
 
-impl Part {
-    pub const WHOLE: Part = Part(u32::MAX);
+impl SplitPart {
+    pub const WHOLE: SplitPart = SplitPart(u32::MAX);
 
     /// Returns the slot in the workspace. An unsplit tile has none.
     #[inline(always)]
     pub fn slot(self) -> Option<u32> {
-        (self != Part::WHOLE).then_some(self.0)
+        (self != SplitPart::WHOLE).then_some(self.0)
     }
 }
 
@@ -31,7 +31,7 @@ impl Part {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyPart {
     pub tile: WorkTile,
-    pub part: Part,
+    pub part: SplitPart,
 }
 
 impl KeyPart {
@@ -43,7 +43,7 @@ impl KeyPart {
             Some(first) => first.tile(order, index),
             None => order.tile(index),
         };
-        let Some(sharing) = sharing else { return KeyPart { tile: tile(index), part: Part::WHOLE } };
+        let Some(sharing) = sharing else { return KeyPart { tile: tile(index), part: SplitPart::WHOLE } };
         // Branch-free. For an unsplit tile `slot` is 0 and `whole` its index; for a part, `from + slot / parts` is the
         // index of its tile.
         let (whole, slot) = (index.min(sharing.from), index.saturating_sub(sharing.from));
@@ -116,8 +116,8 @@ impl Sharing {
 
     /// Returns the part of the `index`-th item.
     #[inline(always)]
-    fn part(&self, index: u32) -> Part {
-        if index < self.from { Part::WHOLE } else { Part(index - self.from) }
+    fn part(&self, index: u32) -> SplitPart {
+        if index < self.from { SplitPart::WHOLE } else { SplitPart(index - self.from) }
     }
 
     /// Returns the number of parts of all work tiles. Each has a slot in the workspace.
@@ -138,10 +138,10 @@ impl Sharing {
     /// Returns where a part of a work tile starts and how many query blocks it has: the head within the group, the
     /// distance of its first query block from the head's last one, and the count.
     #[inline(always)]
-    pub fn blocks(&self, part: Part) -> (u32, u32, u32) {
+    pub fn blocks(&self, part: SplitPart) -> (u32, u32, u32) {
         let before = self.parts.divide(part.slot().unwrap_or(0)).1 * self.blocks;
         let (head, from_last) = self.m_blocks.divide(before);
-        let most = if part == Part::WHOLE { self.all } else { self.blocks };
+        let most = if part == SplitPart::WHOLE { self.all } else { self.blocks };
         (head, from_last, most.min(self.all - before))
     }
 }
@@ -207,7 +207,7 @@ mod tests {
             for cta in 0..ctas {
                 let taken: Vec<KeyPart> = KeyParts::new(&order, Some(&sharing), None, cta, ctas).collect();
                 assert!(taken.len() as u32 <= count.div_ceil(ctas));
-                assert!(taken.iter().filter(|at| at.part != Part::WHOLE).count() <= 1);
+                assert!(taken.iter().filter(|at| at.part != SplitPart::WHOLE).count() <= 1);
                 for at in taken {
                     let KeyPart { tile, part } = at;
                     assert!(sharing.parts_of(&order, tile).any(|other| other == at));

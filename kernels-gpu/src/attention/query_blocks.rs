@@ -7,7 +7,7 @@
 
 use core::marker::PhantomData;
 
-use super::key_parts::{Part, Sharing};
+use super::key_parts::{Sharing, SplitPart};
 use super::mask::Mask;
 use super::pairs::{OnePair, Pairs};
 use crate::ground::places::KvBlock;
@@ -71,11 +71,11 @@ impl MBlocks {
 /// Maximum number of query blocks that a CTA of the backward kernel visits. Its consumers count them in 30 bits.
 pub const MAX_QUERY_BLOCKS: u32 = (1 << 30) - 1;
 
-/// Number of query blocks that share one counter of the dQ semaphore in an exact pass. Blocks of keys of one head
-/// follow each other at that distance. Fewer counters cost less waiting and signalling (notebook 38, 82).
+/// Number of query blocks that share one dQ semaphore in an exact pass. Blocks of keys of one head follow each other
+/// at that distance. Fewer semaphores cost less waiting and signalling (notebook 38, 82).
 ///
-/// Example: at D 128 and S 4096 a head has 64 query blocks of 64 rows, which share 16 counters of four blocks each.
-pub const fn turn_blocks(head_dim: u32) -> u32 {
+/// Example: at D 128 and S 4096 a head has 64 query blocks of 64 rows, which share 16 semaphores of four blocks each.
+pub const fn blocks_per_semaphore(head_dim: u32) -> u32 {
     if head_dim <= tuning::EXACT_LARGE_ABOVE_HEAD_DIM {
         tuning::DQ_SEMAPHORE_BLOCKS
     } else {
@@ -127,7 +127,7 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
 
     /// Restricts them to a part of the work tile.
     #[inline(always)]
-    pub fn part(self, sharing: &Sharing, part: Part) -> Self {
+    pub fn part(self, sharing: &Sharing, part: SplitPart) -> Self {
         if const { !Sharing::is_for::<M, P>() } {
             return self;
         }
@@ -175,14 +175,14 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
     }
 
     /// Returns how many blocks of keys precede block `n_block` at the dQ semaphore in an exact pass, of those that
-    /// visit a query block with the same counter. `turn_blocks` query blocks share a counter.
+    /// visit a query block with the same semaphore. `shared` is [`blocks_per_semaphore`].
     #[inline(always)]
-    pub fn turn(&self, shape: &Shape, block: &QueryBlock, n_block: u32, turn_blocks: u32, tile: (u32, u32)) -> u32 {
+    pub fn earlier(&self, shape: &Shape, block: &QueryBlock, n_block: u32, shared: u32, tile: (u32, u32)) -> u32 {
         if P::COUNT == 1 || self.pair == 1 {
             return n_block;
         }
         let (block_m, block_n) = tile;
-        let first_row = block.m_block / turn_blocks * turn_blocks * block_m;
+        let first_row = block.m_block / shared * shared * block_m;
         n_block - self.pairs.second_end(shape, first_row) / block_n
     }
 }
@@ -195,8 +195,8 @@ mod tests {
     use std::vec::Vec;
 
     fn agrees<M: Mask, P: Pairs>(shape: Shape, pairs: P, block_m: u32, block_n: u32) {
-        // Number of blocks of keys that have visited each counter of each pair's dQ semaphore.
-        let mut turns = std::vec![[0; 2]; shape.seqlen_q.div_ceil(2 * block_m) as usize];
+        // Number of blocks of keys that have visited each dQ semaphore of each pair.
+        let mut semaphores = std::vec![[0; 2]; shape.seqlen_q.div_ceil(2 * block_m) as usize];
         for (n_block, pair) in (0..shape.seqlen_k.div_ceil(block_n)).flat_map(|n| (0..P::COUNT).map(move |p| (n, p))) {
             let key_block = KvBlock { batch: 0, head: 0, n_block, pair };
             let all_blocks = QueryBlocks::<M, P>::new(&shape, pairs, block_m, block_n, &key_block);
@@ -222,10 +222,11 @@ mod tests {
             let mut met: Vec<u32> = (blocks.start..blocks.end).map(|m_block| m_block / 2 * 2).collect();
             met.dedup();
             for m_block in met.into_iter().filter(|m| m * block_m < shape.seqlen_q) {
-                let counter = &mut turns[(m_block / 2) as usize][pair as usize];
+                let semaphore = &mut semaphores[(m_block / 2) as usize][pair as usize];
                 let block = QueryBlock { m_block, ..all_blocks.first() };
-                assert_eq!(all_blocks.turn(&shape, &block, n_block, 2, (block_m, block_n)), *counter, "{shape:?}");
-                *counter += 1;
+                let earlier = all_blocks.earlier(&shape, &block, n_block, 2, (block_m, block_n));
+                assert_eq!(earlier, *semaphore, "{shape:?}");
+                *semaphore += 1;
             }
         }
     }

@@ -5,7 +5,7 @@ use core::f32::consts::LOG2_E;
 /// Returns `neg_lse_log2` = −LSE·log₂e, which exponents add: P = 2^(s·scale·log₂e + `neg_lse_log2`). A row without a
 /// valid key has −∞, and so P = 0.
 #[inline(always)]
-pub fn exponent_offset(lse: f32) -> f32 {
+pub fn neg_lse_log2(lse: f32) -> f32 {
     if lse == f32::NEG_INFINITY { lse } else { -lse * LOG2_E }
 }
 

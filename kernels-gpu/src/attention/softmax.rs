@@ -6,7 +6,7 @@
 
 use core::f32::consts::{LN_2, LOG2_E};
 
-use crate::arch::Warpgroup;
+use crate::arch::{MaxUnit, Warpgroup};
 
 /// Running maximum and sum of 64 rows.
 pub struct Softmax<W: Warpgroup> {
@@ -18,12 +18,25 @@ pub struct Softmax<W: Warpgroup> {
     c: f32,
 }
 
-/// For each row after an update of m: `max_scaled`, which exponents subtract, and the rescale factor α for earlier P.
-type Raised<W> = (<W as Warpgroup>::Rows, <W as Warpgroup>::Rows);
+/// Result of an update of m, for each row.
+pub struct Rescale<W: Warpgroup> {
+    /// `max_scaled` = m·c, which exponents subtract.
+    pub max_scaled: W::Rows,
+    /// Rescale factor α for earlier P.
+    pub factor: W::Rows,
+}
+
+impl<W: Warpgroup> Clone for Rescale<W> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<W: Warpgroup> Copy for Rescale<W> {}
 
 /// Returns `max_scaled` = m·c, or 0 for a row without a valid key.
 #[inline(always)]
-fn exponent_offset(m: f32, c: f32) -> f32 {
+fn max_scaled(m: f32, c: f32) -> f32 {
     if m == f32::NEG_INFINITY { 0.0 } else { m * c }
 }
 
@@ -34,34 +47,39 @@ impl<W: Warpgroup> Softmax<W> {
     }
 
     /// Turns the scores S of one block into P in place. Returns the rescale factor α, which brings earlier P, and so O
-    /// and l, to the new maximum. `floats` selects how the maximum is taken ([`Warpgroup::maxima`]).
+    /// and l, to the new maximum. `unit` takes the maximum ([`Warpgroup::maxima`]).
     #[inline(always)]
-    pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, floats: bool) -> W::Rows {
-        let raised = self.raise(wg, s, floats);
-        self.exponents(wg, s, raised);
-        raised.1
+    pub fn step<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, unit: MaxUnit) -> W::Rows {
+        let rescale = self.raise(wg, s, unit);
+        self.exponents(wg, s, rescale);
+        rescale.factor
     }
 
-    /// First half of [`Softmax::step`]: updates m, and returns `max_scaled` and the rescale factor α.
+    /// First half of [`Softmax::step`]: updates m.
     #[inline(always)]
-    pub fn raise<const N8: usize>(&mut self, wg: &W, s: &W::Acc<N8>, floats: bool) -> Raised<W> {
+    pub fn raise<const N8: usize>(&mut self, wg: &W, s: &W::Acc<N8>, unit: MaxUnit) -> Rescale<W> {
         let c = self.c;
-        let m = wg.maxima(s, self.m, floats);
-        let offset = wg.zip(m, m, |m, _| exponent_offset(m, c));
+        let m = wg.maxima(s, self.m, unit);
+        let max_scaled = wg.zip(m, m, |m, _| max_scaled(m, c));
         // Uses `max_scaled` as rounded on both sides, so that α is exactly 1 while the maximum stays.
-        let correction = wg.zip(self.m, offset, |old, offset| W::exp2(old * c - offset));
+        let factor = wg.zip(self.m, max_scaled, |old, max_scaled| W::exp2(old * c - max_scaled));
         self.m = m;
-        (offset, correction)
+        Rescale { max_scaled, factor }
     }
 
-    /// Second half of [`Softmax::step`]: turns S into P, and updates l. `offset` is `max_scaled`, `correction` is α.
+    /// Second half of [`Softmax::step`]: turns S into P, and updates l.
     #[inline(always)]
-    pub fn exponents<const N8: usize>(&mut self, wg: &W, s: &mut W::Acc<N8>, (offset, correction): Raised<W>) {
+    pub fn exponents<const N8: usize>(
+        &mut self,
+        wg: &W,
+        s: &mut W::Acc<N8>,
+        Rescale { max_scaled, factor }: Rescale<W>,
+    ) {
         let c = self.c;
-        wg.map_rows(s, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
+        wg.map_rows(s, max_scaled, |x, max_scaled| W::exp2(W::fma(x, c, -max_scaled)));
         // Sums the block first, then adds it to l: the l of a long row is too large to take small terms one by one.
         let block = wg.fold(s, |a, p| a + p);
-        let l = wg.zip(self.l, correction, |l, a| l * a);
+        let l = wg.zip(self.l, factor, |l, a| l * a);
         self.l = wg.zip(l, block, |l, b| l + b);
     }
 
@@ -72,14 +90,14 @@ impl<W: Warpgroup> Softmax<W> {
         &mut self,
         wg: &W,
         s: &mut W::Acc<N8>,
-        (offset, correction): Raised<W>,
+        Rescale { max_scaled, factor }: Rescale<W>,
         half: usize,
     ) {
         let c = self.c;
-        wg.map_half(s, half, offset, |x, offset| W::exp2(W::fma(x, c, -offset)));
+        wg.map_half(s, half, max_scaled, |x, max_scaled| W::exp2(W::fma(x, c, -max_scaled)));
         let part = wg.fold_half(s, half, |a, p| a + p);
         if half == 0 {
-            self.l = wg.zip(self.l, correction, |l, a| l * a);
+            self.l = wg.zip(self.l, factor, |l, a| l * a);
         }
         self.l = wg.zip(self.l, part, |l, b| l + b);
     }
@@ -91,7 +109,7 @@ impl<W: Warpgroup> Softmax<W> {
         // Computes 1/l for every row and then selects. A branch would keep ptxas from interleaving the other
         // instructions at the end of a work tile (notebook 29).
         let normaliser = wg.zip(l, wg.zip(l, l, |l, _| W::recip(l)), |l, r| if l == 0.0 { 0.0 } else { r });
-        let lse = wg.zip(self.m, l, |m, l| (exponent_offset(m, c) + W::log2(l)) * LN_2);
+        let lse = wg.zip(self.m, l, |m, l| (max_scaled(m, c) + W::log2(l)) * LN_2);
         let lse = wg.zip(l, lse, |l, lse| if l == 0.0 { f32::NEG_INFINITY } else { lse });
         (normaliser, lse)
     }

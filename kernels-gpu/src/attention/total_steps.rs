@@ -18,7 +18,7 @@ use crate::ground::shape::Shape;
 
 /// Keys of a work tile that the producer or a consumer walks.
 #[derive(Clone, Copy, Debug)]
-pub struct Part {
+pub struct OwnKeys {
     /// First of the keys, within the work tile.
     pub first_key: u32,
     pub keys: u32,
@@ -26,15 +26,15 @@ pub struct Part {
     pub most_passed: u32,
 }
 
-impl Part {
+impl OwnKeys {
     /// Returns all `block_n` keys.
     #[inline(always)]
     pub const fn whole(block_n: u32) -> Self {
-        Part { first_key: 0, keys: block_n, most_passed: 0 }
+        OwnKeys { first_key: 0, keys: block_n, most_passed: 0 }
     }
 }
 
-/// One work tile as a [`Part`] of its keys walks it.
+/// One work tile as the producer or a consumer walks it, by its [`OwnKeys`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TotalTile {
     /// Block of keys; `head` is the query head.
@@ -52,19 +52,19 @@ pub struct TotalTile {
 
 impl TotalTile {
     #[inline(always)]
-    fn new<M: Mask>(shape: &Shape, block_m: u32, block_n: u32, part: &Part, at: &TilePart) -> Self {
+    fn new<M: Mask>(shape: &Shape, block_m: u32, block_n: u32, own_keys: &OwnKeys, at: &TilePart) -> Self {
         let keys = key_block(shape, block_n, &at.tile);
         let part_keys = block_n / at.parts;
         let tile_key = keys.n_block * block_n + at.part * part_keys;
         let all = MBlocks::plain::<M>(shape, tile_key, part_keys, block_m);
-        if part.first_key >= part_keys {
+        if own_keys.first_key >= part_keys {
             let (end, passed) = (all.end, all.end - all.start);
             return TotalTile { keys, first_key: tile_key, start: end, end, passed, full_start: end, full_blocks: 0 };
         }
-        let first_key = tile_key + part.first_key;
-        let own = MBlocks::plain::<M>(shape, first_key, part.keys.min(part_keys), block_m);
+        let first_key = tile_key + own_keys.first_key;
+        let own = MBlocks::plain::<M>(shape, first_key, own_keys.keys.min(part_keys), block_m);
         let start = if first_key < shape.seqlen_k { own.start } else { own.end - 1 };
-        let passed = (start - all.start).min(part.most_passed);
+        let passed = (start - all.start).min(own_keys.most_passed);
         TotalTile {
             keys,
             first_key: tile_key,
@@ -83,13 +83,13 @@ impl TotalTile {
     }
 }
 
-/// Work tiles of a CTA, as a [`Part`] of their keys walks them.
+/// Work tiles of a CTA, as the producer or a consumer walks them, by its [`OwnKeys`].
 #[derive(Clone, Copy, Debug)]
 pub struct TotalTiles<'a, M, I> {
     shape: &'a Shape,
     block_m: u32,
     block_n: u32,
-    part: Part,
+    own_keys: OwnKeys,
     tiles: I,
     mask: PhantomData<M>,
 }
@@ -97,8 +97,8 @@ pub struct TotalTiles<'a, M, I> {
 impl<'a, M: Mask, I: Iterator<Item = TilePart>> TotalTiles<'a, M, I> {
     /// Makes the iterator for work tiles of `block_n` keys and query blocks of `block_m` queries.
     #[inline(always)]
-    pub fn new(shape: &'a Shape, block_m: u32, block_n: u32, part: Part, tiles: I) -> Self {
-        TotalTiles { shape, block_m, block_n, part, tiles, mask: PhantomData }
+    pub fn new(shape: &'a Shape, block_m: u32, block_n: u32, own_keys: OwnKeys, tiles: I) -> Self {
+        TotalTiles { shape, block_m, block_n, own_keys, tiles, mask: PhantomData }
     }
 
     /// Returns the query blocks of all work tiles, one work tile after the other.
@@ -114,7 +114,7 @@ impl<M: Mask, I: Iterator<Item = TilePart>> Iterator for TotalTiles<'_, M, I> {
     #[inline(always)]
     fn next(&mut self) -> Option<TotalTile> {
         let at = self.tiles.next()?;
-        Some(TotalTile::new::<M>(self.shape, self.block_m, self.block_n, &self.part, &at))
+        Some(TotalTile::new::<M>(self.shape, self.block_m, self.block_n, &self.own_keys, &at))
     }
 }
 
@@ -159,12 +159,12 @@ mod tests {
         let keys = block_n / 2;
         for (cta, first_key) in (0..ctas).flat_map(|cta| [(cta, 0), (cta, keys)]) {
             let shared = shared.min(order.tiles());
-            let tiles = |part| {
+            let tiles = |own_keys| {
                 let tiles = SharedTiles::new(&order, shared, 2, cta, ctas);
-                TotalTiles::<M, _>::new(&shape, block_m, block_n, part, tiles)
+                TotalTiles::<M, _>::new(&shape, block_m, block_n, own_keys, tiles)
             };
-            let mut sent = tiles(Part::whole(block_n)).steps();
-            for tile in tiles(Part { first_key, keys, most_passed }) {
+            let mut sent = tiles(OwnKeys::whole(block_n)).steps();
+            for tile in tiles(OwnKeys { first_key, keys, most_passed }) {
                 let idle = tile.start == tile.end;
                 assert!(!idle || (first_key > 0 && shared < order.tiles()), "{shape:?}: {tile:?}");
                 assert!(tile.passed <= most_passed || idle, "{shape:?}: {tile:?}");

@@ -3,7 +3,7 @@
 //!
 //! A CTA keeps one block of keys, K and V in shared memory, dK and dV in registers. Each of two consumer warpgroups has
 //! half of the keys (for head dim 256 see [`super::backward_gradients`]). Let c = scale·log₂e, δ = rowsum(dO∘O) − dLSE
-//! and neg_lse_log2 = −LSE·log₂e, which is `offsets` in the code. The CTA computes, transposed:
+//! and neg_lse_log2 = −LSE·log₂e. The CTA computes, transposed:
 //!
 //! ```text
 //! for each work tile of the CTA, a block of keys of one key head:
@@ -26,9 +26,9 @@
 //! 2. The consumers also write dSᵀ to a ring in shared memory. A third warpgroup, which issues the loads too, computes
 //!    dS·K from it and accumulates dQ in f32 in the workspace (`arch/sm90/backward_dq.rs`). So the consumers never wait
 //!    for each other's dS (notebook 41).
-//! 3. A ping-pong barrier (`take_turn`, `pass_turn`) overlaps one consumer's exponentials with the other's products. A
-//!    consumer holds it while it issues dV and dK of the last query block and S of the next, and above head dim 64 also
-//!    dP (notebook 43, 44).
+//! 3. A ping-pong barrier (`take_ping_pong`, `pass_ping_pong`) overlaps one consumer's exponentials with the other's
+//!    products. A consumer holds it while it issues dV and dK of the last query block and S of the next, and above head
+//!    dim 64 also dP (notebook 43, 44).
 //! 4. At head dim 128, S is issued before dV and dK are waited for, so that products follow each other without a pause
 //!    (`queues_scores`, notebook 59).
 //! 5. `neg_lse_log2` is read before the ping-pong barrier, and δ before a wait, if registers allow (`read_early`,
@@ -45,7 +45,7 @@ use core::f32::consts::LOG2_E;
 use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::dropout::{Place, Rows};
 use crate::attention::dropping::Dropping;
-use crate::attention::key_parts::{KeyPart, Part};
+use crate::attention::key_parts::{KeyPart, SplitPart};
 use crate::attention::mask::Mask;
 use crate::attention::masking::mask_transposed;
 use crate::attention::pairs::Pairs;
@@ -89,26 +89,26 @@ const fn queues_scores(head_dim: u32) -> bool {
 
 impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
     /// Takes a query block from S, in flight, to dS. Returns Pᵀ and dSᵀ as left operands, and writes dSᵀ to its ring
-    /// for dQ. `offsets` is `neg_lse_log2`.
+    /// for dQ.
     #[inline(always)]
     fn gradients<W: BackwardWarpgroup<Tensor = T>, const D8: usize, const M8: usize>(
         &self,
         wg: &mut W,
         at: &QueryBlock,
         slot: W::Slot,
-        offsets: &W::Columns<M8>,
+        neg_lse_log2: &W::Columns<M8>,
         s: Pending<W::Acc<M8>>,
     ) -> (W::Operand<M8>, W::Operand<M8>) {
         let early = const { passes_early(8 * D8 as u32) };
         if early {
-            wg.pass_turn();
+            wg.pass_ping_pong();
         }
         let dp = wg.v_do::<D8, M8>(slot); //                        dPᵀ = V·dOᵀ
         if !early {
-            wg.pass_turn();
+            wg.pass_ping_pong();
         }
         let s = wg.wait::<1, M8>(s);
-        let p = self.weights(wg, at, offsets, s); //                Pᵀ = exp(scale·Sᵀ − LSE)
+        let p = self.weights(wg, at, neg_lse_log2, s); //           Pᵀ = exp(scale·Sᵀ − LSE)
         let delta = read_early(wg, wg.delta(slot));
         wg.wait_ds(slot);
         let dp = wg.wait::<0, M8>(dp);
@@ -118,13 +118,13 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         (R::pack_unmarked::<W, M8>(wg, &p), ds)
     }
 
-    /// Turns Sᵀ into Pᵀ, masked. Sets the sign bit of dropped elements. `offsets` is `neg_lse_log2`.
+    /// Turns Sᵀ into Pᵀ, masked. Sets the sign bit of dropped elements.
     #[inline(always)]
     pub fn weights<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
         &self,
         wg: &W,
         at: &QueryBlock,
-        offsets: &W::Columns<M8>,
+        neg_lse_log2: &W::Columns<M8>,
         mut s: W::Acc<M8>,
     ) -> W::Acc<M8> {
         let (p, first_row) = (self.p, at.m_block * self.block_m);
@@ -133,7 +133,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
             mask_transposed::<W, M, S::Pairs, M8>(wg, &p.shape, pairs, at.pair, &mut s, self.first_key, first_row);
         }
         let c = p.scale * LOG2_E;
-        wg.map_columns(&mut s, offsets, |s, offset| W::exp2(W::fma(s, c, offset)));
+        wg.map_columns(&mut s, neg_lse_log2, |s, neg_lse_log2| W::exp2(W::fma(s, c, neg_lse_log2)));
         let keep = self.dropping.keep::<W, M8>(wg, |_| Place {
             head: at.batch * p.shape.heads_q + at.head,
             row: self.first_key,
@@ -180,11 +180,11 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
     ) -> Self {
         let slot = wg.wait_q();
         wg.wait_do(slot);
-        let offsets = read_early(wg, wg.offsets(slot));
-        wg.take_turn();
+        let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
+        wg.take_ping_pong();
         let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
         wg.wait_v();
-        let (p, ds) = step.gradients::<W, D8, M8>(wg, at, slot, &offsets, s);
+        let (p, ds) = step.gradients::<W, D8, M8>(wg, at, slot, &neg_lse_log2, s);
         Mainloop { dk: wg.zeros::<D8>(), dv, p, ds, slot }
     }
 
@@ -198,8 +198,8 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
     ) {
         let slot = wg.wait_q();
         wg.wait_do(slot);
-        let offsets = read_early(wg, wg.offsets(slot));
-        wg.take_turn();
+        let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
+        wg.take_ping_pong();
         let s = if const { queues_scores(8 * D8 as u32) } {
             let (dv, dk) = self.issue(wg);
             let s = wg.kq::<D8, M8>(slot); //                       Sᵀ = K·Qᵀ
@@ -210,7 +210,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
             self.finish(wg);
             wg.kq::<D8, M8>(slot)
         };
-        (self.p, self.ds) = step.gradients::<W, D8, M8>(wg, at, slot, &offsets, s);
+        (self.p, self.ds) = step.gradients::<W, D8, M8>(wg, at, slot, &neg_lse_log2, s);
         self.slot = slot;
     }
 
@@ -238,7 +238,7 @@ pub(super) fn blocks_met<T, S: BackwardSecond<T>, M: Mask>(
     p: &BackwardParams<T, S>,
     (block_m, block_n): (u32, u32),
     keys: &KvBlock,
-    part: Part,
+    part: SplitPart,
 ) -> QueryBlocks<M, S::Pairs> {
     let blocks = QueryBlocks::new(&p.shape, p.second.pairs(&p.shape), block_m, block_n, keys);
     blocks.end_of(&p.sharing).part(&p.sharing, part)

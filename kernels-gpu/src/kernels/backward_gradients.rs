@@ -7,8 +7,7 @@
 //! third warpgroup     dSᵀ from the ring                        dQᵢ = dQᵢ + dS·K, and all loads
 //! ```
 //!
-//! `pass_weights` writes P to shared memory in f32, and `take_weights` reads it, thread to thread. `offsets` is
-//! neg_lse_log2 = −LSE·log₂e.
+//! `pass_weights` writes P to shared memory in f32, and `take_weights` reads it, thread to thread.
 //!
 //! No product is computed twice. If each consumer had half of the columns of both gradients, both would compute all of
 //! S and dP, seven products instead of five (notebook 80).
@@ -48,9 +47,9 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
     ) -> Self {
         let slot = wg.wait_q();
         let s = wg.kq::<D8, M8>(slot); //                            Sᵀ = K·Qᵀ
-        let offsets = wg.offsets(slot);
+        let neg_lse_log2 = wg.neg_lse_log2(slot);
         let s = wg.wait::<0, M8>(s);
-        let p = step.weights(wg, at, &offsets, s); //                Pᵀ = exp(scale·Sᵀ − LSE)
+        let p = step.weights(wg, at, &neg_lse_log2, s); //           Pᵀ = exp(scale·Sᵀ − LSE)
         wg.pass_weights(&p, slot);
         wg.wait_do(slot);
         Dv { dv, p: R::pack_unmarked::<W, M8>(wg, &p), slot }
@@ -67,9 +66,9 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
         let slot = wg.wait_q();
         let s = wg.kq::<D8, M8>(slot); //                            Sᵀ = K·Qᵀ
         let dv = wg.p_do::<M8, D8>(self.dv, self.p, self.slot); //   dV = dV + Pᵀ·dO
-        let offsets = wg.offsets(slot);
+        let neg_lse_log2 = wg.neg_lse_log2(slot);
         let s = wg.wait::<1, M8>(s);
-        let p = step.weights(wg, at, &offsets, s); //                Pᵀ = exp(scale·Sᵀ − LSE)
+        let p = step.weights(wg, at, &neg_lse_log2, s); //           Pᵀ = exp(scale·Sᵀ − LSE)
         wg.pass_weights(&p, slot);
         wg.wait_do(slot);
         self.dv = wg.wait::<0, D8>(dv);

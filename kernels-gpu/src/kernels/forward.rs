@@ -20,8 +20,8 @@
 //!
 //! 1. S of the next block is issued together with P·V of this one, and the softmax starts as soon as S has arrived. So
 //!    the tensor cores work during the softmax (`Mainloop::step`).
-//! 2. A ping-pong barrier (`take_turn`, `pass_turn`) lets one consumer at a time issue, so that one's softmax overlaps
-//!    the other's products (notebook 11).
+//! 2. A ping-pong barrier (`take_ping_pong`, `pass_ping_pong`) lets one consumer at a time issue, so that one's softmax
+//!    overlaps the other's products (notebook 11).
 //! 3. S of the next work tile's first block is issued with the last P·V of this one (`Mainloop::turn_over`, notebook
 //!    14). The pipeline drains once per launch.
 //! 4. Q of the next work tile is requested as soon as the last S of this one has arrived (`Upcoming`, notebook 9).
@@ -29,7 +29,7 @@
 //!    only if they are not full (notebook 17).
 //! 6. Row maxima are taken on the integer pipe if a block has at least 128 keys, no mask is expected to mask many of
 //!    its scores out, and there is no dropout (notebook 26, 128).
-//! 7. O is rescaled only if a row maximum has changed, if that check pays (`Mainloop::looks_first`, notebook 20, 124).
+//! 7. O is rescaled only if a row maximum has changed, if the check pays (`Mainloop::rescale_check`, notebook 20, 124).
 //!
 //! A ring of slots, filled in the order of [`crate::pipeline::order`], connects producer and consumers. With two
 //! consumers:
@@ -40,7 +40,7 @@
 //! consumer 1            [S₀] softmax₀ [S₁ P₀V₀] softmax₁ …  about half a step later, by the ping-pong barrier
 //! ```
 
-use crate::arch::{ForwardWarpgroup, Pending};
+use crate::arch::{ForwardWarpgroup, MaxUnit, Pending, RescaleCheck};
 use crate::attention::block_info::{Visit, Visits};
 use crate::attention::dropout::{Place, Rows};
 use crate::attention::dropping::Dropping;
@@ -69,14 +69,14 @@ struct InFlight<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
     v: W::Slot,
 }
 
-/// Block of scores: its work tile, its block of keys, and the pair of Q and K that they come from. `masked` is true if
-/// a mask may mask many of them out.
+/// Block of scores: its work tile, its block of keys, and the pair of Q and K that they come from.
 #[derive(Clone, Copy)]
 struct BlockAt {
     tile: WorkTile,
     heads_q: u32,
     visit: Visit,
-    masked: bool,
+    /// Unit of row maxima without dropout: floats if a mask may mask many of the scores out.
+    max_unit: MaxUnit,
 }
 
 impl BlockAt {
@@ -93,18 +93,22 @@ impl BlockAt {
 }
 
 impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloop<W, R, D8, N8> {
-    /// True if O is rescaled only when a row maximum has changed, that is, if a rescale factor differs from 1. The
-    /// check saves multiplications but keeps ptxas from interleaving the instructions around it. It pays above head dim
-    /// 128 (notebook 20); with dropout `step` wants the fence itself (notebook 124).
-    const fn looks_first() -> bool {
-        D8 as u32 * 8 > tuning::RESCALE_CHECK_ABOVE_HEAD_DIM || R::DROPS
+    /// Returns whether O is rescaled only when a row maximum has changed, that is, if a rescale factor differs from 1.
+    /// The check saves multiplications but keeps ptxas from interleaving the instructions around it. It pays above head
+    /// dim 128 (notebook 20); with dropout `step` wants the fence itself (notebook 124).
+    const fn rescale_check() -> RescaleCheck {
+        if D8 as u32 * 8 > tuning::RESCALE_CHECK_ABOVE_HEAD_DIM || R::DROPS {
+            RescaleCheck::First
+        } else {
+            RescaleCheck::Never
+        }
     }
 
-    /// True if row maxima are taken on floats and not on integers: if a mask may mask many scores out, or with dropout,
-    /// whose Philox calls occupy the integer pipe (notebook 26, 128).
+    /// Returns the unit of row maxima. With dropout it is that of floats, because Philox calls occupy the integer pipe
+    /// (notebook 26, 128).
     #[inline(always)]
-    fn floats(at: &BlockAt) -> bool {
-        at.masked || R::DROPS
+    fn max_unit(at: &BlockAt) -> MaxUnit {
+        if R::DROPS { MaxUnit::Float } else { at.max_unit }
     }
 
     /// Computes S and P of the CTA's very first block. There is no P·V yet, so O is 0.
@@ -117,7 +121,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         wg.release_kv(k);
         scored(wg, &mut s);
         let mut softmax = Softmax::new(wg, scale);
-        softmax.step(wg, &mut s, Self::floats(&at));
+        softmax.step(wg, &mut s, Self::max_unit(&at));
         Mainloop { o: wg.zeros::<D8>(), p: Self::weights(wg, &s, &keep), softmax, dropping }
     }
 
@@ -134,11 +138,11 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
     #[inline(always)]
     fn issue(&self, wg: &mut W, pair: u32) -> InFlight<W, D8, N8> {
         let k = wg.wait_kv();
-        wg.take_turn();
+        wg.take_ping_pong();
         let s = wg.qk::<D8, N8>(k, pair); //               S = Q·Kᵀ
         let v = wg.wait_kv();
         let o = wg.pv::<N8, D8>(self.o, self.p, v); //     O = O + P·V, one block behind
-        wg.pass_turn();
+        wg.pass_ping_pong();
         InFlight { s, o, k, v }
     }
 
@@ -151,20 +155,20 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         let mut s = wg.wait::<1, N8>(s);
         wg.release_kv(k);
         scored(wg, &mut s);
-        let raised = self.softmax.raise(wg, &s, Self::floats(&at)); // S → P; m, l
+        let rescale = self.softmax.raise(wg, &s, Self::max_unit(&at)); // S → P; m, l
         if R::DROPS {
-            self.softmax.half_the_exponents(wg, &mut s, raised, 0);
+            self.softmax.half_the_exponents(wg, &mut s, rescale, 0);
         } else {
-            self.softmax.exponents(wg, &mut s, raised);
+            self.softmax.exponents(wg, &mut s, rescale);
         }
         self.o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
-        wg.scale_rows(&mut self.o, raised.1, const { Self::looks_first() });
+        wg.scale_rows(&mut self.o, rescale.factor, const { Self::rescale_check() });
         if R::DROPS {
             // Half of the exponentials run before the skip-rescale check, with the Philox calls, and half after it,
             // with the instructions that drop elements. Without this fence ptxas puts those instructions last (notebook
             // 135).
-            self.softmax.half_the_exponents(wg, &mut s, raised, 1);
+            self.softmax.half_the_exponents(wg, &mut s, rescale, 1);
         }
         self.p = Self::weights(wg, &s, &keep);
     }
@@ -185,7 +189,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         wg.release_kv(k);
         scored(wg, &mut s);
         let mut softmax = Softmax::new(wg, scale);
-        softmax.step(wg, &mut s, Self::floats(&at));
+        softmax.step(wg, &mut s, Self::max_unit(&at));
         let o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
         let p = Self::weights(wg, &s, &keep);
@@ -242,14 +246,14 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
             mask(wg, s, tile, visits.at(u));
         }
     };
-    let at = |tile: WorkTile, visits: &Visits, u: u32, masked: bool| BlockAt {
+    let at = |tile: WorkTile, visits: &Visits, u: u32, max_unit: MaxUnit| BlockAt {
         tile,
         heads_q: p.shape.heads_q,
         visit: visits.at(u),
-        masked,
+        max_unit,
     };
     // The first visit of a work tile is to its last block, which the mask's edge crosses if there is a mask.
-    let first_masked = M::HIDES || S::Pairs::COUNT > 1;
+    let first_unit = if M::HIDES || S::Pairs::COUNT > 1 { MaxUnit::Float } else { MaxUnit::Integer };
     let mut upcoming = Upcoming { tiles, next: None };
     upcoming.load(wg);
     let Some(mut tile) = upcoming.next else { return };
@@ -257,7 +261,7 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
     wg.wait_q();
     // Visits count down to 0. When the scores of visit 0 have arrived, Q is free for the next work tile.
     let first = visits.count - 1;
-    let block = at(tile, &visits, first, first_masked);
+    let block = at(tile, &visits, first, first_unit);
     let mut mainloop = Mainloop::<W, R, D8, N8>::first(wg, p.scale, dropping, block, |wg, s| {
         if first == 0 {
             upcoming.load(wg);
@@ -269,17 +273,17 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
         for run in 0..S::Pairs::COUNT {
             let (full_start, full_end) = visits.run(run);
             for u in (full_end.max(1)..above).rev() {
-                let block = at(tile, &visits, u, true);
+                let block = at(tile, &visits, u, MaxUnit::Float);
                 mainloop.step(wg, block, |wg, s| mask(wg, s, &tile, block.visit));
             }
             above = above.min(full_end);
             for u in (full_start.max(1)..above).rev() {
-                mainloop.step(wg, at(tile, &visits, u, false), |_, _| {});
+                mainloop.step(wg, at(tile, &visits, u, MaxUnit::Integer), |_, _| {});
             }
             above = above.min(full_start);
         }
         if visits.count > 1 {
-            mainloop.step(wg, at(tile, &visits, 0, false), |wg, s| {
+            mainloop.step(wg, at(tile, &visits, 0, MaxUnit::Integer), |wg, s| {
                 upcoming.load(wg);
                 mask_if_needed(wg, s, &tile, &visits, 0);
             });
@@ -288,7 +292,7 @@ pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, 
         visits = visits_of(&next);
         wg.wait_q();
         let first = visits.count - 1;
-        let block = at(next, &visits, first, first_masked);
+        let block = at(next, &visits, first, first_unit);
         let (following, o, softmax) = mainloop.turn_over(wg, p.scale, block, |wg, s| {
             if first == 0 {
                 upcoming.load(wg);

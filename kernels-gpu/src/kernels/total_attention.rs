@@ -1,8 +1,8 @@
 //! Total attention, total_j = Σ_i P_ij with P = exp(scale·Q·Kᵀ − LSE): the weight that each key gets from all queries.
 //! It is a second pass over Q, K and the LSE of the forward pass.
 //!
-//! A consumer warpgroup owns 64 keys of one query head. With c = scale·log₂e and neg_lse_log2 = −LSE·log₂e, which
-//! `map_offsets` reads, it computes:
+//! A consumer warpgroup owns 64 keys of one query head. With c = scale·log₂e and neg_lse_log2 = −LSE·log₂e, it
+//! computes:
 //!
 //! ```text
 //! for each work tile of the CTA:
@@ -27,7 +27,7 @@
 //!    ([`crate::attention::exponential`], notebook 116).
 //! 6. Up to head dim 128, the tail of a launch is split along keys ([`crate::attention::shared_tiles`], notebook 111).
 //! 7. A second warp of the producer loads the LSE and stores `neg_lse_log2` next to Q's slot
-//!    (`arch/sm90/total_offsets.rs`, notebook 99).
+//!    (`arch/sm90/total_neg_lse_log2.rs`, notebook 99).
 
 use core::f32::consts::LOG2_E;
 
@@ -84,15 +84,15 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
     ) {
         let p = self.p;
         if !tile.is_full(m_block) {
-            let first_key = tile.first_key + wg.part().first_key;
+            let first_key = tile.first_key + wg.own_keys().first_key;
             let first_row = m_block * 8 * M8 as u32;
             mask_transposed::<W, M, OnePair, M8>(wg, &p.shape, OnePair, 0, &mut s, first_key, first_row);
             wg.fill_outside(&mut s, f32::NEG_INFINITY, |_| (0, p.shape.seqlen_q as i32 - first_row as i32));
         }
         let c = p.scale * LOG2_E;
         // Sᵀ → Pᵀ
-        wg.map_offsets(q, &mut s, |s, offset, by_polynomial| {
-            let x = W::fma(s, c, offset);
+        wg.map_neg_lse_log2(q, &mut s, |s, neg_lse_log2, by_polynomial| {
+            let x = W::fma(s, c, neg_lse_log2);
             if by_polynomial { exp2_polynomial::<W>(x) } else { W::exp2(x) }
         });
         // Sums the block first, then adds it to the total: the sum of a long column is too large to take small terms
@@ -117,7 +117,7 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     smem: &TotalSmem,
     tiles: impl Iterator<Item = TilePart>,
 ) {
-    let mut tiles = TotalTiles::<M, _>::new(&p.shape, 8 * M8 as u32, smem.block_n(), wg.part(), tiles);
+    let mut tiles = TotalTiles::<M, _>::new(&p.shape, 8 * M8 as u32, smem.block_n(), wg.own_keys(), tiles);
     let mut mainloop = Mainloop { p, total: wg.rows(0.0) };
     if smem.many_consumers() {
         for tile in tiles {

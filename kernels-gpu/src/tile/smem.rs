@@ -188,11 +188,11 @@ impl BackwardSmem {
             Split::Gradients => self.block_n * self.block_m * 4,
         }
     }
-    pub const fn offsets(&self, slot: u32) -> u32 {
+    pub const fn neg_lse_log2(&self, slot: u32) -> u32 {
         self.weights() + self.weights_bytes() + slot * self.row_bytes()
     }
     pub const fn delta(&self, slot: u32) -> u32 {
-        self.offsets(self.stages()) + slot * self.row_bytes()
+        self.neg_lse_log2(self.stages()) + slot * self.row_bytes()
     }
     const fn barrier(&self, index: u32) -> u32 {
         self.delta(self.stages()) + index * BARRIER_BYTES

@@ -70,11 +70,11 @@ impl TotalSmem {
         self.k(Self::K_STAGES) + slot * self.q_bytes()
     }
     /// Returns the offset of a slot's `neg_lse_log2`, one f32 per query. `lap` is the phase parity, 0 or 1.
-    pub const fn offsets(&self, slot: u32, lap: u32) -> u32 {
+    pub const fn neg_lse_log2(&self, slot: u32, lap: u32) -> u32 {
         self.q(self.stages) + (lap * self.stages + slot) * self.block_m * 4
     }
     const fn barrier(&self, index: u32) -> u32 {
-        self.offsets(0, 2) + index * BARRIER_BYTES
+        self.neg_lse_log2(0, 2) + index * BARRIER_BYTES
     }
     /// Returns the barrier that completes a phase when a tile of K has arrived; [`TotalSmem::k_empty`] is the one for a
     /// tile that is no longer needed.
@@ -109,7 +109,7 @@ mod tests {
             for panel in [smem.k(1), smem.q(0), smem.q(1), smem.q_bytes() / panels(smem.head_dim)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
-            assert_eq!(smem.offsets(0, 0) % 8, 0, "{}", variant.symbol);
+            assert_eq!(smem.neg_lse_log2(0, 0) % 8, 0, "{}", variant.symbol);
             assert_eq!(smem.k_full(0) % 8, 0, "{}", variant.symbol);
         }
     }

@@ -5,7 +5,7 @@ use crate::attention::dropout::NoDropout;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::{ByDistance, OnePair, Pairs};
-use crate::attention::query_blocks::{MBlocks, turn_blocks};
+use crate::attention::query_blocks::{MBlocks, blocks_per_semaphore};
 use crate::attention::scheduler::{GroupBytes, TileOrder};
 use crate::element::Dtype;
 use crate::ground::shape::Shape;
@@ -106,8 +106,8 @@ impl BackwardVariant {
             (MaskKind::Causal, false) => tuning::EXACT_MIN_SECTION_CAUSAL,
             (MaskKind::Causal, true) => tuning::EXACT_MIN_SECTION_CAUSAL_LARGE,
         };
-        let turn = ctas * turn_blocks(self.head_dim);
-        let section = if large { (turn + steps / 2) / steps } else { (turn + ctas).div_ceil(steps) }.max(fewest);
+        let stagger = ctas * blocks_per_semaphore(self.head_dim);
+        let section = if large { (stagger + steps / 2) / steps } else { (stagger + ctas).div_ceil(steps) }.max(fewest);
         let section = match self.mask {
             MaskKind::None => section,
             // Rounds to the nearest whole fraction of the CTAs, so that consecutive key blocks start together.

@@ -54,11 +54,11 @@ impl QueryRing {
     }
     /// Returns the next query block.
     fn next(&mut self) -> QueryBlock {
-        let slot = self.count;
+        let ordinal = self.count;
         if self.held.len() == self.stages as usize {
-            Fault::WaitWithoutRelease { slot }.raise();
+            Fault::WaitWithoutRelease { slot: ordinal }.raise();
         }
-        self.upcoming.pop_front().unwrap_or_else(|| Fault::WaitWithoutLoad { slot }.raise())
+        self.upcoming.pop_front().unwrap_or_else(|| Fault::WaitWithoutLoad { slot: ordinal }.raise())
     }
     /// Returns memory for a query block.
     fn memory(&mut self) -> QueryTile {
@@ -73,16 +73,16 @@ impl QueryRing {
     fn first_held(&self) -> u32 {
         self.count - self.held.len() as u32
     }
-    fn release(&mut self, slot: u32) {
-        if self.held.is_empty() || slot != self.first_held() {
-            Fault::ReleaseWithoutWait { slot }.raise();
+    fn release(&mut self, ordinal: u32) {
+        if self.held.is_empty() || ordinal != self.first_held() {
+            Fault::ReleaseWithoutWait { slot: ordinal }.raise();
         }
         self.spare.extend(self.held.pop_front());
     }
-    fn get(&self, slot: u32) -> &QueryTile {
-        let index = slot.checked_sub(self.first_held());
+    fn get(&self, ordinal: u32) -> &QueryTile {
+        let index = ordinal.checked_sub(self.first_held());
         let found = index.and_then(|index| self.held.get(index as usize));
-        found.unwrap_or_else(|| Fault::WrongTile { slot, holds: None }.raise())
+        found.unwrap_or_else(|| Fault::WrongTile { slot: ordinal, holds: None }.raise())
     }
     fn finish(&mut self) {
         if !self.upcoming.is_empty() || !self.held.is_empty() {
@@ -142,11 +142,11 @@ impl BackwardPipe<'_> {
     fn d_o(&mut self) -> &mut QueryRing {
         self.d_o.as_mut().unwrap_or_else(|| Fault::QueryWithoutLoad.raise())
     }
-    fn held_q(&self, slot: u32) -> &QueryTile {
-        self.q.as_ref().unwrap_or_else(|| Fault::QueryWithoutLoad.raise()).get(slot)
+    fn held_q(&self, ordinal: u32) -> &QueryTile {
+        self.q.as_ref().unwrap_or_else(|| Fault::QueryWithoutLoad.raise()).get(ordinal)
     }
-    fn held_do(&self, slot: u32) -> &QueryTile {
-        self.d_o.as_ref().unwrap_or_else(|| Fault::QueryWithoutLoad.raise()).get(slot)
+    fn held_do(&self, ordinal: u32) -> &QueryTile {
+        self.d_o.as_ref().unwrap_or_else(|| Fault::QueryWithoutLoad.raise()).get(ordinal)
     }
 
     /// Loads this warpgroup's rows of K or V of the block of keys.
@@ -234,7 +234,7 @@ fn add_product<const M8: usize, const D8: usize>(sum: &mut Tile<D8>, weights: &T
 }
 
 impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
-    /// Number of the query block, counted from the first. Slots of the rings and phase parities follow from it.
+    /// Ordinal of the query block, counted from the first. Slots of the rings and phase parities follow from it.
     type Slot = u32;
     type Columns<const M8: usize> = [[f32; 8]; M8];
 
@@ -274,32 +274,32 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         let block = self.pipe.q().next();
         let mut tile = self.pipe.q().memory();
         let Tensors { q, workspace, .. } = &self.pipe.tensors;
-        self.pipe.load(&q[block.pair as usize], workspace.offsets, &block, &mut tile);
+        self.pipe.load(&q[block.pair as usize], workspace.neg_lse_log2, &block, &mut tile);
         self.pipe.q().hold(tile)
     }
     #[inline(never)]
-    fn wait_do(&mut self, slot: u32) {
+    fn wait_do(&mut self, ordinal: u32) {
         let block = self.pipe.d_o().next();
         let mut tile = self.pipe.d_o().memory();
         let Tensors { d_o, workspace, .. } = &self.pipe.tensors;
         self.pipe.load(d_o, workspace.delta, &block, &mut tile);
-        if self.pipe.d_o().hold(tile) != slot {
-            Fault::WrongTile { slot, holds: None }.raise();
+        if self.pipe.d_o().hold(tile) != ordinal {
+            Fault::WrongTile { slot: ordinal, holds: None }.raise();
         }
     }
     #[inline(never)]
-    fn release(&mut self, slot: u32) {
-        self.pipe.q().release(slot);
-        self.pipe.d_o().release(slot);
+    fn release(&mut self, ordinal: u32) {
+        self.pipe.q().release(ordinal);
+        self.pipe.d_o().release(ordinal);
     }
 
     #[inline(never)]
-    fn offsets<const M8: usize>(&self, slot: u32) -> [[f32; 8]; M8] {
-        columns(&self.pipe.held_q(slot).statistics)
+    fn neg_lse_log2<const M8: usize>(&self, ordinal: u32) -> [[f32; 8]; M8] {
+        columns(&self.pipe.held_q(ordinal).statistics)
     }
     #[inline(never)]
-    fn delta<const M8: usize>(&self, slot: u32) -> [[f32; 8]; M8] {
-        columns(&self.pipe.held_do(slot).statistics)
+    fn delta<const M8: usize>(&self, ordinal: u32) -> [[f32; 8]; M8] {
+        columns(&self.pipe.held_do(ordinal).statistics)
     }
     fn read<const M8: usize>(&self, columns: [[f32; 8]; M8]) -> [[f32; 8]; M8] {
         columns
@@ -310,21 +310,21 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
     }
 
     #[inline(never)]
-    fn kq<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Tile<M8>> {
-        Pending(product::<D8, M8>(&self.pipe.k, &self.pipe.held_q(slot).transposed))
+    fn kq<const D8: usize, const M8: usize>(&mut self, ordinal: u32) -> Pending<Tile<M8>> {
+        Pending(product::<D8, M8>(&self.pipe.k, &self.pipe.held_q(ordinal).transposed))
     }
     #[inline(never)]
-    fn v_do<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Tile<M8>> {
-        Pending(product::<D8, M8>(&self.pipe.v, &self.pipe.held_do(slot).transposed))
+    fn v_do<const D8: usize, const M8: usize>(&mut self, ordinal: u32) -> Pending<Tile<M8>> {
+        Pending(product::<D8, M8>(&self.pipe.v, &self.pipe.held_do(ordinal).transposed))
     }
     #[inline(never)]
     fn p_do<const M8: usize, const D8: usize>(
         &mut self,
         mut dv: Tile<D8>,
         p: Tile<M8>,
-        slot: u32,
+        ordinal: u32,
     ) -> Pending<Tile<D8>> {
-        add_product(&mut dv, &p, &self.pipe.held_do(slot).rows);
+        add_product(&mut dv, &p, &self.pipe.held_do(ordinal).rows);
         Pending(dv)
     }
     #[inline(never)]
@@ -332,13 +332,13 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         &mut self,
         mut dk: Tile<D8>,
         ds: Tile<M8>,
-        slot: u32,
+        ordinal: u32,
     ) -> Pending<Tile<D8>> {
-        add_product(&mut dk, &ds, &self.pipe.held_q(slot).rows);
+        add_product(&mut dk, &ds, &self.pipe.held_q(ordinal).rows);
         Pending(dk)
     }
-    fn take_turn(&mut self) {}
-    fn pass_turn(&mut self) {}
+    fn take_ping_pong(&mut self) {}
+    fn pass_ping_pong(&mut self) {}
     fn wait_ds(&mut self, _: u32) {}
     #[inline(never)]
     fn add_dq<const M8: usize>(&mut self, ds: &Tile<M8>, _: u32, at: &QueryBlock) {
@@ -355,9 +355,9 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
         self.pipe.weights.borrow_mut().push_back(p.elements().to_vec());
     }
     #[inline(never)]
-    fn take_weights<const M8: usize>(&mut self, slot: u32) -> Tile<M8> {
+    fn take_weights<const M8: usize>(&mut self, ordinal: u32) -> Tile<M8> {
         let weights = self.pipe.weights.borrow_mut().pop_front();
-        let weights = weights.unwrap_or_else(|| Fault::WaitWithoutLoad { slot }.raise());
+        let weights = weights.unwrap_or_else(|| Fault::WaitWithoutLoad { slot: ordinal }.raise());
         let mut p = Tile::ZEROS;
         p.elements_mut().copy_from_slice(&weights);
         p

@@ -168,8 +168,8 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
         multiply_add(self.live, 8 * N8, p, v, o.elements_mut(), 8 * D8);
         Pending(o)
     }
-    fn take_turn(&mut self) {}
-    fn pass_turn(&mut self) {}
+    fn take_ping_pong(&mut self) {}
+    fn pass_ping_pong(&mut self) {}
 
     #[inline(never)]
     fn store<const D8: usize>(&mut self, x: &Tile<D8>, to: &Output<Strided>, tile: &WorkTile, shape: &Shape) {

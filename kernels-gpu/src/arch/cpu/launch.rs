@@ -11,7 +11,7 @@ use crate::attention::block_info::KvBlocks;
 use crate::attention::dropout::Dropout;
 use crate::attention::dropout::NoDropout;
 use crate::attention::dropping::Dropping;
-use crate::attention::key_parts::{KeyPart, Part};
+use crate::attention::key_parts::{KeyPart, SplitPart};
 use crate::attention::mask::{Causal, Full, Mask};
 use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlocks, key_block};
@@ -222,7 +222,7 @@ unsafe fn backward_with<S: BackwardSecond<Strided>, R: Dropping>(
 fn blocks_of<'a, M: Mask + 'a, S: BackwardSecond<Strided>>(
     variant: &'a BackwardVariant,
     p: &'a BackwardParams<Strided, S>,
-    part: Part,
+    part: SplitPart,
 ) -> Box<super::backward::BlocksOf<'a>> {
     Box::new(move |keys: &KvBlock| {
         let pairs = p.second.pairs(&p.shape);

@@ -6,7 +6,7 @@ use super::convert;
 use super::matmul::dot;
 use super::memory;
 use crate::attention::query_blocks::key_block;
-use crate::attention::row_statistics::{delta, exponent_offset};
+use crate::attention::row_statistics::{delta, neg_lse_log2};
 use crate::element::Dtype;
 use crate::ground::places::WorkTile;
 use crate::params::{FinishParams, PrepareParams};
@@ -25,7 +25,7 @@ pub unsafe fn prepare(p: &PrepareParams, dtype: Dtype, batch: u32, head: u32) {
     for row in 0..p.workspace.rows {
         // SAFETY: the caller's promise; rows below seqlen_q are the tensors' and the arrays'.
         unsafe {
-            let (offset, delta) = if row < shape.seqlen_q {
+            let (neg_lse_log2, delta) = if row < shape.seqlen_q {
                 let index = ((batch * shape.heads_q + head) * shape.seqlen_q) as usize + row as usize;
                 let o = memory::row(&p.o, batch, head, row, columns);
                 let d_o = memory::row(&p.d_o, batch, head, row, columns);
@@ -33,11 +33,11 @@ pub unsafe fn prepare(p: &PrepareParams, dtype: Dtype, batch: u32, head: u32) {
                 convert::widen(dtype, d_o, &mut wide_do);
                 let dot = dot(&wide_o, &wide_do);
                 let d_lse = if p.d_lse == 0 { 0.0 } else { memory::read_f32(p.d_lse, index) };
-                (exponent_offset(memory::read_f32(p.lse, index)), delta(dot, d_lse))
+                (neg_lse_log2(memory::read_f32(p.lse, index)), delta(dot, d_lse))
             } else {
                 (f32::NEG_INFINITY, 0.0)
             };
-            memory::write_f32(p.workspace.offsets, first + row as usize, offset);
+            memory::write_f32(p.workspace.neg_lse_log2, first + row as usize, neg_lse_log2);
             memory::write_f32(p.workspace.delta, first + row as usize, delta);
         }
     }

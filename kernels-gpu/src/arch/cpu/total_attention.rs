@@ -13,9 +13,9 @@ use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{Pending, TotalWarpgroup};
 use crate::attention::mask::Mask;
-use crate::attention::row_statistics::exponent_offset;
+use crate::attention::row_statistics::neg_lse_log2;
 use crate::attention::shared_tiles::SharedTiles;
-use crate::attention::total_steps::{Part, TotalTile, TotalTiles};
+use crate::attention::total_steps::{OwnKeys, TotalTile, TotalTiles};
 use crate::element::Dtype;
 use crate::ground::places::KvBlock;
 use crate::ground::shape::Shape;
@@ -31,7 +31,7 @@ struct QueryTile {
     /// Elements, columns × queries; `None` after the block was released.
     transposed: Option<Vec<f32>>,
     /// The `neg_lse_log2` = −LSE·log₂e of each query.
-    offsets: Vec<f32>,
+    neg_lse_log2: Vec<f32>,
 }
 
 /// Consumer's end of the pipeline, with its own replays of the producer, for K and for Q.
@@ -45,7 +45,7 @@ pub struct TotalPipe<'a> {
     k: Option<(KvBlock, Vec<f32>)>,
     /// Block of keys whose rows of K were loaded last by `take_k`.
     taken: Option<KvBlock>,
-    /// Query blocks that are held, and those of the pass before whose `offsets` may still be read.
+    /// Query blocks that are held, and those of the pass before whose `neg_lse_log2` may still be read.
     q: VecDeque<QueryTile>,
     /// Number of query blocks that were waited for.
     waited: u32,
@@ -67,7 +67,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
         tiles: SharedTiles<'a>,
     ) -> Self {
         let (block_m, block_n) = (smem.block_m, smem.block_n());
-        let loads = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles);
+        let loads = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, OwnKeys::whole(block_n), tiles);
         let pipe = TotalPipe {
             p,
             smem,
@@ -100,7 +100,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
     fn load_k(&self, tile: &TotalTile) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
         let columns = smem.head_dim as usize;
-        let first = tile.first_key + self.part().first_key;
+        let first = tile.first_key + self.own_keys().first_key;
         let mut k = std::vec![0.0; ROWS * columns];
         let (at, rows) = ((tile.keys.batch, p.order.group.divide(tile.keys.head).0), first..first + ROWS as u32);
         // SAFETY: `total`'s caller has promised that the tensor is valid for reading.
@@ -123,21 +123,21 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
     }
 
     /// Loads the LSE of a query block and returns its `neg_lse_log2`.
-    fn load_offsets(&self, (keys, m_block): (KvBlock, u32)) -> Vec<f32> {
+    fn load_neg_lse_log2(&self, (keys, m_block): (KvBlock, u32)) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
         let shape = &p.shape;
         let line = (keys.batch * shape.heads_q + keys.head) as usize * shape.seqlen_q as usize;
         let first = m_block * smem.block_m;
-        let offset = |row: u32| {
+        let of_row = |row: u32| {
             let lse = if row < shape.seqlen_q {
                 // SAFETY: a row below seqlen_q lies within the array, which `total`'s caller has promised.
                 unsafe { memory::read_f32(p.lse, line + row as usize) }
             } else {
                 f32::NEG_INFINITY
             };
-            exponent_offset(lse)
+            neg_lse_log2(lse)
         };
-        (first..first + smem.block_m).map(offset).collect()
+        (first..first + smem.block_m).map(of_row).collect()
     }
 }
 
@@ -145,9 +145,9 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
     /// Number of the query block, counted from the first. Its slot follows from it.
     type Slot = u32;
 
-    fn part(&self) -> Part {
+    fn own_keys(&self) -> OwnKeys {
         let keys = ROWS as u32;
-        Part { first_key: self.pipe.index * keys, keys, most_passed: self.pipe.smem.stages - 1 }
+        OwnKeys { first_key: self.pipe.index * keys, keys, most_passed: self.pipe.smem.stages - 1 }
     }
     #[inline(never)]
     fn wait_k(&mut self) {
@@ -171,8 +171,8 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
             Fault::WaitWithoutRelease { slot }.raise();
         }
         let Some(step) = self.pipe.q_loads.next() else { Fault::WaitWithoutLoad { slot }.raise() };
-        let (transposed, offsets) = (Some(self.load_q(step)), self.load_offsets(step));
-        self.pipe.q.push_back(QueryTile { count, keys: step.0, transposed, offsets });
+        let (transposed, neg_lse_log2) = (Some(self.load_q(step)), self.load_neg_lse_log2(step));
+        self.pipe.q.push_back(QueryTile { count, keys: step.0, transposed, neg_lse_log2 });
         self.pipe.waited += 1;
         count
     }
@@ -184,7 +184,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
             Some(tile) if tile.count == q => tile.transposed = None,
             _ => Fault::ReleaseWithoutWait { slot: q % stages }.raise(),
         }
-        // The next block in this slot overwrites the `offsets` of the pass before, so those are no longer readable.
+        // The next block in this slot overwrites the `neg_lse_log2` of the pass before.
         self.pipe.q.retain(|tile| tile.count + stages > q);
     }
 
@@ -225,12 +225,12 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
     }
 
     #[inline(never)]
-    fn map_offsets<const M8: usize>(&self, q: u32, x: &mut Tile<M8>, f: impl Fn(f32, f32, bool) -> f32) {
+    fn map_neg_lse_log2<const M8: usize>(&self, q: u32, x: &mut Tile<M8>, f: impl Fn(f32, f32, bool) -> f32) {
         let Some(tile) = self.pipe.q.iter().find(|tile| tile.count == q) else {
             Fault::WrongTile { slot: q % self.pipe.smem.stages, holds: None }.raise()
         };
         let x = x.first_rows_mut(self.live);
-        elementwise::map_flagged_columns(x, &tile.offsets, &self.pipe.by_polynomial, f);
+        elementwise::map_flagged_columns(x, &tile.neg_lse_log2, &self.pipe.by_polynomial, f);
     }
     fn unknown(x: u32) -> u32 {
         x
@@ -239,7 +239,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
     #[inline(never)]
     fn store_keys(&mut self, values: Rows, address: u64, at: &TotalTile, shape: &Shape) {
         let line = (at.keys.batch * shape.heads_q + at.keys.head) as usize * shape.seqlen_k as usize;
-        let first = at.first_key + self.part().first_key;
+        let first = at.first_key + self.own_keys().first_key;
         for (key, value) in (first..shape.seqlen_k).zip(values) {
             // SAFETY: the key's element belongs to this warpgroup; `total`'s caller has promised the array.
             unsafe { memory::write_f32(address, line + key as usize, value) };
@@ -283,7 +283,7 @@ mod tests {
             let mut s = wg.wait::<0, 16>(s);
             wg.release_q(q);
             wg.release_k();
-            wg.map_offsets(q, &mut s, |s, offset, _| s + offset);
+            wg.map_neg_lse_log2(q, &mut s, |s, neg_lse_log2, _| s + neg_lse_log2);
             assert_eq!((s.row(0)[0], s.row(0)[1]), (0.0, f32::NEG_INFINITY));
             wg.finish();
         });

@@ -5,7 +5,7 @@ use super::dropout::Keep;
 use super::elementwise;
 use super::exp2;
 use super::fragment::{ROWS, Rows, Tile};
-use crate::arch::{Pending, Warpgroup};
+use crate::arch::{MaxUnit, Pending, RescaleCheck, Warpgroup};
 use crate::attention::dropout::{Dropout, Place};
 use crate::element::Dtype;
 use crate::ground::tensor::Strided;
@@ -63,7 +63,7 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
         elementwise::map_rows(self.live(x), 8 * N8, half_of::<N8>(half), &rows, f);
     }
     #[inline(never)]
-    fn scale_rows<const N8: usize>(&self, x: &mut Tile<N8>, factors: Rows, _: bool) {
+    fn scale_rows<const N8: usize>(&self, x: &mut Tile<N8>, factors: Rows, _: RescaleCheck) {
         if factors.iter().any(|factor| *factor != 1.0) {
             elementwise::scale_rows(self.live(x), 8 * N8, &factors);
         }
@@ -77,7 +77,7 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
         elementwise::fold(x.first_rows(self.live), 8 * N8, half_of::<N8>(half), f)
     }
     #[inline(never)]
-    fn maxima<const N8: usize>(&self, x: &Tile<N8>, rows: Rows, _: bool) -> Rows {
+    fn maxima<const N8: usize>(&self, x: &Tile<N8>, rows: Rows, _: MaxUnit) -> Rows {
         elementwise::maxima(x.first_rows(self.live), 8 * N8, &rows)
     }
     fn reduce(&self, rows: Rows, _: impl Fn(f32, f32) -> f32) -> Rows {

@@ -39,26 +39,25 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     #[inline(always)]
     pub fn backward(smem: &'a BackwardSmem, index: u32, parameters: u64) -> Self {
         if smem.split == Split::Keys && index == 1 {
-            BackwardBarrier::turn(0).arrive(2 * WARPGROUP_THREADS);
+            BackwardBarrier::ping_pong(0).arrive(2 * WARPGROUP_THREADS);
         }
         Self::with_pipe(index, parameters, BackwardPipe { smem, count: 0 })
     }
 
-    /// Returns the slot of the rings of Q and dO for the query block of this number. Its phase has the parity of
+    /// Returns the slot of the rings of Q and dO for the query block of this ordinal. Its phase has the parity of
     /// `parity`.
     #[inline(always)]
-    fn slot(&self, number: u32) -> u32 {
-        number % self.pipe.smem.stages()
+    fn slot(&self, ordinal: u32) -> u32 {
+        ordinal % self.pipe.smem.stages()
     }
     #[inline(always)]
-    fn parity(&self, number: u32) -> u32 {
-        number / self.pipe.smem.stages() & 1
+    fn parity(&self, ordinal: u32) -> u32 {
+        ordinal / self.pipe.smem.stages() & 1
     }
-    /// Returns the slot of the ring of dS, and the parity of its phase, for a query block. The parameter is the number
-    /// of the query block.
+    /// Returns the slot of the ring of dS, and the parity of its phase, for the query block of this ordinal.
     #[inline(always)]
-    fn ds_slot(&self, slot: u32) -> (u32, u32) {
-        (slot % BackwardSmem::DS_STAGES, slot / BackwardSmem::DS_STAGES & 1)
+    fn ds_slot(&self, ordinal: u32) -> (u32, u32) {
+        (ordinal % BackwardSmem::DS_STAGES, ordinal / BackwardSmem::DS_STAGES & 1)
     }
 
     /// Returns the index of this consumer. At head dim 64 the consumers have no register to keep it, so it is
@@ -129,7 +128,7 @@ impl<const M8: usize> Columns<M8> {
 }
 
 impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
-    /// Number of the query block, counted from the first. Slots of the rings and phase parities follow from it.
+    /// Ordinal of the query block, counted from the first. Slots of the rings and phase parities follow from it.
     type Slot = u32;
     type Columns<const M8: usize> = Columns<M8>;
 
@@ -156,45 +155,45 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
     #[inline(always)]
     fn wait_q(&mut self) -> u32 {
-        let slot = self.pipe.count % KV;
+        let ordinal = self.pipe.count % KV;
         self.pipe.count += 1;
         // SAFETY: I1, the barrier is initialised.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.q_full(self.slot(slot))).wait(self.parity(slot)) };
-        slot
+        unsafe { Mbarrier(self.base() + self.pipe.smem.q_full(self.slot(ordinal))).wait(self.parity(ordinal)) };
+        ordinal
     }
     #[inline(always)]
-    fn wait_do(&mut self, slot: u32) {
+    fn wait_do(&mut self, ordinal: u32) {
         // SAFETY: I1, the barrier is initialised.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.do_full(self.slot(slot))).wait(self.parity(slot)) };
+        unsafe { Mbarrier(self.base() + self.pipe.smem.do_full(self.slot(ordinal))).wait(self.parity(ordinal)) };
     }
     #[inline(always)]
-    fn take_turn(&mut self) {
-        BackwardBarrier::turn(self.short_lived_index()).sync(2 * WARPGROUP_THREADS);
+    fn take_ping_pong(&mut self) {
+        BackwardBarrier::ping_pong(self.short_lived_index()).sync(2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
-    fn pass_turn(&mut self) {
-        BackwardBarrier::turn(1 - self.short_lived_index()).arrive(2 * WARPGROUP_THREADS);
+    fn pass_ping_pong(&mut self) {
+        BackwardBarrier::ping_pong(1 - self.short_lived_index()).arrive(2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
-    fn wait_ds(&mut self, slot: u32) {
-        let (slot, parity) = self.ds_slot(slot);
+    fn wait_ds(&mut self, ordinal: u32) {
+        let (slot, parity) = self.ds_slot(ordinal);
         // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.ds_empty(slot)).wait(parity ^ 1) };
     }
     #[inline(always)]
-    fn release(&mut self, slot: u32) {
-        let slot = self.slot(slot);
+    fn release(&mut self, ordinal: u32) {
+        let slot = self.slot(ordinal);
         // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.empty(slot)).arrive() };
     }
 
     #[inline(always)]
-    fn offsets<const M8: usize>(&self, slot: u32) -> Columns<M8> {
-        Columns::At(self.base() + self.pipe.smem.offsets(self.slot(slot)))
+    fn neg_lse_log2<const M8: usize>(&self, ordinal: u32) -> Columns<M8> {
+        Columns::At(self.base() + self.pipe.smem.neg_lse_log2(self.slot(ordinal)))
     }
     #[inline(always)]
-    fn delta<const M8: usize>(&self, slot: u32) -> Columns<M8> {
-        Columns::At(self.base() + self.pipe.smem.delta(self.slot(slot)))
+    fn delta<const M8: usize>(&self, ordinal: u32) -> Columns<M8> {
+        Columns::At(self.base() + self.pipe.smem.delta(self.slot(ordinal)))
     }
     #[inline(always)]
     fn read<const M8: usize>(&self, columns: Columns<M8>) -> Columns<M8> {
@@ -213,36 +212,36 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
 
     #[inline(always)]
-    fn kq<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Fragment<M8>> {
+    fn kq<const D8: usize, const M8: usize>(&mut self, ordinal: u32) -> Pending<Fragment<M8>> {
         let smem = self.pipe.smem;
         let buffer = (self.pipe.count / KV).wrapping_sub(1) % smem.k_stages;
-        self.scores::<D8, M8>(smem.k(buffer), smem.q(self.slot(slot)))
+        self.scores::<D8, M8>(smem.k(buffer), smem.q(self.slot(ordinal)))
     }
     #[inline(always)]
-    fn v_do<const D8: usize, const M8: usize>(&mut self, slot: u32) -> Pending<Fragment<M8>> {
-        self.scores::<D8, M8>(self.pipe.smem.v(), self.pipe.smem.d_o(self.slot(slot)))
+    fn v_do<const D8: usize, const M8: usize>(&mut self, ordinal: u32) -> Pending<Fragment<M8>> {
+        self.scores::<D8, M8>(self.pipe.smem.v(), self.pipe.smem.d_o(self.slot(ordinal)))
     }
     #[inline(always)]
     fn p_do<const M8: usize, const D8: usize>(
         &mut self,
         dv: Fragment<D8>,
         p: Operand<M8>,
-        slot: u32,
+        ordinal: u32,
     ) -> Pending<Fragment<D8>> {
-        self.accumulate(dv, p, self.pipe.smem.d_o(self.slot(slot)))
+        self.accumulate(dv, p, self.pipe.smem.d_o(self.slot(ordinal)))
     }
     #[inline(always)]
     fn ds_q<const M8: usize, const D8: usize>(
         &mut self,
         dk: Fragment<D8>,
         ds: Operand<M8>,
-        slot: u32,
+        ordinal: u32,
     ) -> Pending<Fragment<D8>> {
-        self.accumulate(dk, ds, self.pipe.smem.q(self.slot(slot)))
+        self.accumulate(dk, ds, self.pipe.smem.q(self.slot(ordinal)))
     }
     #[inline(always)]
-    fn add_dq<const M8: usize>(&mut self, ds: &Operand<M8>, slot: u32, _: &QueryBlock) {
-        let (smem, (slot, _)) = (self.pipe.smem, self.ds_slot(slot));
+    fn add_dq<const M8: usize>(&mut self, ds: &Operand<M8>, ordinal: u32, _: &QueryBlock) {
+        let (smem, (slot, _)) = (self.pipe.smem, self.ds_slot(ordinal));
         // SAFETY: I3, the slot is empty; I6, these rows of it are this warpgroup's.
         unsafe {
             let first_key = smem.split.first_key(self.short_lived_index());
@@ -250,20 +249,20 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         }
     }
     #[inline(always)]
-    fn pass_ds(&mut self, slot: u32) {
-        let (slot, _) = self.ds_slot(slot);
+    fn pass_ds(&mut self, ordinal: u32) {
+        let (slot, _) = self.ds_slot(ordinal);
         fence_async_proxy();
         // SAFETY: I1, the barrier is initialised; I4, the warp is converged.
         unsafe { Mbarrier(self.base() + self.pipe.smem.ds_full(slot)).arrive_together() };
     }
 
     #[inline(always)]
-    fn pass_weights<const M8: usize>(&mut self, p: &Fragment<M8>, slot: u32) {
+    fn pass_weights<const M8: usize>(&mut self, p: &Fragment<M8>, ordinal: u32) {
         let smem = self.pipe.smem;
         // SAFETY: I1, the barriers are initialised. Each thread overwrites only what one thread of the other warpgroup
         // has read (the empty barrier), and that thread alone reads it next.
         unsafe {
-            Mbarrier(self.base() + smem.weights_empty()).wait(slot & 1 ^ 1);
+            Mbarrier(self.base() + smem.weights_empty()).wait(ordinal & 1 ^ 1);
             for (group, p) in p.0.iter().enumerate() {
                 store_shared_16_bytes(self.weights(group), p.map(f32::to_bits));
             }
@@ -271,13 +270,13 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
         }
     }
     #[inline(always)]
-    fn take_weights<const M8: usize>(&mut self, slot: u32) -> Fragment<M8> {
+    fn take_weights<const M8: usize>(&mut self, ordinal: u32) -> Fragment<M8> {
         let smem = self.pipe.smem;
         let mut p = Fragment([[0.0; 4]; M8]);
         // SAFETY: I1, the barriers are initialised. Each thread reads what one thread of the other warpgroup has
         // written, after the full barrier.
         unsafe {
-            Mbarrier(self.base() + smem.weights_full()).wait(slot & 1);
+            Mbarrier(self.base() + smem.weights_full()).wait(ordinal & 1);
             for (group, p) in p.0.iter_mut().enumerate() {
                 *p = load_shared_16_bytes(self.weights(group)).map(f32::from_bits);
             }

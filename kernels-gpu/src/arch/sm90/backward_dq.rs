@@ -10,7 +10,7 @@ use super::barrier::{Mbarrier, sync_warp};
 use super::cta::{self, Leader, smem_base, thread_of_warpgroup};
 use super::first_values;
 use super::fragment::Fragment;
-use super::load::{add_global, count_turn, wait_turn};
+use super::load::{add_global, increment_counter, spin_until};
 use super::math::{Packed, fresh};
 use super::named_barrier::BackwardBarrier;
 use super::store::store_16_bytes;
@@ -21,7 +21,7 @@ use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::KeyPart;
 use crate::attention::mask::Mask;
 use crate::attention::pairs::Pairs;
-use crate::attention::query_blocks::{QueryBlocks, key_block, turn_blocks};
+use crate::attention::query_blocks::{QueryBlocks, blocks_per_semaphore, key_block};
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::shape::Shape;
@@ -47,7 +47,7 @@ struct Dq<'a, const N8: usize> {
     row: u32,
     /// One more than the index of the dQ semaphore that has still to be incremented for the last reductions of an exact
     /// pass; 0 for none.
-    counter: u32,
+    semaphore: u32,
     /// Buffer that holds K of the current work tile.
     k: u32,
 }
@@ -66,8 +66,9 @@ impl<const N8: usize> Dq<'_, N8> {
         let smem = self.smem;
         let mut at = blocks.first();
         for step in 0..blocks.count() {
-            let turn = blocks.turn(shape, &at, n_block, turn_blocks(smem.head_dim), (smem.block_m, smem.block_n));
-            self.add::<E, STORES>(shape, &QueryBlock { batch: fresh(at.batch), ..at }, turn, || beside(step));
+            let (shared, tile) = (blocks_per_semaphore(smem.head_dim), (smem.block_m, smem.block_n));
+            let earlier = blocks.earlier(shape, &at, n_block, shared, tile);
+            self.add::<E, STORES>(shape, &QueryBlock { batch: fresh(at.batch), ..at }, earlier, || beside(step));
             at = blocks.after(&at);
         }
     }
@@ -75,13 +76,19 @@ impl<const N8: usize> Dq<'_, N8> {
     /// Computes dQ = dQ + dS·K of a query block, or dQ = dS·K if `STORES`. `load` runs while the product of its tile
     /// [`Dq::loads_at`] is in flight.
     #[inline(always)]
-    fn add<E: Packed, const STORES: bool>(&mut self, shape: &Shape, at: &QueryBlock, turn: u32, load: impl FnOnce()) {
+    fn add<E: Packed, const STORES: bool>(
+        &mut self,
+        shape: &Shape,
+        at: &QueryBlock,
+        earlier: u32,
+        load: impl FnOnce(),
+    ) {
         let smem = self.smem;
         let count = cta::uniform(self.count);
         let (slot, parity) = (count % BackwardSmem::DS_STAGES, count / BackwardSmem::DS_STAGES & 1);
         // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(smem_base() + smem.ds_full(slot)).wait(parity) };
-        self.await_turn(shape, at, turn);
+        self.wait_semaphore(shape, at, earlier);
         let tiles = smem.block_m / WARPGROUP_ROWS * self.columns();
         let mut load = Some(load);
         for tile in 0..tiles {
@@ -150,34 +157,34 @@ impl<const N8: usize> Dq<'_, N8> {
         }
     }
 
-    /// In an exact pass, waits at the dQ semaphore until `turn` key blocks have accumulated into this query block:
-    /// those that come before this one.
+    /// In an exact pass, waits at the dQ semaphore until the `earlier` key blocks, which come before this one, have
+    /// accumulated into this query block.
     #[inline(always)]
-    fn await_turn(&mut self, shape: &Shape, at: &QueryBlock, turn: u32) {
+    fn wait_semaphore(&mut self, shape: &Shape, at: &QueryBlock, earlier: u32) {
         let workspace = self.workspace;
-        if workspace.turns == 0 {
+        if workspace.dq_semaphores == 0 {
             return;
         }
         let blocks = workspace.row(shape, at.dq_batch(shape), at.head, 0) / self.smem.block_m as u64;
-        let counter = 1 + blocks as u32 + at.m_block / turn_blocks(self.smem.head_dim);
-        if counter != self.counter {
+        let semaphore = 1 + blocks as u32 + at.m_block / blocks_per_semaphore(self.smem.head_dim);
+        if semaphore != self.semaphore {
             // By now the last step's reductions have drained, so incrementing their semaphore stalls no thread.
-            self.count_last();
-            self.counter = counter;
+            self.signal_semaphore();
+            self.semaphore = semaphore;
             // SAFETY: I5, the address is a dQ semaphore of the workspace.
-            unsafe { wait_turn(self.counter_address(), turn) };
+            unsafe { spin_until(self.semaphore_address(), earlier) };
         }
     }
 
     /// Increments the dQ semaphore of the last reductions, so that the CTA of the next key block may accumulate.
     #[inline(always)]
-    fn count_last(&mut self) {
-        if self.counter != 0 {
+    fn signal_semaphore(&mut self) {
+        if self.semaphore != 0 {
             // Every thread has issued its reductions before this barrier, so the leader's release covers all of them.
             BackwardBarrier::sync_third();
             // SAFETY: I5, the address is a dQ semaphore of the workspace.
-            unsafe { count_turn(Leader::of_warpgroup(), self.counter_address()) };
-            self.counter = 0;
+            unsafe { increment_counter(Leader::of_warpgroup(), self.semaphore_address()) };
+            self.semaphore = 0;
         }
     }
 
@@ -192,7 +199,7 @@ impl<const N8: usize> Dq<'_, N8> {
             let leader = cta::converged(Leader::of_warpgroup);
             // SAFETY: I5, the address is a counter of the workspace. All threads have issued their reductions before
             // the barrier, so the leader's release covers all of them.
-            unsafe { count_turn(leader, self.workspace.tiles_counter(*head - 1)) };
+            unsafe { increment_counter(leader, self.workspace.tiles_counter(*head - 1)) };
             if *stored {
                 first_values::make_ready(self.workspace.first_values_word(*head - 1));
                 *stored = false;
@@ -203,8 +210,8 @@ impl<const N8: usize> Dq<'_, N8> {
 
     /// Returns the address of the pending dQ semaphore. There must be one.
     #[inline(always)]
-    fn counter_address(&self) -> u64 {
-        self.workspace.turns + 4 * (self.counter - 1) as u64
+    fn semaphore_address(&self) -> u64 {
+        self.workspace.dq_semaphores + 4 * (self.semaphore - 1) as u64
     }
 }
 
@@ -233,7 +240,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
     let mut loads = Loads::new(p, parameters, smem);
     let loads_at = loads_at::<S>(smem);
     let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
-    let mut dq = Dq::<N8> { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, counter: 0, k: 0 };
+    let mut dq = Dq::<N8> { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, semaphore: 0, k: 0 };
     let warp = cta::warp_of_warpgroup();
     // True if each work tile is taken from the iterator one iteration ahead. Such a tile lives in uniform registers,
     // while computing it takes registers of each thread. Only plain attention has registers for it.
@@ -307,7 +314,7 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
             } else {
                 dq.add_all::<E, M, S::Pairs, false>(&p.shape, &blocks, keys.n_block, &mut beside);
             }
-            dq.count_last();
+            dq.signal_semaphore();
             dq.k = (dq.k + 1) % smem.k_stages;
         }
         counted = 1 + p.shape.key_head(work_tile.batch, work_tile.head);

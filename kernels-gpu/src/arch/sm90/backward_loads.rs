@@ -90,7 +90,13 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
         unsafe {
             Mbarrier(base + smem.empty(slot)).wait(parity);
             q_full.arrive_expect(leader, bytes);
-            load_bytes(leader, p.workspace.offsets + statistics, row_bytes, base + smem.offsets(slot), q_full);
+            load_bytes(
+                leader,
+                p.workspace.neg_lse_log2 + statistics,
+                row_bytes,
+                base + smem.neg_lse_log2(slot),
+                q_full,
+            );
         }
         self.tile(leader, q, smem.block_m, at, base + smem.q(slot), q_full);
         // SAFETY: I1, the barrier is initialised; I3, the slot of dO shares the empty barrier of Q; I5, the statistics

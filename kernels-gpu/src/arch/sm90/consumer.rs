@@ -7,7 +7,7 @@ use super::dropout::Keep;
 use super::fragment::{self, Fragment, Operand, Rows};
 use super::math::{self, Packed, fresh};
 use super::wgmma;
-use crate::arch::{Pending, Warpgroup};
+use crate::arch::{MaxUnit, Pending, RescaleCheck, Warpgroup};
 use crate::attention::dropout::{Dropout, Place};
 use crate::ground::tensor::TensorMap;
 use crate::tile::lane::Lane;
@@ -77,8 +77,8 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         x.fold_half(half, f)
     }
     #[inline(always)]
-    fn scale_rows<const N8: usize>(&self, x: &mut Fragment<N8>, factors: Rows, look: bool) {
-        if !look || math::any(factors[0] != 1.0 || factors[1] != 1.0) {
+    fn scale_rows<const N8: usize>(&self, x: &mut Fragment<N8>, factors: Rows, check: RescaleCheck) {
+        if matches!(check, RescaleCheck::Never) || math::any(factors[0] != 1.0 || factors[1] != 1.0) {
             x.map_rows(factors, |x, factor| x * factor);
         }
     }
@@ -87,9 +87,9 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         x.fold(f)
     }
     #[inline(always)]
-    fn maxima<const N8: usize>(&self, x: &Fragment<N8>, rows: Rows, floats: bool) -> Rows {
+    fn maxima<const N8: usize>(&self, x: &Fragment<N8>, rows: Rows, unit: MaxUnit) -> Rows {
         // With fewer elements the branch costs more than integer comparisons save.
-        if floats || N8 < 16 { x.maxima(rows) } else { x.maxima_mostly_positive(rows) }
+        if matches!(unit, MaxUnit::Float) || N8 < 16 { x.maxima(rows) } else { x.maxima_mostly_positive(rows) }
     }
     #[inline(always)]
     fn reduce(&self, rows: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {

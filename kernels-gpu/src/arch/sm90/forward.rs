@@ -37,7 +37,7 @@ impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
     #[inline(always)]
     pub fn forward(smem: &'a ForwardSmem, index: u32, parameters: u64) -> Self {
         if index == smem.consumers - 1 {
-            ForwardBarrier::turn(0).arrive(2 * WARPGROUP_THREADS);
+            ForwardBarrier::ping_pong(0).arrive(2 * WARPGROUP_THREADS);
         }
         Self::with_pipe(
             index,
@@ -169,14 +169,14 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
     }
 
     #[inline(always)]
-    fn take_turn(&mut self) {
-        ForwardBarrier::turn(self.index()).sync(2 * WARPGROUP_THREADS);
+    fn take_ping_pong(&mut self) {
+        ForwardBarrier::ping_pong(self.index()).sync(2 * WARPGROUP_THREADS);
     }
     #[inline(always)]
-    fn pass_turn(&mut self) {
+    fn pass_ping_pong(&mut self) {
         let next = self.index() + 1;
         let next = if next == self.pipe.smem.consumers { 0 } else { next };
-        ForwardBarrier::turn(next).arrive(2 * WARPGROUP_THREADS);
+        ForwardBarrier::ping_pong(next).arrive(2 * WARPGROUP_THREADS);
     }
 
     #[inline(always)]

@@ -131,23 +131,23 @@ pub unsafe fn load_bytes(leader: Leader, from: u64, bytes: u32, to: u32, barrier
     }
 }
 
-/// Waits until the counter at `address` has reached `turn`.
+/// Waits until the counter at `address` has reached `count`, without a pause between reads.
 ///
 /// # Safety
-/// The address is that of a counter that other CTAs increase by [`count_turn`].
+/// The address is that of a counter that other CTAs increase by [`increment_counter`].
 #[inline(always)]
-pub unsafe fn wait_turn(address: u64, turn: u32) {
-    let mut count = 0u32;
-    while count < turn {
+pub unsafe fn spin_until(address: u64, count: u32) {
+    let mut found = 0u32;
+    while found < count {
         // SAFETY: the caller's promise.
-        count = unsafe { count_at(address) };
+        found = unsafe { count_at(address) };
     }
 }
 
 /// Returns the counter at `address`. Writes that came before its increase are visible then (`ld.acquire`).
 ///
 /// # Safety
-/// The address is that of a counter that other CTAs increase by [`count_turn`].
+/// The address is that of a counter that other CTAs increase by [`increment_counter`].
 #[inline(always)]
 pub unsafe fn count_at(address: u64) -> u32 {
     let count: u32;
@@ -159,7 +159,7 @@ pub unsafe fn count_at(address: u64) -> u32 {
 /// Waits until the counter at `address` has reached `count`, and sleeps between reads, for waits that may be long.
 ///
 /// # Safety
-/// The address is that of a counter that other CTAs increase by [`count_turn`].
+/// The address is that of a counter that other CTAs increase by [`increment_counter`].
 #[inline(always)]
 pub unsafe fn await_count(address: u64, count: u32) {
     // SAFETY: the caller's promise.
@@ -175,7 +175,7 @@ pub unsafe fn await_count(address: u64, count: u32) {
 /// # Safety
 /// The address is that of a counter that CTAs increase by this function.
 #[inline(always)]
-pub unsafe fn count_turn(leader: Leader, address: u64) {
+pub unsafe fn increment_counter(leader: Leader, address: u64) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!("{{ .reg .pred p; setp.ne.u32 p, {1}, 0; @p red.release.gpu.global.add.u32 [{0}], 1; }}",

@@ -36,6 +36,6 @@ pub mod rows;
 pub mod store;
 pub mod tma;
 pub mod total_attention;
-pub mod total_offsets;
+pub mod total_neg_lse_log2;
 pub mod total_producer;
 pub mod wgmma;

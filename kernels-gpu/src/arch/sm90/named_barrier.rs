@@ -34,9 +34,9 @@ pub enum ForwardBarrier {
     /// Start of the CTA: its mbarriers are initialised.
     Start = 0,
     /// Ping-pong: this consumer may issue its products.
-    Turn0 = 1,
-    Turn1 = 2,
-    Turn2 = 3,
+    PingPong0 = 1,
+    PingPong1 = 2,
+    PingPong2 = 3,
     /// All warps of this consumer have finished their products with Q, so its query tile may be overwritten.
     QueriesRead0 = 8,
     QueriesRead1 = 9,
@@ -46,8 +46,8 @@ pub enum ForwardBarrier {
 impl ForwardBarrier {
     /// Ping-pong barrier of a consumer.
     #[inline(always)]
-    pub fn turn(consumer: u32) -> NamedBarrier {
-        NamedBarrier(ForwardBarrier::Turn0 as u32 + consumer)
+    pub fn ping_pong(consumer: u32) -> NamedBarrier {
+        NamedBarrier(ForwardBarrier::PingPong0 as u32 + consumer)
     }
     /// Barrier of a consumer's own threads, before its query tile is overwritten.
     #[inline(always)]
@@ -63,8 +63,8 @@ pub enum BackwardBarrier {
     /// Start of the CTA: its mbarriers are initialised.
     Start = 0,
     /// Ping-pong: this consumer may issue its products.
-    Turn0 = 1,
-    Turn1 = 2,
+    PingPong0 = 1,
+    PingPong1 = 2,
     /// Threads of the third warpgroup, which loads and accumulates dQ.
     Third = 8,
 }
@@ -72,8 +72,8 @@ pub enum BackwardBarrier {
 impl BackwardBarrier {
     /// Ping-pong barrier of a consumer.
     #[inline(always)]
-    pub fn turn(consumer: u32) -> NamedBarrier {
-        NamedBarrier(BackwardBarrier::Turn0 as u32 + consumer)
+    pub fn ping_pong(consumer: u32) -> NamedBarrier {
+        NamedBarrier(BackwardBarrier::PingPong0 as u32 + consumer)
     }
     /// Waits until all threads of the third warpgroup have come here.
     #[inline(always)]
@@ -115,9 +115,9 @@ barriers!(ForwardBarrier, BackwardBarrier, RowBarrier, TotalBarrier);
 const _: () = {
     use BackwardBarrier as B;
     use ForwardBarrier as F;
-    assert!(F::Turn1 as u32 == F::Turn0 as u32 + 1 && F::Turn2 as u32 == F::Turn0 as u32 + 2);
+    assert!(F::PingPong1 as u32 == F::PingPong0 as u32 + 1 && F::PingPong2 as u32 == F::PingPong0 as u32 + 2);
     assert!(
         F::QueriesRead1 as u32 == F::QueriesRead0 as u32 + 1 && F::QueriesRead2 as u32 == F::QueriesRead0 as u32 + 2
     );
-    assert!(B::Turn1 as u32 == B::Turn0 as u32 + 1);
+    assert!(B::PingPong1 as u32 == B::PingPong0 as u32 + 1);
 };

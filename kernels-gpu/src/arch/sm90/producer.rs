@@ -41,8 +41,8 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
     }
     let block_m = smem.consumers * WARPGROUP_ROWS;
     let mut position = Position::PRODUCER;
-    // Multicast rank: the CTA of the cluster that loads the next tile for both.
-    let mut turn = 0;
+    // CTA of the cluster that loads the next tile for both; the CTAs alternate.
+    let mut multicast_rank = 0;
     let pairs = p.second.pairs(&p.shape);
     // Prefetches Q into L2. The consumers load Q one step before they need it, while a work tile begins two steps
     // earlier here.
@@ -63,8 +63,8 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
         };
         let full = Mbarrier(base + smem.full(position.slot));
         let slot = base + smem.slot(position.slot);
-        let mine = smem.cluster == 1 || turn == cluster_rank();
-        turn ^= 1;
+        let mine = smem.cluster == 1 || multicast_rank == cluster_rank();
+        multicast_rank ^= 1;
         // SAFETY: I1, the barriers are initialised; I3, the slot is empty once the wait returns, in both CTAs of a
         // cluster, and each panel lies within it.
         unsafe {

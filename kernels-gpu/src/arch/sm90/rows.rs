@@ -12,7 +12,7 @@ use super::math::{Packed, fresh, shuffle_xor};
 use super::named_barrier::RowBarrier;
 use super::store::{Lines, store_16_bytes, store_f32, store_lines};
 use crate::attention::query_blocks::key_block;
-use crate::attention::row_statistics::{delta, exponent_offset};
+use crate::attention::row_statistics::{self, delta};
 use crate::ground::shape::quotient;
 use crate::ground::tensor::Strided;
 use crate::params::{FinishParams, PrepareParams};
@@ -70,19 +70,19 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
     dot += f32::from_bits(shuffle_xor::<1>(dot.to_bits()));
     dot += f32::from_bits(shuffle_xor::<2>(dot.to_bits()));
     dot += f32::from_bits(shuffle_xor::<4>(dot.to_bits()));
-    let (mut offset, mut statistic) = (f32::NEG_INFINITY, 0.0);
+    let (mut neg_lse_log2, mut statistic) = (f32::NEG_INFINITY, 0.0);
     if live {
         let at = 4 * ((batch * p.shape.heads_q + head) as u64 * p.shape.seqlen_q as u64 + row as u64);
         // SAFETY: I5, these are elements of the arrays.
         unsafe {
-            offset = exponent_offset(load_f32(p.lse + at));
+            neg_lse_log2 = row_statistics::neg_lse_log2(load_f32(p.lse + at));
             statistic = delta(dot, if p.d_lse == 0 { 0.0 } else { load_f32(p.d_lse + at) });
         }
     }
     let index = p.workspace.row(&p.shape, batch, head, row);
     // SAFETY: I5, this row is part of the workspace; I6, no other lane stores these elements.
     unsafe {
-        store_f32(lane == 0, p.workspace.offsets + 4 * index, offset);
+        store_f32(lane == 0, p.workspace.neg_lse_log2 + 4 * index, neg_lse_log2);
         store_f32(lane == 0, p.workspace.delta + 4 * index, statistic);
         let zeroed = p.shape.key_head(batch, quotient(head, p.shape.group())) < p.first.zeroed;
         for pair in 0..if zeroed { p.pairs } else { 0 } {

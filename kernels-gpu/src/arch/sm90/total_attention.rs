@@ -11,7 +11,7 @@ use super::math::{Packed, fresh};
 use super::store::store_f32;
 use super::wgmma::{self, Descriptor};
 use crate::arch::{Pending, TotalWarpgroup};
-use crate::attention::total_steps::{Part, TotalTile};
+use crate::attention::total_steps::{OwnKeys, TotalTile};
 use crate::ground::shape::Shape;
 use crate::pipeline::ring::Position;
 use crate::tile::lane::WARPGROUP_ROWS;
@@ -40,9 +40,9 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     type Slot = Position;
 
     #[inline(always)]
-    fn part(&self) -> Part {
+    fn own_keys(&self) -> OwnKeys {
         let first_key = self.index() * WARPGROUP_ROWS;
-        Part { first_key, keys: WARPGROUP_ROWS, most_passed: self.pipe.smem.stages - 1 }
+        OwnKeys { first_key, keys: WARPGROUP_ROWS, most_passed: self.pipe.smem.stages - 1 }
     }
     #[inline(always)]
     fn wait_k(&mut self) {
@@ -75,7 +75,7 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     fn take_k<const D8: usize>(&mut self) -> Operand<D8> {
         let smem = self.pipe.smem;
         // SAFETY: I2, the tile is full; I4, the warp is converged.
-        unsafe { read_tile(self.base() + smem.k(self.pipe.k.slot), smem.block_n(), self.part().first_key) }
+        unsafe { read_tile(self.base() + smem.k(self.pipe.k.slot), smem.block_n(), self.own_keys().first_key) }
     }
     #[inline(always)]
     fn taken_kq<const D8: usize, const M8: usize>(&mut self, k: &Operand<D8>, q: Position) -> Pending<Fragment<M8>> {
@@ -88,7 +88,7 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     #[inline(always)]
     fn kq<const D8: usize, const M8: usize>(&mut self, q: Position) -> Pending<Fragment<M8>> {
         let smem = self.pipe.smem;
-        let keys = self.base() + smem.k(self.pipe.k.slot) + self.part().first_key * PANEL_ROW_BYTES;
+        let keys = self.base() + smem.k(self.pipe.k.slot) + self.own_keys().first_key * PANEL_ROW_BYTES;
         let (a, b) = (Descriptor::k_major(keys), Descriptor::k_major(self.base() + smem.q(q.slot)));
         // SAFETY: I2, both tiles are full until this product is waited for.
         unsafe {
@@ -99,15 +99,15 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
 
     #[inline(always)]
-    fn map_offsets<const M8: usize>(&self, q: Position, x: &mut Fragment<M8>, f: impl Fn(f32, f32, bool) -> f32) {
-        let first = self.base() + self.pipe.smem.offsets(q.slot, q.parity) + 4 * self.lane().column;
+    fn map_neg_lse_log2<const M8: usize>(&self, q: Position, x: &mut Fragment<M8>, f: impl Fn(f32, f32, bool) -> f32) {
+        let first = self.base() + self.pipe.smem.neg_lse_log2(q.slot, q.parity) + 4 * self.lane().column;
         for (group, registers) in x.0.iter_mut().enumerate() {
             // SAFETY: I2, the array was full when Q was; it has as many elements as the tile has columns.
-            let offsets = unsafe { load_shared_pair(first + 32 * group as u32) };
+            let neg_lse_log2 = unsafe { load_shared_pair(first + 32 * group as u32) };
             for (i, x) in registers.iter_mut().enumerate() {
                 // The columns of all lanes differ by an even number from these.
                 let by_polynomial = self.pipe.smem.by_polynomial((8 * group + i % 2) as u32);
-                *x = f(*x, offsets[i % 2], by_polynomial);
+                *x = f(*x, neg_lse_log2[i % 2], by_polynomial);
             }
         }
     }
@@ -121,7 +121,7 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
         let lane = self.lane();
         let line = (at.keys.batch * shape.heads_q + at.keys.head) as u64 * shape.seqlen_k as u64;
         for (half, value) in values.into_iter().enumerate() {
-            let key = at.first_key + self.part().first_key + lane.row(half as u32);
+            let key = at.first_key + self.own_keys().first_key + lane.row(half as u32);
             // SAFETY: I5, a key below seqlen_k lies within the array; I6, one lane of its quad stores it.
             unsafe { store_f32(key < shape.seqlen_k && lane.column == 0, address + 4 * (line + key as u64), value) };
         }

@@ -7,7 +7,7 @@ use super::cta::{Leader, smem_base};
 use super::tma::{BoxOrigin, MapAddress, load_box, prefetch_map};
 use crate::attention::mask::Mask;
 use crate::attention::shared_tiles::TilePart;
-use crate::attention::total_steps::{Part, TotalTiles};
+use crate::attention::total_steps::{OwnKeys, TotalTiles};
 use crate::ground::places::KvBlock;
 use crate::ground::tensor::TensorMap;
 use crate::params::TotalParams;
@@ -47,7 +47,7 @@ pub fn produce<M: Mask>(
     };
     let (block_m, block_n) = (smem.block_m, smem.block_n());
     let (mut k_position, mut q_position) = (Position::PRODUCER, Position::PRODUCER);
-    for tile in TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles) {
+    for tile in TotalTiles::<M, _>::new(&p.shape, block_m, block_n, OwnKeys::whole(block_n), tiles) {
         let KvBlock { batch, head, .. } = tile.keys;
         let Position { slot, parity } = k_position;
         let at = BoxOrigin { column: 0, row: tile.first_key, head: p.order.group.divide(head).0, batch };

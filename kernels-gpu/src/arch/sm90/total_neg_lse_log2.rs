@@ -1,5 +1,5 @@
 //! Second warp of total attention's producer: computes `neg_lse_log2` = −LSE·log₂e of each query tile and stores it in
-//! the tile's slot. The identifiers call it `offsets`.
+//! the tile's slot.
 //!
 //! The LSE has no alignment that TMA could use, so it passes through registers. Loads run one block ahead of stores, so
 //! that their latency overlaps the wait for a slot.
@@ -9,9 +9,9 @@ use super::cta::{smem_base, thread_of_warpgroup};
 use super::load::load_f32_or;
 use super::store::store_shared_f32;
 use crate::attention::mask::Mask;
-use crate::attention::row_statistics::exponent_offset;
+use crate::attention::row_statistics::neg_lse_log2;
 use crate::attention::shared_tiles::TilePart;
-use crate::attention::total_steps::{Part, TotalTiles};
+use crate::attention::total_steps::{OwnKeys, TotalTiles};
 use crate::ground::places::KvBlock;
 use crate::ground::tensor::TensorMap;
 use crate::params::TotalParams;
@@ -24,7 +24,11 @@ const LANE_ROWS: usize = (WARPGROUP_THREADS / WARP_THREADS) as usize;
 
 /// Follows the producer of tiles through the ring of Q, in one whole warp. A block has at most 128 queries.
 #[inline(always)]
-pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, tiles: impl Iterator<Item = TilePart>) {
+pub fn produce_neg_lse_log2<M: Mask>(
+    p: &TotalParams<TensorMap>,
+    smem: &TotalSmem,
+    tiles: impl Iterator<Item = TilePart>,
+) {
     let (base, lane, block_m) = (smem_base(), thread_of_warpgroup() % WARP_THREADS, smem.block_m);
     let rows = |i: usize| WARP_THREADS * i as u32 + lane;
     let load = |(keys, m_block): (KvBlock, u32)| {
@@ -37,7 +41,7 @@ pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, ti
         })
     };
     let block_n = smem.block_n();
-    let mut steps = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, Part::whole(block_n), tiles).steps();
+    let mut steps = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, OwnKeys::whole(block_n), tiles).steps();
     let mut position = Position::PRODUCER;
     let mut loaded = steps.next().map(load);
     while let Some(lse) = loaded {
@@ -48,8 +52,8 @@ pub fn produce_offsets<M: Mask>(p: &TotalParams<TensorMap>, smem: &TotalSmem, ti
         unsafe {
             Mbarrier(base + smem.q_empty(slot)).wait(parity);
             for (i, lse) in lse.into_iter().enumerate() {
-                let to = base + smem.offsets(slot, parity ^ 1) + 4 * rows(i);
-                store_shared_f32(rows(i) < block_m, to, exponent_offset(lse));
+                let to = base + smem.neg_lse_log2(slot, parity ^ 1) + 4 * rows(i);
+                store_shared_f32(rows(i) < block_m, to, neg_lse_log2(lse));
             }
             Mbarrier(base + smem.q_full(slot)).arrive();
         }
