@@ -18,6 +18,7 @@ mod backward;
 mod cudarc;
 #[cfg(feature = "cust")]
 mod cust;
+mod device;
 mod driver;
 mod kernels;
 mod memory;
@@ -30,10 +31,9 @@ mod tests;
 mod timing;
 mod total_attention;
 
-use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytemuck::Pod;
@@ -49,19 +49,17 @@ pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
 
 use crate::backend::{Backend, Workspace, sealed::Sealed};
 use crate::element::Element;
-use crate::error::{Error, Operand, Result};
+use crate::error::{Operand, Result};
 use crate::operands::{
     AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
     check_dtype, check_second, check_tensor, second_pair,
 };
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
 use crate::tensor::Tensor;
-use driver::{Context, EarlyLaunch, Entered, Extent, check};
+use device::{Device, device_attribute, device_count, driver_version};
+use driver::{Extent, check};
 use stream::{Order, Stream};
-use sys::{Calls, attribute};
-
-/// Compute capability that the kernels are compiled for.
-const CAPABILITY: (u32, u32) = (9, 0);
+use sys::attribute;
 
 /// A stream of the driver API, `CUstream`; null is the default stream.
 pub type RawStream = *mut c_void;
@@ -70,109 +68,6 @@ pub type RawStream = *mut c_void;
 #[derive(Clone)]
 pub struct Cuda {
     stream: Arc<Stream>,
-}
-
-/// A device, its context and the kernels loaded there.
-struct Device {
-    modules: modules::Modules,
-    context: Context,
-    ordinal: u32,
-    name: String,
-    sm_count: u32,
-    /// True if memory is allocated and freed in a stream's order.
-    pools: bool,
-    encoder: tensor_map::Encoder,
-    early_launch: Option<EarlyLaunch>,
-}
-
-impl Device {
-    fn calls(&self) -> &'static Calls {
-        self.context.calls
-    }
-
-    /// Makes the context the calling thread's current one for as long as the guard lives.
-    fn enter(&self) -> Result<Entered> {
-        self.context.enter()
-    }
-
-    /// Returns the device of this number, shared by every [`Cuda`] of it.
-    fn shared(ordinal: u32) -> Result<Arc<Self>> {
-        static OPEN: Mutex<BTreeMap<u32, Weak<Device>>> = Mutex::new(BTreeMap::new());
-        let calls = sys::calls()?;
-        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(device) = open.get(&ordinal).and_then(Weak::upgrade) {
-            return Ok(device);
-        }
-        let device = Arc::new(Device::open(calls, ordinal)?);
-        open.insert(ordinal, Arc::downgrade(&device));
-        Ok(device)
-    }
-
-    fn open(calls: &'static Calls, ordinal: u32) -> Result<Self> {
-        let count = device_count(calls)?;
-        if ordinal >= count {
-            let reason = format!("device {ordinal} was asked for, and the driver shows {count}");
-            return Err(Error::NoDevice { reason });
-        }
-        let mut device = 0;
-        // SAFETY: writes one handle.
-        check(calls, "cuDeviceGet", unsafe { (calls.cuDeviceGet)(&mut device, ordinal as i32) })?;
-        let mut name = [0u8; 256];
-        // SAFETY: the buffer has as many bytes as the call is told, and the written name ends with a zero.
-        let code = unsafe { (calls.cuDeviceGetName)(name.as_mut_ptr().cast(), name.len() as i32, device) };
-        check(calls, "cuDeviceGetName", code)?;
-        let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
-        let name = String::from_utf8_lossy(&name[..end]).into_owned();
-        let get = |attribute| device_attribute(calls, attribute, device);
-        let capability = (get(attribute::CAPABILITY_MAJOR)?, get(attribute::CAPABILITY_MINOR)?);
-        if capability != CAPABILITY {
-            let (major, minor) = capability;
-            return Err(Error::UnsupportedDevice { name, major, minor, needed: "9.0" });
-        }
-        let sm_count = get(attribute::MULTIPROCESSOR_COUNT)?;
-        let pools = get(attribute::MEMORY_POOLS_SUPPORTED)? != 0;
-        let early_launch = EarlyLaunch::of(calls, driver_version(calls)?);
-        let encoder = tensor_map::Encoder::of(calls)?;
-        let context = Context::retain(calls, device)?;
-        let modules = modules::Modules::new();
-        Ok(Device { modules, context, ordinal, name, sm_count, pools, encoder, early_launch })
-    }
-}
-
-impl Drop for Device {
-    /// Unloads the kernels once everything in the context has run.
-    fn drop(&mut self) {
-        let Ok(_entered) = self.context.enter() else { return };
-        // SAFETY: the context is current. The wait fails while a stream is captured; then the modules stay loaded,
-        // because the graph may use them.
-        if unsafe { (self.calls().cuCtxSynchronize)() } == sys::SUCCESS {
-            // SAFETY: functions are used only through a reference to this device, and all launches have run.
-            unsafe { self.modules.unload() };
-        }
-    }
-}
-
-fn device_count(calls: &Calls) -> Result<u32> {
-    let mut count = 0;
-    // SAFETY: writes one number.
-    check(calls, "cuDeviceGetCount", unsafe { (calls.cuDeviceGetCount)(&mut count) })?;
-    Ok(count.max(0) as u32)
-}
-
-fn device_attribute(calls: &Calls, attribute: i32, device: sys::DeviceHandle) -> Result<u32> {
-    let mut value = 0;
-    // SAFETY: writes one number; the device is one that the driver returned.
-    let code = unsafe { (calls.cuDeviceGetAttribute)(&mut value, attribute, device) };
-    check(calls, "cuDeviceGetAttribute", code)?;
-    Ok(value.unsigned_abs())
-}
-
-/// Returns the CUDA version that the driver supports: 1000 times the major number and 10 times the minor one.
-fn driver_version(calls: &Calls) -> Result<i32> {
-    let mut version = 0;
-    // SAFETY: writes one number.
-    check(calls, "cuDriverGetVersion", unsafe { (calls.cuDriverGetVersion)(&mut version) })?;
-    Ok(version)
 }
 
 impl Cuda {
@@ -187,8 +82,9 @@ impl Cuda {
     /// last one waits for the device and unloads them.
     ///
     /// # Errors
-    /// [`Error::NoDevice`], which names what is missing; [`Error::UnsupportedDevice`] for a GPU that is not of compute
-    /// capability 9.0; [`Error::Driver`].
+    /// [`Error::NoDevice`](crate::Error::NoDevice), which names what is missing;
+    /// [`Error::UnsupportedDevice`](crate::Error::UnsupportedDevice) for a GPU that is not of compute capability 9.0;
+    /// [`Error::Driver`](crate::Error::Driver).
     pub fn new(ordinal: u32) -> Result<Self> {
         Ok(Cuda { stream: Arc::new(Stream::default_of(Device::shared(ordinal)?)) })
     }
@@ -196,7 +92,7 @@ impl Cuda {
     /// Returns the same device with safe calls on a new stream, which is destroyed when the last user is dropped.
     ///
     /// # Errors
-    /// [`Error::Driver`].
+    /// [`Error::Driver`](crate::Error::Driver).
     pub fn on_new_stream(&self) -> Result<Self> {
         Ok(Cuda { stream: Arc::new(Stream::new(self.stream.device.clone())?) })
     }
@@ -205,8 +101,9 @@ impl Cuda {
     /// context; null or `CU_STREAM_LEGACY` is the default stream.
     ///
     /// # Errors
-    /// [`Error::ThreadStream`] for `CU_STREAM_PER_THREAD`; [`Error::WrongContext`] for a stream of another context or
-    /// device; [`Error::Driver`].
+    /// [`Error::ThreadStream`](crate::Error::ThreadStream) for `CU_STREAM_PER_THREAD`;
+    /// [`Error::WrongContext`](crate::Error::WrongContext) for a stream of another context or device;
+    /// [`Error::Driver`](crate::Error::Driver).
     ///
     /// # Safety
     /// `stream` is such a stream, and lives as long as the returned value, its clones and what they allocate.
@@ -238,7 +135,7 @@ impl Cuda {
     /// Returns the CUDA version that the driver supports, as (major, minor).
     ///
     /// # Errors
-    /// [`Error::Driver`].
+    /// [`Error::Driver`](crate::Error::Driver).
     pub fn driver_version(&self) -> Result<(i32, i32)> {
         let version = driver_version(self.device().calls())?;
         Ok((version / 1000, version % 1000 / 10))
@@ -247,7 +144,7 @@ impl Cuda {
     /// Number of bytes of device memory.
     ///
     /// # Errors
-    /// [`Error::Driver`].
+    /// [`Error::Driver`](crate::Error::Driver).
     pub fn total_memory(&self) -> Result<usize> {
         let (context, mut bytes) = (&self.device().context, 0);
         // SAFETY: writes one number; the device is one that the driver returned.
@@ -259,7 +156,7 @@ impl Cuda {
     /// Returns the device's peak clock rate in kHz.
     ///
     /// # Errors
-    /// [`Error::Driver`].
+    /// [`Error::Driver`](crate::Error::Driver).
     pub fn clock_khz(&self) -> Result<u32> {
         let context = &self.device().context;
         device_attribute(context.calls, attribute::CLOCK_RATE, context.device)
@@ -268,7 +165,7 @@ impl Cuda {
     /// Waits until all launches on the device, on any stream of its primary context, have run.
     ///
     /// # Errors
-    /// [`Error::Driver`], also for errors of earlier launches.
+    /// [`Error::Driver`](crate::Error::Driver), also for errors of earlier launches.
     pub fn synchronize(&self) -> Result<()> {
         let _entered = self.device().enter()?;
         let calls = self.device().calls();
@@ -285,7 +182,7 @@ impl Cuda {
     /// Loads a plan's kernel before its first launch. Returns the time that loading took when it happened.
     ///
     /// # Errors
-    /// [`Error::Driver`].
+    /// [`Error::Driver`](crate::Error::Driver).
     pub fn load(&self, plan: &Plan) -> Result<Duration> {
         let _entered = self.device().enter()?;
         Ok(self.kernel(plan.variant().symbol, plan.smem_bytes())?.load_time)
@@ -295,7 +192,7 @@ impl Cuda {
     /// [`Cuda::load`]) it neither allocates nor waits, and may be captured into a graph.
     ///
     /// # Errors
-    /// Errors of [`RawForward::validate`], before anything is launched; [`Error::Driver`].
+    /// Errors of [`RawForward::validate`], before anything is launched; [`Error::Driver`](crate::Error::Driver).
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for the whole span of their layouts, as
