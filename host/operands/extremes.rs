@@ -69,7 +69,9 @@ proptest! {
             let _ = RawForward { second: Some(second), ..forward }.validate(&plan);
         }
         let (d_lse, workspace_bytes) = (Some(other), usize::MAX);
-        let backward = RawBackward { q, k, second: None, v, o, d_o, lse, d_lse, dq, dk, dv, workspace, workspace_bytes };
+        let backward = RawBackward {
+            q, k, second: None, v, o, d_o, lse, d_lse, dq, dk, dv, workspace, workspace_bytes,
+        };
         let determinism = if exact { Determinism::Exact } else { Determinism::Fast };
         if let Ok(plan) = BackwardPlan::new(&problem, Mask::None, None, Dropout::NONE, determinism, 132)
             && backward.validate(&plan).is_ok()

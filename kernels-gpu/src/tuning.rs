@@ -5,8 +5,8 @@
 //! otherwise, figures are of bf16 on one H200 with 132 SMs, heads = 2048 / D and batch = 32768 / S. The tiles of each
 //! kernel were measured too; they are in the tables of [`crate::variants`], one row per kernel.
 //!
-//! Counts of registers, and sizes that follow from the layout of tiles or from shared memory, are beside the code that
-//! depends on them.
+//! Counts of registers, and sizes that follow from the layout of tiles or from shared memory, stand next to the code
+//! that depends on them.
 
 // Order of work tiles: `attention/scheduler.rs`.
 

@@ -42,37 +42,43 @@ fn module_of(file: &Path) -> String {
     path.strip_suffix("/mod").unwrap_or(&path).to_owned()
 }
 
-/// The modules that a file imports from, outside its tests; `is_folder` says that it is a folder's `mod.rs`.
-fn imports(text: &str, module: &str, is_folder: bool) -> Vec<String> {
-    let code =
-        ["\n#[cfg(test)]", "\n#[cfg(all(test"].iter().fold(text, |text, tests| text.split(tests).next().unwrap_or(""));
-    let statements = code.split(';').filter_map(|statement| {
-        let statement = statement.trim_start_matches("pub ").rsplit("\n").find_map(|line| {
-            let line = line.trim_start().trim_start_matches("pub ");
-            line.strip_prefix("use ").map(|_| line)
-        })?;
-        let start = code.find(statement)?;
-        let end = code[start..].find([';', '{'])?;
-        Some(code[start + "use ".len()..start + end].trim())
-    });
-    statements.filter_map(|path| resolve(path, module, is_folder)).collect()
+/// The modules that a file names outside its tests and comments.
+///
+/// # Errors
+/// A sentence for several modules in one `use`, which this reader would miss.
+fn imports(text: &str, module: &str) -> Result<Vec<String>> {
+    let tests = ["\n#[cfg(test)]", "\n#[cfg(all(test"].iter().filter_map(|tests| text.find(tests)).min();
+    let lines = text[..tests.unwrap_or(text.len())].lines().filter(|line| !line.trim_start().starts_with("//"));
+    let mut found = Vec::new();
+    for line in lines {
+        let group = ["use crate::{", "use super::{"].iter().find_map(|group| Some(line.split_once(group)?.1));
+        if group.is_some_and(|names| names.is_empty() || names.contains("::")) {
+            return Err(format!("{module} imports several modules by one `use`: write one for each"));
+        }
+        for root in ["crate::", "super::"] {
+            for (at, _) in line.match_indices(root).filter(|&(at, _)| !line[..at].ends_with("super::")) {
+                let path = &line[at..];
+                let end = path.find(|c: char| !(c.is_ascii_alphanumeric() || "_:".contains(c))).unwrap_or(path.len());
+                // A macro's name is no module.
+                if !path[end..].starts_with('!') {
+                    found.extend(resolve(&path[..end], module));
+                }
+            }
+        }
+    }
+    Ok(found)
 }
 
-/// A path of a `use`, as a module: its leading lower-case parts.
-fn resolve(path: &str, module: &str, is_folder: bool) -> Option<String> {
-    let mut parts: Vec<&str> = path.split("::").filter(|part| !part.is_empty()).collect();
-    let mut base: Vec<&str> = module.split('/').collect();
-    match *parts.first()? {
-        "crate" => base.clear(),
-        "super" if !is_folder || base.len() > 1 => {}
-        _ => return None,
-    }
+/// A path, as a module: its leading lower-case parts.
+fn resolve(path: &str, module: &str) -> Option<String> {
+    let parts: Vec<&str> = path.split("::").filter(|part| !part.is_empty()).collect();
+    let mut base: Vec<&str> = if parts.first() == Some(&"crate") { Vec::new() } else { module.split('/').collect() };
     // In a file `super` is its folder, in a folder's own file the folder around it.
     for _ in parts.iter().filter(|&&part| part == "super") {
         base.pop();
     }
-    parts.retain(|&part| part != "crate" && part != "super");
-    let names = parts.into_iter().take_while(|part| part.starts_with(|c: char| c.is_ascii_lowercase()));
+    let names = parts.into_iter().filter(|part| !["crate", "super"].contains(part));
+    let names = names.take_while(|part| part.starts_with(|c: char| c.is_ascii_lowercase()));
     Some(base.into_iter().chain(names).collect::<Vec<_>>().join("/")).filter(|module| !module.is_empty())
 }
 
@@ -105,7 +111,7 @@ pub fn upward() -> Result<Vec<String>> {
             wrong.push(format!("{module} has no floor in docs/architecture.md"));
             continue;
         };
-        for import in imports(&text, &module, file.ends_with("mod.rs")) {
+        for import in imports(&text, &module)? {
             match floors.of(&import) {
                 Some(floor) if floor <= own => {}
                 Some(_) => wrong.push(format!("{module} imports from {import}, which is above it")),
@@ -141,10 +147,14 @@ mod tests {
 
     #[test]
     fn imports_are_resolved() {
-        let text = "//! x\nuse core::fmt;\n\nuse super::mask::Mask;\npub use crate::ground::shape::{Shape,\n    quotient};\n\
-                    use crate::arch::Warpgroup;\n\n#[cfg(test)]\nmod tests {\n    use crate::entry::All;\n}\n";
-        assert_eq!(imports(text, "attention/pairs", false), ["attention/mask", "ground/shape", "arch"]);
-        assert_eq!(imports("use super::shape::Shape;", "arch/cpu", true), ["arch/shape"]);
+        let text = "//! crate::none\nuse core::fmt;\n\nuse super::mask::Mask;\n\
+                    pub use crate::ground::shape::{Shape,\n    quotient};\nuse crate::arch::Warpgroup;\n\
+                    fn f() { crate::tile::g(); crate::rows!(f) }\n\n\
+                    #[cfg(test)]\nmod tests {\n    use crate::entry::All;\n}\n";
+        let found = ["attention/mask", "ground/shape", "arch", "tile/g"];
+        assert_eq!(imports(text, "attention/pairs").unwrap(), found);
+        assert_eq!(imports("use super::super::shape::Shape;", "arch/cpu").unwrap(), ["shape"]);
+        assert!(imports("use crate::{arch::A, kernels};", "tile").is_err());
         assert_eq!(module_of(Path::new("arch/sm90/mod.rs")), "arch/sm90");
     }
 }

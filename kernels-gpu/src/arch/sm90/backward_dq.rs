@@ -53,7 +53,7 @@ struct Dq<'a, const N8: usize> {
 }
 
 impl<const N8: usize> Dq<'_, N8> {
-    /// Accumulates dQ of all query blocks of a work tile. `beside` is called once per query block, with its number,
+    /// Accumulates dQ of all query blocks of a work tile. Calls `beside` once per query block, with its number,
     /// while a product of it is in flight.
     #[inline(always)]
     fn add_all<E: Packed, M: Mask, P: Pairs, const STORES: bool>(
