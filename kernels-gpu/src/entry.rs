@@ -16,12 +16,11 @@ use crate::arch::sm90::store::write_tile;
 use crate::arch::sm90::total_neg_lse_log2::produce_neg_lse_log2;
 use crate::arch::sm90::total_producer;
 use crate::arch::{MaxUnit, Warpgroup};
-use crate::attention::dropout::NoDropout;
-use crate::attention::dropping::Dropping;
+use crate::attention::features::{Features, Piecewise, PiecewiseWithDropout, Plain, WithDropout};
 use crate::attention::first_tiles::FirstTiles;
-use crate::attention::key_parts::{KeyParts, Sharing};
-use crate::attention::mask::{Causal, Full, Mask};
-use crate::attention::pairs::Pairs;
+use crate::attention::key_parts::KeyParts;
+use crate::attention::mask::Mask;
+use crate::attention::mask::Window;
 use crate::attention::scheduler::CtaTiles;
 use crate::attention::shared_tiles::SharedTiles;
 use crate::ground::tensor::TensorMap;
@@ -29,24 +28,34 @@ use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::backward_gradients::{consume_dk, consume_dv};
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
-use crate::params::{
-    BackwardParams, BackwardSecond, BackwardSecondPair, FinishParams, ForwardParams, PrepareParams, Second, SecondPair,
-    TotalParams, WithDropout,
-};
+use crate::params::{BackwardParams, FinishParams, ForwardParams, PrepareParams, TotalParams};
 use crate::tile::smem::Split;
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
 use crate::tile::smem_total::TotalSmem;
-use crate::variants::Op;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
     cta::trap()
 }
 
+/// Element type of the kernels. The build makes the f16 kernels from the PTX of bf16. It compiles f16 only to compare
+/// the two.
 #[cfg(element = "bf16")]
 type Element = bf16;
 #[cfg(not(element = "bf16"))]
 type Element = f16;
+#[cfg(element = "bf16")]
+macro_rules! dtype {
+    () => {
+        "bf16"
+    };
+}
+#[cfg(not(element = "bf16"))]
+macro_rules! dtype {
+    () => {
+        "f16"
+    };
+}
 
 /// Keeps the machine code of a family independent of which other kernels are compiled with it. No launch runs this.
 ///
@@ -58,7 +67,7 @@ pub unsafe extern "ptx-kernel" fn shared_functions(tile: u32, row: u32, x: i32, 
     let tile = tile + (x.clamp(0, 64) + y.clamp(0, 176)) as u32;
     let scores = Fragment([[x as f32, y as f32, 1.0, 2.0]; 16]);
     const SMEM: ForwardSmem = ForwardSmem { head_dim: 64, block_n: 128, consumers: 2, stages: 2, pairs: 1, cluster: 1 };
-    let consumer = Consumer::<Element, ForwardPipe<()>>::forward(&SMEM, row, u64::from(tile));
+    let consumer = Consumer::<Element, ForwardPipe>::forward(&SMEM, row, u64::from(tile));
     let maxima = |rows, unit| consumer.maxima(&scores, rows, unit);
     let [a, b] = maxima(maxima([x as f32; 2], MaxUnit::Float), MaxUnit::Integer);
     let tile = tile + a.to_bits() + b.to_bits();
@@ -73,265 +82,77 @@ pub unsafe extern "ptx-kernel" fn shared_functions(tile: u32, row: u32, x: i32, 
 
 /// Runs a CTA of a forward kernel: one producer warpgroup, the others consumers.
 #[inline(always)]
-fn forward<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const D8: usize, const N8: usize>(
-    p: &ForwardParams<TensorMap, S>,
+fn forward<E: Packed, F: Features, const D8: usize, const N8: usize>(
+    p: &ForwardParams<TensorMap, F>,
     parameters: u64,
     smem: &ForwardSmem,
-    dropping: R,
 ) {
     cta::init_barriers(smem);
     let block_m = smem.consumers * crate::tile::lane::WARPGROUP_ROWS;
     // SAFETY: reads special registers.
     let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
-    let tiles = CtaTiles::new(&p.order, cta, ctas);
+    let tiles = CtaTiles::new(&p.base.order, cta, ctas);
     let role = cta::role();
     match role {
         Role::Producer => {
             cta::set_registers(role, smem.consumers);
-            produce::<M, S>(p, parameters, smem, tiles);
+            produce(p, parameters, smem, tiles);
         }
         Role::Consumer(index) => {
             cta::set_registers(role, smem.consumers);
-            let mut consumer = Consumer::<E, ForwardPipe<S>>::forward(smem, index, parameters);
-            consume::<_, M, S, R, D8, N8>(&mut consumer, p, block_m, tiles, dropping);
+            let mut consumer = Consumer::<E, ForwardPipe>::forward(smem, index, parameters);
+            consume::<_, F, D8, N8>(&mut consumer, p, block_m, tiles);
             consumer.finish();
         }
     }
     cta::leave(smem);
 }
 
-macro_rules! element {
-    (F16) => {
-        f16
-    };
-    (Bf16) => {
-        bf16
-    };
-}
-macro_rules! mask {
-    (None) => {
-        Full
-    };
-    (Causal) => {
-        Causal
-    };
-}
-macro_rules! second {
-    (Forward) => {
-        ()
-    };
-    (Piecewise) => {
-        SecondPair<TensorMap>
-    };
-}
-/// Compiles an entry point only with its family, which `variants::Family` names. Each rustc process compiles one.
-///
-/// The build makes the f16 kernels from the PTX of bf16. It compiles f16 only to compare the two.
-macro_rules! in_family {
-    ($family:literal, F16, $($entry:tt)*) => {
-        #[cfg(all(family = $family, element = "f16"))]
-        $($entry)*
-    };
-    ($family:literal, Bf16, $($entry:tt)*) => {
-        #[cfg(all(family = $family, element = "bf16"))]
-        $($entry)*
-    };
-    (Forward, 64, $($entry:tt)*) => { in_family! { "forward_d128", $($entry)* } };
-    (Forward, 96, $($entry:tt)*) => { in_family! { "forward_d128", $($entry)* } };
-    (Forward, 128, $($entry:tt)*) => { in_family! { "forward_d128", $($entry)* } };
-    (Forward, 192, $($entry:tt)*) => { in_family! { "forward_d256", $($entry)* } };
-    (Forward, 256, $($entry:tt)*) => { in_family! { "forward_d256", $($entry)* } };
-    (Piecewise, $head_dim:tt, $($entry:tt)*) => { in_family! { "piecewise", $($entry)* } };
-}
-macro_rules! in_backward_family {
-    (Forward, $($entry:tt)*) => { in_family! { "backward", $($entry)* } };
-    (Piecewise, $($entry:tt)*) => { in_family! { "piecewise_backward", $($entry)* } };
-}
-macro_rules! forward_entries {
-    ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:tt, $mask:ident, $consumers:literal, $block_n:literal,
-       $stages:literal, $cluster:literal;)*) => {$(
-        in_family! { $op, $head_dim, $dtype,
-            #[unsafe(no_mangle)]
-            pub unsafe extern "ptx-kernel" fn $symbol(p: ForwardParams<TensorMap, second!($op)>) {
-                const SMEM: ForwardSmem = ForwardSmem {
-                    head_dim: $head_dim,
-                    block_n: $block_n,
-                    consumers: $consumers,
-                    stages: $stages,
-                    pairs: Op::$op.pairs(),
-                    cluster: $cluster,
-                };
-                forward::<element!($dtype), mask!($mask), second!($op), NoDropout, { $head_dim / 8 }, { $block_n / 8 }>(
-                    &p,
-                    crate::parameter_address!($symbol),
-                    &SMEM,
-                    NoDropout,
-                );
-            }
-        }
-    )*};
-}
-crate::forward_variants!(forward_entries);
-
-macro_rules! forward_dropout_entries {
-    ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
-       $stages:literal, $cluster:literal;)*) => {$(
-        in_family! { "forward_dropout", $dtype,
-            #[unsafe(no_mangle)]
-            pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<ForwardParams<TensorMap>>) {
-                const SMEM: ForwardSmem = ForwardSmem {
-                    head_dim: $head_dim,
-                    block_n: $block_n,
-                    consumers: $consumers,
-                    stages: $stages,
-                    pairs: Op::$op.pairs(),
-                    cluster: $cluster,
-                };
-                forward::<element!($dtype), mask!($mask), (), _, { $head_dim / 8 }, { $block_n / 8 }>(
-                    &p.params,
-                    crate::parameter_address!($symbol),
-                    &SMEM,
-                    p.dropout,
-                );
-            }
-        }
-    )*};
-}
-crate::forward_dropout_variants!(forward_dropout_entries);
-
 /// Runs a CTA of a backward kernel: a third warpgroup that loads and accumulates dQ, and two consumers.
 #[inline(always)]
-fn backward<E: Packed, M: Mask, S: BackwardSecond<TensorMap>, R: Dropping, const D8: usize, const M8: usize>(
-    p: &BackwardParams<TensorMap, S>,
+fn backward<E: Packed, F: Features, const D8: usize, const M8: usize>(
+    params: &BackwardParams<TensorMap, F>,
     parameters: u64,
     smem: &BackwardSmem,
-    dropping: R,
 ) {
     cta::init_backward_barriers(smem);
     // The order of these two matters: a dependent grid, which may then start early, finds the workspace filled by the
     // preprocess kernel.
     cta::await_grid_before();
     cta::let_next_grid_start();
+    let (p, mask) = (&params.base, params.features.mask());
     // SAFETY: reads special registers.
-    let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
-    let first = if const { FirstTiles::is_for::<S::Pairs, R>(8 * D8 as u32) } { Some(&p.first) } else { None };
-    let tiles = match const { Sharing::is_for::<M, S::Pairs>() } {
-        true => KeyParts::new(&p.order, Some(&p.sharing), first, cta, p.sharing.ctas),
-        false => KeyParts::new(&p.order, None, first, cta, ctas),
-    };
+    let cta = unsafe { _block_idx_x() as u32 };
+    let initialises = const { FirstTiles::is_for::<F::Mask, F::Weights>(8 * D8 as u32) };
+    let first = if initialises { Some(&p.first) } else { None };
+    let splits = const { F::Mask::PAIRS == 1 } && !mask.bounds_left() && !mask.bounds_right();
+    let tiles = KeyParts::new(&p.order, if splits { Some(&p.sharing) } else { None }, first, cta, p.sharing.ctas);
     let role = cta::role();
     match role {
         Role::Producer => {
             cta::set_backward_registers(role, smem.split);
             // With two pairs the third warpgroup has registers for fewer columns at a time.
-            match (smem.split, S::Pairs::COUNT) {
-                (Split::Gradients, 1) => backward_dq::produce::<E, M, S, R, 8>(p, parameters, smem, tiles),
-                _ => backward_dq::produce::<E, M, S, R, 4>(p, parameters, smem, tiles),
+            match (smem.split, F::Mask::PAIRS) {
+                (Split::Gradients, 1) => backward_dq::produce::<E, F, 8>(params, parameters, smem, tiles),
+                _ => backward_dq::produce::<E, F, 4>(params, parameters, smem, tiles),
             }
         }
         Role::Consumer(index) => {
             cta::set_backward_registers(role, smem.split);
             let mut consumer = Consumer::<E, _>::backward(smem, index, parameters);
             match (smem.split, index) {
-                (Split::Keys, _) => {
-                    consume_backward::<_, M, S, R, D8, M8>(&mut consumer, p, smem.block_n, tiles, dropping)
-                }
-                (Split::Gradients, 0) => {
-                    consume_dv::<_, M, S, R, D8, M8>(&mut consumer, p, smem.block_n, tiles, dropping)
-                }
-                (Split::Gradients, _) => {
-                    consume_dk::<_, M, S, R, D8, M8>(&mut consumer, p, smem.block_n, tiles, dropping)
-                }
+                (Split::Keys, _) => consume_backward::<_, F, D8, M8>(&mut consumer, params, smem.block_n, tiles),
+                (Split::Gradients, 0) => consume_dv::<_, F, D8, M8>(&mut consumer, params, smem.block_n, tiles),
+                (Split::Gradients, _) => consume_dk::<_, F, D8, M8>(&mut consumer, params, smem.block_n, tiles),
             }
         }
     }
 }
 
-/// Makes the postprocess kernel. It is the same for every mask and operator, so only one row of them makes it.
-macro_rules! finish_entry {
-    (Forward, None, $finish:ident, $dtype:ident, $head_dim:literal, $block_n:literal) => {
-        in_family! { "backward", $dtype,
-            #[unsafe(no_mangle)]
-            pub unsafe extern "ptx-kernel" fn $finish(p: FinishParams) {
-                rows::finish::<element!($dtype), { $head_dim / 16 }>(&p, $block_n);
-            }
-        }
-    };
-    ($($other:tt)*) => {};
-}
-macro_rules! backward_smem {
-    ($head_dim:literal, $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal) => {
-        BackwardSmem {
-            head_dim: $head_dim,
-            block_m: $block_m,
-            block_n: $block_n,
-            split: Split::$split,
-            k_stages: $k_stages,
-        }
-    };
-}
-macro_rules! backward_second {
-    (Forward) => {
-        ()
-    };
-    (Piecewise) => {
-        BackwardSecondPair<TensorMap>
-    };
-}
-macro_rules! backward_entries {
-    ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
-       $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {$(
-        in_backward_family! { $op, $dtype,
-            #[unsafe(no_mangle)]
-            pub unsafe extern "ptx-kernel" fn $symbol(p: BackwardParams<TensorMap, backward_second!($op)>) {
-                const SMEM: BackwardSmem = backward_smem!($head_dim, $block_m, $block_n, $split, $k_stages);
-                backward::<
-                    element!($dtype), mask!($mask), backward_second!($op), NoDropout, { $head_dim / 8 },
-                    { $block_m / 8 },
-                >(&p, crate::parameter_address!($symbol), &SMEM, NoDropout);
-            }
-        }
-        finish_entry!($op, $mask, $finish, $dtype, $head_dim, $block_n);
-    )*};
-}
-crate::backward_variants!(backward_entries);
-
-macro_rules! backward_dropout_entries {
-    ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
-       $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {$(
-        in_family! { "backward_dropout", $dtype,
-            #[unsafe(no_mangle)]
-            pub unsafe extern "ptx-kernel" fn $symbol(p: WithDropout<BackwardParams<TensorMap>>) {
-                const SMEM: BackwardSmem = backward_smem!($head_dim, $block_m, $block_n, $split, $k_stages);
-                backward::<
-                    element!($dtype), mask!($mask), (), _, { $head_dim / 8 },
-                    { $block_m / 8 },
-                >(&p.params, crate::parameter_address!($symbol), &SMEM, p.dropout);
-            }
-        }
-    )*};
-}
-crate::backward_dropout_variants!(backward_dropout_entries);
-
-/// Makes the two preprocess kernels. Their PTX differs by more than the dtype, so both are compiled.
-macro_rules! prepare_entries {
-    ($($prepare:ident, $dtype:ident;)*) => {$(
-        #[cfg(family = "backward")]
-        #[unsafe(no_mangle)]
-        pub unsafe extern "ptx-kernel" fn $prepare(p: PrepareParams) {
-            rows::prepare::<element!($dtype)>(&p);
-        }
-    )*};
-}
-prepare_entries! {
-    prepare_f16, F16;
-    prepare_bf16, Bf16;
-}
-
 /// Runs a CTA of total attention: one producer warpgroup, the others consumers.
 #[inline(always)]
 fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
-    p: &TotalParams<TensorMap>,
+    p: &TotalParams<TensorMap, M>,
     parameters: u64,
     smem: &TotalSmem,
 ) {
@@ -344,8 +165,8 @@ fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
         Role::Producer => {
             cta::set_registers(role, smem.consumers);
             match cta::warp_of_warpgroup() {
-                0 => total_producer::produce::<M>(p, parameters, smem, tiles),
-                1 => produce_neg_lse_log2::<M>(p, smem, tiles),
+                0 => total_producer::produce(p, parameters, smem, tiles),
+                1 => produce_neg_lse_log2(p, smem, tiles),
                 _ => {}
             }
         }
@@ -357,21 +178,103 @@ fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
     }
 }
 
-macro_rules! total_entries {
-    ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_m:literal,
-       $stages:literal;)*) => {$(
-        in_family! { "total", $dtype,
-            #[unsafe(no_mangle)]
-            pub unsafe extern "ptx-kernel" fn $symbol(p: TotalParams<TensorMap>) {
-                const SMEM: TotalSmem =
-                    TotalSmem { head_dim: $head_dim, consumers: $consumers, block_m: $block_m, stages: $stages };
-                total::<element!($dtype), mask!($mask), { $head_dim / 8 }, { $block_m / 8 }>(
-                    &p,
-                    crate::parameter_address!($symbol),
-                    &SMEM,
-                );
-            }
+// Each rustc process compiles one family: the `cfg` of that name, and the entry points of its rows.
+
+macro_rules! forward_entries {
+    ($($row:ident: {
+        family: $family:literal, features: $features:ident, head_dim: $head_dim:literal, consumers: $consumers:literal,
+        block_n: $block_n:literal, stages: $stages:literal, cluster: $cluster:literal, masks: $masks:ident,
+        prebuilt: $prebuilt:ident,
+    })*) => {$(
+        #[cfg(family = $family)]
+        #[unsafe(export_name = concat!("forward_", dtype!(), "_", stringify!($row)))]
+        pub unsafe extern "ptx-kernel" fn $row(p: ForwardParams<TensorMap, $features>) {
+            const SMEM: ForwardSmem = ForwardSmem {
+                head_dim: $head_dim,
+                block_n: $block_n,
+                consumers: $consumers,
+                stages: $stages,
+                pairs: <$features as Features>::Mask::PAIRS,
+                cluster: $cluster,
+            };
+            let parameters = crate::parameter_address!(concat!("forward_", dtype!(), "_", stringify!($row)));
+            forward::<Element, $features, { $head_dim / 8 }, { $block_n / 8 }>(&p, parameters, &SMEM);
         }
     )*};
 }
-crate::total_variants!(total_entries);
+mod forward_kernels {
+    use super::*;
+    crate::forward_rows!(forward_entries);
+}
+
+macro_rules! backward_entries {
+    ($($row:ident: {
+        family: $family:literal, features: $features:ident, head_dim: $head_dim:literal, block_m: $block_m:literal,
+        block_n: $block_n:literal, split: $split:ident, k_stages: $k_stages:literal, prebuilt: $prebuilt:ident,
+    })*) => {$(
+        #[cfg(family = $family)]
+        #[unsafe(export_name = concat!("backward_", dtype!(), "_", stringify!($row)))]
+        pub unsafe extern "ptx-kernel" fn $row(p: BackwardParams<TensorMap, $features>) {
+            const SMEM: BackwardSmem = BackwardSmem {
+                head_dim: $head_dim,
+                block_m: $block_m,
+                block_n: $block_n,
+                split: Split::$split,
+                k_stages: $k_stages,
+            };
+            let parameters = crate::parameter_address!(concat!("backward_", dtype!(), "_", stringify!($row)));
+            backward::<Element, $features, { $head_dim / 8 }, { $block_m / 8 }>(&p, parameters, &SMEM);
+        }
+    )*};
+}
+mod backward_kernels {
+    use super::*;
+    crate::backward_rows!(backward_entries);
+}
+
+macro_rules! total_entries {
+    ($($row:ident: {
+        head_dim: $head_dim:literal, consumers: $consumers:literal, block_m: $block_m:literal, stages: $stages:literal,
+    })*) => {$(
+        #[cfg(family = "total")]
+        #[unsafe(export_name = concat!("total_", dtype!(), "_", stringify!($row)))]
+        pub unsafe extern "ptx-kernel" fn $row(p: TotalParams<TensorMap, Window>) {
+            const SMEM: TotalSmem =
+                TotalSmem { head_dim: $head_dim, consumers: $consumers, block_m: $block_m, stages: $stages };
+            let parameters = crate::parameter_address!(concat!("total_", dtype!(), "_", stringify!($row)));
+            total::<Element, Window, { $head_dim / 8 }, { $block_m / 8 }>(&p, parameters, &SMEM);
+        }
+    )*};
+}
+mod total_kernels {
+    use super::*;
+    crate::total_rows!(total_entries);
+}
+
+/// Makes the postprocess kernel of each head dim of the backward pass.
+macro_rules! finish_entries {
+    ($($row:ident: { head_dim: $head_dim:literal, block_n: $block_n:literal })*) => {$(
+        #[cfg(family = "backward")]
+        #[unsafe(export_name = concat!("finish_", dtype!(), "_", stringify!($row)))]
+        pub unsafe extern "ptx-kernel" fn $row(p: FinishParams) {
+            rows::finish::<Element, { $head_dim / 16 }>(&p, $block_n);
+        }
+    )*};
+}
+mod finish_kernels {
+    use super::*;
+    crate::finish_rows!(finish_entries);
+}
+
+// The PTX of the two preprocess kernels differs by more than the dtype, so both are compiled.
+
+#[cfg(family = "backward")]
+#[unsafe(no_mangle)]
+pub unsafe extern "ptx-kernel" fn prepare_f16(p: PrepareParams) {
+    rows::prepare::<f16>(&p);
+}
+#[cfg(family = "backward")]
+#[unsafe(no_mangle)]
+pub unsafe extern "ptx-kernel" fn prepare_bf16(p: PrepareParams) {
+    rows::prepare::<bf16>(&p);
+}

@@ -5,131 +5,21 @@
 
 use core::mem::offset_of;
 
-use crate::attention::dropout::Dropout;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::Sharing;
-use crate::attention::pairs::{ByDistance, OnePair, Pairs};
+use crate::attention::mask::Window;
 use crate::attention::scheduler::TileOrder;
 use crate::ground::shape::Shape;
 use crate::ground::tensor::{Output, Strided, TensorMap};
 
-/// The second pair of Q and K in a kernel's parameters: none, `()`, or a [`SecondPair`].
-pub trait Second<T>: Copy {
-    /// Rule that selects the pair of a score.
-    type Pairs: Pairs;
-    fn pairs(&self, shape: &Shape) -> Self::Pairs;
-    /// Returns the number of the last pair.
-    fn last(&self) -> u32;
-    /// Returns its Q and K, if there is a second pair.
-    fn tensors(&self) -> Option<(&T, &T)>;
-}
-
-impl<T> Second<T> for () {
-    type Pairs = OnePair;
-    #[inline(always)]
-    fn pairs(&self, _: &Shape) -> OnePair {
-        OnePair
-    }
-    #[inline(always)]
-    fn last(&self) -> u32 {
-        0
-    }
-    #[inline(always)]
-    fn tensors(&self) -> Option<(&T, &T)> {
-        None
-    }
-}
-
-/// Second pair of piecewise attention.
+/// Launch parameters of the forward kernel, whatever its features.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct SecondPair<T> {
-    pub q: T,
-    pub k: T,
-    /// Distance between query and key from which on scores come from this pair.
-    pub dist_threshold: i32,
-    /// Number of this pair, 1. Because it is read from the launch parameters, it is opaque to the compiler, which would
-    /// make a second copy of the mainloop for a constant.
-    pub number: u32,
-    /// Padding to the alignment of a tensor map, because one follows in [`ForwardParams`].
-    padding: [u32; 14],
-}
-
-impl<T> SecondPair<T> {
-    /// Takes the tensors of the pair and the distance from which on scores come from it.
-    pub const fn new(q: T, k: T, dist_threshold: i32) -> Self {
-        SecondPair { q, k, dist_threshold, number: 1, padding: [0; 14] }
-    }
-}
-
-impl<T: Copy> Second<T> for SecondPair<T> {
-    type Pairs = ByDistance;
-    #[inline(always)]
-    fn pairs(&self, shape: &Shape) -> ByDistance {
-        ByDistance::new(self.dist_threshold, shape)
-    }
-    #[inline(always)]
-    fn last(&self) -> u32 {
-        self.number
-    }
-    #[inline(always)]
-    fn tensors(&self) -> Option<(&T, &T)> {
-        Some((&self.q, &self.k))
-    }
-}
-
-/// The second pair of Q and K in the parameters of a backward kernel: that of [`Second`] and its gradient.
-pub trait BackwardSecond<T>: Second<T> {
-    /// Returns the gradient of its K, if there is a second pair.
-    fn dk(&self) -> Option<Strided>;
-}
-
-impl<T> BackwardSecond<T> for () {
-    #[inline(always)]
-    fn dk(&self) -> Option<Strided> {
-        None
-    }
-}
-
-/// Second pair of piecewise attention in the backward pass.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct BackwardSecondPair<T> {
-    pub pair: SecondPair<T>,
-    pub dk: Strided,
-}
-
-impl<T: Copy> Second<T> for BackwardSecondPair<T> {
-    type Pairs = ByDistance;
-    #[inline(always)]
-    fn pairs(&self, shape: &Shape) -> ByDistance {
-        self.pair.pairs(shape)
-    }
-    #[inline(always)]
-    fn last(&self) -> u32 {
-        self.pair.number
-    }
-    #[inline(always)]
-    fn tensors(&self) -> Option<(&T, &T)> {
-        self.pair.tensors()
-    }
-}
-
-impl<T: Copy> BackwardSecond<T> for BackwardSecondPair<T> {
-    #[inline(always)]
-    fn dk(&self) -> Option<Strided> {
-        Some(self.dk)
-    }
-}
-
-/// Parameters of the forward kernel.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct ForwardParams<T, S = ()> {
-    pub q: T,
-    pub k: T,
+pub struct ForwardBase<T> {
+    /// Q and K of each pair. With one pair, both are the same.
+    pub q: [T; 2],
+    pub k: [T; 2],
     pub v: T,
-    pub second: S,
     pub o: Output<T>,
     /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; 0 if it is not wanted.
     pub lse: u64,
@@ -137,30 +27,33 @@ pub struct ForwardParams<T, S = ()> {
     pub scale: f32,
     pub shape: Shape,
     pub order: TileOrder,
+    /// Number of the last pair of Q and K: 0, or 1 in piecewise attention. Because it is read from the launch
+    /// parameters, it is opaque to the compiler, which would make a second copy of the mainloop for a constant.
+    pub last_pair: u32,
 }
 
-/// Parameters of a forward or backward kernel with dropout: those without dropout, and the choice of dropped elements
-/// of P.
+/// Launch parameters of the forward kernel with the features `F`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct WithDropout<P> {
-    pub params: P,
-    pub dropout: Dropout,
+pub struct ForwardParams<T, F> {
+    pub base: ForwardBase<T>,
+    pub features: F,
 }
 
 /// Multiple to which the query rows of a head are padded in the backward pass's workspace: the largest block_m.
 pub const ROW_PADDING: u32 = 128;
 
-/// Parameters of the backward kernel.
+/// Launch parameters of the backward kernel, whatever its features.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct BackwardParams<T, S = ()> {
-    pub q: T,
-    pub k: T,
+pub struct BackwardBase<T> {
+    /// Q and K of each pair. With one pair, both are the same.
+    pub q: [T; 2],
+    pub k: [T; 2],
     pub v: T,
     pub d_o: T,
-    pub second: S,
-    pub dk: Strided,
+    /// dK of each pair. With one pair, both are the same.
+    pub dk: [Strided; 2],
     pub dv: Strided,
     pub workspace: Workspace,
     /// Softmax scale, finite and positive.
@@ -172,6 +65,24 @@ pub struct BackwardParams<T, S = ()> {
     pub sharing: Sharing,
     /// Work tiles that initialise dQ: they store it instead of accumulating.
     pub first: FirstTiles,
+    /// Number of the last pair of Q and K; see [`ForwardBase::last_pair`].
+    pub last_pair: u32,
+}
+
+impl<T> BackwardBase<T> {
+    /// Returns the dK tensor of a pair.
+    #[inline(always)]
+    pub fn dk_of(&self, pair: u32) -> &Strided {
+        if pair == 0 { &self.dk[0] } else { &self.dk[1] }
+    }
+}
+
+/// Launch parameters of the backward kernel with the features `F`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardParams<T, F> {
+    pub base: BackwardBase<T>,
+    pub features: F,
 }
 
 /// Workspace that the three kernels of a backward pass share.
@@ -275,10 +186,10 @@ pub struct FinishParams {
     pub first: FirstTiles,
 }
 
-/// Parameters of the kernel that computes total attention.
+/// Launch parameters of the kernel that computes total attention.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct TotalParams<T> {
+pub struct TotalParams<T, M = Window> {
     pub q: T,
     pub k: T,
     /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; natural logarithms, −∞ for a row without a key.
@@ -292,6 +203,7 @@ pub struct TotalParams<T> {
     pub order: TileOrder,
     /// First work tile that is split.
     pub shared_from: u32,
+    pub mask: M,
 }
 
 /// Alignment of a tensor map for TMA, in bytes.
@@ -311,21 +223,19 @@ macro_rules! check_parameters {
     };
 }
 check_parameters! {
-    ForwardParams<TensorMap>: q, k, v, o.tiles;
-    ForwardParams<TensorMap, SecondPair<TensorMap>>: q, k, v, second.q, second.k, o.tiles;
-    WithDropout<ForwardParams<TensorMap>>: params.q, params.k, params.v, params.o.tiles;
-    BackwardParams<TensorMap>: q, k, v, d_o;
-    BackwardParams<TensorMap, BackwardSecondPair<TensorMap>>: q, k, v, d_o, second.pair.q, second.pair.k;
-    WithDropout<BackwardParams<TensorMap>>: params.q, params.k, params.v, params.d_o;
+    ForwardBase<TensorMap>: q, k, v, o.tiles;
+    ForwardParams<TensorMap, Widest>: base.q;
+    BackwardBase<TensorMap>: q, k, v, d_o;
+    BackwardParams<TensorMap, Widest>: base.q;
     TotalParams<TensorMap>: q, k;
     PrepareParams: ;
     FinishParams: ;
 }
-// Kernels compute the addresses of tensor maps from field offsets of the structs without dropout and with the plain
-// second pair. So in structs with dropout or a second dK, the plain struct must be at offset 0.
+/// Stands for the largest features.
+type Widest = [u32; 64];
+// Kernels compute the addresses of tensor maps from field offsets of the base. So it must be at offset 0.
 const _: () = {
     assert!(size_of::<TensorMap>() == 128);
-    assert!(offset_of!(BackwardSecondPair<TensorMap>, pair) == 0);
-    assert!(offset_of!(WithDropout<ForwardParams<TensorMap>>, params) == 0);
-    assert!(offset_of!(WithDropout<BackwardParams<TensorMap>>, params) == 0);
+    assert!(offset_of!(ForwardParams<TensorMap, Widest>, base) == 0);
+    assert!(offset_of!(BackwardParams<TensorMap, Widest>, base) == 0);
 };

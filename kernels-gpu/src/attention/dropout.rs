@@ -66,7 +66,7 @@ pub trait Drops: Copy {
 }
 
 /// No dropout: every element is kept.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoDropout;
 
 impl Drops for NoDropout {

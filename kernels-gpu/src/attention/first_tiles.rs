@@ -6,7 +6,7 @@
 //! first have no such place. Their dQ is zeroed by the preprocess kernel, and all of their work tiles accumulate.
 
 use super::dropout::Drops;
-use super::pairs::Pairs;
+use super::mask::Mask;
 use super::scheduler::TileOrder;
 use crate::ground::places::WorkTile;
 use crate::tuning;
@@ -44,10 +44,10 @@ impl FirstTiles {
         }
     }
 
-    /// True if kernels for such pairs and dropout support this initialisation. At head dim 64 it gains nothing
+    /// True if kernels for such a mask and dropout support this initialisation. At head dim 64 it gains nothing
     /// (notebook 73).
-    pub const fn is_for<P: Pairs, R: Drops>(head_dim: u32) -> bool {
-        P::COUNT == 1 && !R::DROPS && head_dim >= tuning::DQ_INIT_MIN_HEAD_DIM
+    pub const fn is_for<M: Mask, R: Drops>(head_dim: u32) -> bool {
+        M::PAIRS == 1 && !R::DROPS && head_dim >= tuning::DQ_INIT_MIN_HEAD_DIM
     }
 
     /// Returns the `index`-th work tile.

@@ -6,8 +6,6 @@
 //! f32, to its own slot in the workspace. The postprocess kernel sums the slots in a fixed order.
 
 use super::first_tiles::FirstTiles;
-use super::mask::Mask;
-use super::pairs::Pairs;
 use super::scheduler::{CtaTiles, TileOrder};
 use crate::ground::divisor::Divisor;
 use crate::ground::places::WorkTile;
@@ -80,11 +78,6 @@ impl Sharing {
         let (all, m_blocks) = (heads.saturating_mul(m_blocks), Divisor::new(m_blocks));
         let ctas = tiles.min(ctas.max(1));
         Sharing { from: tiles, count: tiles, ctas, parts: Divisor::new(1), all, blocks: all, m_blocks }
-    }
-
-    /// True if kernels for such a mask and pairs can split work tiles.
-    pub const fn is_for<M: Mask, P: Pairs>() -> bool {
-        !M::HIDES && P::COUNT == 1
     }
 
     /// Splits the tail of `tiles` work tiles that are alike. The parameters are those of [`Sharing::none`].
@@ -182,8 +175,7 @@ impl Iterator for KeyParts<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::mask::Full;
-    use crate::attention::pairs::OnePair;
+    use crate::attention::mask::Window;
     use crate::attention::query_blocks::{QueryBlocks, key_block};
     use crate::ground::places::QueryBlock;
     use crate::ground::shape::Shape;
@@ -212,7 +204,7 @@ mod tests {
                     let KeyPart { tile, part } = at;
                     assert!(sharing.parts_of(&order, tile).any(|other| other == at));
                     let keys = key_block(&shape, block_n, &tile);
-                    let all = QueryBlocks::<Full, _>::new(&shape, OnePair, block_m, block_n, &keys);
+                    let all = QueryBlocks::new(&shape, Window::FULL, block_m, block_n, &keys);
                     let blocks = all.part(&sharing, part);
                     let mut at = blocks.first();
                     for _ in 0..blocks.count() {

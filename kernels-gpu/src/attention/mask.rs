@@ -1,52 +1,154 @@
-//! Masks, each defined by one interval of valid keys for each query row. `live` in a name means valid.
+//! Masks. A mask gives each query row one interval of the keys that it attends to.
 //!
-//! The blocks to visit ([`super::block_info`]) and the validity of a single key both follow from that interval, so they
+//! The blocks to visit ([`super::blocks`]) and the masking of a single score both follow from that interval, so they
 //! cannot disagree. Keys past the end are masked by the same interval.
 
-use crate::ground::shape::Shape;
+use crate::ground::constants::{Constant, Constants};
+use crate::ground::sequence::Sequence;
 
-/// Rule that says which keys a query attends to.
+/// Consecutive keys, or query rows, from `start` up to but not `end`. There are none if `end` is at most `start`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interval {
+    pub start: u32,
+    pub end: u32,
+}
+
+impl Interval {
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.end <= self.start
+    }
+    #[cfg(test)]
+    pub fn contains(&self, index: u32) -> bool {
+        (self.start..self.end).contains(&index)
+    }
+}
+
+/// Rule that says which keys a query attends to. It is a value in the launch parameters.
+///
+/// A wrong rule gives wrong results, but never an access outside the tensors.
 pub trait Mask: Copy {
-    /// True if a query may attend to fewer than all keys.
-    const HIDES: bool;
-    /// Returns the end of the valid keys of query row `i`, `0..live_end(i)`. It is at most seqlen_k, and never less
-    /// than for row `i − 1`. For a row of padding, from seqlen_q on, the sum may wrap; no result of such a row is
-    /// stored.
-    fn live_end(shape: &Shape, i: u32) -> u32;
-    /// Returns the first query row that attends to key `j`, by the same rule. All later rows attend to it, too. For a
-    /// key of padding, from seqlen_k on, the difference may wrap; no result of such a key is stored.
-    fn live_start(shape: &Shape, j: u32) -> u32;
+    /// Number of pairs of Q and K that scores come from. Each pair has an interval of its own; see
+    /// [`ByDistance`](super::by_distance::ByDistance).
+    const PAIRS: u32 = 1;
+
+    /// True if a query may not attend to the first keys.
+    fn bounds_left(&self) -> bool;
+    /// True if a query may not attend to the last keys.
+    fn bounds_right(&self) -> bool;
+
+    /// True if there may be keys that no query attends to, although there are queries.
+    fn leaves_keys_out(&self) -> bool {
+        true
+    }
+
+    /// Returns the keys that query row `i` attends to through a pair, all below seqlen_k. Neither the start nor the end
+    /// is less than that of row `i − 1`. If a tile's first and last row attend to no key, no row between them does.
+    /// Without a left bound the start is 0 in the last pair.
+    fn keys(&self, of: &Sequence, pair: u32, i: u32) -> Interval;
+    /// Returns the query rows that attend to key `j` through a pair, by the same rule. The end may be beyond seqlen_q,
+    /// and without a left bound it is `u32::MAX` in the last pair.
+    fn queries(&self, of: &Sequence, pair: u32, j: u32) -> Interval;
 }
 
-/// No mask: every query attends to every key.
-#[derive(Clone, Copy, Debug)]
-pub struct Full;
+/// Window around a query's place: it attends to the keys from `left` before to `right` behind i + seqlen_k − seqlen_q,
+/// both included. Without a bound it attends to all keys on that side. No mask and the causal mask are such windows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Number of keys before a query's place; read if there is a left bound.
+    left: i32,
+    /// Number of keys behind a query's place; read if there is a right bound.
+    right: i32,
+    pub has_left: Constant<{ Constants::LEFT }>,
+    pub has_right: Constant<{ Constants::RIGHT }>,
+}
 
-impl Mask for Full {
-    const HIDES: bool = false;
-    #[inline(always)]
-    fn live_end(shape: &Shape, _: u32) -> u32 {
-        shape.seqlen_k
+impl Window {
+    /// No mask: every query attends to every key.
+    pub const FULL: Window = Window::new(None, None);
+    /// Causal mask, aligned to the bottom right: query `i` attends to key `j` if j ≤ i + seqlen_k − seqlen_q.
+    pub const CAUSAL: Window = Window::new(None, Some(0));
+
+    /// Makes a window from its bounds; `None` is no bound. Bounds beyond 2³¹ − 1 bound nothing.
+    pub const fn new(left: Option<u32>, right: Option<u32>) -> Self {
+        const fn bound(bound: Option<u32>) -> (i32, bool) {
+            match bound {
+                Some(keys) if keys <= i32::MAX as u32 => (keys as i32, true),
+                _ => (0, false),
+            }
+        }
+        let ((left, has_left), (right, has_right)) = (bound(left), bound(right));
+        Window { left, right, has_left: Constant::new(has_left), has_right: Constant::new(has_right) }
     }
-    #[inline(always)]
-    fn live_start(_: &Shape, _: u32) -> u32 {
-        0
+
+    /// Returns the specialisation constants of a kernel for this window.
+    #[cfg(not(target_arch = "nvptx64"))]
+    pub fn constants(&self) -> Constants {
+        let constants = Constants::NONE.with(Constants::LEFT, self.bounds_left());
+        constants.with(Constants::RIGHT, self.bounds_right())
     }
 }
 
-/// Causal mask, aligned to the bottom right: query `i` attends to key `j` if j ≤ i + seqlen_k − seqlen_q.
-#[derive(Clone, Copy, Debug)]
-pub struct Causal;
-
-impl Mask for Causal {
-    const HIDES: bool = true;
+impl Mask for Window {
     #[inline(always)]
-    fn live_end(shape: &Shape, i: u32) -> u32 {
-        let end = (i as i32).wrapping_add(1).wrapping_add(shape.seqlen_k as i32 - shape.seqlen_q as i32);
-        end.max(0).min(shape.seqlen_k as i32) as u32
+    fn bounds_left(&self) -> bool {
+        self.has_left.get()
     }
     #[inline(always)]
-    fn live_start(shape: &Shape, j: u32) -> u32 {
-        (j as i32).wrapping_sub(shape.seqlen_k as i32 - shape.seqlen_q as i32).max(0) as u32
+    fn bounds_right(&self) -> bool {
+        self.has_right.get()
+    }
+    #[inline(always)]
+    fn leaves_keys_out(&self) -> bool {
+        self.has_left.get()
+    }
+    #[inline(always)]
+    fn keys(&self, of: &Sequence, _: u32, i: u32) -> Interval {
+        let (has_left, has_right) = (self.bounds_left(), self.bounds_right());
+        let place = of.place(i);
+        let within = |key: i32| key.max(0).min(of.seqlen_k as i32) as u32;
+        let start = within(place.saturating_sub(self.left));
+        let end = within(place.wrapping_add(1).saturating_add(self.right));
+        Interval { start: if has_left { start } else { 0 }, end: if has_right { end } else { of.seqlen_k } }
+    }
+    #[inline(always)]
+    fn queries(&self, of: &Sequence, _: u32, j: u32) -> Interval {
+        let (has_left, has_right) = (self.bounds_left(), self.bounds_right());
+        let row = of.row(j);
+        let start = row.saturating_sub(self.right).max(0) as u32;
+        let end = row.wrapping_add(1).saturating_add(self.left).max(0) as u32;
+        Interval { start: if has_right { start } else { 0 }, end: if has_left { end } else { u32::MAX } }
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use std::vec::Vec;
+
+    use super::*;
+
+    /// Windows of all kinds for sequences of up to 40.
+    pub fn windows() -> Vec<Window> {
+        let bounds = [None, Some(0), Some(1), Some(5), Some(13), Some(60), Some(i32::MAX as u32)];
+        bounds.into_iter().flat_map(|left| bounds.map(|right| Window::new(left, right))).collect()
+    }
+
+    #[test]
+    fn intervals_and_rule_agree() {
+        let bounds = [None, Some(0), Some(1), Some(5), Some(13), Some(i32::MAX as u32), Some(u32::MAX)];
+        for (left, right) in bounds.into_iter().flat_map(|left| bounds.map(|right| (left, right))) {
+            let window = Window::new(left, right);
+            for (seqlen_q, seqlen_k) in [(1, 1), (5, 9), (9, 5), (16, 16), (3, 0)] {
+                let of = Sequence { seqlen_q, seqlen_k };
+                for (i, j) in (0..seqlen_q).flat_map(|i| (0..seqlen_k).map(move |j| (i, j))) {
+                    let behind = i64::from(j) - (i64::from(i) + i64::from(seqlen_k) - i64::from(seqlen_q));
+                    let live = left.is_none_or(|left| -behind <= i64::from(left))
+                        && right.is_none_or(|right| behind <= i64::from(right));
+                    assert_eq!(live, window.keys(&of, 0, i).contains(j), "{window:?} {of:?} at {i}, {j}");
+                    assert_eq!(live, window.queries(&of, 0, j).contains(i), "{window:?} {of:?} at {i}, {j}");
+                }
+            }
+        }
     }
 }

@@ -1,15 +1,18 @@
 //! Parts of attention that all kernels share. Nothing here names an architecture.
 
-pub mod block_info;
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod any_features;
+pub mod blocks;
+pub mod by_distance;
 pub mod dropout;
 pub mod dropping;
 pub mod epilogue;
 pub mod exponential;
+pub mod features;
 pub mod first_tiles;
 pub mod key_parts;
 pub mod mask;
 pub mod masking;
-pub mod pairs;
 pub mod philox;
 pub mod query_blocks;
 pub mod row_statistics;
@@ -17,3 +20,4 @@ pub mod scheduler;
 pub mod shared_tiles;
 pub mod softmax;
 pub mod total_steps;
+pub mod visits;

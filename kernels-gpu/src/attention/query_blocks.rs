@@ -1,71 +1,33 @@
 //! Query blocks that a block of keys visits in the backward pass: those of every query head of its group, from the
 //! first that attends to a key of it to the last.
 //!
-//! A block of keys to which no query attends visits its last query block, wholly masked. So every work tile has a first
-//! and a last step, which yields gradients of 0 without a special case. With two pairs, this may hold for one of them;
-//! that pair is left out.
+//! If no query attends to the keys, or none through one of two pairs, there is no query block, and the gradients are 0.
 
-use core::marker::PhantomData;
-
+use super::blocks::Blocks;
 use super::key_parts::{Sharing, SplitPart};
-use super::mask::Mask;
-use super::pairs::{OnePair, Pairs};
+use super::mask::{Interval, Mask};
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::places::WorkTile;
+use crate::ground::sequence::Sequence;
 use crate::ground::shape::Shape;
 use crate::tuning;
 
-/// Query blocks that a block of keys visits through one pair. Of `start..end`, those in `full_start..full_end` are
-/// full, the others masked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MBlocks {
-    pub start: u32,
-    pub full_start: u32,
-    pub full_end: u32,
-    pub end: u32,
-}
-
-impl MBlocks {
-    /// Computes the query blocks for one pair; see [`MBlocks::new`].
-    #[inline(always)]
-    pub fn plain<M: Mask>(shape: &Shape, first_key: u32, block_n: u32, block_m: u32) -> Self {
-        Self::new::<M, OnePair>(shape, OnePair, 0, first_key, block_n, block_m)
+/// Returns the query blocks of the keys `keys.start..keys.end`, through one pair. The first key is before seqlen_k. A
+/// block with keys of padding has no full query block; rows of padding make no query block masked.
+#[inline(always)]
+pub fn blocks_of<M: Mask>(of: &Sequence, mask: &M, pair: u32, keys: Interval, block_m: u32) -> Blocks {
+    let queries = |j| {
+        let Interval { start, end } = mask.queries(of, pair, j);
+        Interval { start, end: end.min(of.seqlen_q) }
+    };
+    let (first, last) = (queries(keys.start), queries(keys.end.min(of.seqlen_k) - 1));
+    let blocks = Blocks::new(first, last, block_m);
+    let full_end = if first.end == of.seqlen_q { blocks.end } else { blocks.full_end };
+    if keys.end > of.seqlen_k {
+        return Blocks { full_start: blocks.end, full_end: blocks.end, ..blocks };
     }
-
-    /// Computes the query blocks of the keys `first_key..first_key + block_n`, of which at least one is before
-    /// seqlen_k.
-    #[inline(always)]
-    pub fn new<M: Mask, P: Pairs>(
-        shape: &Shape,
-        pairs: P,
-        pair: u32,
-        first_key: u32,
-        block_n: u32,
-        block_m: u32,
-    ) -> Self {
-        let m_blocks = shape.seqlen_q.div_ceil(block_m);
-        let last_key = first_key + block_n - 1;
-        let whole = last_key < shape.seqlen_k;
-        if P::COUNT == 1 {
-            let end = m_blocks.max(1);
-            let full_start = if whole { M::live_start(shape, last_key).div_ceil(block_m) } else { end };
-            let start = (M::live_start(shape, first_key) / block_m).min(end - 1);
-            return MBlocks { start, full_start: full_start.min(end), full_end: end, end };
-        }
-        let queries = |j| pairs.queries::<M>(shape, pair, j);
-        let (first, last) = (queries(first_key), queries(last_key.min(shape.seqlen_k - 1)));
-        // Starts and ends grow with the key. If queries attend neither to the first key nor to the last one, they
-        // attend to none.
-        let any = |(start, end): (u32, u32)| start < end.min(shape.seqlen_q);
-        let end = if any(first) || any(last) { last.1.div_ceil(block_m).min(m_blocks) } else { 0 };
-        MBlocks {
-            start: (first.0 / block_m).min(end),
-            full_start: if whole { last.0.div_ceil(block_m) } else { end },
-            full_end: if first.1 < shape.seqlen_q { first.1 / block_m } else { end },
-            end,
-        }
-    }
+    Blocks { full_end, ..blocks }
 }
 
 /// Maximum number of query blocks that a CTA of the backward kernel visits. Its consumers count them in 30 bits.
@@ -94,41 +56,40 @@ pub fn key_block(shape: &Shape, block_n: u32, tile: &WorkTile) -> KvBlock {
 /// Query blocks that a block of keys visits through a pair, head by head, from the last to the first. Under a causal
 /// mask all blocks of keys have the last query block in common, and can follow each other from there.
 #[derive(Clone, Copy, Debug)]
-pub struct QueryBlocks<M, P> {
-    blocks: MBlocks,
+pub struct QueryBlocks<M> {
+    blocks: Blocks,
     batch: u32,
     /// Head and query block of the first visit.
     first_head: u32,
     first_block: u32,
     count: u32,
     pair: u32,
-    pairs: P,
-    mask: PhantomData<M>,
+    mask: M,
 }
 
-impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
+impl<M: Mask> QueryBlocks<M> {
     /// Computes the query blocks of `keys` and the pair that they name.
     #[inline(always)]
-    pub fn new(shape: &Shape, pairs: P, block_m: u32, block_n: u32, keys: &KvBlock) -> Self {
+    pub fn new(shape: &Shape, mask: M, block_m: u32, block_n: u32, keys: &KvBlock) -> Self {
         let first_key = keys.n_block * block_n;
-        let blocks = MBlocks::new::<M, P>(shape, pairs, keys.pair, first_key, block_n, block_m);
-        let (heads, pair) = (shape.group(), keys.pair);
+        let interval = Interval { start: first_key, end: first_key + block_n };
+        let blocks = blocks_of(&shape.sequence(), &mask, keys.pair, interval, block_m);
+        let heads = shape.group();
         QueryBlocks {
             blocks,
             batch: keys.batch,
             first_head: keys.head * heads,
             first_block: blocks.end.wrapping_sub(1),
-            count: heads * (blocks.end - blocks.start),
-            pair,
-            pairs,
-            mask: PhantomData,
+            count: heads * blocks.count(),
+            pair: keys.pair,
+            mask,
         }
     }
 
-    /// Restricts them to a part of the work tile.
+    /// Restricts them to a part of the work tile. Work tiles of a mask with bounds are never split.
     #[inline(always)]
     pub fn part(self, sharing: &Sharing, part: SplitPart) -> Self {
-        if const { !Sharing::is_for::<M, P>() } {
+        if const { M::PAIRS > 1 } || self.mask.bounds_left() || self.mask.bounds_right() {
             return self;
         }
         let (head, from_last, count) = sharing.blocks(part);
@@ -136,17 +97,17 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
         QueryBlocks { first_head, first_block, count, ..self }
     }
 
-    /// Replaces the end of the block range by its copy in the launch parameters. It then stays in constant memory; the
-    /// consumers use this to reduce register pressure.
+    /// Replaces the end of the block range by its copy in the launch parameters, if they are the same. It then stays in
+    /// constant memory; the consumers use this to reduce register pressure.
     #[inline(always)]
     pub fn end_of(self, sharing: &Sharing) -> Self {
-        if const { !Sharing::is_for::<M, P>() } {
+        if const { M::PAIRS > 1 } || self.mask.bounds_left() {
             return self;
         }
-        QueryBlocks { blocks: MBlocks { end: sharing.m_blocks.value, ..self.blocks }, ..self }
+        QueryBlocks { blocks: Blocks { end: sharing.m_blocks.value, ..self.blocks }, ..self }
     }
 
-    /// Returns the number of query blocks. With one pair it is at least one.
+    /// Returns the number of query blocks.
     #[inline(always)]
     pub fn count(&self) -> u32 {
         self.count
@@ -171,61 +132,54 @@ impl<M: Mask, P: Pairs> QueryBlocks<M, P> {
     /// True if every query of the block attends to every key.
     #[inline(always)]
     pub fn is_full(&self, block: &QueryBlock) -> bool {
-        block.m_block >= self.blocks.full_start && (P::COUNT == 1 || block.m_block < self.blocks.full_end)
+        let ends_full = const { M::PAIRS == 1 } && !self.mask.bounds_left();
+        block.m_block >= self.blocks.full_start && (ends_full || block.m_block < self.blocks.full_end)
     }
 
     /// Returns how many blocks of keys precede block `n_block` at the dQ semaphore in an exact pass, of those that
     /// visit a query block with the same semaphore. `shared` is [`blocks_per_semaphore`].
     #[inline(always)]
-    pub fn earlier(&self, shape: &Shape, block: &QueryBlock, n_block: u32, shared: u32, tile: (u32, u32)) -> u32 {
-        if P::COUNT == 1 || self.pair == 1 {
-            return n_block;
-        }
+    pub fn earlier(&self, of: &Sequence, block: &QueryBlock, n_block: u32, shared: u32, tile: (u32, u32)) -> u32 {
         let (block_m, block_n) = tile;
         let first_row = block.m_block / shared * shared * block_m;
-        n_block - self.pairs.second_end(shape, first_row) / block_n
+        n_block - self.mask.keys(of, self.pair, first_row).start / block_n
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::mask::{Causal, Full};
-    use crate::attention::pairs::ByDistance;
+    use crate::attention::by_distance::ByDistance;
+    use crate::attention::mask::Window;
+    use crate::attention::mask::tests::windows;
     use std::vec::Vec;
 
-    fn agrees<M: Mask, P: Pairs>(shape: Shape, pairs: P, block_m: u32, block_n: u32) {
+    fn agrees<M: Mask + core::fmt::Debug>(shape: Shape, mask: M, block_m: u32, block_n: u32) {
+        let of = shape.sequence();
         // Number of blocks of keys that have visited each dQ semaphore of each pair.
         let mut semaphores = std::vec![[0; 2]; shape.seqlen_q.div_ceil(2 * block_m) as usize];
-        for (n_block, pair) in (0..shape.seqlen_k.div_ceil(block_n)).flat_map(|n| (0..P::COUNT).map(move |p| (n, p))) {
+        for (n_block, pair) in (0..shape.seqlen_k.div_ceil(block_n)).flat_map(|n| (0..M::PAIRS).map(move |p| (n, p))) {
             let key_block = KvBlock { batch: 0, head: 0, n_block, pair };
-            let all_blocks = QueryBlocks::<M, P>::new(&shape, pairs, block_m, block_n, &key_block);
+            let all_blocks = QueryBlocks::new(&shape, mask, block_m, block_n, &key_block);
             let blocks = all_blocks.blocks;
+            let what = std::format!("{mask:?} {of:?} keys {n_block}: {blocks:?}");
             let keys = n_block * block_n..(n_block + 1) * block_n;
-            let live = |i: u32, j: u32| {
-                let (start, end) = pairs.keys::<M>(&shape, pair, i);
-                (start..end).contains(&j)
-            };
+            let live = |i: u32, j: u32| mask.keys(&of, pair, i).contains(j);
             for m_block in 0..shape.seqlen_q.div_ceil(block_m) {
                 let rows = m_block * block_m..((m_block + 1) * block_m).min(shape.seqlen_q);
                 let any = rows.clone().any(|i| keys.clone().any(|j| live(i, j)));
                 let all = rows.clone().all(|i| keys.clone().all(|j| live(i, j)));
                 let visited = (blocks.start..blocks.end).contains(&m_block);
-                assert!(visited || !any, "{shape:?} keys {n_block}: block {m_block} skipped but live");
+                assert_eq!(visited, any, "{what}: block {m_block}");
                 let full = all_blocks.is_full(&QueryBlock { m_block, ..all_blocks.first() });
-                assert!(!visited || full == all, "{shape:?} keys {n_block}: block {m_block} full or not");
-                assert!(
-                    !visited || any || P::COUNT == 1 && m_block + 1 == blocks.end,
-                    "{shape:?} keys {n_block}: {m_block} for nothing"
-                );
+                assert!(!visited || full == all, "{what}: block {m_block} full or not");
             }
             let mut met: Vec<u32> = (blocks.start..blocks.end).map(|m_block| m_block / 2 * 2).collect();
             met.dedup();
-            for m_block in met.into_iter().filter(|m| m * block_m < shape.seqlen_q) {
+            for m_block in met {
                 let semaphore = &mut semaphores[(m_block / 2) as usize][pair as usize];
                 let block = QueryBlock { m_block, ..all_blocks.first() };
-                let earlier = all_blocks.earlier(&shape, &block, n_block, 2, (block_m, block_n));
-                assert_eq!(earlier, *semaphore, "{shape:?}");
+                assert_eq!(all_blocks.earlier(&of, &block, n_block, 2, (block_m, block_n)), *semaphore, "{what}");
                 *semaphore += 1;
             }
         }
@@ -236,11 +190,11 @@ mod tests {
         for seqlen_q in [0, 1, 2, 7, 8, 9, 31, 33] {
             for seqlen_k in [1, 3, 5, 6, 7, 29, 40] {
                 let shape = Shape { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q, seqlen_k, head_dim: 8 };
-                agrees::<Full, _>(shape, OnePair, 8, 6);
-                agrees::<Causal, _>(shape, OnePair, 8, 6);
-                for threshold in -42..=42 {
-                    agrees::<Full, _>(shape, ByDistance::new(threshold, &shape), 8, 6);
-                    agrees::<Causal, _>(shape, ByDistance::new(threshold, &shape), 8, 6);
+                for mask in windows() {
+                    agrees(shape, mask, 8, 6);
+                    for dist_threshold in -42..=42 {
+                        agrees(shape, ByDistance { mask, dist_threshold }, 8, 6);
+                    }
                 }
             }
         }
@@ -250,7 +204,7 @@ mod tests {
     fn blocks_come_head_by_head() {
         let shape = Shape { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 20, seqlen_k: 20, head_dim: 8 };
         let keys = KvBlock { batch: 0, head: 1, n_block: 1, pair: 0 };
-        let blocks = QueryBlocks::<Causal, _>::new(&shape, OnePair, 8, 8, &keys);
+        let blocks = QueryBlocks::new(&shape, Window::CAUSAL, 8, 8, &keys);
         let mut all = std::vec![blocks.first()];
         for _ in 1..blocks.count() {
             all.push(blocks.after(&all[all.len() - 1]));

@@ -2,16 +2,14 @@
 //! are the query blocks that attend to a key of it, from the last to the first.
 //!
 //! Producer and consumers walk the same steps. The producer loads every query block that attends to any key of the
-//! tile. A consumer computes those that attend to its own 64 keys and skips the rest. The skipped blocks come last: the
-//! order runs from the last query block to the first, and if a query block attends to a key, all later query blocks do.
-//! Keys to which no query attends visit the last query block, wholly masked, so that every work tile has at least one
-//! step. If a work tile is split ([`super::shared_tiles`]), the first consumer has all keys of a part, and the other
-//! consumers skip all of its query blocks.
+//! tile. A consumer computes those that attend to its own 64 keys, and with a left bound also those that come before
+//! them. It skips the rest, which comes last: the order runs from the last query block to the first. Keys to which no
+//! query attends visit one query block, wholly masked, so that every work tile has at least one step. If a work tile is
+//! split ([`super::shared_tiles`]), the first consumer has all keys of a part, and the other consumers skip all of its
+//! query blocks.
 
-use core::marker::PhantomData;
-
-use super::mask::Mask;
-use super::query_blocks::{MBlocks, key_block};
+use super::mask::{Interval, Mask};
+use super::query_blocks::{blocks_of, key_block};
 use super::shared_tiles::TilePart;
 use crate::ground::places::KvBlock;
 use crate::ground::shape::Shape;
@@ -52,30 +50,33 @@ pub struct TotalTile {
 
 impl TotalTile {
     #[inline(always)]
-    fn new<M: Mask>(shape: &Shape, block_m: u32, block_n: u32, own_keys: &OwnKeys, at: &TilePart) -> Self {
+    fn new<M: Mask>(shape: &Shape, mask: &M, block_m: u32, block_n: u32, own_keys: &OwnKeys, at: &TilePart) -> Self {
+        let of = shape.sequence();
         let keys = key_block(shape, block_n, &at.tile);
         let part_keys = block_n / at.parts;
         let tile_key = keys.n_block * block_n + at.part * part_keys;
-        let all = MBlocks::plain::<M>(shape, tile_key, part_keys, block_m);
+        let blocks = |start, keys| blocks_of(&of, mask, 0, Interval { start, end: start + keys }, block_m);
+        // A part of a tile may have keys of padding alone.
+        let all = blocks(tile_key.min(shape.seqlen_k - 1), part_keys);
+        let (all_start, end) = (all.start.min(all.end.max(1) - 1), all.end.max(1));
         if own_keys.first_key >= part_keys {
-            let (end, passed) = (all.end, all.end - all.start);
+            let passed = end - all_start;
             return TotalTile { keys, first_key: tile_key, start: end, end, passed, full_start: end, full_blocks: 0 };
         }
         let first_key = tile_key + own_keys.first_key;
-        let own = MBlocks::plain::<M>(shape, first_key, own_keys.keys.min(part_keys), block_m);
-        let start = if first_key < shape.seqlen_k { own.start } else { own.end - 1 };
-        let passed = (start - all.start).min(own_keys.most_passed);
+        let own = blocks(first_key.min(shape.seqlen_k - 1), own_keys.keys.min(part_keys));
+        let start = if first_key < shape.seqlen_k && own.count() > 0 { own.start } else { end - 1 };
+        let passed = (start - all_start).min(own_keys.most_passed);
         TotalTile {
             keys,
             first_key: tile_key,
-            start: all.start + passed,
-            end: own.end,
+            start: all_start + passed,
+            end,
             passed,
             full_start: own.full_start,
-            full_blocks: (shape.seqlen_q / block_m).saturating_sub(own.full_start),
+            full_blocks: (shape.seqlen_q / block_m).min(own.full_end).saturating_sub(own.full_start),
         }
     }
-
     /// True if the block has as many queries as rows, and each attends to every key of the part.
     #[inline(always)]
     pub fn is_full(&self, m_block: u32) -> bool {
@@ -87,20 +88,19 @@ impl TotalTile {
 #[derive(Clone, Copy, Debug)]
 pub struct TotalTiles<'a, M, I> {
     shape: &'a Shape,
+    mask: M,
     block_m: u32,
     block_n: u32,
     own_keys: OwnKeys,
     tiles: I,
-    mask: PhantomData<M>,
 }
 
 impl<'a, M: Mask, I: Iterator<Item = TilePart>> TotalTiles<'a, M, I> {
     /// Makes the iterator for work tiles of `block_n` keys and query blocks of `block_m` queries.
     #[inline(always)]
-    pub fn new(shape: &'a Shape, block_m: u32, block_n: u32, own_keys: OwnKeys, tiles: I) -> Self {
-        TotalTiles { shape, block_m, block_n, own_keys, tiles, mask: PhantomData }
+    pub fn new(shape: &'a Shape, mask: M, block_m: u32, block_n: u32, own_keys: OwnKeys, tiles: I) -> Self {
+        TotalTiles { shape, mask, block_m, block_n, own_keys, tiles }
     }
-
     /// Returns the query blocks of all work tiles, one work tile after the other.
     #[inline(always)]
     pub fn steps(self) -> TotalSteps<'a, M, I> {
@@ -114,7 +114,7 @@ impl<M: Mask, I: Iterator<Item = TilePart>> Iterator for TotalTiles<'_, M, I> {
     #[inline(always)]
     fn next(&mut self) -> Option<TotalTile> {
         let at = self.tiles.next()?;
-        Some(TotalTile::new::<M>(self.shape, self.block_m, self.block_n, &self.own_keys, &at))
+        Some(TotalTile::new(self.shape, &self.mask, self.block_m, self.block_n, &self.own_keys, &at))
     }
 }
 
@@ -145,7 +145,7 @@ impl<M: Mask, I: Iterator<Item = TilePart>> Iterator for TotalSteps<'_, M, I> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::mask::{Causal, Full};
+    use crate::attention::mask::tests::windows;
     use crate::attention::scheduler::TileOrder;
     use crate::attention::shared_tiles::SharedTiles;
     use std::collections::BTreeSet;
@@ -153,15 +153,15 @@ mod tests {
     /// Checks that every valid (head, query, key) is visited once, by one CTA and one of two consumers, and that full
     /// blocks have only valid ones. A consumer must visit or skip as many blocks as the producer loads. Tiles from
     /// `shared` on are split into two parts.
-    fn covers<M: Mask>(shape: Shape, block_m: u32, block_n: u32, ctas: u32, most_passed: u32, shared: u32) {
+    fn covers<M: Mask + core::fmt::Debug>(shape: Shape, mask: M, block_m: u32, block_n: u32, ctas: u32, most_passed: u32, shared: u32) {
         let order = TileOrder::new(&Shape { seqlen_q: shape.seqlen_k, ..shape }, block_n, 2);
-        let mut seen = BTreeSet::new();
+        let (mut seen, of) = (BTreeSet::new(), shape.sequence());
         let keys = block_n / 2;
         for (cta, first_key) in (0..ctas).flat_map(|cta| [(cta, 0), (cta, keys)]) {
             let shared = shared.min(order.tiles());
             let tiles = |own_keys| {
                 let tiles = SharedTiles::new(&order, shared, 2, cta, ctas);
-                TotalTiles::<M, _>::new(&shape, block_m, block_n, own_keys, tiles)
+                TotalTiles::new(&shape, mask, block_m, block_n, own_keys, tiles)
             };
             let mut sent = tiles(OwnKeys::whole(block_n)).steps();
             for tile in tiles(OwnKeys { first_key, keys, most_passed }) {
@@ -175,7 +175,7 @@ mod tests {
                 for (m, i, j) in blocks.flat_map(|m| (0..block_m).flat_map(move |i| (0..keys).map(move |j| (m, i, j))))
                 {
                     let (i, j) = (m * block_m + i, tile.first_key + first_key + j);
-                    let live = i < shape.seqlen_q && j < M::live_end(&shape, i);
+                    let live = i < shape.seqlen_q && mask.keys(&of, 0, i).contains(j);
                     assert!(live || !tile.is_full(m), "{shape:?}: {tile:?} is not full at {i}, {j}");
                     assert!(!live || seen.insert((tile.keys.batch, tile.keys.head, i, j)), "{shape:?}: {i}, {j} twice");
                 }
@@ -183,8 +183,8 @@ mod tests {
             assert_eq!(sent.next(), None, "{shape:?}: CTA {cta}");
         }
         let heads = (shape.batch * shape.heads_q) as usize;
-        let live: u32 = (0..shape.seqlen_q).map(|i| M::live_end(&shape, i)).sum();
-        assert_eq!(seen.len(), heads * live as usize, "{shape:?}");
+        let keys = |i| (0..shape.seqlen_k).filter(|&j| mask.keys(&of, 0, i).contains(j)).count();
+        assert_eq!(seen.len(), heads * (0..shape.seqlen_q).map(keys).sum::<usize>(), "{mask:?} {shape:?}");
     }
 
     #[test]
@@ -194,8 +194,7 @@ mod tests {
                 let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q, seqlen_k, head_dim: 8 };
                 for (ctas, most_passed, shared) in [(1, 0, u32::MAX), (1, 1, 0), (3, 9, u32::MAX), (3, 1, 6)] {
                     for block_m in [2, 8] {
-                        covers::<Full>(shape, block_m, 6, ctas, most_passed, shared);
-                        covers::<Causal>(shape, block_m, 6, ctas, most_passed, shared);
+                        windows().into_iter().for_each(|mask| covers(shape, mask, block_m, 6, ctas, most_passed, shared));
                     }
                 }
             }

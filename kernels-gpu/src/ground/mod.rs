@@ -3,5 +3,6 @@
 pub mod constants;
 pub mod divisor;
 pub mod places;
+pub mod sequence;
 pub mod shape;
 pub mod tensor;

@@ -1,5 +1,7 @@
 //! Extents of one attention problem.
 
+use super::sequence::Sequence;
+
 /// Extents of one attention problem. The host has checked that they fit.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +16,11 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Returns the lengths of every batch item.
+    #[inline(always)]
+    pub fn sequence(&self) -> Sequence {
+        Sequence { seqlen_q: self.seqlen_q, seqlen_k: self.seqlen_k }
+    }
     /// Returns the number of query heads that share one key/value head.
     #[inline(always)]
     pub fn group(&self) -> u32 {

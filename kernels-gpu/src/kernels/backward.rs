@@ -45,15 +45,14 @@ use core::f32::consts::LOG2_E;
 use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::dropout::{Place, Rows};
 use crate::attention::dropping::Dropping;
+use crate::attention::features::Features;
 use crate::attention::key_parts::{KeyPart, SplitPart};
 use crate::attention::mask::Mask;
-use crate::attention::masking::mask_transposed;
-use crate::attention::pairs::Pairs;
+use crate::attention::masking::{ScorePlace, mask_transposed};
 use crate::attention::query_blocks::{QueryBlocks, key_block};
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
-use crate::ground::tensor::Strided;
-use crate::params::{BackwardParams, BackwardSecond, Second};
+use crate::params::BackwardParams;
 use crate::tuning;
 
 /// dK and dV of a block of keys so far, and P, dS and the slot of the last query block, whose products dK and dV still
@@ -67,12 +66,11 @@ struct Mainloop<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
 }
 
 /// Context of a step: the launch parameters, this warpgroup's first key, and the query blocks of the work tile.
-pub(super) struct Step<'a, T, S: Second<T>, M, R> {
-    pub p: &'a BackwardParams<T, S>,
+pub(super) struct Step<'a, T, F: Features> {
+    pub p: &'a BackwardParams<T, F>,
     pub first_key: u32,
     pub block_m: u32,
-    pub blocks: &'a QueryBlocks<M, S::Pairs>,
-    pub dropping: R,
+    pub blocks: &'a QueryBlocks<F::Mask>,
 }
 
 /// True if a consumer passes on the ping-pong barrier before it issues dP instead of after it. That pays if
@@ -87,7 +85,7 @@ const fn queues_scores(head_dim: u32) -> bool {
     head_dim == tuning::QUEUED_SCORES_HEAD_DIM
 }
 
-impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
+impl<T, F: Features> Step<'_, T, F> {
     /// Takes a query block from S, in flight, to dS. Returns Pᵀ and dSᵀ as left operands, and writes dSᵀ to its ring
     /// for dQ.
     #[inline(always)]
@@ -115,7 +113,7 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         let ds = self.score_gradients(wg, &p, dp, &delta); //       dSᵀ = Pᵀ∘(dPᵀ − delta)
         let ds = wg.pack(&ds);
         wg.add_dq(&ds, slot, at); //                                dQ = dQ + dS·K
-        (R::pack_unmarked::<W, M8>(wg, &p), ds)
+        (F::Weights::pack_unmarked::<W, M8>(wg, &p), ds)
     }
 
     /// Turns Sᵀ into Pᵀ, masked. Sets the sign bit of dropped elements.
@@ -127,20 +125,20 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         neg_lse_log2: &W::Columns<M8>,
         mut s: W::Acc<M8>,
     ) -> W::Acc<M8> {
-        let (p, first_row) = (self.p, at.m_block * self.block_m);
+        let (base, features, first_row) = (&self.p.base, &self.p.features, at.m_block * self.block_m);
         if !self.blocks.is_full(at) {
-            let pairs = p.second.pairs(&p.shape);
-            mask_transposed::<W, M, S::Pairs, M8>(wg, &p.shape, pairs, at.pair, &mut s, self.first_key, first_row);
+            let place = ScorePlace { pair: at.pair, row: first_row, key: self.first_key };
+            mask_transposed(wg, &base.shape.sequence(), features.mask(), &mut s, place);
         }
-        let c = p.scale * LOG2_E;
+        let c = base.scale * LOG2_E;
         wg.map_columns(&mut s, neg_lse_log2, |s, neg_lse_log2| W::exp2(W::fma(s, c, neg_lse_log2)));
-        let keep = self.dropping.keep::<W, M8>(wg, |_| Place {
-            head: at.batch * p.shape.heads_q + at.head,
+        let keep = features.weights().keep::<W, M8>(wg, |_| Place {
+            head: at.batch * base.shape.heads_q + at.head,
             row: self.first_key,
             column: first_row,
             rows: Rows::Keys,
         });
-        R::mark::<W, M8>(wg, &mut s, &keep);
+        F::Weights::mark::<W, M8>(wg, &mut s, &keep);
         wg.compute(&mut s);
         s
     }
@@ -155,9 +153,9 @@ impl<T: Copy, S: Second<T>, M: Mask, R: Dropping> Step<'_, T, S, M, R> {
         mut dp: W::Acc<M8>,
         delta: &W::Columns<M8>,
     ) -> W::Acc<M8> {
-        R::drop_marked::<W, M8>(wg, &mut dp, p);
-        wg.map_columns(&mut dp, delta, |dp, delta| self.dropping.less_delta::<W>(dp, delta));
-        wg.zip_with(&mut dp, p, |dp, p| dp * R::unmarked(p));
+        F::Weights::drop_marked::<W, M8>(wg, &mut dp, p);
+        wg.map_columns(&mut dp, delta, |dp, delta| self.p.features.weights().less_delta::<W>(dp, delta));
+        wg.zip_with(&mut dp, p, |dp, p| dp * F::Weights::unmarked(p));
         dp
     }
 }
@@ -172,9 +170,9 @@ fn read_early<W: BackwardWarpgroup, const M8: usize>(wg: &W, columns: W::Columns
 impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8> {
     /// Processes the first query block that attends to a pair's keys, up to dS.
     #[inline(always)]
-    fn new<M: Mask, S: Second<W::Tensor>, R: Dropping>(
+    fn new<F: Features>(
         wg: &mut W,
-        step: &Step<W::Tensor, S, M, R>,
+        step: &Step<W::Tensor, F>,
         at: &QueryBlock,
         dv: W::Acc<D8>,
     ) -> Self {
@@ -190,10 +188,10 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
 
     /// Adds the last query block's products to dV and dK, and processes the next query block up to dS.
     #[inline(always)]
-    fn step<M: Mask, S: Second<W::Tensor>, R: Dropping>(
+    fn step<F: Features>(
         &mut self,
         wg: &mut W,
-        step: &Step<W::Tensor, S, M, R>,
+        step: &Step<W::Tensor, F>,
         at: &QueryBlock,
     ) {
         let slot = wg.wait_q();
@@ -234,60 +232,50 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
 
 /// Returns the query blocks that a part of a work tile visits, through the pair of `keys`.
 #[inline(always)]
-pub(super) fn blocks_met<T, S: BackwardSecond<T>, M: Mask>(
-    p: &BackwardParams<T, S>,
+pub(super) fn blocks_met<T, F: Features>(
+    p: &BackwardParams<T, F>,
     (block_m, block_n): (u32, u32),
     keys: &KvBlock,
     part: SplitPart,
-) -> QueryBlocks<M, S::Pairs> {
-    let blocks = QueryBlocks::new(&p.shape, p.second.pairs(&p.shape), block_m, block_n, keys);
-    blocks.end_of(&p.sharing).part(&p.sharing, part)
+) -> QueryBlocks<F::Mask> {
+    let blocks = QueryBlocks::new(&p.base.shape, *p.features.mask(), block_m, block_n, keys);
+    blocks.end_of(&p.base.sharing).part(&p.base.sharing, part)
 }
 
-/// Returns the dK tensor of a pair.
+/// Returns the number of the last pair of Q and K.
 #[inline(always)]
-pub(super) fn dk_of<T, S: BackwardSecond<T>>(p: &BackwardParams<T, S>, pair: u32) -> Strided {
-    match p.second.dk() {
-        Some(second) if pair == 1 => second,
-        _ => p.dk,
-    }
+pub(super) fn last_pair<T, F: Features>(p: &BackwardParams<T, F>) -> u32 {
+    if const { F::Mask::PAIRS == 1 } { 0 } else { p.base.last_pair }
 }
 
 /// Computes dK and dV of one consumer warpgroup's half of the keys, for every work tile of its CTA or part of one. A
 /// work tile is a block of keys.
 #[inline(always)]
-pub fn consume<
-    W: BackwardWarpgroup,
-    M: Mask,
-    S: BackwardSecond<W::Tensor>,
-    R: Dropping,
-    const D8: usize,
-    const M8: usize,
->(
+pub fn consume<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize>(
     wg: &mut W,
-    p: &BackwardParams<W::Tensor, S>,
+    p: &BackwardParams<W::Tensor, F>,
     block_n: u32,
     tiles: impl Iterator<Item = KeyPart>,
-    dropping: R,
 ) {
+    let base = &p.base;
     let block_m = 8 * M8 as u32;
     let elements = block_n * 8 * D8 as u32;
     let mut tiles = tiles;
     let Some(KeyPart { mut tile, mut part }) = tiles.next() else { return };
     // Visits the pairs one after the other, the last one first. Each has its own dK; all add to the same dV.
-    let mut pair = p.second.last();
+    let mut pair = last_pair(p);
     let mut dv = wg.zeros::<D8>();
     loop {
-        let keys = KvBlock { pair, ..key_block(&p.shape, block_n, &tile) };
-        let blocks = blocks_met::<_, _, M>(p, (block_m, block_n), &keys, part);
-        if S::Pairs::COUNT > 1 && blocks.count() == 0 {
-            wg.store_kv(&wg.zeros::<D8>(), &dk_of(p, pair), &keys, &p.shape);
+        let keys = KvBlock { pair, ..key_block(&base.shape, block_n, &tile) };
+        let blocks = blocks_met(p, (block_m, block_n), &keys, part);
+        if blocks.count() == 0 {
+            wg.store_kv(&wg.zeros::<D8>(), base.dk_of(pair), &keys, &base.shape);
         } else {
             let first_key = keys.n_block * block_n + wg.first_key();
-            let step = Step { p, first_key, block_m, blocks: &blocks, dropping };
+            let step = Step { p, first_key, block_m, blocks: &blocks };
             wg.wait_k();
             let mut at = blocks.first();
-            let mut mainloop = Mainloop::<W, D8, M8>::new::<M, S, R>(wg, &step, &at, dv);
+            let mut mainloop = Mainloop::<W, D8, M8>::new::<F>(wg, &step, &at, dv);
             for _ in 1..blocks.count() {
                 at = blocks.after(&at);
                 mainloop.step(wg, &step, &at);
@@ -296,23 +284,23 @@ pub fn consume<
             let mut dk;
             (dk, dv) = (mainloop.dk, mainloop.dv);
             wg.release_kv();
-            wg.map_rows(&mut dk, wg.rows(p.scale), |dk, scale| dk * scale);
+            wg.map_rows(&mut dk, wg.rows(base.scale), |dk, scale| dk * scale);
             match part.slot() {
-                None => wg.store_kv(&dk, &dk_of(p, pair), &keys, &p.shape),
-                Some(slot) => wg.store_part(&dk, p.workspace.part(slot, 0, elements)),
+                None => wg.store_kv(&dk, base.dk_of(pair), &keys, &base.shape),
+                Some(slot) => wg.store_part(&dk, base.workspace.part(slot, 0, elements)),
             }
         }
         if pair > 0 {
             pair -= 1;
             continue;
         }
-        dropping.scale::<W, D8>(wg, &mut dv);
+        p.features.weights().scale::<W, D8>(wg, &mut dv);
         match part.slot() {
-            None => wg.store_kv(&dv, &p.dv, &keys, &p.shape),
-            Some(slot) => wg.store_part(&dv, p.workspace.part(slot, 1, elements)),
+            None => wg.store_kv(&dv, &base.dv, &keys, &base.shape),
+            Some(slot) => wg.store_part(&dv, base.workspace.part(slot, 1, elements)),
         }
         let Some(next) = tiles.next() else { return };
         KeyPart { tile, part } = next;
-        (pair, dv) = (p.second.last(), wg.zeros::<D8>());
+        (pair, dv) = (last_pair(p), wg.zeros::<D8>());
     }
 }

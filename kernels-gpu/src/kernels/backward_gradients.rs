@@ -18,16 +18,15 @@
 //!    overlaps dS of the next one (`Dk::step`).
 //! 2. A consumer with one gradient needs fewer registers, so that the third warpgroup has 72 (notebook 81).
 
-use super::backward::{Step, blocks_met, dk_of};
+use super::backward::{Step, blocks_met, last_pair};
 use crate::arch::BackwardWarpgroup;
 use crate::attention::dropping::Dropping;
+use crate::attention::features::Features;
 use crate::attention::key_parts::KeyPart;
-use crate::attention::mask::Mask;
-use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::key_block;
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
-use crate::params::{BackwardParams, BackwardSecond, Second};
+use crate::params::BackwardParams;
 
 /// dV of a block of keys so far, and P of the last query block, whose product dV still lacks.
 struct Dv<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
@@ -39,9 +38,9 @@ struct Dv<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
 impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
     /// Processes the first query block up to P.
     #[inline(always)]
-    fn new<M: Mask, S: Second<W::Tensor>, R: Dropping>(
+    fn new<F: Features>(
         wg: &mut W,
-        step: &Step<W::Tensor, S, M, R>,
+        step: &Step<W::Tensor, F>,
         at: &QueryBlock,
         dv: W::Acc<D8>,
     ) -> Self {
@@ -52,15 +51,15 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
         let p = step.weights(wg, at, &neg_lse_log2, s); //           Pᵀ = exp(scale·Sᵀ − LSE)
         wg.pass_weights(&p, slot);
         wg.wait_do(slot);
-        Dv { dv, p: R::pack_unmarked::<W, M8>(wg, &p), slot }
+        Dv { dv, p: F::Weights::pack_unmarked::<W, M8>(wg, &p), slot }
     }
 
     /// Adds the last query block's product to dV. It overlaps the next block's exponentials.
     #[inline(always)]
-    fn step<M: Mask, S: Second<W::Tensor>, R: Dropping>(
+    fn step<F: Features>(
         &mut self,
         wg: &mut W,
-        step: &Step<W::Tensor, S, M, R>,
+        step: &Step<W::Tensor, F>,
         at: &QueryBlock,
     ) {
         let slot = wg.wait_q();
@@ -73,7 +72,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
         wg.wait_do(slot);
         self.dv = wg.wait::<0, D8>(dv);
         wg.release(self.slot);
-        (self.p, self.slot) = (R::pack_unmarked::<W, M8>(wg, &p), slot);
+        (self.p, self.slot) = (F::Weights::pack_unmarked::<W, M8>(wg, &p), slot);
     }
 
     #[inline(always)]
@@ -95,9 +94,9 @@ struct Dk<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
 impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dk<W, D8, M8> {
     /// Processes the first query block up to dS.
     #[inline(always)]
-    fn new<M: Mask, S: Second<W::Tensor>, R: Dropping>(
+    fn new<F: Features>(
         wg: &mut W,
-        step: &Step<W::Tensor, S, M, R>,
+        step: &Step<W::Tensor, F>,
         at: &QueryBlock,
     ) -> Self {
         let slot = wg.wait_q();
@@ -111,10 +110,10 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dk<W, D8, M8> {
 
     /// Adds the last query block's product to dK. It overlaps the computation of the next block's dS.
     #[inline(always)]
-    fn step<M: Mask, S: Second<W::Tensor>, R: Dropping>(
+    fn step<F: Features>(
         &mut self,
         wg: &mut W,
-        step: &Step<W::Tensor, S, M, R>,
+        step: &Step<W::Tensor, F>,
         at: &QueryBlock,
     ) {
         let slot = wg.wait_q();
@@ -156,37 +155,30 @@ fn leave_ds<W: BackwardWarpgroup, const M8: usize>(
 
 /// Computes dV, as the first consumer, for every work tile of its CTA or part of one. A work tile is a block of keys.
 #[inline(always)]
-pub fn consume_dv<
-    W: BackwardWarpgroup,
-    M: Mask,
-    S: BackwardSecond<W::Tensor>,
-    R: Dropping,
-    const D8: usize,
-    const M8: usize,
->(
+pub fn consume_dv<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize>(
     wg: &mut W,
-    p: &BackwardParams<W::Tensor, S>,
+    p: &BackwardParams<W::Tensor, F>,
     block_n: u32,
     tiles: impl Iterator<Item = KeyPart>,
-    dropping: R,
 ) {
+    let base = &p.base;
     let block_m = 8 * M8 as u32;
     for KeyPart { tile, part } in tiles {
         let mut dv = wg.zeros::<D8>();
         // Visits the last pair first.
-        let mut left = p.second.last() + 1;
-        let mut keys = key_block(&p.shape, block_n, &tile);
+        let mut left = last_pair(p) + 1;
+        let mut keys = key_block(&base.shape, block_n, &tile);
         while left > 0 {
             left -= 1;
             keys = KvBlock { pair: left, ..keys };
-            let blocks = blocks_met::<_, _, M>(p, (block_m, block_n), &keys, part);
-            if S::Pairs::COUNT > 1 && blocks.count() == 0 {
+            let blocks = blocks_met(p, (block_m, block_n), &keys, part);
+            if blocks.count() == 0 {
                 continue;
             }
-            let step = Step { p, first_key: keys.n_block * block_n, block_m, blocks: &blocks, dropping };
+            let step = Step { p, first_key: keys.n_block * block_n, block_m, blocks: &blocks };
             wg.wait_k();
             let mut at = blocks.first();
-            let mut mainloop = Dv::<W, D8, M8>::new::<M, S, R>(wg, &step, &at, dv);
+            let mut mainloop = Dv::<W, D8, M8>::new::<F>(wg, &step, &at, dv);
             for _ in 1..blocks.count() {
                 at = blocks.after(&at);
                 mainloop.step(wg, &step, &at);
@@ -194,10 +186,10 @@ pub fn consume_dv<
             dv = mainloop.finish(wg);
             wg.release_kv();
         }
-        dropping.scale::<W, D8>(wg, &mut dv);
+        p.features.weights().scale::<W, D8>(wg, &mut dv);
         match part.slot() {
-            None => wg.store_kv(&dv, &p.dv, &keys, &p.shape),
-            Some(slot) => wg.store_part(&dv, p.workspace.part(slot, 1, block_n * 8 * D8 as u32)),
+            None => wg.store_kv(&dv, &base.dv, &keys, &base.shape),
+            Some(slot) => wg.store_part(&dv, base.workspace.part(slot, 1, block_n * 8 * D8 as u32)),
         }
     }
 }
@@ -205,46 +197,39 @@ pub fn consume_dv<
 /// Computes dK, as the second consumer, for every work tile of its CTA or part of one: one pair after the other, the
 /// last one first.
 #[inline(always)]
-pub fn consume_dk<
-    W: BackwardWarpgroup,
-    M: Mask,
-    S: BackwardSecond<W::Tensor>,
-    R: Dropping,
-    const D8: usize,
-    const M8: usize,
->(
+pub fn consume_dk<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize>(
     wg: &mut W,
-    p: &BackwardParams<W::Tensor, S>,
+    p: &BackwardParams<W::Tensor, F>,
     block_n: u32,
     tiles: impl Iterator<Item = KeyPart>,
-    dropping: R,
 ) {
+    let base = &p.base;
     let block_m = 8 * M8 as u32;
     for KeyPart { tile, part } in tiles {
-        let mut left = p.second.last() + 1;
+        let mut left = last_pair(p) + 1;
         while left > 0 {
             left -= 1;
-            let keys = KvBlock { pair: left, ..key_block(&p.shape, block_n, &tile) };
-            let blocks = blocks_met::<_, _, M>(p, (block_m, block_n), &keys, part);
-            if S::Pairs::COUNT > 1 && blocks.count() == 0 {
-                wg.store_kv(&wg.zeros::<D8>(), &dk_of(p, left), &keys, &p.shape);
+            let keys = KvBlock { pair: left, ..key_block(&base.shape, block_n, &tile) };
+            let blocks = blocks_met(p, (block_m, block_n), &keys, part);
+            if blocks.count() == 0 {
+                wg.store_kv(&wg.zeros::<D8>(), base.dk_of(left), &keys, &base.shape);
                 continue;
             }
-            let step = Step { p, first_key: keys.n_block * block_n, block_m, blocks: &blocks, dropping };
+            let step = Step { p, first_key: keys.n_block * block_n, block_m, blocks: &blocks };
             wg.wait_k();
             wg.wait_v();
             let mut at = blocks.first();
-            let mut mainloop = Dk::<W, D8, M8>::new::<M, S, R>(wg, &step, &at);
+            let mut mainloop = Dk::<W, D8, M8>::new::<F>(wg, &step, &at);
             for _ in 1..blocks.count() {
                 at = blocks.after(&at);
                 mainloop.step(wg, &step, &at);
             }
             let mut dk = mainloop.finish(wg);
             wg.release_kv();
-            wg.map_rows(&mut dk, wg.rows(p.scale), |dk, scale| dk * scale);
+            wg.map_rows(&mut dk, wg.rows(base.scale), |dk, scale| dk * scale);
             match part.slot() {
-                None => wg.store_kv(&dk, &dk_of(p, left), &keys, &p.shape),
-                Some(slot) => wg.store_part(&dk, p.workspace.part(slot, 0, block_n * 8 * D8 as u32)),
+                None => wg.store_kv(&dk, base.dk_of(left), &keys, &base.shape),
+                Some(slot) => wg.store_part(&dk, base.workspace.part(slot, 0, block_n * 8 * D8 as u32)),
             }
         }
     }

@@ -19,17 +19,17 @@
 //! Done for speed:
 //!
 //! 1. S of the next block is issued together with P·V of this one, and the softmax starts as soon as S has arrived. So
-//!    the tensor cores work during the softmax (`Mainloop::step`).
+//!    the tensor cores work during the softmax (`State::step`).
 //! 2. A ping-pong barrier (`take_ping_pong`, `pass_ping_pong`) lets one consumer at a time issue, so that one's softmax
 //!    overlaps the other's products (notebook 11).
-//! 3. S of the next work tile's first block is issued with the last P·V of this one (`Mainloop::turn_over`, notebook
+//! 3. S of the next work tile's first block is issued with the last P·V of this one (`State::turn_over`, notebook
 //!    14). The pipeline drains once per launch.
-//! 4. Q of the next work tile is requested as soon as the last S of this one has arrived (`Upcoming`, notebook 9).
-//! 5. Full blocks run without masking code, in loops of their own ([`Visits`]); the first and the last block are masked
-//!    only if they are not full (notebook 17).
+//! 4. Q of the next work tile is requested as soon as the last S of this one has arrived (`QueryQueue`, notebook 9).
+//! 5. Full blocks run without masking code, in loops of their own (`Full`, `Masked`); the first and the last block are masked
+//!    only if they are not full (`Edge`, notebook 17).
 //! 6. Row maxima are taken on the integer pipe if a block has at least 128 keys, no mask is expected to mask many of
 //!    its scores out, and there is no dropout (notebook 26, 128).
-//! 7. O is rescaled only if a row maximum has changed, if the check pays (`Mainloop::rescale_check`, notebook 20, 124).
+//! 7. O is rescaled only if a row maximum has changed, if the check pays (`State::rescale_check`, notebook 20, 124).
 //!
 //! A ring of slots, filled in the order of [`crate::pipeline::order`], connects producer and consumers. With two
 //! consumers:
@@ -40,25 +40,147 @@
 //! consumer 1            [S₀] softmax₀ [S₁ P₀V₀] softmax₁ …  about half a step later, by the ping-pong barrier
 //! ```
 
+use core::marker::PhantomData;
+
 use crate::arch::{ForwardWarpgroup, MaxUnit, Pending, RescaleCheck};
-use crate::attention::block_info::{Visit, Visits};
-use crate::attention::dropout::{Place, Rows};
+use crate::attention::dropout::{Drops, Place, Rows};
 use crate::attention::dropping::Dropping;
 use crate::attention::epilogue;
+use crate::attention::features::Features;
 use crate::attention::mask::Mask;
-use crate::attention::masking::mask_scores;
-use crate::attention::pairs::Pairs;
+use crate::attention::masking::{ScorePlace, mask_scores};
 use crate::attention::softmax::Softmax;
+use crate::attention::visits::{Visit, Visits};
 use crate::ground::places::WorkTile;
-use crate::params::{ForwardParams, Second};
+use crate::params::ForwardParams;
 use crate::tuning;
 
+/// Record of which elements of P are kept.
+type Keep<W, F, const N8: usize> = <<F as Features>::Weights as Dropping>::Keep<W, N8>;
+
+/// What all steps share: the launch parameters, and the tile sizes.
+struct Context<'a, T, F> {
+    p: &'a ForwardParams<T, F>,
+    block_m: u32,
+    block_n: u32,
+}
+
+/// Work tile and its visits.
+#[derive(Clone, Copy)]
+struct QueryTile {
+    at: WorkTile,
+    visits: Visits,
+}
+
+/// Block of scores: its work tile, its block of keys, and the pair of Q and K that they come from.
+#[derive(Clone, Copy)]
+struct BlockAt {
+    tile: WorkTile,
+    visit: Visit,
+    /// False if the mask may mask some of the scores out.
+    is_full: bool,
+}
+
+impl QueryTile {
+    /// Returns the block of visit `u`.
+    #[inline(always)]
+    fn block(&self, u: u32, is_full: bool) -> BlockAt {
+        BlockAt { tile: self.at, visit: self.visits.at(u), is_full }
+    }
+}
+
+impl<T, F: Features> Context<'_, T, F> {
+    #[inline(always)]
+    fn query_tile(&self, at: WorkTile) -> QueryTile {
+        let (of, first_row) = (self.p.base.shape.sequence(), at.m_block * self.block_m);
+        QueryTile { at, visits: Visits::new(&of, self.p.features.mask(), first_row, self.block_m, self.block_n) }
+    }
+
+    /// Masks a block of scores.
+    #[inline(always)]
+    fn mask<W: ForwardWarpgroup, const N8: usize>(&self, wg: &W, s: &mut W::Acc<N8>, at: &BlockAt) {
+        let (row, key) = (wg.first_row(&at.tile), at.visit.n_block * self.block_n);
+        let place = ScorePlace { pair: at.visit.pair, row, key };
+        mask_scores(wg, &self.p.base.shape.sequence(), self.p.features.mask(), s, place);
+    }
+
+    /// Decides which elements of a block of P are kept.
+    #[inline(always)]
+    fn keep<W: ForwardWarpgroup, const N8: usize>(&self, wg: &W, at: &BlockAt) -> Keep<W, F, N8> {
+        self.p.features.weights().keep::<W, N8>(wg, |wg| Place {
+            head: at.tile.batch * self.p.base.shape.heads_q + at.tile.head,
+            row: wg.first_row(&at.tile),
+            column: at.visit.n_block * self.block_n,
+            rows: Rows::Queries,
+        })
+    }
+}
+
+/// Masking of a step, chosen at compile time.
+trait Masking {
+    /// Returns the unit of row maxima: floats if the mask may mask many of the scores out.
+    fn max_unit<M: Mask>(mask: &M) -> MaxUnit;
+    /// Returns true if the block is to be masked.
+    fn masks(at: &BlockAt) -> bool;
+}
+
+/// Block of a loop over full blocks.
+struct Full;
+/// Block of a loop over masked blocks.
+struct Masked;
+/// First or last block of a work tile, which is masked unless it is full. The right edge of a mask crosses the first,
+/// the left edge the last.
+struct First;
+struct Last;
+
+impl Masking for Full {
+    #[inline(always)]
+    fn max_unit<M: Mask>(_: &M) -> MaxUnit {
+        MaxUnit::Integer
+    }
+    #[inline(always)]
+    fn masks(_: &BlockAt) -> bool {
+        false
+    }
+}
+impl Masking for Masked {
+    #[inline(always)]
+    fn max_unit<M: Mask>(_: &M) -> MaxUnit {
+        MaxUnit::Float
+    }
+    #[inline(always)]
+    fn masks(_: &BlockAt) -> bool {
+        true
+    }
+}
+impl Masking for First {
+    #[inline(always)]
+    fn max_unit<M: Mask>(mask: &M) -> MaxUnit {
+        let many = const { M::PAIRS > 1 } || mask.bounds_left() || mask.bounds_right();
+        if many { MaxUnit::Float } else { MaxUnit::Integer }
+    }
+    #[inline(always)]
+    fn masks(at: &BlockAt) -> bool {
+        !at.is_full
+    }
+}
+impl Masking for Last {
+    #[inline(always)]
+    fn max_unit<M: Mask>(mask: &M) -> MaxUnit {
+        if mask.bounds_left() { MaxUnit::Float } else { MaxUnit::Integer }
+    }
+    #[inline(always)]
+    fn masks(at: &BlockAt) -> bool {
+        !at.is_full
+    }
+}
+
 /// State that is carried from block to block: O, P of the last block, and m and l.
-struct Mainloop<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> {
+struct State<W: ForwardWarpgroup, F, const D8: usize, const N8: usize> {
     o: W::Acc<D8>,
     p: W::Operand<N8>,
     softmax: Softmax<W>,
-    dropping: R,
+    features: PhantomData<F>,
 }
 
 /// S of one block and O of the block before it, both in flight, with the slots of K and V that their products read.
@@ -69,35 +191,12 @@ struct InFlight<W: ForwardWarpgroup, const D8: usize, const N8: usize> {
     v: W::Slot,
 }
 
-/// Block of scores: its work tile, its block of keys, and the pair of Q and K that they come from.
-#[derive(Clone, Copy)]
-struct BlockAt {
-    tile: WorkTile,
-    heads_q: u32,
-    visit: Visit,
-    /// Unit of row maxima without dropout: floats if a mask may mask many of the scores out.
-    max_unit: MaxUnit,
-}
-
-impl BlockAt {
-    /// Returns the position of this warpgroup's rows of the block.
-    #[inline(always)]
-    fn place<W: ForwardWarpgroup>(&self, wg: &W, block_n: u32) -> Place {
-        Place {
-            head: self.tile.batch * self.heads_q + self.tile.head,
-            row: wg.first_row(&self.tile),
-            column: self.visit.n_block * block_n,
-            rows: Rows::Queries,
-        }
-    }
-}
-
-impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloop<W, R, D8, N8> {
+impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W, F, D8, N8> {
     /// Returns whether O is rescaled only when a row maximum has changed, that is, if a rescale factor differs from 1.
     /// The check saves multiplications but keeps ptxas from interleaving the instructions around it. It pays above head
     /// dim 128 (notebook 20); with dropout `step` wants the fence itself (notebook 124).
     const fn rescale_check() -> RescaleCheck {
-        if D8 as u32 * 8 > tuning::RESCALE_CHECK_ABOVE_HEAD_DIM || R::DROPS {
+        if D8 as u32 * 8 > tuning::RESCALE_CHECK_ABOVE_HEAD_DIM || F::Weights::DROPS {
             RescaleCheck::First
         } else {
             RescaleCheck::Never
@@ -107,30 +206,53 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
     /// Returns the unit of row maxima. With dropout it is that of floats, because Philox calls occupy the integer pipe
     /// (notebook 26, 128).
     #[inline(always)]
-    fn max_unit(at: &BlockAt) -> MaxUnit {
-        if R::DROPS { MaxUnit::Float } else { at.max_unit }
-    }
-
-    /// Computes S and P of the CTA's very first block. There is no P·V yet, so O is 0.
-    #[inline(always)]
-    fn first(wg: &mut W, scale: f32, dropping: R, at: BlockAt, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) -> Self {
-        let k = wg.wait_kv();
-        let s = wg.qk::<D8, N8>(k, at.visit.pair);
-        let keep = dropping.keep::<W, N8>(wg, |wg| at.place(wg, 8 * N8 as u32));
-        let mut s = wg.wait::<0, N8>(s);
-        wg.release_kv(k);
-        scored(wg, &mut s);
-        let mut softmax = Softmax::new(wg, scale);
-        softmax.step(wg, &mut s, Self::max_unit(&at));
-        Mainloop { o: wg.zeros::<D8>(), p: Self::weights(wg, &s, &keep), softmax, dropping }
+    fn max_unit<E: Masking>(cx: &Context<W::Tensor, F>) -> MaxUnit {
+        if const { F::Weights::DROPS } { MaxUnit::Float } else { E::max_unit(cx.p.features.mask()) }
     }
 
     /// Packs P as the left operand of P·V, and zeroes its dropped elements.
     #[inline(always)]
-    fn weights(wg: &W, p: &W::Acc<N8>, keep: &R::Keep<W, N8>) -> W::Operand<N8> {
+    fn weights(wg: &W, p: &W::Acc<N8>, keep: &Keep<W, F, N8>) -> W::Operand<N8> {
         let mut p = wg.pack(p);
-        R::drop_operand::<W, N8>(wg, &mut p, keep);
+        F::Weights::drop_operand::<W, N8>(wg, &mut p, keep);
         p
+    }
+
+    /// Waits for S, of which up to `LATER` products in flight are younger, and masks it. `arrived` runs as soon as S
+    /// has arrived.
+    #[inline(always)]
+    fn scores<E: Masking, const LATER: usize>(
+        wg: &mut W,
+        cx: &Context<W::Tensor, F>,
+        at: &BlockAt,
+        (s, k): (Pending<W::Acc<N8>>, W::Slot),
+        arrived: impl FnOnce(&mut W),
+    ) -> W::Acc<N8> {
+        let mut s = wg.wait::<LATER, N8>(s);
+        wg.release_kv(k);
+        arrived(wg);
+        if E::masks(at) {
+            cx.mask(wg, &mut s, at);
+        }
+        s
+    }
+
+    /// Computes S and P of the CTA's very first block. There is no P·V yet, so O is 0.
+    #[inline(always)]
+    fn first(wg: &mut W, cx: &Context<W::Tensor, F>, at: BlockAt, arrived: impl FnOnce(&mut W)) -> Self {
+        let k = wg.wait_kv();
+        let s = wg.qk::<D8, N8>(k, at.visit.pair);
+        let keep = cx.keep(wg, &at);
+        let s = Self::scores::<First, 0>(wg, cx, &at, (s, k), arrived);
+        Self::start(wg, cx, s, &keep)
+    }
+
+    /// Turns S of a work tile's first block into P.
+    #[inline(always)]
+    fn start(wg: &mut W, cx: &Context<W::Tensor, F>, mut s: W::Acc<N8>, keep: &Keep<W, F, N8>) -> Self {
+        let mut softmax = Softmax::new(wg, cx.p.base.scale);
+        softmax.step(wg, &mut s, Self::max_unit::<First>(cx));
+        State { o: wg.zeros::<D8>(), p: Self::weights(wg, &s, keep), softmax, features: PhantomData }
     }
 
     /// Issues S of one more block, then P·V of the block before it, between taking and passing on the ping-pong
@@ -147,16 +269,13 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
     }
 
     /// Processes one more block of the same work tile: issues its S and the last block's P·V, then turns S into P.
-    /// `scored` masks its scores, which have arrived by then.
     #[inline(always)]
-    fn step(&mut self, wg: &mut W, at: BlockAt, scored: impl FnOnce(&mut W, &mut W::Acc<N8>)) {
+    fn step<E: Masking>(&mut self, wg: &mut W, cx: &Context<W::Tensor, F>, at: BlockAt, arrived: impl FnOnce(&mut W)) {
         let InFlight { s, o, k, v } = self.issue(wg, at.visit.pair);
-        let keep = self.dropping.keep::<W, N8>(wg, |wg| at.place(wg, 8 * N8 as u32)); // overlaps the products
-        let mut s = wg.wait::<1, N8>(s);
-        wg.release_kv(k);
-        scored(wg, &mut s);
-        let rescale = self.softmax.raise(wg, &s, Self::max_unit(&at)); // S → P; m, l
-        if R::DROPS {
+        let keep = cx.keep(wg, &at); // overlaps the products
+        let mut s = Self::scores::<E, 1>(wg, cx, &at, (s, k), arrived);
+        let rescale = self.softmax.raise(wg, &s, Self::max_unit::<E>(cx)); // S → P; m, l
+        if const { F::Weights::DROPS } {
             self.softmax.half_the_exponents(wg, &mut s, rescale, 0);
         } else {
             self.softmax.exponents(wg, &mut s, rescale);
@@ -164,7 +283,7 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
         self.o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
         wg.scale_rows(&mut self.o, rescale.factor, const { Self::rescale_check() });
-        if R::DROPS {
+        if const { F::Weights::DROPS } {
             // Half of the exponentials run before the skip-rescale check, with the Philox calls, and half after it,
             // with the instructions that drop elements. Without this fence ptxas puts those instructions last (notebook
             // 135).
@@ -179,21 +298,19 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
     fn turn_over(
         self,
         wg: &mut W,
-        scale: f32,
+        cx: &Context<W::Tensor, F>,
         at: BlockAt,
-        scored: impl FnOnce(&mut W, &mut W::Acc<N8>),
+        arrived: impl FnOnce(&mut W),
     ) -> (Self, W::Acc<D8>, Softmax<W>) {
         let InFlight { s, o, k, v } = self.issue(wg, at.visit.pair);
-        let keep = self.dropping.keep::<W, N8>(wg, |wg| at.place(wg, 8 * N8 as u32));
-        let mut s = wg.wait::<1, N8>(s);
-        wg.release_kv(k);
-        scored(wg, &mut s);
-        let mut softmax = Softmax::new(wg, scale);
-        softmax.step(wg, &mut s, Self::max_unit(&at));
+        let keep = cx.keep(wg, &at);
+        let mut s = Self::scores::<First, 1>(wg, cx, &at, (s, k), arrived);
+        let mut softmax = Softmax::new(wg, cx.p.base.scale);
+        softmax.step(wg, &mut s, Self::max_unit::<First>(cx));
         let o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
         let p = Self::weights(wg, &s, &keep);
-        (Mainloop { o: wg.zeros::<D8>(), p, softmax, dropping: self.dropping }, o, self.softmax)
+        (State { o: wg.zeros::<D8>(), p, softmax, features: PhantomData }, o, self.softmax)
     }
 
     /// Computes the CTA's very last P·V. Returns O and the softmax state of its last work tile.
@@ -208,12 +325,12 @@ impl<W: ForwardWarpgroup, R: Dropping, const D8: usize, const N8: usize> Mainloo
 }
 
 /// Work tiles that the CTA has not begun, and the one whose query rows are being loaded.
-struct Upcoming<I> {
+struct QueryQueue<I> {
     tiles: I,
     next: Option<WorkTile>,
 }
 
-impl<I: Iterator<Item = WorkTile>> Upcoming<I> {
+impl<I: Iterator<Item = WorkTile>> QueryQueue<I> {
     /// Takes the next work tile and starts loading its query rows.
     #[inline(always)]
     fn load<W: ForwardWarpgroup>(&mut self, wg: &mut W) {
@@ -226,82 +343,60 @@ impl<I: Iterator<Item = WorkTile>> Upcoming<I> {
 
 /// Computes one consumer warpgroup's 64 rows of every work tile of its CTA.
 #[inline(always)]
-pub fn consume<W: ForwardWarpgroup, M: Mask, S: Second<W::Tensor>, R: Dropping, const D8: usize, const N8: usize>(
+pub fn consume<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize>(
     wg: &mut W,
-    p: &ForwardParams<W::Tensor, S>,
+    p: &ForwardParams<W::Tensor, F>,
     block_m: u32,
     tiles: impl Iterator<Item = WorkTile>,
-    dropping: R,
 ) {
-    let block_n = 8 * N8 as u32;
-    let pairs = p.second.pairs(&p.shape);
-    let visits_of =
-        |tile: &WorkTile| Visits::new::<M, S::Pairs>(&p.shape, pairs, tile.m_block * block_m, block_m, block_n);
-    let mask = |wg: &W, s: &mut W::Acc<N8>, tile: &WorkTile, Visit { pair, n_block }: Visit| {
-        mask_scores::<W, M, S::Pairs, N8>(wg, &p.shape, pairs, pair, s, wg.first_row(tile), n_block * block_n);
-    };
-    // Masks the scores of a first or last visit, unless its block is full.
-    let mask_if_needed = |wg: &W, s: &mut W::Acc<N8>, tile: &WorkTile, visits: &Visits, u: u32| {
-        if !visits.is_full(u) {
-            mask(wg, s, tile, visits.at(u));
-        }
-    };
-    let at = |tile: WorkTile, visits: &Visits, u: u32, max_unit: MaxUnit| BlockAt {
-        tile,
-        heads_q: p.shape.heads_q,
-        visit: visits.at(u),
-        max_unit,
-    };
-    // The first visit of a work tile is to its last block, which the mask's edge crosses if there is a mask.
-    let first_unit = if M::HIDES || S::Pairs::COUNT > 1 { MaxUnit::Float } else { MaxUnit::Integer };
-    let mut upcoming = Upcoming { tiles, next: None };
-    upcoming.load(wg);
-    let Some(mut tile) = upcoming.next else { return };
-    let mut visits = visits_of(&tile);
+    let cx = &Context { p, block_m, block_n: 8 * N8 as u32 };
+    let bounds_left = || p.features.mask().bounds_left();
+    let mut queries = QueryQueue { tiles, next: None };
+    queries.load(wg);
+    let Some(at) = queries.next else { return };
+    let mut tile = cx.query_tile(at);
     wg.wait_q();
     // Visits count down to 0. When the scores of visit 0 have arrived, Q is free for the next work tile.
-    let first = visits.count - 1;
-    let block = at(tile, &visits, first, first_unit);
-    let mut mainloop = Mainloop::<W, R, D8, N8>::first(wg, p.scale, dropping, block, |wg, s| {
+    let first = tile.visits.count - 1;
+    let mut state = State::<W, F, D8, N8>::first(wg, cx, tile.block(first, tile.visits.is_full(first)), |wg| {
         if first == 0 {
-            upcoming.load(wg);
+            queries.load(wg);
         }
-        mask_if_needed(wg, s, &tile, &visits, first);
     });
     loop {
-        let mut above = visits.count - 1;
-        for run in 0..S::Pairs::COUNT {
-            let (full_start, full_end) = visits.run(run);
+        let mut above = tile.visits.count - 1;
+        for pair in 0..F::Mask::PAIRS {
+            let (full_start, full_end) = tile.visits.full(pair);
             for u in (full_end.max(1)..above).rev() {
-                let block = at(tile, &visits, u, MaxUnit::Float);
-                mainloop.step(wg, block, |wg, s| mask(wg, s, &tile, block.visit));
+                state.step::<Masked>(wg, cx, tile.block(u, false), |_| {});
             }
             above = above.min(full_end);
             for u in (full_start.max(1)..above).rev() {
-                mainloop.step(wg, at(tile, &visits, u, MaxUnit::Integer), |_, _| {});
+                state.step::<Full>(wg, cx, tile.block(u, true), |_| {});
             }
             above = above.min(full_start);
         }
-        if visits.count > 1 {
-            mainloop.step(wg, at(tile, &visits, 0, MaxUnit::Integer), |wg, s| {
-                upcoming.load(wg);
-                mask_if_needed(wg, s, &tile, &visits, 0);
-            });
-        }
-        let Some(next) = upcoming.next else { break };
-        visits = visits_of(&next);
-        wg.wait_q();
-        let first = visits.count - 1;
-        let block = at(next, &visits, first, first_unit);
-        let (following, o, softmax) = mainloop.turn_over(wg, p.scale, block, |wg, s| {
-            if first == 0 {
-                upcoming.load(wg);
+        if bounds_left() {
+            for u in (1..above).rev() {
+                state.step::<Masked>(wg, cx, tile.block(u, false), |_| {});
             }
-            mask_if_needed(wg, s, &next, &visits, first);
+        }
+        if tile.visits.count > 1 {
+            state.step::<Last>(wg, cx, tile.block(0, tile.visits.is_full(0)), |wg| queries.load(wg));
+        }
+        let Some(next) = queries.next else { break };
+        let following = cx.query_tile(next);
+        wg.wait_q();
+        let first = following.visits.count - 1;
+        let block = following.block(first, following.visits.is_full(first));
+        let (following_state, o, softmax) = state.turn_over(wg, cx, block, |wg| {
+            if first == 0 {
+                queries.load(wg);
+            }
         });
-        epilogue::store(wg, p, &tile, o, softmax, dropping);
-        (mainloop, tile) = (following, next);
+        epilogue::store(wg, p, &tile.at, o, softmax);
+        (state, tile) = (following_state, following);
     }
-    let (o, softmax) = mainloop.last(wg);
-    epilogue::store(wg, p, &tile, o, softmax, dropping);
+    let (o, softmax) = state.last(wg);
+    epilogue::store(wg, p, &tile.at, o, softmax);
 }

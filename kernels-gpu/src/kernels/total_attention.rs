@@ -34,8 +34,7 @@ use core::f32::consts::LOG2_E;
 use crate::arch::TotalWarpgroup;
 use crate::attention::exponential::exp2_polynomial;
 use crate::attention::mask::Mask;
-use crate::attention::masking::mask_transposed;
-use crate::attention::pairs::OnePair;
+use crate::attention::masking::{ScorePlace, mask_transposed};
 use crate::attention::shared_tiles::TilePart;
 use crate::attention::total_steps::{TotalTile, TotalTiles};
 use crate::params::TotalParams;
@@ -48,17 +47,17 @@ struct Scores<W: TotalWarpgroup, const M8: usize> {
 }
 
 /// Sums of 64 keys so far.
-struct Mainloop<'a, W: TotalWarpgroup> {
-    p: &'a TotalParams<W::Tensor>,
+struct Mainloop<'a, W: TotalWarpgroup, M> {
+    p: &'a TotalParams<W::Tensor, M>,
     /// Sums over this thread's elements alone.
     total: W::Rows,
 }
 
-impl<W: TotalWarpgroup> Mainloop<'_, W> {
+impl<W: TotalWarpgroup, M: Mask> Mainloop<'_, W, M> {
     /// Processes one query block whose scores have arrived. Issues the scores of the block after it first, so that they
     /// overlap.
     #[inline(always)]
-    fn step<M: Mask, const D8: usize, const M8: usize>(
+    fn step<const D8: usize, const M8: usize>(
         &mut self,
         wg: &mut W,
         scores: Scores<W, M8>,
@@ -67,7 +66,7 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
     ) -> Scores<W, M8> {
         let q = wg.wait_q();
         let following = wg.kq::<D8, M8>(q); // Sᵀ = K·Qᵀ of the block after it
-        self.add::<M, M8>(wg, scores, tile, m_block);
+        self.add::<M8>(wg, scores, tile, m_block);
         let s = wg.wait::<0, M8>(following);
         wg.release_q(q);
         Scores { s, q }
@@ -75,7 +74,7 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
 
     /// Adds a query block's P to the sums, and stores them after the last block of the work tile.
     #[inline(always)]
-    fn add<M: Mask, const M8: usize>(
+    fn add<const M8: usize>(
         &mut self,
         wg: &mut W,
         Scores { mut s, q }: Scores<W, M8>,
@@ -86,7 +85,8 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
         if !tile.is_full(m_block) {
             let first_key = tile.first_key + wg.own_keys().first_key;
             let first_row = m_block * 8 * M8 as u32;
-            mask_transposed::<W, M, OnePair, M8>(wg, &p.shape, OnePair, 0, &mut s, first_key, first_row);
+            let place = ScorePlace { pair: 0, row: first_row, key: first_key };
+            mask_transposed(wg, &p.shape.sequence(), &p.mask, &mut s, place);
             wg.fill_outside(&mut s, f32::NEG_INFINITY, |_| (0, p.shape.seqlen_q as i32 - first_row as i32));
         }
         let c = p.scale * LOG2_E;
@@ -113,11 +113,11 @@ impl<W: TotalWarpgroup> Mainloop<'_, W> {
 #[inline(always)]
 pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     wg: &mut W,
-    p: &TotalParams<W::Tensor>,
+    p: &TotalParams<W::Tensor, M>,
     smem: &TotalSmem,
     tiles: impl Iterator<Item = TilePart>,
 ) {
-    let mut tiles = TotalTiles::<M, _>::new(&p.shape, 8 * M8 as u32, smem.block_n(), wg.own_keys(), tiles);
+    let mut tiles = TotalTiles::new(&p.shape, p.mask, 8 * M8 as u32, smem.block_n(), wg.own_keys(), tiles);
     let mut mainloop = Mainloop { p, total: wg.rows(0.0) };
     if smem.many_consumers() {
         for tile in tiles {
@@ -131,7 +131,7 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
                 };
                 let s = wg.wait::<0, M8>(s);
                 wg.release_q(q);
-                mainloop.add::<M, M8>(wg, Scores { s, q }, &tile, m_block);
+                mainloop.add::<M8>(wg, Scores { s, q }, &tile, m_block);
             }
             wg.release_k();
             pass_over(wg, &tile);
@@ -147,23 +147,23 @@ pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
     loop {
         let mut m_block = tile.end - 1;
         if (m_block - tile.start) % 2 == 1 {
-            scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block);
+            scores = mainloop.step::<D8, M8>(wg, scores, &tile, m_block);
             m_block -= 1;
         }
         // Two steps per iteration: the scores alternate between two fragments, and neither is copied.
         while m_block != tile.start {
-            scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block);
-            scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block - 1);
+            scores = mainloop.step::<D8, M8>(wg, scores, &tile, m_block);
+            scores = mainloop.step::<D8, M8>(wg, scores, &tile, m_block - 1);
             m_block -= 2;
         }
         wg.release_k();
         let Some(next) = tiles.next() else { break };
         pass_over(wg, &tile);
         wg.wait_k();
-        scores = mainloop.step::<M, D8, M8>(wg, scores, &tile, m_block);
+        scores = mainloop.step::<D8, M8>(wg, scores, &tile, m_block);
         tile = next;
     }
-    mainloop.add::<M, M8>(wg, scores, &tile, tile.start);
+    mainloop.add::<M8>(wg, scores, &tile, tile.start);
     pass_over(wg, &tile);
 }
 

@@ -16,17 +16,17 @@ use super::named_barrier::BackwardBarrier;
 use super::store::store_16_bytes;
 use super::wgmma::{self, Descriptor};
 use crate::arch::Pending;
-use crate::attention::dropping::Dropping;
+use crate::attention::dropout::Drops;
+use crate::attention::features::Features;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::KeyPart;
 use crate::attention::mask::Mask;
-use crate::attention::pairs::Pairs;
 use crate::attention::query_blocks::{QueryBlocks, blocks_per_semaphore, key_block};
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::shape::Shape;
 use crate::ground::tensor::TensorMap;
-use crate::params::{BackwardParams, Second, Workspace};
+use crate::params::{BackwardParams, Workspace};
 use crate::tile::lane::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
 use crate::tuning;
@@ -56,10 +56,10 @@ impl<const N8: usize> Dq<'_, N8> {
     /// Accumulates dQ of all query blocks of a work tile. Calls `beside` once per query block, with its number,
     /// while a product of it is in flight.
     #[inline(always)]
-    fn add_all<E: Packed, M: Mask, P: Pairs, const STORES: bool>(
+    fn add_all<E: Packed, M: Mask, const STORES: bool>(
         &mut self,
         shape: &Shape,
-        blocks: &QueryBlocks<M, P>,
+        blocks: &QueryBlocks<M>,
         n_block: u32,
         mut beside: impl FnMut(u32),
     ) {
@@ -67,7 +67,7 @@ impl<const N8: usize> Dq<'_, N8> {
         let mut at = blocks.first();
         for step in 0..blocks.count() {
             let (shared, tile) = (blocks_per_semaphore(smem.head_dim), (smem.block_m, smem.block_n));
-            let earlier = blocks.earlier(shape, &at, n_block, shared, tile);
+            let earlier = blocks.earlier(&shape.sequence(), &at, n_block, shared, tile);
             self.add::<E, STORES>(shape, &QueryBlock { batch: fresh(at.batch), ..at }, earlier, || beside(step));
             at = blocks.after(&at);
         }
@@ -218,8 +218,8 @@ impl<const N8: usize> Dq<'_, N8> {
 /// Returns the tile of dQ whose product overlaps the loads. It is early, because the slots are empty by then, unless
 /// registers are needed for something else.
 #[inline(always)]
-fn loads_at<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
-    match (smem.head_dim, S::Pairs::COUNT) {
+fn loads_at<M: Mask>(smem: &BackwardSmem) -> u32 {
+    match (smem.head_dim, M::PAIRS) {
         (64, 1) => tuning::LOADS_AT_DQ_TILE_D64,
         (128, 1) => tuning::LOADS_AT_DQ_TILE_D128,
         (128, 2) => tuning::LOADS_AT_DQ_TILE_D128_TWO_PAIRS,
@@ -228,29 +228,30 @@ fn loads_at<S: Second<TensorMap>>(smem: &BackwardSmem) -> u32 {
     }
 }
 
-/// Issues the loads of all work tiles, and accumulates their dQ. `parameters` is the address of `p` in the kernel's
-/// parameter space.
+/// Issues the loads of all work tiles, and accumulates their dQ. `parameters` is the address of
+/// `params` in the kernel's parameter space.
 #[inline(always)]
-pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: usize>(
-    p: &BackwardParams<TensorMap, S>,
+pub fn produce<E: Packed, F: Features, const N8: usize>(
+    params: &BackwardParams<TensorMap, F>,
     parameters: u64,
     smem: &BackwardSmem,
     tiles: impl Iterator<Item = KeyPart>,
 ) {
+    let (p, mask) = (&params.base, params.features.mask());
     let mut loads = Loads::new(p, parameters, smem);
-    let loads_at = loads_at::<S>(smem);
+    let loads_at = loads_at::<F::Mask>(smem);
     let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
     let mut dq = Dq::<N8> { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, semaphore: 0, k: 0 };
     let warp = cta::warp_of_warpgroup();
     // True if each work tile is taken from the iterator one iteration ahead. Such a tile lives in uniform registers,
     // while computing it takes registers of each thread. Only plain attention has registers for it.
-    let ahead = const { S::Pairs::COUNT == 1 && !R::DROPS };
+    let ahead = const { F::Mask::PAIRS == 1 && !F::Weights::DROPS };
     // One more than the key head of the last finished tile while its completion is not yet signalled; 0 for none.
     // Kernels that take tiles ahead signal after they have issued the first loads of the next tile, so that these loads
     // do not wait for the reductions to drain.
     let mut counted = 0;
     let mut stored = false;
-    let knows_first = FirstTiles::is_for::<S::Pairs, R>(smem.head_dim);
+    let knows_first = FirstTiles::is_for::<F::Mask, F::Weights>(smem.head_dim);
     let mut tiles = tiles;
     let mut next = if ahead { tiles.next() } else { None };
     // True if the load of this work tile's K has been issued already.
@@ -259,16 +260,15 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
         if ahead {
             next = tiles.next();
         }
-        let mut pairs_left = p.second.last() + 1;
+        let mut pairs_left = if const { F::Mask::PAIRS == 1 } { 1 } else { p.last_pair + 1 };
         while pairs_left > 0 {
             pairs_left -= 1;
             // Rematerialised for each pair, because few registers are left to keep what follows from the shape.
             let shape = Shape { seqlen_q: fresh(p.shape.seqlen_q), seqlen_k: fresh(p.shape.seqlen_k), ..p.shape };
-            let pairs = p.second.pairs(&shape);
             let keys = KvBlock { pair: pairs_left, ..key_block(&shape, smem.block_n, &work_tile) };
-            let blocks = QueryBlocks::<M, S::Pairs>::new(&shape, pairs, smem.block_m, smem.block_n, &keys);
+            let blocks = QueryBlocks::new(&shape, *mask, smem.block_m, smem.block_n, &keys);
             let blocks = blocks.part(&p.sharing, part);
-            if S::Pairs::COUNT > 1 && blocks.count() == 0 {
+            if blocks.count() == 0 {
                 continue;
             }
             // All dS of the work tile before has arrived and has been multiplied. So neither its consumers nor its dQ
@@ -279,14 +279,15 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
             }
             loads.v(&keys, leader);
             let mut upcoming = blocks.first();
-            let mut load = |loads: &mut Loads<S>, leader: Leader| {
+            let mut load = |loads: &mut Loads, leader: Leader| {
                 loads.queries(&upcoming, leader);
                 upcoming = blocks.after(&upcoming);
             };
             for _ in 0..smem.stages().min(blocks.count()) {
                 load(&mut loads, cta::converged(Leader::of_warpgroup));
             }
-            k_loaded = ahead && smem.k_stages == 2 && next.is_some();
+            // A tile that no query attends to would leave its K in the buffer.
+            k_loaded = ahead && smem.k_stages == 2 && !mask.leaves_keys_out() && next.is_some();
             if k_loaded && let Some(KeyPart { tile, .. }) = next {
                 // Loads into the K buffer of the work tile before, whose dQ is complete.
                 let leader = cta::converged(Leader::of_warpgroup);
@@ -310,9 +311,9 @@ pub fn produce<E: Packed, M: Mask, S: Second<TensorMap>, R: Dropping, const N8: 
             };
             stored = knows_first && first_values::stores(&p.workspace, &p.shape, smem.head_dim, &keys);
             if stored {
-                dq.add_all::<E, M, S::Pairs, true>(&p.shape, &blocks, keys.n_block, &mut beside);
+                dq.add_all::<E, F::Mask, true>(&p.shape, &blocks, keys.n_block, &mut beside);
             } else {
-                dq.add_all::<E, M, S::Pairs, false>(&p.shape, &blocks, keys.n_block, &mut beside);
+                dq.add_all::<E, F::Mask, false>(&p.shape, &blocks, keys.n_block, &mut beside);
             }
             dq.signal_semaphore();
             dq.k = (dq.k + 1) % smem.k_stages;

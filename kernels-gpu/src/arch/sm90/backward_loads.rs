@@ -10,12 +10,12 @@ use super::tma::{BoxOrigin, MapAddress, load_box};
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::tensor::TensorMap;
-use crate::params::{BackwardParams, Second, SecondPair};
+use crate::params::BackwardBase;
 use crate::tile::smem::{BackwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
 
 /// Producer's end of the rings. All threads of its warpgroup wait for slots, and one of them issues the loads.
-pub struct Loads<'a, S: Second<TensorMap>> {
-    p: &'a BackwardParams<TensorMap, S>,
+pub struct Loads<'a> {
+    p: &'a BackwardBase<TensorMap>,
     /// Address of `p` in the kernel's parameter space.
     parameters: u64,
     smem: &'a BackwardSmem,
@@ -23,9 +23,9 @@ pub struct Loads<'a, S: Second<TensorMap>> {
     count: u32,
 }
 
-impl<'a, S: Second<TensorMap>> Loads<'a, S> {
+impl<'a> Loads<'a> {
     #[inline(always)]
-    pub fn new(p: &'a BackwardParams<TensorMap, S>, parameters: u64, smem: &'a BackwardSmem) -> Self {
+    pub fn new(p: &'a BackwardBase<TensorMap>, parameters: u64, smem: &'a BackwardSmem) -> Self {
         Loads { p, parameters, smem, count: 0 }
     }
 
@@ -45,8 +45,8 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
     pub fn k(&self, keys: &KvBlock, buffer: u32, leader: Leader) {
         let (smem, base) = (self.smem, fresh(smem_base()));
         let tensor = match keys.pair {
-            0 => offset_of!(BackwardParams<TensorMap, S>, k),
-            _ => offset_of!(BackwardParams<TensorMap, S>, second) + offset_of!(SecondPair<TensorMap>, k),
+            0 => offset_of!(BackwardBase<TensorMap>, k),
+            _ => offset_of!(BackwardBase<TensorMap>, k) + size_of::<TensorMap>(),
         };
         self.keys(leader, tensor, keys, base + smem.k(buffer), Mbarrier(base + smem.k_full(buffer)));
     }
@@ -55,7 +55,7 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
     #[inline(always)]
     pub fn v(&self, keys: &KvBlock, leader: Leader) {
         let (smem, base) = (self.smem, fresh(smem_base()));
-        let tensor = offset_of!(BackwardParams<TensorMap, S>, v);
+        let tensor = offset_of!(BackwardBase<TensorMap>, v);
         self.keys(leader, tensor, keys, base + smem.v(), Mbarrier(base + smem.v_full()));
     }
 
@@ -82,8 +82,8 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
         let (q_full, do_full) = (Mbarrier(base + smem.q_full(slot)), Mbarrier(base + smem.do_full(slot)));
         let (row_bytes, bytes) = (smem.row_bytes(), smem.q_bytes() + smem.row_bytes());
         let q = match fresh(pair) {
-            0 => offset_of!(BackwardParams<TensorMap, S>, q),
-            _ => offset_of!(BackwardParams<TensorMap, S>, second) + offset_of!(SecondPair<TensorMap>, q),
+            0 => offset_of!(BackwardBase<TensorMap>, q),
+            _ => offset_of!(BackwardBase<TensorMap>, q) + size_of::<TensorMap>(),
         };
         // SAFETY: I1, the barriers are initialised; I3, the slot is empty after the wait; I5, the host has made the
         // workspace large enough, whose rows the statistics are.
@@ -105,7 +105,7 @@ impl<'a, S: Second<TensorMap>> Loads<'a, S> {
             do_full.arrive_expect(leader, bytes);
             load_bytes(leader, p.workspace.delta + statistics, row_bytes, base + smem.delta(slot), do_full);
         }
-        let d_o = offset_of!(BackwardParams<TensorMap, S>, d_o);
+        let d_o = offset_of!(BackwardBase<TensorMap>, d_o);
         self.tile(leader, d_o, smem.block_m, at, base + smem.d_o(slot), do_full);
         self.count += 1;
     }

@@ -298,12 +298,12 @@ pub fn set_registers(role: Role, consumers: u32) {
 /// Returns the address of the by-value parameter of the kernel named `$symbol`, from which TMA reads tensor maps.
 #[macro_export]
 macro_rules! parameter_address {
-    ($symbol:ident) => {{
+    ($symbol:expr) => {{
         let address: u64;
         // SAFETY: takes the address of this kernel's own parameter.
         unsafe {
             core::arch::asm!(
-                concat!("mov.b64 {0}, ", stringify!($symbol), "_param_0; cvta.param.u64 {0}, {0};"),
+                concat!("mov.b64 {0}, ", $symbol, "_param_0; cvta.param.u64 {0}, {0};"),
                 out(reg64) address, options(pure, nomem, nostack)
             );
         }

@@ -1,6 +1,5 @@
 //! A consumer of the forward kernel: [`ForwardWarpgroup`] on Hopper.
 
-use core::marker::PhantomData;
 use core::mem::offset_of;
 
 use super::barrier::Mbarrier;
@@ -18,32 +17,27 @@ use crate::arch::{ForwardWarpgroup, Pending};
 use crate::ground::places::WorkTile;
 use crate::ground::shape::Shape;
 use crate::ground::tensor::{Output, TensorMap};
-use crate::params::{ForwardParams, SecondPair};
+use crate::params::ForwardBase;
 use crate::pipeline::ring::Position;
 use crate::tile::lane::{WARP_ROWS, WARPGROUP_ROWS, WARPGROUP_THREADS};
 use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, columns_step, panels, rows_step};
 
 /// Consumer's end of the forward pipeline.
-pub struct ForwardPipe<'a, S> {
+pub struct ForwardPipe<'a> {
     smem: &'a ForwardSmem,
-    second: PhantomData<S>,
     q_parity: u32,
     position: Position,
 }
 
-impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
+impl<'a, E: Packed> Consumer<E, ForwardPipe<'a>> {
     /// Makes a consumer. Each consumer warpgroup calls this once, after the barriers were initialised; `parameters` is
-    /// the address of the kernel's [`ForwardParams`].
+    /// the address of the kernel's [`ForwardParams`](crate::params::ForwardParams).
     #[inline(always)]
     pub fn forward(smem: &'a ForwardSmem, index: u32, parameters: u64) -> Self {
         if index == smem.consumers - 1 {
             ForwardBarrier::ping_pong(0).arrive(2 * WARPGROUP_THREADS);
         }
-        Self::with_pipe(
-            index,
-            parameters,
-            ForwardPipe { smem, second: PhantomData, q_parity: 0, position: Position::CONSUMER },
-        )
+        Self::with_pipe(index, parameters, ForwardPipe { smem, q_parity: 0, position: Position::CONSUMER })
     }
 
     /// Waits until TMA has read every staged output. It is the last thing that a consumer does.
@@ -66,7 +60,7 @@ impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
         // SAFETY: I6, this part of the staging tile is the warp's own, and TMA has read its previous contents.
         unsafe { write_tile(x, staging, WARPGROUP_ROWS, 0) };
         fence_async_proxy();
-        let map = MapAddress(self.parameters + offset_of!(ForwardParams<TensorMap, S>, o.tiles) as u64);
+        let map = MapAddress(self.parameters + offset_of!(ForwardBase<TensorMap>, o.tiles) as u64);
         let leader = Leader::of_warp();
         for panel in 0..panels(self.pipe.smem.head_dim) {
             let origin = BoxOrigin {
@@ -83,7 +77,7 @@ impl<'a, E: Packed, S> Consumer<E, ForwardPipe<'a, S>> {
     }
 }
 
-impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
+impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
     /// Index of the slot of the K/V ring.
     type Slot = u32;
 
@@ -103,10 +97,7 @@ impl<E: Packed, S> ForwardWarpgroup for Consumer<E, ForwardPipe<'_, S>> {
             self.q_full().arrive_expect(leader, pairs * smem.q_bytes());
             for (pair, panel) in (0..pairs).flat_map(|pair| (0..panels(smem.head_dim)).map(move |panel| (pair, panel)))
             {
-                let map = match pair {
-                    0 => offset_of!(ForwardParams<TensorMap, S>, q),
-                    _ => offset_of!(ForwardParams<TensorMap, S>, second) + offset_of!(SecondPair<TensorMap>, q),
-                };
+                let map = offset_of!(ForwardBase<TensorMap>, q) + pair as usize * size_of::<TensorMap>();
                 let origin = BoxOrigin {
                     column: panel * PANEL_COLUMNS,
                     row: self.first_row(tile),

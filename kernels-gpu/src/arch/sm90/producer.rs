@@ -5,13 +5,13 @@ use core::mem::offset_of;
 use super::barrier::Mbarrier;
 use super::cta::{Leader, cluster_rank, smem_base};
 use super::tma::{BoxOrigin, MapAddress, load_box, load_box_for_both, prefetch_box, prefetch_map};
-use crate::attention::block_info::KvBlocks;
+use crate::attention::features::Features;
 use crate::attention::mask::Mask;
-use crate::attention::pairs::Pairs;
+use crate::attention::visits::KvBlocks;
 use crate::ground::places::KvBlock;
 use crate::ground::places::WorkTile;
 use crate::ground::tensor::TensorMap;
-use crate::params::{ForwardParams, Second, SecondPair};
+use crate::params::{ForwardBase, ForwardParams};
 use crate::pipeline::order::{KvOrder, KvTile};
 use crate::pipeline::ring::Position;
 use crate::tile::lane::WARPGROUP_ROWS;
@@ -19,10 +19,10 @@ use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
 
 /// Loads the K and V tiles of every work tile, in the order of [`KvOrder`], as slots become empty.
 ///
-/// `parameters` is the address of `p` in the kernel's parameter space.
+/// `parameters` is the address of `params` in the kernel's parameter space.
 #[inline(always)]
-pub fn produce<M: Mask, S: Second<TensorMap>>(
-    p: &ForwardParams<TensorMap, S>,
+pub fn produce<F: Features>(
+    params: &ForwardParams<TensorMap, F>,
     parameters: u64,
     smem: &ForwardSmem,
     tiles: impl Iterator<Item = WorkTile>,
@@ -32,18 +32,21 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
     }
     let base = smem_base();
     let map = |offset: usize| MapAddress(parameters + offset as u64);
-    let (k, v) = (offset_of!(ForwardParams<TensorMap, S>, k), offset_of!(ForwardParams<TensorMap, S>, v));
-    let second_k = offset_of!(ForwardParams<TensorMap, S>, second) + offset_of!(SecondPair<TensorMap>, k);
+    let [q, k, v] = [
+        offset_of!(ForwardBase<TensorMap>, q),
+        offset_of!(ForwardBase<TensorMap>, k),
+        offset_of!(ForwardBase<TensorMap>, v),
+    ];
+    let far_k = k + size_of::<TensorMap>();
     prefetch_map(map(k));
     prefetch_map(map(v));
-    if S::Pairs::COUNT > 1 {
-        prefetch_map(map(second_k));
+    if const { F::Mask::PAIRS > 1 } {
+        prefetch_map(map(far_k));
     }
     let block_m = smem.consumers * WARPGROUP_ROWS;
     let mut position = Position::PRODUCER;
     // CTA of the cluster that loads the next tile for both; the CTAs alternate.
     let mut multicast_rank = 0;
-    let pairs = p.second.pairs(&p.shape);
     // Prefetches Q into L2. The consumers load Q one step before they need it, while a work tile begins two steps
     // earlier here.
     let tiles = tiles.inspect(|tile| {
@@ -53,12 +56,14 @@ pub fn produce<M: Mask, S: Second<TensorMap>>(
             let row = tile.m_block * block_m + part * WARPGROUP_ROWS;
             let at = BoxOrigin { column: panel * PANEL_COLUMNS, row, head: tile.head, batch: tile.batch };
             // SAFETY: I5, the host has made the tensor map.
-            unsafe { prefetch_box(Leader::SOLE, map(offset_of!(ForwardParams<TensorMap, S>, q)), at) };
+            unsafe { prefetch_box(Leader::SOLE, map(q), at) };
         }
     });
-    for tile in KvOrder::new(KvBlocks::<M, _, _>::new(&p.shape, pairs, (block_m, smem.block_n), p.order.group, tiles)) {
+    let (p, block_sizes) = (&params.base, (block_m, smem.block_n));
+    let blocks = KvBlocks::new(p.shape.sequence(), *params.features.mask(), block_sizes, p.order.group, tiles);
+    for tile in KvOrder::new(blocks) {
         let (tensor, KvBlock { batch, head, n_block, .. }) = match tile {
-            KvTile::K(block) => (if block.pair == 0 { k } else { second_k }, block),
+            KvTile::K(block) => (if block.pair == 0 { k } else { far_k }, block),
             KvTile::V(block) => (v, block),
         };
         let full = Mbarrier(base + smem.full(position.slot));

@@ -25,7 +25,7 @@ const LANE_ROWS: usize = (WARPGROUP_THREADS / WARP_THREADS) as usize;
 /// Follows the producer of tiles through the ring of Q, in one whole warp. A block has at most 128 queries.
 #[inline(always)]
 pub fn produce_neg_lse_log2<M: Mask>(
-    p: &TotalParams<TensorMap>,
+    p: &TotalParams<TensorMap, M>,
     smem: &TotalSmem,
     tiles: impl Iterator<Item = TilePart>,
 ) {
@@ -41,7 +41,7 @@ pub fn produce_neg_lse_log2<M: Mask>(
         })
     };
     let block_n = smem.block_n();
-    let mut steps = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, OwnKeys::whole(block_n), tiles).steps();
+    let mut steps = TotalTiles::new(&p.shape, p.mask, block_m, block_n, OwnKeys::whole(block_n), tiles).steps();
     let mut position = Position::PRODUCER;
     let mut loaded = steps.next().map(load);
     while let Some(lse) = loaded {
