@@ -10,6 +10,7 @@ pub mod ptx;
 pub mod ptxas;
 pub mod work;
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,6 +18,8 @@ use std::{env, mem};
 
 use cache::{Cache, hash_of_folder, read};
 use compiler::{Compiler, Selection};
+use kernels_gpu::ground::constants::Constants;
+use kernels_gpu::specialise;
 use kernels_gpu::variants::{Family, Launch, launches};
 use ptxas::{Assembled, Ptxas};
 
@@ -39,12 +42,43 @@ pub struct Built {
 /// One kernel.
 pub struct Kernel {
     pub launch: Launch,
-    /// Its PTX, a module of its own.
+    /// Its PTX, a module of its own, with placeholders for its specialisation constants.
     pub text: String,
     /// Size of its by-value parameter in bytes.
     pub parameter_bytes: u32,
+    /// The general form, or the only one, then the specialised forms that are prebuilt.
+    pub forms: Vec<Form>,
+}
+
+/// A kernel with values, or loads of the launch parameter, for its specialisation constants.
+pub struct Form {
+    /// Constants that it is specialised to; none if it is general, or if the kernel has no constants.
+    pub constants: Option<Constants>,
+    /// Its name, for files and people.
+    pub name: String,
+    /// Its PTX.
+    pub text: String,
     /// Its machine code, if there is an assembler that takes its PTX.
     pub assembled: Option<Assembled>,
+}
+
+impl Kernel {
+    fn new(launch: Launch, text: String, parameter_bytes: u32) -> Result<Self, String> {
+        let forms = launch.forms().map(|constants| Form::new(&launch, &text, constants)).collect::<Result<_, _>>()?;
+        Ok(Kernel { launch, text, parameter_bytes, forms })
+    }
+}
+
+impl Form {
+    fn new(launch: &Launch, text: &str, constants: Option<Constants>) -> Result<Self, String> {
+        let Launch { symbol, constants: places, .. } = launch;
+        if constants.is_some_and(|constants| constants != constants.only(places)) {
+            return Err(format!("a prebuilt form of the kernel {symbol} has a constant that the kernel lacks"));
+        }
+        let (name, text) =
+            (specialise::name(symbol, places, constants), specialise::bind(text, symbol, places, constants)?);
+        Ok(Form { constants, name, text, assembled: None })
+    }
 }
 
 /// The folder of what was compiled before: `FERROFLASH_KERNEL_CACHE`, or one in the checkout's `target`.
@@ -67,15 +101,15 @@ pub fn from_source(root: &Path) -> Result<Built, String> {
     let ptxas = ptxas::find(root);
     let (modules, compiled) = compile(root, &compiler, &folder.join("crates"), &families)?;
     let mut kernels = modules.into_iter().flatten().collect::<Vec<_>>();
-    let assembled =
-        work::each(&kernels, |kernel| Ok(ptxas.as_ref().map(|ptxas| ptxas.assemble(&cubins, &kernel.text))))?;
+    let forms = kernels.iter().flat_map(|kernel| &kernel.forms).collect::<Vec<_>>();
+    let assembled = work::each(&forms, |form| Ok(ptxas.as_ref().map(|ptxas| ptxas.assemble(&cubins, &form.text))))?;
     drop(lock);
     let mut warnings = Vec::new();
-    for (kernel, assembled) in kernels.iter_mut().zip(assembled) {
+    for (form, assembled) in kernels.iter_mut().flat_map(|kernel| &mut kernel.forms).zip(assembled) {
         match assembled {
-            Some(Ok(assembled)) => kernel.assembled = Some(assembled),
+            Some(Ok(assembled)) => form.assembled = Some(assembled),
             // The driver compiles the PTX on first use instead.
-            Some(Err(error)) => warnings.push(format!("no machine code for {}: {error}", kernel.launch.symbol)),
+            Some(Err(error)) => warnings.push(format!("no machine code for {}: {error}", form.name)),
             None => {}
         }
     }
@@ -118,15 +152,10 @@ fn compile(
     };
     let all = launches();
     let split = |(family, text): (Family, String)| {
-        let launches: Vec<Launch> = all.iter().filter(|launch| launch.family == family).copied().collect();
+        let launches: Vec<Launch> = all.iter().filter(|launch| launch.family == family).cloned().collect();
         let modules = ptx::split(&text, &launches, &compiler.version)?;
-        let kernel = |(launch, module): (Launch, ptx::Module)| Kernel {
-            launch,
-            text: module.text,
-            parameter_bytes: module.parameter_bytes,
-            assembled: None,
-        };
-        Ok(launches.into_iter().zip(modules).map(kernel).collect())
+        let kernel = |(launch, ptx::Module { text, parameter_bytes, .. })| Kernel::new(launch, text, parameter_bytes);
+        launches.into_iter().zip(modules).map(kernel).collect()
     };
     let kernels = Family::ALL.into_iter().zip(texts).map(split).collect::<Result<_, String>>()?;
     Ok((kernels, compiled))
@@ -150,7 +179,7 @@ pub fn f16_by_itself(root: &Path) -> Result<Vec<&'static str>, String> {
     let mut different = Vec::new();
     for (kernels, text) in made.iter().zip(texts) {
         let f16 = kernels.iter().filter(|kernel| !kernel.launch.symbol.contains("bf16")).collect::<Vec<_>>();
-        let launches: Vec<Launch> = f16.iter().map(|kernel| kernel.launch).collect();
+        let launches: Vec<Launch> = f16.iter().map(|kernel| kernel.launch.clone()).collect();
         let modules = ptx::split(&text, &launches, &compiler.version)?;
         let differs = |(kernel, module): &(&Kernel, ptx::Module)| {
             ptx::without_label_numbers(&kernel.text) != ptx::without_label_numbers(&module.text)
@@ -166,16 +195,25 @@ fn commit(root: &Path) -> Option<String> {
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Writes each kernel's PTX and machine code to a folder, a file each, for people to look at.
+/// Writes the PTX and the machine code of each form of each kernel to a folder, a file each, for people to look at.
+/// Removes those of an earlier build.
 ///
 /// # Errors
 /// A file that can't be written.
 pub fn unpack(built: &Built, folder: &Path) -> Result<(), String> {
     fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    for kernel in &built.kernels {
-        let path = folder.join(kernel.launch.symbol);
-        cache::write(&path.with_extension("ptx"), &kernel.text)?;
-        if let Some(assembled) = &kernel.assembled {
+    let forms = || built.kernels.iter().flat_map(|kernel| &kernel.forms);
+    let names: HashSet<&str> = forms().map(|form| &*form.name).collect();
+    for path in fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        let is_code = path.extension().is_some_and(|extension| extension == "ptx" || extension == "cubin");
+        if is_code && !path.file_stem().and_then(|stem| stem.to_str()).is_some_and(|stem| names.contains(stem)) {
+            let _ = fs::remove_file(&path);
+        }
+    }
+    for form in forms() {
+        let path = folder.join(&form.name);
+        cache::write(&path.with_extension("ptx"), &form.text)?;
+        if let Some(assembled) = &form.assembled {
             cache::write(&path.with_extension("cubin"), &assembled.cubin)?;
         }
     }

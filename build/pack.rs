@@ -6,12 +6,15 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
+use std::ops::Range;
 use std::path::Path;
 
+use kernels_gpu::ground::constants::Constants;
 use kernels_gpu::variants::Family;
 use lzma_rust2::{LzmaOptions, LzmaWriter};
 
 use crate::cache::write;
+use crate::ptxas::Assembled;
 use crate::{Built, Kernel, work};
 
 /// The table's file.
@@ -44,7 +47,7 @@ pub fn pack(built: &Built, folder: &Path, effort: Effort) -> Result<Sizes, Strin
     let sizes = work::each(&Family::ALL, |&family| {
         let kernels = || built.kernels.iter().filter(|kernel| kernel.launch.family == family);
         let ptx: Vec<u8> = kernels().flat_map(|kernel| kernel.text.bytes()).collect();
-        let cubins: Vec<u8> = kernels().flat_map(|kernel| cubin(kernel).iter().copied()).collect();
+        let cubins: Vec<u8> = kernels().flat_map(cubins).flat_map(|(_, made)| made.cubin.iter().copied()).collect();
         let (packed_ptx, packed_cubins) = (compress(&ptx, effort)?, compress(&cubins, effort)?);
         write(&folder.join(ptx_stream(family)), &packed_ptx)?;
         write(&folder.join(cubin_stream(family)), &packed_cubins)?;
@@ -68,8 +71,9 @@ fn cubin_stream(family: Family) -> String {
     format!("{}.cubins.lzma", family.name())
 }
 
-fn cubin(kernel: &Kernel) -> &[u8] {
-    kernel.assembled.as_ref().map_or(&[], |assembled| &assembled.cubin)
+/// Returns the assembled forms of a kernel, each with the constants that it is specialised to.
+fn cubins(kernel: &Kernel) -> impl Iterator<Item = (Option<Constants>, &Assembled)> {
+    kernel.forms.iter().filter_map(|form| form.assembled.as_ref().map(|assembled| (form.constants, assembled)))
 }
 
 /// LZMA with its header, which tells the size.
@@ -109,18 +113,33 @@ fn table(built: &Built) -> Result<String, String> {
     let mut ends = [(0, 0); Family::ALL.len()];
     for kernel in &built.kernels {
         let family = Family::ALL.iter().position(|&family| family == kernel.launch.family).unwrap_or_default();
-        let (cubin_start, ptx_start) = ends[family];
-        let (cubin_end, ptx_end) = (cubin_start + cubin(kernel).len(), ptx_start + kernel.text.len());
-        ends[family] = (cubin_end, ptx_end);
-        let cubin = kernel.assembled.as_ref().map(|_| cubin_start..cubin_end);
+        let (cubin_end, ptx_end) = &mut ends[family];
+        let ptx = range(ptx_end, kernel.text.len());
         line(format_args!(
-            "    Kernel {{ symbol: {:?}, streams: &STREAMS[{family}], cubin: {cubin:?}, ptx: {ptx_start}..{ptx_end}, \
-             registers: {:?}, parameter_bytes: {} }},",
-            kernel.launch.symbol,
-            kernel.assembled.as_ref().map(|assembled| assembled.registers),
-            kernel.parameter_bytes
+            "    Kernel {{ symbol: {:?}, streams: &STREAMS[{family}], ptx: {ptx:?}, parameter_bytes: {},",
+            kernel.launch.symbol, kernel.parameter_bytes
         ))?;
+        line(format_args!("        constants: &{:?},", kernel.launch.constants))?;
+        line(format_args!("        cubins: &["))?;
+        for (constants, Assembled { cubin, registers, .. }) in cubins(kernel) {
+            let bytes = range(cubin_end, cubin.len());
+            let constants = match constants {
+                Some(constants) => format!("Some(Constants::from_bits({}))", constants.bits()),
+                None => "None".to_owned(),
+            };
+            line(format_args!(
+                "            Cubin {{ constants: {constants}, bytes: {bytes:?}, registers: {registers} }},"
+            ))?;
+        }
+        line(format_args!("        ] }},"))?;
     }
     line(format_args!("];"))?;
     Ok(text)
+}
+
+/// Returns the next `len` bytes of a stream, and moves its end behind them.
+fn range(end: &mut usize, len: usize) -> Range<usize> {
+    let start = *end;
+    *end += len;
+    start..*end
 }

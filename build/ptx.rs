@@ -31,7 +31,8 @@ pub fn split(text: &str, launches: &[Launch], compiler: &str) -> Result<Vec<Modu
     if let Some(function) = text.lines().find(|line| line.contains(".func")) {
         return Err(format!("the PTX has a function that was not inlined: {}", function.trim()));
     }
-    let one = |&Launch { symbol, threads, cluster, .. }: &Launch| {
+    let one = |launch: &Launch| {
+        let &Launch { symbol, threads, cluster, .. } = launch;
         let entry = entry(text, symbol)
             .map(str::to_owned)
             .or_else(|| f16_entry(text, symbol))
@@ -39,6 +40,9 @@ pub fn split(text: &str, launches: &[Launch], compiler: &str) -> Result<Vec<Modu
         let (signature, body) = entry.split_once("\n{").ok_or_else(|| format!("the kernel {symbol} has no body"))?;
         let parameter_bytes = parameter_bytes(signature)
             .ok_or_else(|| format!("the kernel {symbol} does not take one parameter by value"))?;
+        if let Some(place) = launch.constants.iter().find(|place| place.offset.saturating_add(4) > parameter_bytes) {
+            return Err(format!("the parameter of the kernel {symbol} ends before its constant {}", place.bit));
+        }
         let signature = signature.replace(".param .align 16", ".param .align 64");
         let cluster = match cluster {
             1 => String::new(),

@@ -1,13 +1,15 @@
 //! The build's PTX pass, on texts like those that LLVM prints.
 
 use ferroflash_build::ptx::{Module, split};
+use kernels_gpu::ground::constants::{ConstantPlace, Constants};
 use kernels_gpu::variants::{Family, Launch};
 
 const COMPILER: &str = "rustc 1.99.0, LLVM 30.0.0";
 const LAUNCHES: [Launch; 2] = [launch("forward_a_causal", 384, 1), launch("forward_a", 512, 2)];
 
 const fn launch(symbol: &'static str, threads: u32, cluster: u32) -> Launch {
-    Launch { symbol, family: Family::Total, threads, cluster, mainloop: true }
+    let (family, mainloop) = (Family::Total, true);
+    Launch { symbol, family, threads, cluster, mainloop, constants: Vec::new(), prebuilt: &[] }
 }
 
 const HEADER: &str = "\
@@ -121,4 +123,14 @@ fn a_kernel_has_one_parameter() {
     let two = entry("forward_a").replace("[480]\n", "[480],\n\t.param .b32 forward_a_param_1\n");
     let error = split(&format!("{HEADER}{two}"), &LAUNCHES[1..], COMPILER).unwrap_err();
     assert!(error.contains("one parameter"), "{error}");
+}
+
+#[test]
+fn a_constant_lies_in_the_parameter() {
+    let place = |offset| vec![ConstantPlace { bit: Constants::RIGHT, offset }];
+    let split_with = |offset| split(&two(), &[Launch { constants: place(offset), ..launch("forward_a", 384, 1) }], "");
+    assert!(split_with(476).is_ok());
+    for offset in [477, 480, u32::MAX] {
+        assert!(split_with(offset).unwrap_err().contains("forward_a"));
+    }
 }

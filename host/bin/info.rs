@@ -91,17 +91,20 @@ fn variants() -> comfy_table::Table {
     table
 }
 
-/// Registers at entry, and in what form the build holds the kernel.
+/// Returns the number of registers at entry, over all forms of the kernel, and how the build holds it.
 #[cfg(feature = "cuda")]
 fn compiled(symbol: &str) -> (String, String) {
-    let kernel = ferroflash::cuda::KERNELS.iter().find(|kernel| kernel.symbol == symbol);
-    let registers = kernel.and_then(|kernel| kernel.registers).map_or("unknown".to_owned(), |count| count.to_string());
-    let code = match kernel {
-        Some(kernel) if kernel.has_cubin() => "cubin",
-        Some(_) => "PTX",
-        None => "missing",
+    let Some(kernel) = ferroflash::cuda::Kernel::of(symbol) else {
+        return ("unknown".to_owned(), "missing".to_owned());
     };
-    (registers, code.to_owned())
+    let counts: BTreeSet<u32> = kernel.cubins.iter().map(|cubin| cubin.registers).collect();
+    match (counts.first(), counts.last(), kernel.cubins.len()) {
+        (Some(least), Some(most), forms) => {
+            let registers = if least == most { least.to_string() } else { format!("{least} to {most}") };
+            (registers, if forms == 1 { "cubin".to_owned() } else { format!("{forms} cubins") })
+        }
+        _ => ("unknown".to_owned(), "PTX".to_owned()),
+    }
 }
 
 #[cfg(not(feature = "cuda"))]

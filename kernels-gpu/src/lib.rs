@@ -15,6 +15,8 @@ pub mod ground;
 pub mod kernels;
 pub mod params;
 pub mod pipeline;
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod specialise;
 pub mod tile;
 pub mod tuning;
 pub mod variants;

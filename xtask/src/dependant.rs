@@ -35,7 +35,10 @@ fn main() -> Result<(), ferroflash::Error> {
 fn gpu() -> Result<(), ferroflash::Error> {
     use ferroflash::cuda::{Cuda, KERNEL_ORIGIN, KERNELS};
     for kernel in KERNELS {
-        assert!(kernel.cubin()?.is_some_and(|cubin| cubin.starts_with(b"\x7fELF")), "{}", kernel.symbol);
+        assert!(!kernel.cubins.is_empty(), "{}", kernel.symbol);
+        for cubin in kernel.cubins {
+            assert!(kernel.machine_code(cubin)?.starts_with(b"\x7fELF"), "{}", kernel.symbol);
+        }
     }
     println!("{} kernels, {KERNEL_ORIGIN}", KERNELS.len());
     match Cuda::new(0) {

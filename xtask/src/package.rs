@@ -30,8 +30,9 @@ pub fn make() -> Result<Packages> {
     }
     let kernels = pack(&built, &folder, Effort::Best)?;
     println!(
-        "{} kernels: {} of PTX as {}, {} of machine code as {}",
+        "{} kernels in {} forms: {} of PTX as {}, {} of machine code as {}",
         built.kernels.len(),
+        built.kernels.iter().map(|kernel| kernel.forms.len()).sum::<usize>(),
         kib(kernels.ptx as u64),
         kib(kernels.packed_ptx as u64),
         kib(kernels.cubins as u64),

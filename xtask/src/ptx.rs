@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use ferroflash_build::ptxas::Assembled;
-use ferroflash_build::{Built, Kernel, cache_folder, from_source, unpack, work};
+use ferroflash_build::{Built, Form, Kernel, cache_folder, from_source, unpack, work};
 use kernels_gpu::variants::{Family, Launch};
 
 use crate::setup::cuda_tool;
@@ -30,7 +30,7 @@ fn reconvergences(launch: &Launch) -> usize {
     }
 }
 
-/// What became of one kernel.
+/// What became of one form of a kernel.
 struct Row {
     registers: u32,
     stack: u32,
@@ -48,25 +48,26 @@ pub fn check() -> Result {
     let built = built()?;
     let folder = cache_folder(&root()).join("latest");
     unpack(&built, &folder)?;
-    let rows = work::each(&built.kernels, |kernel| row(&folder, kernel))?;
+    let forms = forms(&built);
+    let rows = work::each(&forms, |(kernel, form)| row(&folder, &kernel.launch, form))?;
     println!(
-        "{:35} {:>7} {:>9} {:>9} {:>5} {:>5} {:>5} {:>5} {:>8}  result",
+        "{:44} {:>7} {:>9} {:>9} {:>5} {:>5} {:>5} {:>5} {:>8}  result",
         "kernel", "threads", "registers", "parameter", "stack", "spill", "HGMMA", "SHFL", "WARPSYNC"
     );
     let mut failed = 0;
-    for (kernel, row) in built.kernels.iter().zip(rows) {
-        let (name, threads, parameter) = (kernel.launch.symbol, kernel.launch.threads, kernel.parameter_bytes);
+    for ((kernel, form), row) in forms.iter().zip(rows) {
+        let (name, threads, parameter) = (&form.name, kernel.launch.threads, kernel.parameter_bytes);
         let Row { registers, stack, spilled, hgmma, shuffles, reconvergences, problems } = row;
         let result = if problems.is_empty() { "ok".to_owned() } else { problems.join("; ") };
         failed += usize::from(!problems.is_empty());
         println!(
-            "{name:35} {threads:>7} {registers:>9} {parameter:>9} {stack:>5} {spilled:>5} {hgmma:>5} {shuffles:>5} \
+            "{name:44} {threads:>7} {registers:>9} {parameter:>9} {stack:>5} {spilled:>5} {hgmma:>5} {shuffles:>5} \
              {reconvergences:>8}  {result}"
         );
     }
     match failed {
         0 => Ok(()),
-        _ => Err(format!("{failed} of {} kernels are not as they should be", built.kernels.len())),
+        _ => Err(format!("{failed} of {} forms of kernels are not as they should be", forms.len())),
     }
 }
 
@@ -80,10 +81,15 @@ pub fn built() -> Result<Built> {
     }
 }
 
-fn row(folder: &Path, kernel: &Kernel) -> Result<Row> {
-    let name = kernel.launch.symbol;
+/// Lists every form of every kernel.
+fn forms(built: &Built) -> Vec<(&Kernel, &Form)> {
+    built.kernels.iter().flat_map(|kernel| kernel.forms.iter().map(move |form| (kernel, form))).collect()
+}
+
+fn row(folder: &Path, launch: &Launch, form: &Form) -> Result<Row> {
+    let name = &form.name;
     let Assembled { report, registers, .. } =
-        kernel.assembled.as_ref().ok_or_else(|| format!("{name} has no machine code"))?;
+        form.assembled.as_ref().ok_or_else(|| format!("{name} has no machine code"))?;
     let code = output(Command::new(cuda_tool("nvdisasm")).arg("-c").arg(folder.join(name).with_extension("cubin")))?;
     let reported =
         |what: &str| number_before(report, what).ok_or_else(|| format!("ptxas reports no{what} for {name}:\n{report}"));
@@ -100,7 +106,7 @@ fn row(folder: &Path, kernel: &Kernel) -> Result<Row> {
     }
     // C75xx are ptxas's warnings about wgmma and setmaxnreg.
     problems.extend(report.lines().filter(|line| line.contains("(C75")).map(|line| line.trim().to_owned()));
-    if kernel.launch.mainloop {
+    if launch.mainloop {
         problems.extend(NEEDED.iter().filter(|needed| count(needed) == 0).map(|needed| format!("no {needed}")));
     }
     for mnemonic in FORBIDDEN {
@@ -108,12 +114,12 @@ fn row(folder: &Path, kernel: &Kernel) -> Result<Row> {
             problems.push(format!("{} {mnemonic}", count(mnemonic)));
         }
     }
-    let reconvergences = (count(RECONVERGENCE), self::reconvergences(&kernel.launch));
+    let reconvergences = (count(RECONVERGENCE), self::reconvergences(launch));
     if reconvergences.0 > reconvergences.1 {
         problems.push(format!("{} {RECONVERGENCE}, {} at most", reconvergences.0, reconvergences.1));
     }
-    if registers.saturating_mul(kernel.launch.threads) > REGISTER_FILE {
-        problems.push(format!("{registers} registers for {} threads", kernel.launch.threads));
+    if registers.saturating_mul(launch.threads) > REGISTER_FILE {
+        problems.push(format!("{registers} registers for {} threads", launch.threads));
     }
     let (hgmma, shuffles) = (count("HGMMA"), count("SHFL"));
     Ok(Row { registers: *registers, stack, spilled, hgmma, shuffles, reconvergences: reconvergences.0, problems })
@@ -124,19 +130,20 @@ pub fn compare(folder: &str) -> Result {
     step("cubins of this checkout and of another build");
     let built = built()?;
     let mut different = Vec::new();
-    for kernel in &built.kernels {
-        let path = Path::new(folder).join(kernel.launch.symbol).with_extension("cubin");
+    let forms = forms(&built);
+    for (_, form) in &forms {
+        let path = Path::new(folder).join(&form.name).with_extension("cubin");
         let other = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        if kernel.assembled.as_ref().is_none_or(|assembled| assembled.cubin != other) {
-            different.push(kernel.launch.symbol);
+        if form.assembled.as_ref().is_none_or(|assembled| assembled.cubin != other) {
+            different.push(&*form.name);
         }
     }
     match different.len() {
         0 => {
-            println!("all {} are the same, byte for byte", built.kernels.len());
+            println!("all {} are the same, byte for byte", forms.len());
             Ok(())
         }
-        count => Err(format!("{count} of {} differ: {}", built.kernels.len(), different.join(", "))),
+        count => Err(format!("{count} of {} differ: {}", forms.len(), different.join(", "))),
     }
 }
 

@@ -9,7 +9,7 @@ use kernels_gpu::params::WithDropout;
 use super::driver::{Extent, zero_words};
 use super::modules::Loaded;
 use super::stream::Order;
-use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream};
+use super::{Constants, Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
 use crate::backend::Workspace;
 use crate::element::Element;
 use crate::error::{Operand, Result};
@@ -28,13 +28,14 @@ struct Kernels<'a> {
 }
 
 impl Cuda {
-    /// Loads a backward plan's kernels before their first launch. Returns the time that loading took when it happened.
+    /// Loads a backward plan's kernels before their first launch, specialised to the plan as by [`Cuda::load`]. Returns
+    /// the time that loading took when it happened.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver).
     pub fn load_backward(&self, plan: &BackwardPlan) -> Result<Duration> {
         let _entered = self.device().enter()?;
-        let Kernels { prepare, main, finish } = self.backward_kernels(plan)?;
+        let Kernels { prepare, main, finish } = self.backward_kernels(plan, Specialise::AtFirstUse)?;
         Ok(prepare.load_time + main.load_time + finish.load_time)
     }
 
@@ -125,12 +126,13 @@ impl Cuda {
     }
 
     /// Returns the kernels of a plan. The device's context is current.
-    fn backward_kernels(&self, plan: &BackwardPlan) -> Result<Kernels<'_>> {
+    fn backward_kernels(&self, plan: &BackwardPlan, policy: Specialise) -> Result<Kernels<'_>> {
         let variant = plan.variant();
+        let kernel = |symbol, smem_bytes| self.kernel(symbol, Constants::NONE, smem_bytes, policy);
         Ok(Kernels {
-            prepare: self.kernel(variant.prepare, 0)?,
-            main: self.kernel(variant.symbol, plan.smem_bytes())?,
-            finish: self.kernel(variant.finish, 0)?,
+            prepare: kernel(variant.prepare, 0)?,
+            main: kernel(variant.symbol, plan.smem_bytes())?,
+            finish: kernel(variant.finish, 0)?,
         })
     }
 
@@ -144,7 +146,7 @@ impl Cuda {
             return Ok(());
         }
         // Everything that can fail independently comes before the first launch.
-        let kernels = self.backward_kernels(plan)?;
+        let kernels = self.backward_kernels(plan, self.specialise)?;
         let maps = if plan.grid() > 0 { Some(self.backward_maps(plan, args)?) } else { None };
         let rows = |grid| Extent { grid, block: ROW_KERNEL_THREADS, shared_memory: 0 };
         // SAFETY: these are the kernels' parameters, their context is current, and the caller promises the rest;

@@ -28,7 +28,7 @@ use bytemuck::Pod;
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
 use super::stream::Stream;
-use super::{Cuda, Device, DeviceSlice, DeviceSliceMut};
+use super::{Cuda, Device, DeviceSlice, DeviceSliceMut, Specialise};
 use crate::error::{Error, Operand, Result};
 
 /// A stream of cudarc's, and the backend that runs safe calls on it.
@@ -51,7 +51,13 @@ impl CudarcStream {
         }
         // SAFETY: cudarc's stream is live, and is kept by the new value.
         let kept = unsafe { Stream::caller(device, stream.cu_stream().cast()) }?.kept_by(Box::new(stream.clone()));
-        Ok(CudarcStream { cuda: Cuda { stream: Arc::new(kept) }, stream: stream.clone() })
+        Ok(CudarcStream { cuda: Cuda::on(kept), stream: stream.clone() })
+    }
+
+    /// Returns the same stream, with another choice of when to compile specialised kernels.
+    #[must_use]
+    pub fn specialise(self, when: Specialise) -> Self {
+        CudarcStream { cuda: self.cuda.specialise(when), ..self }
     }
 
     /// Returns the backend.

@@ -67,7 +67,7 @@ impl Cuda {
     pub fn on_cust_stream(&self, stream: Arc<CustStream>) -> Result<Self> {
         // SAFETY: cust's stream is live, and is kept by the new value.
         let made = unsafe { Stream::caller(self.stream.device.clone(), stream.as_inner().cast()) }?;
-        Ok(Cuda { stream: Arc::new(made.kept_by(Box::new(stream))) })
+        Ok(Cuda { stream: Arc::new(made.kept_by(Box::new(stream))), ..*self })
     }
 
     /// Returns memory of cust's for reading, as elements of the same size.

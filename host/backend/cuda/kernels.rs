@@ -1,14 +1,17 @@
-//! The compiled kernels of this build, each a module of its own.
+//! The compiled kernels of this build, each a module of its own, in all the forms that were prebuilt.
 //!
-//! They lie in compressed streams, two for each family of kernels. The build writes the table, from source or when it
-//! makes a package.
+//! They lie in compressed streams, two for each family of kernels: one of PTX, which has a text for each kernel, and one
+//! of cubins, which has one for each form. The build writes the table, from source or when it makes a package.
 
 use std::io::Read;
 use std::ops::Range;
 use std::sync::OnceLock;
 
+use kernels_gpu::ground::constants::{ConstantPlace, Constants};
+use kernels_gpu::specialise;
 use lzma_rust2::LzmaReader;
 
+use super::Specialise;
 use crate::error::{Error, Result};
 
 /// One compiled kernel.
@@ -18,14 +21,25 @@ pub struct Kernel {
     pub symbol: &'static str,
     /// Its family's streams.
     streams: &'static Streams,
-    /// Its bytes in the stream of cubins, if the build had ptxas.
-    cubin: Option<Range<usize>>,
     /// Its bytes in the stream of PTX.
     ptx: Range<usize>,
-    /// Number of registers of a thread at entry, if the build had ptxas.
-    pub registers: Option<u32>,
     /// Size of its by-value parameter in bytes, as its PTX declares it.
     pub parameter_bytes: u32,
+    /// Places of its specialisation constants in that parameter.
+    pub constants: &'static [ConstantPlace],
+    /// Its forms that the build holds as machine code; none if the build had no ptxas.
+    pub cubins: &'static [Cubin],
+}
+
+/// Machine code of one form of a kernel.
+#[derive(Debug)]
+pub struct Cubin {
+    /// Constants that it is specialised to; `None` if it is general, or if the kernel has no constants.
+    pub constants: Option<Constants>,
+    /// Its bytes in the stream of cubins.
+    bytes: Range<usize>,
+    /// Number of registers of a thread at entry.
+    pub registers: u32,
 }
 
 /// The kernels of a family, compressed.
@@ -67,35 +81,55 @@ impl Kernel {
         place(symbol).map(|place| &KERNELS[place])
     }
 
-    /// True if the build holds its machine code.
-    pub fn has_cubin(&self) -> bool {
-        self.cubin.is_some()
+    /// Returns the name of one of its forms: its symbol, followed by `_general`, `_plain` or the names of the constants
+    /// that are 1. A kernel without constants has its symbol alone.
+    pub fn name(&self, constants: Option<Constants>) -> String {
+        specialise::name(self.symbol, self.constants, constants)
     }
 
-    /// Returns its machine code, if the build had ptxas. The first call of a family unpacks all cubins of that family.
+    /// Finds the form specialised to `constants`, or if that is `None` the general one, if the build holds it.
+    pub fn find(&self, constants: Option<Constants>) -> Option<&'static Cubin> {
+        self.cubins.iter().find(|cubin| cubin.constants == constants)
+    }
+
+    /// Returns the key of the form specialised to `constants`, as [`Kernel::find`] takes it: without the constants that
+    /// the kernel lacks, and `None` if it has no constants.
+    pub(super) fn specialised(&self, constants: Constants) -> Option<Constants> {
+        (!self.constants.is_empty()).then(|| constants.only(self.constants))
+    }
+
+    /// Chooses the form to load for a launch that wants the form `specialised`, which is not loaded yet.
+    pub(super) fn choose(&self, specialised: Option<Constants>, policy: Specialise) -> Option<Constants> {
+        let general = policy == Specialise::Prebuilt && self.find(specialised).is_none() && self.find(None).is_some();
+        if general { None } else { specialised }
+    }
+
+    /// Returns the machine code of one of its [`cubins`](Kernel::cubins). The first call of a family unpacks all cubins
+    /// of that family.
     ///
     /// # Errors
     /// [`Error::BrokenKernel`] if the program's kernels are damaged.
-    pub fn cubin(&self) -> Result<Option<&'static [u8]>> {
-        let Some(range) = self.cubin.clone() else { return Ok(None) };
+    pub fn machine_code(&self, cubin: &Cubin) -> Result<&'static [u8]> {
         let streams = self.streams;
         let unpacked =
             streams.unpacked_cubins.get_or_init(|| unpack(streams.cubins, None).map_err(|error| error.to_string()));
         let bytes = unpacked.as_ref().map_err(|error| self.damaged(error))?;
-        bytes.get(range).map(Some).ok_or_else(|| self.damaged(&"its stream ends too early"))
+        bytes.get(cubin.bytes.clone()).ok_or_else(|| self.damaged(&"its stream ends too early"))
     }
 
-    /// Returns its PTX. Every call unpacks it again, because few programs need it even once.
+    /// Returns the PTX of the form specialised to `constants`, or if that is `None` of the general one, or of the only
+    /// one of a kernel without constants. Every call unpacks it again, because few programs need it even once.
     ///
     /// # Errors
     /// [`Error::BrokenKernel`] if the program's kernels are damaged.
-    pub fn ptx(&self) -> Result<String> {
+    pub fn ptx(&self, constants: Option<Constants>) -> Result<String> {
         let mut bytes = unpack(self.streams.ptx, Some(self.ptx.end)).map_err(|error| self.damaged(&error))?;
         if bytes.len() < self.ptx.end {
             return Err(self.damaged(&"its stream ends too early"));
         }
         bytes.drain(..self.ptx.start);
-        String::from_utf8(bytes).map_err(|error| self.damaged(&error))
+        let text = String::from_utf8(bytes).map_err(|error| self.damaged(&error))?;
+        specialise::bind(&text, self.symbol, self.constants, constants).map_err(|error| self.damaged(&error))
     }
 
     fn damaged(&self, reason: &dyn std::fmt::Display) -> Error {
@@ -108,30 +142,93 @@ impl Kernel {
 mod tests {
     use super::*;
 
+    const RIGHT: Constants = Constants::NONE.with(Constants::RIGHT, true);
+    const BOTH: Constants = RIGHT.with(Constants::LEFT, true);
+
+    /// Every combination of a kernel's constants.
+    fn combinations(kernel: &Kernel) -> Vec<Constants> {
+        let mut all: Vec<_> =
+            (0..1 << Constants::NAMES.len()).map(|bits| Constants::from_bits(bits).only(kernel.constants)).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
     #[test]
     fn every_kernel_is_in_its_streams() {
         for kernel in KERNELS {
             let symbol = kernel.symbol;
-            let ptx = kernel.ptx().unwrap();
-            assert!(ptx.contains(&format!(".entry {symbol}(")), "{symbol}");
-            assert!(ptx.contains(&format!("{symbol}_param_0[{}]", kernel.parameter_bytes)), "{symbol}");
             assert!(Kernel::of(symbol).is_some_and(|found| found.symbol == symbol), "{symbol}");
-            assert_eq!(kernel.has_cubin(), kernel.registers.is_some(), "{symbol}");
-            if let Some(cubin) = kernel.cubin().unwrap() {
+            assert!(kernel.constants.iter().all(|place| place.offset + 4 <= kernel.parameter_bytes), "{symbol}");
+            // Every text that the host may give to the driver's compiler, and the general one.
+            for constants in combinations(kernel).into_iter().map(Some).chain([None]) {
+                let ptx = kernel.ptx(constants).unwrap();
+                assert!(ptx.contains(&format!(".entry {symbol}(")), "{symbol}");
+                assert!(ptx.contains(&format!("{symbol}_param_0[{}]", kernel.parameter_bytes)), "{symbol}");
+                assert!(!ptx.contains("FF_CONSTANT"), "{symbol}");
+            }
+            for cubin in kernel.cubins {
+                let code = kernel.machine_code(cubin).unwrap();
                 // A cubin is an ELF file, and its string table has the kernel's name.
-                assert!(cubin.starts_with(b"\x7fELF"), "{symbol}");
+                assert!(code.starts_with(b"\x7fELF"), "{symbol}");
                 let name = format!(".text.{symbol}\0");
-                assert!(cubin.windows(name.len()).any(|bytes| bytes == name.as_bytes()), "{symbol}");
+                assert!(code.windows(name.len()).any(|bytes| bytes == name.as_bytes()), "{symbol}");
             }
         }
     }
 
     #[test]
+    fn machine_code_has_a_general_form_and_every_form_once() {
+        for kernel in KERNELS.iter().filter(|_| KERNEL_ASSEMBLER.is_some()) {
+            assert!(kernel.find(None).is_some(), "{}", kernel.symbol);
+            for cubin in kernel.cubins {
+                assert!(kernel.find(cubin.constants).is_some_and(|found| found.bytes == cubin.bytes));
+                assert_eq!(cubin.constants, cubin.constants.and_then(|constants| kernel.specialised(constants)));
+            }
+        }
+    }
+
+    static CUT: Streams = Streams::new(b"not a stream", b"neither");
+
+    const fn kernel(constants: &'static [ConstantPlace], cubins: &'static [Cubin]) -> Kernel {
+        Kernel { symbol: "none", streams: &CUT, ptx: 0..8, parameter_bytes: 8, constants, cubins }
+    }
+
+    const PLACES: &[ConstantPlace] =
+        &[ConstantPlace { bit: Constants::LEFT, offset: 0 }, ConstantPlace { bit: Constants::RIGHT, offset: 4 }];
+    const ONE: &[Cubin] = &[Cubin { constants: None, bytes: 0..8, registers: 168 }];
+    const TWO: &[Cubin] = &[
+        Cubin { constants: None, bytes: 0..8, registers: 168 },
+        Cubin { constants: Some(RIGHT), bytes: 8..16, registers: 168 },
+    ];
+
+    #[test]
+    fn a_prebuilt_form_is_preferred_to_the_general_one_and_that_to_a_compiler() {
+        let chosen = |kernel: &Kernel, constants, policy| kernel.choose(kernel.specialised(constants), policy);
+        let built = kernel(PLACES, TWO);
+        assert_eq!(chosen(&built, RIGHT, Specialise::Prebuilt), Some(RIGHT));
+        assert_eq!(chosen(&built, RIGHT, Specialise::AtFirstUse), Some(RIGHT));
+        assert_eq!(chosen(&built, BOTH, Specialise::Prebuilt), None);
+        assert_eq!(chosen(&built, BOTH, Specialise::AtFirstUse), Some(BOTH));
+        // Without machine code the driver compiles in any case, so it may as well compile the specialised form.
+        assert_eq!(chosen(&kernel(PLACES, &[]), BOTH, Specialise::Prebuilt), Some(BOTH));
+        // A constant that the kernel lacks does not matter.
+        assert_eq!(chosen(&kernel(&PLACES[1..], TWO), BOTH, Specialise::Prebuilt), Some(RIGHT));
+        for (cubins, policy) in
+            [(ONE, Specialise::Prebuilt), (ONE, Specialise::AtFirstUse), (&[], Specialise::Prebuilt)]
+        {
+            assert_eq!(chosen(&kernel(&[], cubins), BOTH, policy), None);
+        }
+    }
+
+    #[test]
     fn a_damaged_stream_is_an_error() {
-        static CUT: Streams = Streams::new(b"not a stream", b"neither");
-        let (symbol, cubin) = ("none", Some(0..8));
-        let kernel = Kernel { symbol, streams: &CUT, cubin, ptx: 0..8, registers: None, parameter_bytes: 0 };
-        assert!(kernel.cubin().unwrap_err().to_string().contains("damaged"));
-        assert!(kernel.ptx().unwrap_err().to_string().contains("damaged"));
+        let kernel = kernel(PLACES, TWO);
+        for cubin in kernel.cubins {
+            assert!(kernel.machine_code(cubin).unwrap_err().to_string().contains("damaged"));
+        }
+        for constants in [None, Some(RIGHT)] {
+            assert!(kernel.ptx(constants).unwrap_err().to_string().contains("damaged"));
+        }
     }
 }

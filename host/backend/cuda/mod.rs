@@ -5,6 +5,12 @@
 //! a [`DeviceBuffer`] waits. [`Cuda::forward_raw`], [`Cuda::backward_raw`] and [`Cuda::total_attention_raw`] are for
 //! frameworks: raw addresses, the caller's stream, no allocation and no waiting.
 //!
+//! # Loading
+//! The first use of a kernel loads it, which takes a fraction of a millisecond. For a combination of features that the
+//! build holds no specialised kernel for, the general kernel is loaded, which has all features and is up to 4 % slower.
+//! [`Cuda::load`], [`Cuda::load_backward`] and [`Cuda::load_total_attention`] load a plan's kernels in advance, and let
+//! the driver compile specialised ones if need be. [`Cuda::specialise`] does so at first use.
+//!
 //! # Context and streams
 //! - Every call, and every drop, leaves the calling thread's current context as it was.
 //! - [`Cuda::new`] works on the device's default stream, [`Cuda::on_new_stream`] on a new stream, [`Cuda::on_stream`]
@@ -23,6 +29,7 @@ mod driver;
 mod kernels;
 mod memory;
 mod modules;
+mod specialise;
 mod stream;
 mod sys;
 mod tensor_map;
@@ -34,7 +41,6 @@ mod total_attention;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytemuck::Pod;
 use kernels_gpu::params::WithDropout;
@@ -44,8 +50,10 @@ use kernels_gpu::variants::{WARP_ROWS, WARPGROUP_ROWS};
 pub use cudarc::{CudarcStream, CudarcView, CudarcViewMut};
 #[cfg(feature = "cust")]
 pub use cust::{CustView, CustViewMut};
-pub use kernels::{COMMIT, KERNEL_ASSEMBLER, KERNEL_COMPILER, KERNEL_ORIGIN, KERNELS, Kernel};
+pub use kernels::{COMMIT, Cubin, KERNEL_ASSEMBLER, KERNEL_COMPILER, KERNEL_ORIGIN, KERNELS, Kernel};
+pub use kernels_gpu::ground::constants::{ConstantPlace, Constants};
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
+pub use specialise::Specialise;
 
 use crate::backend::{Backend, Workspace, sealed::Sealed};
 use crate::element::Element;
@@ -68,6 +76,7 @@ pub type RawStream = *mut c_void;
 #[derive(Clone)]
 pub struct Cuda {
     stream: Arc<Stream>,
+    specialise: Specialise,
 }
 
 impl Cuda {
@@ -86,7 +95,12 @@ impl Cuda {
     /// [`Error::UnsupportedDevice`](crate::Error::UnsupportedDevice) for a GPU that is not of compute capability 9.0;
     /// [`Error::Driver`](crate::Error::Driver).
     pub fn new(ordinal: u32) -> Result<Self> {
-        Ok(Cuda { stream: Arc::new(Stream::default_of(Device::shared(ordinal)?)) })
+        Ok(Cuda::on(Stream::default_of(Device::shared(ordinal)?)))
+    }
+
+    /// Returns the backend of a stream.
+    fn on(stream: Stream) -> Self {
+        Cuda { stream: Arc::new(stream), specialise: Specialise::default() }
     }
 
     /// Returns the same device with safe calls on a new stream, which is destroyed when the last user is dropped.
@@ -94,7 +108,7 @@ impl Cuda {
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver).
     pub fn on_new_stream(&self) -> Result<Self> {
-        Ok(Cuda { stream: Arc::new(Stream::new(self.stream.device.clone())?) })
+        Ok(Cuda { stream: Arc::new(Stream::new(self.stream.device.clone())?), ..*self })
     }
 
     /// Returns the same device with safe calls on a stream of the caller's. It is a stream of the device's primary
@@ -110,7 +124,7 @@ impl Cuda {
     pub unsafe fn on_stream(&self, stream: RawStream) -> Result<Self> {
         // SAFETY: the caller's promise.
         let stream = unsafe { Stream::caller(self.stream.device.clone(), stream) }?;
-        Ok(Cuda { stream: Arc::new(stream) })
+        Ok(Cuda { stream: Arc::new(stream), ..*self })
     }
 
     /// Returns the stream that safe calls run on; null is the default stream.
@@ -173,21 +187,6 @@ impl Cuda {
         check(calls, "cuCtxSynchronize", unsafe { (calls.cuCtxSynchronize)() })
     }
 
-    /// Returns the kernel of this name, loaded. The device's context is current.
-    fn kernel(&self, symbol: &'static str, smem_bytes: u32) -> Result<&modules::Loaded> {
-        let device = self.device();
-        device.modules.get(device.calls(), symbol, smem_bytes)
-    }
-
-    /// Loads a plan's kernel before its first launch. Returns the time that loading took when it happened.
-    ///
-    /// # Errors
-    /// [`Error::Driver`](crate::Error::Driver).
-    pub fn load(&self, plan: &Plan) -> Result<Duration> {
-        let _entered = self.device().enter()?;
-        Ok(self.kernel(plan.variant().symbol, plan.smem_bytes())?.load_time)
-    }
-
     /// Runs a forward plan on raw device addresses and the caller's stream. After a kernel's first use (see
     /// [`Cuda::load`]) it neither allocates nor waits, and may be captured into a graph.
     ///
@@ -231,7 +230,7 @@ impl Cuda {
             (Some(_), 0) => Some(Pair { q: maps[0], k: maps[1] }),
             (Some(Pair { q, k }), _) => Some(Pair { q: encode(q, WARPGROUP_ROWS)?, k: encode(k, variant.block_n)? }),
         };
-        let function = self.kernel(variant.symbol, plan.smem_bytes())?.function;
+        let function = self.kernel(variant.symbol, Constants::NONE, plan.smem_bytes(), self.specialise)?.function;
         let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
         // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
         unsafe {

@@ -1,10 +1,13 @@
-//! The kernels that a device has loaded. Each is a module of its own, loaded at the first call.
+//! The kernels that a device has loaded. Each form of a kernel is a module of its own, loaded at the first call.
 
 use std::ffi::{CString, c_int, c_void};
-use std::ptr;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+use std::{mem, ptr};
 
+use kernels_gpu::ground::constants::Constants;
+
+use super::Specialise;
 use super::driver::{Function, check};
 use super::kernels::{KERNELS, Kernel, place};
 use super::sys::{self, Calls, Handle};
@@ -13,10 +16,12 @@ use crate::error::{Error, Result};
 /// Number of bytes for the message of the driver's compiler about PTX that it refuses.
 const LOG_BYTES: usize = 16 << 10;
 
-/// A kernel on a device.
+/// A form of a kernel on a device.
 pub(super) struct Loaded {
     pub(super) function: Function,
     pub(super) load_time: Duration,
+    /// Constants that it is specialised to; `None` if it is general, or if the kernel has no constants.
+    constants: Option<Constants>,
     module: Module,
 }
 
@@ -31,33 +36,76 @@ unsafe impl Send for Module {}
 // SAFETY: the driver's calls on it are thread-safe.
 unsafe impl Sync for Module {}
 
+/// Forms of one kernel that a device has loaded: a list that grows at its end, so that reading it takes no lock.
+#[derive(Default)]
+struct Forms(OnceLock<Box<(Loaded, Forms)>>);
+
+impl Forms {
+    /// Finds the form specialised to `constants`, or if that is `None` the general one.
+    fn find(&self, constants: Option<Constants>) -> Option<&Loaded> {
+        let mut forms = self;
+        while let Some((loaded, others)) = forms.0.get().map(Box::as_ref) {
+            if loaded.constants == constants {
+                return Some(loaded);
+            }
+            forms = others;
+        }
+        None
+    }
+
+    /// Adds a form. The device's context is current.
+    fn add(&self, loaded: Loaded) {
+        let (mut forms, mut new) = (self, Box::new((loaded, Forms::default())));
+        while let Err(refused) = forms.0.set(new) {
+            // Another thread may have loaded the same form meanwhile. Then this module is not needed.
+            let Some((loaded, others)) = forms.0.get().map(Box::as_ref) else { return };
+            if loaded.constants == refused.0.constants {
+                // SAFETY: nothing was launched from this module, and its context is current.
+                unsafe { refused.0.module.unload() };
+                return;
+            }
+            (forms, new) = (others, refused);
+        }
+    }
+}
+
 /// Kernels that one device has loaded, in the order of [`KERNELS`].
-pub(super) struct Modules(Box<[OnceLock<Loaded>]>);
+pub(super) struct Modules(Box<[Forms]>);
 
 impl Modules {
     pub(super) fn new() -> Self {
-        Modules(KERNELS.iter().map(|_| OnceLock::new()).collect())
+        Modules(KERNELS.iter().map(|_| Forms::default()).collect())
     }
 
-    /// Returns the kernel of this name with `smem_bytes` of dynamic shared memory. The first call loads it. The
-    /// device's context is current.
+    /// Returns the kernel of this name, in the best form for `constants`, with `smem_bytes` of dynamic shared memory.
+    /// That is the specialised form if it is loaded, prebuilt or, by `policy`, to be compiled, and otherwise the general
+    /// form. The first call loads it. Constants that the kernel lacks are ignored. The device's context is current.
     ///
     /// # Errors
     /// [`Error::BrokenKernel`] for a kernel that the build does not hold, [`Error::Driver`].
-    pub(super) fn get(&self, calls: &'static Calls, symbol: &'static str, smem_bytes: u32) -> Result<&Loaded> {
+    pub(super) fn get(
+        &self,
+        calls: &'static Calls,
+        symbol: &'static str,
+        constants: Constants,
+        smem_bytes: u32,
+        policy: Specialise,
+    ) -> Result<&Loaded> {
         let missing = || Error::BrokenKernel { symbol, message: "this build does not hold it".to_owned() };
         let place = place(symbol).ok_or_else(missing)?;
-        if let Some(loaded) = self.0[place].get() {
+        let (kernel, forms) = (&KERNELS[place], &self.0[place]);
+        let specialised = kernel.specialised(constants);
+        if let Some(loaded) = forms.find(specialised) {
             return Ok(loaded);
         }
-        let loaded = load(calls, &KERNELS[place], smem_bytes)?;
-        // Another thread may have loaded it meanwhile. Then this module is not needed.
-        match self.0[place].set(loaded) {
-            Ok(()) => {}
-            // SAFETY: nothing was launched from this module, and its context is current.
-            Err(spare) => unsafe { spare.module.unload() },
+        let chosen = kernel.choose(specialised, policy);
+        if let Some(loaded) = forms.find(chosen) {
+            return Ok(loaded);
         }
-        self.0[place].get().ok_or_else(missing)
+        let loaded = load(calls, kernel, chosen, specialised, smem_bytes)?;
+        let form = loaded.constants;
+        forms.add(loaded);
+        forms.find(form).ok_or_else(missing)
     }
 
     /// Unloads every module. Their context is current.
@@ -65,9 +113,13 @@ impl Modules {
     /// # Safety
     /// Their functions are not used any more.
     pub(super) unsafe fn unload(&mut self) {
-        for loaded in self.0.iter_mut().filter_map(OnceLock::take) {
-            // SAFETY: the caller's promise.
-            unsafe { loaded.module.unload() };
+        for forms in &mut self.0 {
+            let mut forms = mem::take(forms);
+            while let Some((loaded, others)) = forms.0.take().map(|form| *form) {
+                // SAFETY: the caller's promise.
+                unsafe { loaded.module.unload() };
+                forms = others;
+            }
         }
     }
 }
@@ -81,18 +133,27 @@ impl Module {
     }
 }
 
-fn load(calls: &'static Calls, kernel: &'static Kernel, smem_bytes: u32) -> Result<Loaded> {
+/// Loads the form `chosen` of a kernel. If the driver has to compile PTX, loads the form `specialised` instead, because
+/// compiling that takes no longer.
+fn load(
+    calls: &'static Calls,
+    kernel: &'static Kernel,
+    chosen: Option<Constants>,
+    specialised: Option<Constants>,
+    smem_bytes: u32,
+) -> Result<Loaded> {
     let start = Instant::now();
-    let module = match kernel.cubin()?.map(|cubin| load_cubin(calls, cubin)) {
-        Some(Ok(module)) => module,
+    let code = kernel.find(chosen).map(|cubin| kernel.machine_code(cubin)).transpose()?;
+    let (module, constants) = match code.map(|code| load_cubin(calls, code)) {
+        Some(Ok(module)) => (module, chosen),
         // A driver that is older than the build's ptxas refuses the cubin, and compiles the PTX instead.
         Some(Err(Error::Driver { code: sys::INVALID_IMAGE | sys::NO_BINARY_FOR_GPU, .. })) | None => {
-            load_ptx(calls, kernel.symbol, kernel.ptx()?)?
+            (load_ptx(calls, kernel.symbol, kernel.ptx(specialised)?)?, specialised)
         }
         Some(Err(error)) => return Err(error),
     };
     match function(calls, kernel, &module, smem_bytes) {
-        Ok(function) => Ok(Loaded { function, load_time: start.elapsed(), module }),
+        Ok(function) => Ok(Loaded { function, load_time: start.elapsed(), constants, module }),
         Err(error) => {
             // SAFETY: nothing was launched from it.
             unsafe { module.unload() };
@@ -188,11 +249,32 @@ mod tests {
     fn parameters_of_another_size_are_refused() {
         let Some(cuda) = device() else { return };
         let _entered = cuda.device().enter().unwrap();
-        let function = cuda.kernel("prepare_bf16", 0).unwrap().function;
+        let function = cuda.kernel("prepare_bf16", Constants::NONE, 0, Specialise::Prebuilt).unwrap().function;
         let extent = Extent { grid: 1, block: 32, shared_memory: 0 };
         // SAFETY: refused before the launch.
         let error = unsafe { function.launch(extent, ptr::null_mut(), &0u64) }.err().unwrap();
         assert!(matches!(error, Error::BrokenKernel { symbol: "prepare_bf16", .. }), "{error}");
+    }
+
+    #[test]
+    fn a_form_that_is_not_prebuilt_is_loaded_on_request() {
+        let Some(cuda) = device() else { return };
+        let _entered = cuda.device().enter().unwrap();
+        let all = || (0..1 << Constants::NAMES.len()).map(Constants::from_bits);
+        let form = |symbol, constants, policy| cuda.kernel(symbol, constants, 0, policy).unwrap().constants;
+        let mut tried = 0;
+        for kernel in KERNELS.iter().filter(|kernel| kernel.find(None).is_some()).take(8) {
+            let wanted = all().map(|constants| kernel.specialised(constants)).find(|&form| kernel.find(form).is_none());
+            let Some(wanted @ Some(constants)) = wanted else { continue };
+            assert_eq!(form(kernel.symbol, constants, Specialise::Prebuilt), None);
+            assert_eq!(form(kernel.symbol, constants, Specialise::AtFirstUse), wanted);
+            assert_eq!(form(kernel.symbol, constants, Specialise::Prebuilt), wanted);
+            for prebuilt in kernel.cubins.iter().filter_map(|cubin| cubin.constants) {
+                assert_eq!(form(kernel.symbol, prebuilt, Specialise::Prebuilt), Some(prebuilt));
+            }
+            tried += 1;
+        }
+        println!("{tried} kernels with a form that is not prebuilt");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::driver::{Extent, zero_words};
 use super::stream::Order;
-use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream};
+use super::{Constants, Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
 use crate::element::Element;
 use crate::error::{Operand, Result};
 use crate::operands::{AddressSpace, Memory, RawTensor, RawTotalAttention, check_dtype, check_total_inputs};
@@ -12,14 +12,15 @@ use crate::plan::TotalPlan;
 use crate::tensor::Tensor;
 
 impl Cuda {
-    /// Loads the kernel of a plan of total attention before its first launch. Returns the time that loading took when
-    /// it happened.
+    /// Loads the kernel of a plan of total attention before its first launch, specialised to the plan as by
+    /// [`Cuda::load`]. Returns the time that loading took when it happened.
     ///
     /// # Errors
     /// [`Error::Driver`](crate::Error::Driver).
     pub fn load_total_attention(&self, plan: &TotalPlan) -> Result<Duration> {
         let _entered = self.device().enter()?;
-        Ok(self.kernel(plan.variant().symbol, plan.smem_bytes())?.load_time)
+        let (symbol, policy) = (plan.variant().symbol, Specialise::AtFirstUse);
+        Ok(self.kernel(symbol, Constants::NONE, plan.smem_bytes(), policy)?.load_time)
     }
 
     /// Computes total attention on raw device addresses and the caller's stream. After the kernel's first use (see
@@ -108,7 +109,7 @@ impl Cuda {
         let encode = |tensor: &RawTensor, rows| self.device().encoder.encode(tensor, dtype, rows);
         let maps = [encode(&args.q, variant.block_m)?, encode(&args.k, variant.block_n())?];
         let params = args.params(plan, maps);
-        let function = self.kernel(variant.symbol, plan.smem_bytes())?.function;
+        let function = self.kernel(variant.symbol, Constants::NONE, plan.smem_bytes(), self.specialise)?.function;
         let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
         // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
         unsafe { function.launch(extent, stream, &params) }

@@ -8,8 +8,10 @@
 //! - by a load of the launch parameter. The kernel is general, and a few per cent slower.
 //!
 //! On the CPU the value is always read from the launch parameter.
+//!
+//! [`bind`]: crate::specialise::bind
 
-/// Switch of a kernel, 0 or 1, which [`bind`] may fix. It lies in the launch parameters, where the general kernel and
+/// Switch of a kernel, 0 or 1, which [`bind`](crate::specialise::bind) may fix. It lies in the launch parameters, where the general kernel and
 /// the CPU read it. `BIT` is its bit in [`Constants`].
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +30,7 @@ impl<const BIT: u32> Constant<BIT> {
     #[inline(always)]
     pub fn get(self) -> bool {
         let value: u32;
-        // SAFETY: `bind` replaces the instruction by one that writes the register and nothing else.
+        // SAFETY: `specialise::bind` replaces the instruction by one that writes the register and nothing else.
         unsafe {
             core::arch::asm!(
                 "mov.b32 {0}, FF_CONSTANT_{1};", out(reg32) value, const BIT, options(pure, nomem, nostack)
@@ -59,6 +61,14 @@ impl Constants {
     /// All constants are 0.
     pub const NONE: Constants = Constants(0);
 
+    /// Makes a set of the constants whose bits are 1.
+    pub const fn from_bits(bits: u32) -> Self {
+        Constants(bits)
+    }
+    /// Returns the bits of the constants that are 1.
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
     /// Sets one constant to a value.
     #[must_use]
     pub const fn with(self, bit: u32, value: bool) -> Self {
@@ -67,6 +77,11 @@ impl Constants {
     /// Returns the value of one constant.
     pub const fn has(self, bit: u32) -> bool {
         self.0 >> bit & 1 != 0
+    }
+    /// Returns the same values with 0 for constants that are not in `places`.
+    #[must_use]
+    pub fn only(self, places: &[ConstantPlace]) -> Self {
+        places.iter().fold(Constants::NONE, |only, place| only.with(place.bit, self.has(place.bit)))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::vec::Vec;
 
 use super::{BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, DROPOUT_VARIANTS, Op, TOTAL_VARIANTS, VARIANTS};
+use crate::ground::constants::{ConstantPlace, Constants};
 use crate::params::ROW_KERNEL_THREADS;
 
 /// Kernels that one rustc process compiles, and that one compressed stream holds. `entry` selects them by name.
@@ -62,7 +63,7 @@ impl Family {
 }
 
 /// Facts that the build needs about a kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// Name of the kernel's entry point.
     pub symbol: &'static str,
@@ -73,11 +74,27 @@ pub struct Launch {
     pub cluster: u32,
     /// True if the kernel has a mainloop, with tensor cores, TMA and register reallocation.
     pub mainloop: bool,
+    /// Places of its specialisation constants.
+    pub constants: Vec<ConstantPlace>,
+    /// Combinations of its constants for which the build makes a specialised form. The general form is made in any case.
+    pub prebuilt: &'static [Constants],
+}
+
+impl Launch {
+    /// Returns a kernel without specialisation constants.
+    const fn new(symbol: &'static str, family: Family, threads: u32, cluster: u32, mainloop: bool) -> Self {
+        Launch { symbol, family, threads, cluster, mainloop, constants: Vec::new(), prebuilt: &[] }
+    }
+    /// Returns the forms that the build makes: the general one, or the only one of a kernel without constants, then
+    /// those of `prebuilt`.
+    pub fn forms(&self) -> impl Iterator<Item = Option<Constants>> {
+        core::iter::once(None).chain(self.prebuilt.iter().copied().map(Some))
+    }
 }
 
 /// Lists every kernel, each once.
 pub fn launches() -> Vec<Launch> {
-    let mainloop = |symbol, family, threads, cluster| Launch { symbol, family, threads, cluster, mainloop: true };
+    let mainloop = |symbol, family, threads, cluster| Launch::new(symbol, family, threads, cluster, true);
     let forward = VARIANTS.iter().map(|v| (v, Family::forward(v.op, v.head_dim)));
     let dropout = DROPOUT_VARIANTS.iter().map(|v| (v, Family::ForwardDropout));
     let forward = forward.chain(dropout).map(|(v, family)| mainloop(v.symbol, family, v.threads(), v.cluster));
@@ -89,6 +106,6 @@ pub fn launches() -> Vec<Launch> {
     rows.sort_unstable();
     rows.dedup();
     let (family, threads) = (Family::Backward, ROW_KERNEL_THREADS);
-    let rows = rows.into_iter().map(|symbol| Launch { symbol, family, threads, cluster: 1, mainloop: false });
+    let rows = rows.into_iter().map(|symbol| Launch::new(symbol, family, threads, 1, false));
     forward.chain(backward).chain(total).chain(rows).collect()
 }
