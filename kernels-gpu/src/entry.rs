@@ -88,7 +88,7 @@ fn forward<E: Packed, F: Features, const D8: usize, const N8: usize>(
     smem: &ForwardSmem,
 ) {
     cta::init_barriers(smem);
-    let block_m = smem.consumers * crate::tile::lane::WARPGROUP_ROWS;
+    let block_m = smem.block_m();
     // SAFETY: reads special registers.
     let (cta, ctas) = unsafe { (_block_idx_x() as u32, _grid_dim_x() as u32) };
     let tiles = CtaTiles::new(&p.base.order, cta, ctas);

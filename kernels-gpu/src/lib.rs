@@ -15,10 +15,12 @@ pub mod ground;
 pub mod kernels;
 pub mod params;
 pub mod pipeline;
+pub mod rows;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod specialise;
 pub mod tile;
 pub mod tuning;
+#[cfg(not(target_arch = "nvptx64"))]
 pub mod variants;
 
 #[cfg(all(feature = "cpu", not(target_arch = "nvptx64")))]

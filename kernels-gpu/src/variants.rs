@@ -20,7 +20,6 @@ use crate::tuning;
 
 mod backward;
 mod launches;
-mod rows;
 mod total;
 
 pub use crate::element::Dtype;
@@ -133,18 +132,19 @@ pub struct Variant {
     pub run: CpuForward,
 }
 
-/// Runs CTA `.2` of the `.3` of a forward kernel, with all its work tiles.
+/// Runs CTA `.3` of the `.4` of a forward kernel, with all its work tiles.
 ///
 /// # Panics
-/// If the kernel breaks the pipeline's protocol, with the [`Fault`](crate::cpu::Fault); if the variant has features of
+/// If the kernel breaks the pipeline's protocol, with the [`Fault`](crate::cpu::Fault); if the kernel has features of
 /// another type.
 ///
 /// # Safety
-/// The parameters describe tensors of the variant's dtype in memory that is valid for reading (Q, K, V) and writing (O,
-/// LSE) in all of their shape, which the variant holds; nothing else accesses this CTA's rows of O and LSE; the CTA is
+/// The parameters describe tensors of the dtype in memory that is valid for reading (Q, K, V) and writing (O,
+/// LSE) in all of their shape, which the layout of shared memory
+/// holds; nothing else accesses this CTA's rows of O and LSE; the CTA is
 /// below their number, which is at most [`Variant::work_tiles`].
 #[cfg(feature = "cpu")]
-pub type CpuForward = unsafe fn(&Variant, &ForwardParams<Strided, AnyFeatures>, u32, u32);
+pub type CpuForward = unsafe fn(Dtype, ForwardSmem, &ForwardParams<Strided, AnyFeatures>, u32, u32);
 
 impl PartialEq for Variant {
     fn eq(&self, other: &Self) -> bool {
@@ -278,4 +278,4 @@ impl<F: features::Features> Kind for F {
 }
 
 /// All compiled kernels of the forward pass.
-pub static VARIANTS: &[Variant] = forward_rows!(forward_table);
+pub static VARIANTS: &[Variant] = crate::forward_rows!(forward_table);

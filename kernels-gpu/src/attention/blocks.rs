@@ -15,11 +15,11 @@ pub struct Blocks {
 
 impl Blocks {
     /// Computes the blocks of `size` columns from the intervals of the tile's first and last row. Neither starts nor
-    /// ends fall from row to row, and if both rows' intervals are empty, those of all rows are.
+    /// ends fall from row to row, so the intervals of all rows lie between the first start and the last end. If all
+    /// intervals are empty, some blocks may be visited for nothing, wholly masked.
     #[inline(always)]
     pub fn new(first: Interval, last: Interval, size: u32) -> Self {
-        let any = !first.is_empty() || !last.is_empty();
-        let end = if any { last.end.div_ceil(size) } else { 0 };
+        let end = if first.start < last.end { last.end.div_ceil(size) } else { 0 };
         let start = (first.start / size).min(end);
         let full_start = last.start.div_ceil(size).max(start).min(end);
         let full_end = (first.end / size).max(full_start).min(end);

@@ -1,6 +1,8 @@
 //! Features of a kernel: the small values that vary attention. Each is chosen by its type, and its value is a launch
 //! parameter.
 
+use core::mem::offset_of;
+
 use super::by_distance::ByDistance;
 use super::dropout::{Dropout, NoDropout};
 use super::dropping::Dropping;
@@ -43,3 +45,10 @@ pub type Plain = Chosen<Window, NoDropout>;
 pub type WithDropout = Chosen<Window, Dropout>;
 pub type Piecewise = Chosen<ByDistance<Window>, NoDropout>;
 pub type PiecewiseWithDropout = Chosen<ByDistance<Window>, Dropout>;
+
+// The build finds the constants of the window at the start of all of them.
+const _: () = {
+    assert!(offset_of!(Plain, mask) == 0);
+    assert!(offset_of!(Piecewise, mask) == 0);
+    assert!(offset_of!(ByDistance<Window>, mask) == 0);
+};

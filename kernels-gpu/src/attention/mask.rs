@@ -14,10 +14,6 @@ pub struct Interval {
 }
 
 impl Interval {
-    #[inline(always)]
-    pub fn is_empty(&self) -> bool {
-        self.end <= self.start
-    }
     #[cfg(test)]
     pub fn contains(&self, index: u32) -> bool {
         (self.start..self.end).contains(&index)
@@ -43,8 +39,7 @@ pub trait Mask: Copy {
     }
 
     /// Returns the keys that query row `i` attends to through a pair, all below seqlen_k. Neither the start nor the end
-    /// is less than that of row `i − 1`. If a tile's first and last row attend to no key, no row between them does.
-    /// Without a left bound the start is 0 in the last pair.
+    /// is less than that of row `i − 1`. Without a left bound the start is 0 in the last pair.
     fn keys(&self, of: &Sequence, pair: u32, i: u32) -> Interval;
     /// Returns the query rows that attend to key `j` through a pair, by the same rule. The end may be beyond seqlen_q,
     /// and without a left bound it is `u32::MAX` in the last pair.

@@ -143,7 +143,8 @@ mod tests {
                 let live = |i: u32, j: u32| mask.keys(&of, pair, i).contains(j);
                 let any = rows.clone().any(|i| keys.clone().any(|j| live(i, j)));
                 let all = rows.clone().all(|i| keys.clone().all(|j| live(i, j)));
-                assert!(any || visits.count == 1, "{what} visits {u} for nothing");
+                // One of two pairs may have no key at all, and still a few blocks.
+                assert!(any || visits.count == 1 || M::PAIRS > 1, "{what} visits {u} for nothing");
                 assert_eq!(visits.is_full(u), all, "{what} at {u}");
                 met.push((pair, n_block));
             }

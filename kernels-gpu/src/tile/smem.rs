@@ -82,6 +82,10 @@ pub struct ForwardSmem {
 }
 
 impl ForwardSmem {
+    /// Returns the number of query rows of a work tile.
+    pub const fn block_m(&self) -> u32 {
+        self.consumers * WARPGROUP_ROWS
+    }
     /// Returns the bytes of one consumer's query rows, of one pair.
     pub const fn q_bytes(&self) -> u32 {
         tile_bytes(64, self.head_dim)
@@ -285,14 +289,14 @@ mod tests {
 
     #[test]
     fn every_variant_fits() {
-        for variant in crate::variants::VARIANTS.iter().chain(crate::variants::DROPOUT_VARIANTS) {
+        for variant in crate::variants::VARIANTS {
             let smem = variant.smem();
             assert!(smem.bytes() <= SMEM_LIMIT, "{}", variant.symbol);
             for panel in [smem.q(1, 0), smem.slot(0), smem.slot(1), smem.slot_bytes() / panels(smem.head_dim)] {
                 assert_eq!(panel % 1024, 0, "{}", variant.symbol);
             }
         }
-        for variant in crate::variants::BACKWARD_VARIANTS.iter().chain(crate::variants::BACKWARD_DROPOUT_VARIANTS) {
+        for variant in crate::variants::BACKWARD_VARIANTS {
             let smem = variant.smem();
             assert!(smem.bytes() <= SMEM_LIMIT, "{}", variant.symbol);
             for panel in [smem.v(), smem.q(1), smem.d_o(0), smem.d_o(1), smem.ds(0), smem.ds(1)] {

@@ -53,19 +53,19 @@ pub struct BackwardVariant {
     pub run: CpuBackward,
 }
 
-/// Runs a backward kernel for all blocks of keys of key head `.3` of batch item `.2`, in order.
+/// Runs a backward kernel for all blocks of keys of key head `.4` of batch item `.3`, in order.
 ///
 /// # Panics
-/// If the kernel breaks the pipeline's protocol, with the [`Fault`](crate::cpu::Fault); if the variant has features of
+/// If the kernel breaks the pipeline's protocol, with the [`Fault`](crate::cpu::Fault); if the kernel has features of
 /// another type.
 ///
 /// # Safety
-/// The parameters describe tensors of the variant's dtype in memory that is valid for reading (Q, K, V, dO) and writing
-/// (dK, dV) in all of their shape, which the variant holds, and a workspace that [`prepare`](crate::cpu::prepare) has
+/// The parameters describe tensors of the dtype in memory that is valid for reading (Q, K, V, dO) and writing
+/// (dK, dV) in all of their shape, which the layout of shared memory holds, and a workspace that [`prepare`](crate::cpu::prepare) has
 /// filled for every query head of the group; nothing else accesses this head's rows of dK and dV, or the workspace of
 /// its query heads. There is at least one key.
 #[cfg(feature = "cpu")]
-pub type CpuBackward = unsafe fn(&BackwardVariant, &BackwardParams<Strided, AnyFeatures>, u32, u32);
+pub type CpuBackward = unsafe fn(Dtype, BackwardSmem, &BackwardParams<Strided, AnyFeatures>, u32, u32);
 
 impl PartialEq for BackwardVariant {
     fn eq(&self, other: &Self) -> bool {
@@ -228,7 +228,7 @@ macro_rules! backward_table {
     };
 }
 /// All compiled kernels of the backward pass.
-pub static BACKWARD_VARIANTS: &[BackwardVariant] = backward_rows!(backward_table);
+pub static BACKWARD_VARIANTS: &[BackwardVariant] = crate::backward_rows!(backward_table);
 
 #[cfg(test)]
 mod tests {

@@ -1,64 +1,37 @@
 //! All compiled kernels in one list: their launches, and the families in which they are compiled.
 
+use core::mem::offset_of;
 use std::vec::Vec;
 
-use super::{BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, DROPOUT_VARIANTS, Op, TOTAL_VARIANTS, VARIANTS};
+use super::{BACKWARD_VARIANTS, TOTAL_VARIANTS, VARIANTS};
+use crate::attention::features::Plain;
+use crate::attention::mask::Window;
 use crate::ground::constants::{ConstantPlace, Constants};
-use crate::params::ROW_KERNEL_THREADS;
+use crate::ground::tensor::TensorMap;
+use crate::params::{BackwardParams, ForwardParams, ROW_KERNEL_THREADS, TotalParams};
 
 /// Kernels that one rustc process compiles, and that one compressed stream holds. `entry` selects them by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Family {
-    ForwardD128,
-    Piecewise,
-    ForwardDropout,
-    ForwardD256,
-    Backward,
-    BackwardDropout,
-    PiecewiseBackward,
-    Total,
-}
+pub struct Family(&'static str);
 
 impl Family {
-    /// All families. The one that takes longest to compile is first, so that parallel processes end together.
-    pub const ALL: [Family; 8] = [
-        Family::ForwardD128,
-        Family::Piecewise,
-        Family::ForwardDropout,
-        Family::ForwardD256,
-        Family::Backward,
-        Family::BackwardDropout,
-        Family::PiecewiseBackward,
-        Family::Total,
+    /// All families. Those that take longest to compile are first, so that parallel processes end together.
+    pub const ALL: [Family; 10] = [
+        Family("forward_d128"),
+        Family("piecewise"),
+        Family("piecewise_dropout"),
+        Family("forward_dropout"),
+        Family("forward_d256"),
+        Family("backward"),
+        Family("backward_dropout"),
+        Family("piecewise_backward"),
+        Family("piecewise_backward_dropout"),
+        Family("total"),
     ];
 
     /// Value of the `cfg` with which `entry` compiles this family.
     pub const fn name(self) -> &'static str {
-        match self {
-            Family::Piecewise => "piecewise",
-            Family::ForwardDropout => "forward_dropout",
-            Family::ForwardD256 => "forward_d256",
-            Family::ForwardD128 => "forward_d128",
-            Family::Backward => "backward",
-            Family::BackwardDropout => "backward_dropout",
-            Family::PiecewiseBackward => "piecewise_backward",
-            Family::Total => "total",
-        }
-    }
-
-    fn forward(op: Op, head_dim: u32) -> Family {
-        match (op, head_dim) {
-            (Op::Piecewise, _) => Family::Piecewise,
-            (Op::Forward, ..=128) => Family::ForwardD128,
-            (Op::Forward, _) => Family::ForwardD256,
-        }
-    }
-
-    fn backward(op: Op) -> Family {
-        match op {
-            Op::Forward => Family::Backward,
-            Op::Piecewise => Family::PiecewiseBackward,
-        }
+        self.0
     }
 }
 
@@ -81,10 +54,6 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// Returns a kernel without specialisation constants.
-    const fn new(symbol: &'static str, family: Family, threads: u32, cluster: u32, mainloop: bool) -> Self {
-        Launch { symbol, family, threads, cluster, mainloop, constants: Vec::new(), prebuilt: &[] }
-    }
     /// Returns the forms that the build makes: the general one, or the only one of a kernel without constants, then
     /// those of `prebuilt`.
     pub fn forms(&self) -> impl Iterator<Item = Option<Constants>> {
@@ -92,20 +61,72 @@ impl Launch {
     }
 }
 
+/// Returns the places of the constants of a window at this offset in the launch parameter.
+fn window_constants(offset: usize) -> Vec<ConstantPlace> {
+    let place = |bit, field: usize| ConstantPlace { bit, offset: (offset + field) as u32 };
+    [
+        place(Constants::LEFT, offset_of!(Window, has_left)),
+        place(Constants::RIGHT, offset_of!(Window, has_right)),
+    ]
+    .into()
+}
+
 /// Lists every kernel, each once.
 pub fn launches() -> Vec<Launch> {
-    let mainloop = |symbol, family, threads, cluster| Launch::new(symbol, family, threads, cluster, true);
-    let forward = VARIANTS.iter().map(|v| (v, Family::forward(v.op, v.head_dim)));
-    let dropout = DROPOUT_VARIANTS.iter().map(|v| (v, Family::ForwardDropout));
-    let forward = forward.chain(dropout).map(|(v, family)| mainloop(v.symbol, family, v.threads(), v.cluster));
-    let backward = BACKWARD_VARIANTS.iter().map(|v| (v, Family::backward(v.op)));
-    let dropout = BACKWARD_DROPOUT_VARIANTS.iter().map(|v| (v, Family::BackwardDropout));
-    let backward = backward.chain(dropout).map(|(v, family)| mainloop(v.symbol, family, v.threads(), 1));
-    let total = TOTAL_VARIANTS.iter().map(|v| mainloop(v.symbol, Family::Total, v.threads(), 1));
+    // In features of every type the window is at the start.
+    let forward = window_constants(offset_of!(ForwardParams<TensorMap, Plain>, features));
+    let backward = window_constants(offset_of!(BackwardParams<TensorMap, Plain>, features));
+    let total = window_constants(offset_of!(TotalParams<TensorMap, Window>, mask));
+    let forward = VARIANTS.iter().map(|v| Launch {
+        symbol: v.symbol,
+        family: Family(v.family),
+        threads: v.threads(),
+        cluster: v.cluster,
+        mainloop: true,
+        constants: forward.clone(),
+        prebuilt: v.prebuilt,
+    });
+    let backward = BACKWARD_VARIANTS.iter().map(|v| Launch {
+        symbol: v.symbol,
+        family: Family(v.family),
+        threads: v.threads(),
+        cluster: 1,
+        mainloop: true,
+        constants: backward.clone(),
+        prebuilt: v.prebuilt,
+    });
+    let total = TOTAL_VARIANTS.iter().map(|v| Launch {
+        symbol: v.symbol,
+        family: Family("total"),
+        threads: v.threads(),
+        cluster: 1,
+        mainloop: true,
+        constants: total.clone(),
+        prebuilt: v.prebuilt,
+    });
     let mut rows: Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
     rows.sort_unstable();
     rows.dedup();
-    let (family, threads) = (Family::Backward, ROW_KERNEL_THREADS);
-    let rows = rows.into_iter().map(|symbol| Launch::new(symbol, family, threads, 1, false));
+    let rows = rows.into_iter().map(|symbol| Launch {
+        symbol,
+        family: Family("backward"),
+        threads: ROW_KERNEL_THREADS,
+        cluster: 1,
+        mainloop: false,
+        constants: Vec::new(),
+        prebuilt: &[],
+    });
     forward.chain(backward).chain(total).chain(rows).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_is_in_a_family() {
+        let launches = launches();
+        assert!(launches.iter().all(|launch| Family::ALL.contains(&launch.family)));
+        assert!(Family::ALL.iter().all(|family| launches.iter().any(|launch| launch.family == *family)));
+    }
 }

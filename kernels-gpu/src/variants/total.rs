@@ -35,18 +35,18 @@ pub struct TotalVariant {
     pub run: CpuTotal,
 }
 
-/// Runs CTA `.2` of the `.3` of a kernel of total attention, with all its work tiles.
+/// Runs CTA `.3` of the `.4` of a kernel of total attention, with all its work tiles.
 ///
 /// # Panics
 /// If the kernel breaks the pipeline's protocol, with the [`Fault`](crate::cpu::Fault).
 ///
 /// # Safety
-/// The parameters describe tensors of the variant's dtype in memory that is valid for reading (Q, K, the LSE) and
-/// writing (the result) in all of their shape, which the variant holds; nothing else accesses this CTA's elements of
+/// The parameters describe tensors of the dtype in memory that is valid for reading (Q, K, the LSE) and
+/// writing (the result) in all of their shape, which the layout of shared memory holds; nothing else accesses this CTA's elements of
 /// the result; the CTA is below their number, which is at most the number of work tiles, with split tiles counted by
 /// their parts. There is at least one query.
 #[cfg(feature = "cpu")]
-pub type CpuTotal = unsafe fn(&TotalVariant, &TotalParams<Strided>, u32, u32);
+pub type CpuTotal = unsafe fn(Dtype, TotalSmem, &TotalParams<Strided>, u32, u32);
 
 impl PartialEq for TotalVariant {
     fn eq(&self, other: &Self) -> bool {
@@ -113,4 +113,4 @@ macro_rules! total_table {
     };
 }
 /// All compiled kernels of total attention.
-pub static TOTAL_VARIANTS: &[TotalVariant] = total_rows!(total_table);
+pub static TOTAL_VARIANTS: &[TotalVariant] = crate::total_rows!(total_table);

@@ -21,7 +21,7 @@ use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::shape::Shape;
 use crate::ground::tensor::Strided;
-use crate::params::{BackwardParams, Second, Workspace};
+use crate::params::{BackwardBase, Workspace};
 use crate::tile::smem::BackwardSmem;
 
 /// P of query blocks, from one consumer to the other.
@@ -187,8 +187,8 @@ impl<'a> CpuWarpgroup<BackwardPipe<'a>> {
     /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV, the
     /// workspace) while this lives; nothing else accesses these keys' rows of dK and dV, or the workspace of these
     /// heads.
-    pub unsafe fn backward<S: Second<Strided>>(
-        p: &BackwardParams<Strided, S>,
+    pub unsafe fn backward(
+        p: &BackwardBase<Strided>,
         dtype: Dtype,
         smem: BackwardSmem,
         index: u32,
@@ -196,10 +196,9 @@ impl<'a> CpuWarpgroup<BackwardPipe<'a>> {
         blocks_of: Box<BlocksOf<'a>>,
         weights: &'a Weights,
     ) -> Self {
-        let (q, k) = p.second.tensors().unwrap_or((&p.q, &p.k));
         let (shape, workspace) = (p.shape, p.workspace);
-        let tensors = Tensors { shape, dtype, q: [p.q, *q], k: [p.k, *k], v: p.v, d_o: p.d_o, workspace };
-        let keys = KvBlock { pair: p.second.last() + 1, ..*keys };
+        let tensors = Tensors { shape, dtype, q: p.q, k: p.k, v: p.v, d_o: p.d_o, workspace };
+        let keys = KvBlock { pair: p.last_pair + 1, ..*keys };
         let (k, v) = (Vec::new(), Vec::new());
         let pipe = BackwardPipe { tensors, smem, index, weights, keys, blocks_of, k, v, q: None, d_o: None };
         CpuWarpgroup { live: ROWS, dtype, pipe }

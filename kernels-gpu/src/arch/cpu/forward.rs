@@ -15,7 +15,7 @@ use crate::ground::places::KvBlock;
 use crate::ground::places::WorkTile;
 use crate::ground::shape::Shape;
 use crate::ground::tensor::{Output, Strided};
-use crate::params::{ForwardParams, Second};
+use crate::params::ForwardBase;
 use crate::pipeline::order::KvTile;
 use crate::tile::lane::WARPGROUP_ROWS;
 use crate::tile::smem::ForwardSmem;
@@ -48,15 +48,14 @@ impl<'a> CpuWarpgroup<ForwardPipe<'a>> {
     /// # Safety
     /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, V) and writing (O, LSE) while this
     /// lives; nothing else accesses this consumer's rows of O and LSE.
-    pub unsafe fn forward<S: Second<Strided>>(
-        p: &ForwardParams<Strided, S>,
+    pub unsafe fn forward(
+        p: &ForwardBase<Strided>,
         dtype: Dtype,
         smem: ForwardSmem,
         index: u32,
         loads: impl Iterator<Item = KvTile> + 'a,
     ) -> Self {
-        let (q, k) = p.second.tensors().unwrap_or((&p.q, &p.k));
-        let tensors = Tensors { shape: p.shape, dtype, q: [p.q, *q], k: [p.k, *k], v: p.v };
+        let tensors = Tensors { shape: p.shape, dtype, q: p.q, k: p.k, v: p.v };
         Self::with_tensors(tensors, smem, index, Box::new(loads))
     }
 

@@ -1,233 +1,76 @@
-//! Entry points: they select the mainloop that is compiled for a row of the table of variants. The row is a value.
+//! Entry points: the mainloops, compiled for the features and tiles of each row of the tables. The dtype is a value.
 
 use std::boxed::Box;
 use std::collections::VecDeque;
 
-use super::backward::{BackwardPipe, Weights};
+use super::backward::{BackwardPipe, BlocksOf, Weights};
 use super::forward::ForwardPipe;
 use super::total_attention::TotalPipe;
 use super::warpgroup::CpuWarpgroup;
-use crate::attention::block_info::KvBlocks;
-use crate::attention::dropout::Dropout;
-use crate::attention::dropout::NoDropout;
-use crate::attention::dropping::Dropping;
+use crate::attention::any_features::{AnyFeatures, FromAny};
+use crate::attention::features::Features;
 use crate::attention::key_parts::{KeyPart, SplitPart};
-use crate::attention::mask::{Causal, Full, Mask};
-use crate::attention::pairs::Pairs;
+use crate::attention::mask::Window;
 use crate::attention::query_blocks::{QueryBlocks, key_block};
-use crate::attention::scheduler::{CtaTiles, TileOrder};
+use crate::attention::scheduler::CtaTiles;
 use crate::attention::shared_tiles::SharedTiles;
+use crate::attention::visits::KvBlocks;
+use crate::element::Dtype;
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::places::WorkTile;
-use crate::ground::shape::Shape;
 use crate::ground::tensor::Strided;
 use crate::kernels::backward::consume as consume_backward;
 use crate::kernels::backward_gradients::{consume_dk, consume_dv};
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
-use crate::params::{
-    BackwardParams, BackwardSecond, BackwardSecondPair, ForwardParams, Second, SecondPair, TotalParams,
-};
+use crate::params::{BackwardParams, ForwardParams, TotalParams};
 use crate::pipeline::order::KvOrder;
-use crate::variants::{BackwardVariant, Op, TotalVariant, Variant};
+use crate::tile::smem::{BackwardSmem, ForwardSmem};
+use crate::tile::smem_total::TotalSmem;
 
-macro_rules! by_split {
-    (Keys, $mask:ty, $d8:expr, $m8:expr) => {
-        run_keys::<$mask, S, R, { $d8 }, { $m8 }>
-    };
-    (Gradients, $mask:ty, $d8:expr, $m8:expr) => {
-        run_gradients::<$mask, S, R, { $d8 }, { $m8 }>
-    };
-}
-macro_rules! mask {
-    (None) => {
-        Full
-    };
-    (Causal) => {
-        Causal
-    };
-}
-
-/// Returns the number of work tiles of a problem.
-pub fn grid(variant: &Variant, shape: &Shape) -> u32 {
-    TileOrder::new(shape, variant.block_m(), 1).tiles()
-}
-
-/// Runs CTA `cta` of the `ctas` of the forward kernel, with all its work tiles.
+/// Returns the features of a kernel. The row of a plan covers the plan, so they have the kernel's types.
 ///
 /// # Panics
-/// If the kernel breaks the pipeline's protocol, with the [`Fault`](super::Fault); if the variant has another operator
-/// or other dropout than `p` and `dropout`, or is not in the table.
+/// If they have others.
+fn features<F: FromAny>(any: &AnyFeatures) -> F {
+    F::from_any(any).unwrap_or_else(|| panic!("the kernel has other features than {any:?}"))
+}
+
+/// Runs one CTA of the forward kernel, one consumer after the other. This is a
+/// [`CpuForward`](crate::variants::CpuForward).
 ///
 /// # Safety
-/// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, V) and writing (O, LSE) in
-/// all of `p.shape`, which the variant holds; nothing else accesses this CTA's rows of O and LSE; `cta` is below
-/// `ctas`, which is at most [`grid`].
-pub unsafe fn forward(
-    variant: &Variant,
-    p: &ForwardParams<Strided, Option<SecondPair<Strided>>>,
-    dropout: Option<Dropout>,
+/// See there.
+pub unsafe fn forward<F: FromAny, const D8: usize, const N8: usize>(
+    dtype: Dtype,
+    smem: ForwardSmem,
+    p: &ForwardParams<Strided, AnyFeatures>,
     cta: u32,
     ctas: u32,
 ) {
-    let ForwardParams { q, k, v, second, o, lse, scale, shape, order } = *p;
-    let tiles = CtaTiles::new(&p.order, cta, ctas);
-    // SAFETY: the caller's promise.
-    unsafe {
-        match (second, dropout) {
-            (Some(second), _) => {
-                let p = ForwardParams { q, k, v, second, o, lse, scale, shape, order };
-                forward_with(variant, &p, NoDropout, tiles);
-            }
-            (None, dropout) => {
-                let p = ForwardParams { q, k, v, second: (), o, lse, scale, shape, order };
-                match dropout {
-                    Some(dropout) => forward_with(variant, &p, dropout, tiles),
-                    None => forward_with(variant, &p, NoDropout, tiles),
-                }
-            }
-        }
-    }
-}
-
-/// Selects and runs the mainloop of the variant's row.
-///
-/// # Safety
-/// The promises of [`forward`] hold.
-unsafe fn forward_with<S: Second<Strided>, R: Dropping>(
-    variant: &Variant,
-    p: &ForwardParams<Strided, S>,
-    dropping: R,
-    tiles: CtaTiles,
-) {
-    assert!(S::Pairs::COUNT == variant.op.pairs(), "{} has other parameters", variant.symbol);
-    macro_rules! dispatch {
-        ($($symbol:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_n:literal,
-           $stages:literal, $cluster:literal;)*) => {
-            match variant.symbol {
-                $(stringify!($symbol) if const { S::Pairs::COUNT == Op::$op.pairs() } => {
-                    run_forward::<mask!($mask), S, R, { $head_dim / 8 }, { $block_n / 8 }>
-                })*
-                other => unreachable!("{other} is not in the table of variants"),
-            }
-        };
-    }
-    let run: unsafe fn(&Variant, &ForwardParams<Strided, S>, CtaTiles, R) = if const { R::DROPS } {
-        crate::forward_dropout_variants!(dispatch)
-    } else {
-        crate::forward_variants!(dispatch)
-    };
-    // SAFETY: the caller's promise.
-    unsafe { run(variant, p, tiles, dropping) }
-}
-
-/// Runs one CTA, one consumer after the other.
-///
-/// # Safety
-/// The promises of [`forward`] hold.
-#[inline(never)]
-unsafe fn run_forward<M: Mask, S: Second<Strided>, R: Dropping, const D8: usize, const N8: usize>(
-    variant: &Variant,
-    p: &ForwardParams<Strided, S>,
-    tiles: CtaTiles,
-    dropping: R,
-) {
-    let (smem, block_m) = (variant.smem(), variant.block_m());
+    let (block_m, tiles) = (smem.block_m(), CtaTiles::new(&p.base.order, cta, ctas));
+    let p = ForwardParams { base: p.base, features: features::<F>(&p.features) };
     for consumer in 0..smem.consumers {
-        let pairs = p.second.pairs(&p.shape);
-        let blocks = KvBlocks::<M, _, _>::new(&p.shape, pairs, (block_m, smem.block_n), p.order.group, tiles);
+        let (of, group) = (p.base.shape.sequence(), p.base.order.group);
+        let blocks = KvBlocks::new(of, *p.features.mask(), (block_m, smem.block_n), group, tiles);
         // SAFETY: the caller's promise; consumers own different rows of each work tile.
         let mut warpgroup =
-            unsafe { CpuWarpgroup::<ForwardPipe>::forward(p, variant.dtype, smem, consumer, KvOrder::new(blocks)) };
-        consume::<_, M, S, R, D8, N8>(&mut warpgroup, p, block_m, tiles, dropping);
+            unsafe { CpuWarpgroup::<ForwardPipe>::forward(&p.base, dtype, smem, consumer, KvOrder::new(blocks)) };
+        consume::<_, F, D8, N8>(&mut warpgroup, &p, block_m, tiles);
         warpgroup.finish();
     }
 }
 
-/// Runs the backward kernel for all blocks of keys of one key head, in order.
-///
-/// # Panics
-/// If the kernel breaks the pipeline's protocol, with the [`Fault`](super::Fault); if the variant has another operator
-/// or other dropout than `p` and `dropout`, or is not in the table.
-///
-/// # Safety
-/// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV)
-/// in all of `p.shape`, which the variant holds, and a workspace that [`prepare`](super::prepare) has filled for every
-/// query head of the group; nothing else accesses this head's rows of dK and dV, or the workspace of its query heads.
-/// There is at least one key.
-pub unsafe fn backward(
-    variant: &BackwardVariant,
-    p: &BackwardParams<Strided, Option<BackwardSecondPair<Strided>>>,
-    dropout: Option<Dropout>,
-    batch: u32,
-    head: u32,
-) {
-    let BackwardParams { q, k, v, d_o, second, dk, dv, workspace, scale, shape, order, sharing, first } = *p;
-    // SAFETY: the caller's promise.
-    unsafe {
-        match (second, dropout) {
-            (Some(second), _) => {
-                let p = BackwardParams { q, k, v, d_o, second, dk, dv, workspace, scale, shape, order, sharing, first };
-                backward_with(variant, &p, NoDropout, batch, head);
-            }
-            (None, dropout) => {
-                let second = ();
-                let p = BackwardParams { q, k, v, d_o, second, dk, dv, workspace, scale, shape, order, sharing, first };
-                match dropout {
-                    Some(dropout) => backward_with(variant, &p, dropout, batch, head),
-                    None => backward_with(variant, &p, NoDropout, batch, head),
-                }
-            }
-        }
-    }
-}
-
-/// Selects and runs the mainloop of the variant's row.
-///
-/// # Safety
-/// The promises of [`backward`] hold.
-unsafe fn backward_with<S: BackwardSecond<Strided>, R: Dropping>(
-    variant: &BackwardVariant,
-    p: &BackwardParams<Strided, S>,
-    dropping: R,
-    batch: u32,
-    head: u32,
-) {
-    assert!(S::Pairs::COUNT == variant.op.pairs(), "{} has other parameters", variant.symbol);
-    macro_rules! dispatch {
-        ($($symbol:ident, $prepare:ident, $finish:ident, $op:ident, $dtype:ident, $head_dim:literal, $mask:ident,
-           $block_m:literal, $block_n:literal, $split:ident, $k_stages:literal;)*) => {
-            match variant.symbol {
-                $(stringify!($symbol) if const { S::Pairs::COUNT == Op::$op.pairs() } => {
-                    by_split!($split, mask!($mask), $head_dim / 8, $block_m / 8)
-                })*
-                other => unreachable!("{other} is not in the table of variants"),
-            }
-        };
-    }
-    let run: unsafe fn(&BackwardVariant, &BackwardParams<Strided, S>, WorkTile, R) = if const { R::DROPS } {
-        crate::backward_dropout_variants!(dispatch)
-    } else {
-        crate::backward_variants!(dispatch)
-    };
-    let n_blocks = p.shape.seqlen_k.div_ceil(variant.block_n);
-    for m_block in 0..n_blocks {
-        // SAFETY: the caller's promise.
-        unsafe { run(variant, p, WorkTile { batch, head, m_block }, dropping) }
-    }
-}
-
 /// Returns a function that lists the query blocks which a block of keys, or a part of it, visits through its pair.
-fn blocks_of<'a, M: Mask + 'a, S: BackwardSecond<Strided>>(
-    variant: &'a BackwardVariant,
-    p: &'a BackwardParams<Strided, S>,
+fn blocks_of<'a, F: Features + 'a>(
+    smem: BackwardSmem,
+    p: &'a BackwardParams<Strided, F>,
     part: SplitPart,
-) -> Box<super::backward::BlocksOf<'a>> {
+) -> Box<BlocksOf<'a>> {
     Box::new(move |keys: &KvBlock| {
-        let pairs = p.second.pairs(&p.shape);
-        let blocks = QueryBlocks::<M, _>::new(&p.shape, pairs, variant.block_m, variant.block_n, keys);
-        let blocks = blocks.part(&p.sharing, part);
+        let blocks = QueryBlocks::new(&p.base.shape, *p.features.mask(), smem.block_m, smem.block_n, keys);
+        let blocks = blocks.part(&p.base.sharing, part);
         let mut listed: VecDeque<QueryBlock> = VecDeque::new();
         for _ in 0..blocks.count() {
             listed.push_back(listed.back().map_or_else(|| blocks.first(), |last| blocks.after(last)));
@@ -236,110 +79,104 @@ fn blocks_of<'a, M: Mask + 'a, S: BackwardSecond<Strided>>(
     })
 }
 
-/// Runs one block of keys of one key head, split by keys: each consumer has half of them.
-///
-/// # Safety
-/// The promises of [`backward`] hold.
-#[inline(never)]
-unsafe fn run_keys<M: Mask, S: BackwardSecond<Strided>, R: Dropping, const D8: usize, const M8: usize>(
-    variant: &BackwardVariant,
-    p: &BackwardParams<Strided, S>,
-    tile: WorkTile,
-    dropping: R,
+/// Runs a function for each block of keys of a key head, or each part of one, in order.
+fn for_each_part<F: Features>(
+    smem: BackwardSmem,
+    p: &BackwardParams<Strided, F>,
+    (batch, head): (u32, u32),
+    mut run: impl FnMut(KeyPart),
 ) {
-    let weights = Weights::default();
-    for (at, consumer) in p.sharing.parts_of(&p.order, tile).flat_map(|at| [(at, 0), (at, 1)]) {
-        // SAFETY: the caller's promise; consumers own different keys.
-        let mut warpgroup = unsafe { warpgroup::<M, S>(variant, p, consumer, &at, &weights) };
-        let parts = core::iter::once(at);
-        consume_backward::<_, M, S, R, D8, M8>(&mut warpgroup, p, variant.block_n, parts, dropping);
-        warpgroup.finish();
+    for m_block in 0..p.base.shape.seqlen_k.div_ceil(smem.block_n) {
+        p.base.sharing.parts_of(&p.base.order, WorkTile { batch, head, m_block }).for_each(&mut run);
     }
 }
 
-/// Runs one block of keys of one key head, split by gradients: one consumer has dV and the other dK.
+/// Runs the backward kernel for one key head, with the keys split: each consumer has half of them. This is a
+/// [`CpuBackward`](crate::variants::CpuBackward).
 ///
 /// # Safety
-/// The promises of [`backward`] hold.
-#[inline(never)]
-unsafe fn run_gradients<M: Mask, S: BackwardSecond<Strided>, R: Dropping, const D8: usize, const M8: usize>(
-    variant: &BackwardVariant,
-    p: &BackwardParams<Strided, S>,
-    tile: WorkTile,
-    dropping: R,
+/// See there.
+pub unsafe fn backward_by_keys<F: FromAny, const D8: usize, const M8: usize>(
+    dtype: Dtype,
+    smem: BackwardSmem,
+    p: &BackwardParams<Strided, AnyFeatures>,
+    batch: u32,
+    head: u32,
 ) {
+    let p = BackwardParams { base: p.base, features: features::<F>(&p.features) };
     let weights = Weights::default();
-    for at in p.sharing.parts_of(&p.order, tile) {
-        let parts = core::iter::once(at);
+    for_each_part(smem, &p, (batch, head), |at| {
+        for consumer in 0..2 {
+            // SAFETY: the caller's promise; consumers own different keys.
+            let mut warpgroup = unsafe { warpgroup(dtype, smem, &p, consumer, &at, &weights) };
+            consume_backward::<_, F, D8, M8>(&mut warpgroup, &p, smem.block_n, core::iter::once(at));
+            warpgroup.finish();
+        }
+    });
+}
+
+/// Runs the backward kernel for one key head, with the gradients split: one consumer has dV and the other dK. This is a
+/// [`CpuBackward`](crate::variants::CpuBackward).
+///
+/// # Safety
+/// See there.
+pub unsafe fn backward_by_gradients<F: FromAny, const D8: usize, const M8: usize>(
+    dtype: Dtype,
+    smem: BackwardSmem,
+    p: &BackwardParams<Strided, AnyFeatures>,
+    batch: u32,
+    head: u32,
+) {
+    let p = BackwardParams { base: p.base, features: features::<F>(&p.features) };
+    let weights = Weights::default();
+    for_each_part(smem, &p, (batch, head), |at| {
         // SAFETY: the caller's promise; one consumer writes dV and the other dK.
-        let mut dv = unsafe { warpgroup::<M, S>(variant, p, 0, &at, &weights) };
-        consume_dv::<_, M, S, R, D8, M8>(&mut dv, p, variant.block_n, parts.clone(), dropping);
+        let mut dv = unsafe { warpgroup(dtype, smem, &p, 0, &at, &weights) };
+        consume_dv::<_, F, D8, M8>(&mut dv, &p, smem.block_n, core::iter::once(at));
         dv.finish();
         // SAFETY: the caller's promise; one consumer writes dV and the other dK.
-        let mut dk = unsafe { warpgroup::<M, S>(variant, p, 1, &at, &weights) };
-        consume_dk::<_, M, S, R, D8, M8>(&mut dk, p, variant.block_n, parts, dropping);
+        let mut dk = unsafe { warpgroup(dtype, smem, &p, 1, &at, &weights) };
+        consume_dk::<_, F, D8, M8>(&mut dk, &p, smem.block_n, core::iter::once(at));
         dk.finish();
-    }
+    });
 }
 
 /// Makes a consumer of a block of keys, or of a part of it.
 ///
 /// # Safety
-/// The promises of [`backward`] hold, and nothing else accesses what this consumer writes.
-unsafe fn warpgroup<'a, M: Mask + 'a, S: BackwardSecond<Strided>>(
-    variant: &'a BackwardVariant,
-    p: &'a BackwardParams<Strided, S>,
+/// The promises of [`CpuBackward`](crate::variants::CpuBackward) hold, and nothing else accesses what this consumer
+/// writes.
+unsafe fn warpgroup<'a, F: Features + 'a>(
+    dtype: Dtype,
+    smem: BackwardSmem,
+    p: &'a BackwardParams<Strided, F>,
     consumer: u32,
     at: &KeyPart,
     weights: &'a Weights,
 ) -> CpuWarpgroup<BackwardPipe<'a>> {
-    let keys = key_block(&p.shape, variant.block_n, &at.tile);
-    let blocks = blocks_of::<M, S>(variant, p, at.part);
+    let keys = key_block(&p.base.shape, smem.block_n, &at.tile);
+    let blocks = blocks_of(smem, p, at.part);
     // SAFETY: the caller's promise.
-    unsafe { CpuWarpgroup::backward(p, variant.dtype, variant.smem(), consumer, &keys, blocks, weights) }
+    unsafe { CpuWarpgroup::backward(&p.base, dtype, smem, consumer, &keys, blocks, weights) }
 }
 
-/// Runs CTA `cta` of the `ctas` of the kernel of total attention, with all its work tiles.
-///
-/// # Panics
-/// If the kernel breaks the pipeline's protocol, with the [`Fault`](super::Fault), or the variant is not in the table.
+/// Runs one CTA of the kernel of total attention, one consumer after the other. This is a
+/// [`CpuTotal`](crate::variants::CpuTotal).
 ///
 /// # Safety
-/// `p` describes tensors of the variant's dtype in memory that is valid for reading (Q, K, the LSE) and writing (the
-/// result) in all of `p.shape`, which the variant holds; nothing else accesses this CTA's elements of the result; `cta`
-/// is below `ctas`, which is at most the number of work tiles, with split tiles counted by their parts. There is at
-/// least one query.
-pub unsafe fn total_attention(variant: &TotalVariant, p: &TotalParams<Strided>, cta: u32, ctas: u32) {
-    let tiles = SharedTiles::new(&p.order, p.shared_from, variant.smem().parts(), cta, ctas);
-    macro_rules! dispatch {
-        ($($symbol:ident, $dtype:ident, $head_dim:literal, $mask:ident, $consumers:literal, $block_m:literal,
-           $stages:literal;)*) => {
-            match variant.symbol {
-                $(stringify!($symbol) => run_total::<mask!($mask), { $head_dim / 8 }, { $block_m / 8 }>,)*
-                other => unreachable!("{other} is not in the table of variants"),
-            }
-        };
-    }
-    let run: unsafe fn(&TotalVariant, &TotalParams<Strided>, SharedTiles) = crate::total_variants!(dispatch);
-    // SAFETY: the caller's promise.
-    unsafe { run(variant, p, tiles) }
-}
-
-/// Runs one CTA, one consumer after the other.
-///
-/// # Safety
-/// The promises of [`total_attention`] hold.
-#[inline(never)]
-unsafe fn run_total<M: Mask, const D8: usize, const M8: usize>(
-    variant: &TotalVariant,
+/// See there.
+pub unsafe fn total_attention<const D8: usize, const M8: usize>(
+    dtype: Dtype,
+    smem: TotalSmem,
     p: &TotalParams<Strided>,
-    tiles: SharedTiles,
+    cta: u32,
+    ctas: u32,
 ) {
-    let smem = variant.smem();
+    let tiles = SharedTiles::new(&p.order, p.shared_from, smem.parts(), cta, ctas);
     for consumer in 0..smem.consumers {
         // SAFETY: the caller's promise; consumers own different keys of each work tile.
-        let mut warpgroup = unsafe { CpuWarpgroup::<TotalPipe>::total::<M>(p, variant.dtype, smem, consumer, tiles) };
-        consume_total::<_, M, D8, M8>(&mut warpgroup, p, &smem, tiles);
+        let mut warpgroup = unsafe { CpuWarpgroup::<TotalPipe>::total(p, dtype, smem, consumer, tiles) };
+        consume_total::<_, Window, D8, M8>(&mut warpgroup, p, &smem, tiles);
         warpgroup.finish();
     }
 }

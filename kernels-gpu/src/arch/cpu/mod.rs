@@ -4,8 +4,8 @@
 //! waits for a tile advances the producer until it has filled every empty slot of the ring. So runs are deterministic.
 //! A kernel that breaks the pipeline's protocol raises a [`pipeline::Fault`] with a name instead of a hang.
 //!
-//! The entry points in `launch` are not generic, so kernels are compiled in this crate, once. A mainloop is compiled
-//! for each tile shape, mask, number of pairs and for dropout; the dtype is a value. Mainloops call loops over slices
+//! The tables in `variants` hold the entry points of `launch`, so kernels are compiled in this crate, once. A mainloop
+//! is compiled for each tile shape and type of features; masks and the dtype are values. Mainloops call loops over slices
 //! (`elementwise`, `convert`, `matmul`). Those are compiled for each instruction set and not for each tile shape.
 
 mod backward;
@@ -24,7 +24,7 @@ mod rows;
 mod total_attention;
 mod warpgroup;
 
-pub use launch::{backward, forward, grid, total_attention};
+pub use launch::{backward_by_gradients, backward_by_keys, forward, total_attention};
 pub use pipeline::Fault;
 pub use rows::{add_parts, finish, prepare};
 pub use warpgroup::CpuWarpgroup;

@@ -12,7 +12,6 @@ use super::memory::{self, load_rows};
 use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{Pending, TotalWarpgroup};
-use crate::attention::mask::Mask;
 use crate::attention::row_statistics::neg_lse_log2;
 use crate::attention::shared_tiles::SharedTiles;
 use crate::attention::total_steps::{OwnKeys, TotalTile, TotalTiles};
@@ -59,7 +58,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
     /// # Safety
     /// `p` describes tensors of `dtype` in memory that is valid for reading (Q, K, the LSE) and writing (the result)
     /// while this lives; nothing else accesses this consumer's elements of the result.
-    pub unsafe fn total<M: Mask + 'a>(
+    pub unsafe fn total(
         p: &'a TotalParams<Strided>,
         dtype: Dtype,
         smem: TotalSmem,
@@ -67,7 +66,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
         tiles: SharedTiles<'a>,
     ) -> Self {
         let (block_m, block_n) = (smem.block_m, smem.block_n());
-        let loads = TotalTiles::<M, _>::new(&p.shape, block_m, block_n, OwnKeys::whole(block_n), tiles);
+        let loads = TotalTiles::new(&p.shape, p.mask, block_m, block_n, OwnKeys::whole(block_n), tiles);
         let pipe = TotalPipe {
             p,
             smem,
@@ -251,7 +250,7 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
 mod tests {
     use super::*;
     use crate::arch::Warpgroup;
-    use crate::attention::mask::Full;
+    use crate::attention::mask::Window;
     use crate::attention::scheduler::TileOrder;
     use half::f16;
 
@@ -268,10 +267,10 @@ mod tests {
         let smem = TotalSmem { head_dim: 64, consumers: 2, block_m: 128, stages: 2 };
         let order = TileOrder::new(&shape, smem.block_n(), 1);
         let lse = lse.as_ptr().expose_provenance() as u64;
-        let p = TotalParams { q: x, k: x, lse, total: 0, scale: 1.0, shape, order, shared_from: order.tiles() };
+        let p = TotalParams { q: x, k: x, lse, total: 0, scale: 1.0, shape, order, shared_from: order.tiles(), mask: Window::FULL };
         // SAFETY: the arrays have the sizes of the shape, and nothing is stored.
         let tiles = SharedTiles::new(&order, order.tiles(), 1, 0, 1);
-        run(unsafe { CpuWarpgroup::total::<Full>(&p, Dtype::F16, smem, 0, tiles) });
+        run(unsafe { CpuWarpgroup::total(&p, Dtype::F16, smem, 0, tiles) });
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Rows of the tables of kernels. Each is compiled for both dtypes, and covers what its fields say.
 //!
-//! The macros call `$apply!` with the rows; `entry` makes entry points from them, [`super`] the tables.
+//! The macros call `$apply!` with the rows; `entry` makes entry points from them, and `variants` the tables.
 
 /// Calls `$apply!` with the rows of the forward pass.
 #[macro_export]
