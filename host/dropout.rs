@@ -1,7 +1,6 @@
 //! Dropout of attention weights: its probability and its mask.
 
 use kernels_gpu::attention::dropout::Dropout as Launched;
-use kernels_gpu::variants::DropoutKind;
 
 use crate::error::{Error, Operand, Result};
 use crate::problem::{Problem, at_most};
@@ -54,11 +53,6 @@ impl Dropout {
         let threshold = self.threshold()?;
         Ok((threshold > 0).then(|| Launched::new(threshold, self.seed, self.offset)))
     }
-}
-
-/// Returns the kind of kernels that a dropout runs in.
-pub(crate) fn kind(dropout: &Option<Launched>) -> DropoutKind {
-    if dropout.is_some() { DropoutKind::Philox } else { DropoutKind::None }
 }
 
 /// Returns the mask that both passes use: true for kept weights, (batch, heads_q, seqlen_q, seqlen_k), contiguous. It

@@ -58,12 +58,6 @@ pub enum Error {
         /// The probability asked for.
         value: f32,
     },
-    /// Piecewise attention was to drop weights.
-    #[error("dropout.p is {value}; dropout is not available with piecewise attention, 0 is needed")]
-    PiecewiseDropout {
-        /// The probability asked for.
-        value: f32,
-    },
     /// A text names no mask.
     #[error("mask is {value:?}; allowed are \"none\" and \"causal\"")]
     UnknownMask {

@@ -89,7 +89,7 @@ pub use element::Element;
 pub use error::{Dim, Error, Operand, Result};
 pub use half::{bf16, f16};
 pub use kernels_gpu::variants::{
-    BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, BackwardVariant, DROPOUT_VARIANTS, Dtype, MaskKind, Op,
+    BACKWARD_VARIANTS, BackwardVariant, Dtype, Op,
     TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
 };
 pub use operands::{

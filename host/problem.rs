@@ -7,8 +7,9 @@
 use std::{fmt, str::FromStr};
 
 use kernels_gpu::{
+    attention::mask::Window,
     ground::shape::Shape,
-    variants::{Dtype, MaskKind},
+    variants::Dtype,
 };
 
 use crate::error::{Error, Result};
@@ -147,18 +148,26 @@ pub enum Mask {
 }
 
 impl Mask {
-    /// Returns the kernel family that computes this mask.
-    pub fn kind(self) -> MaskKind {
+    /// Returns the mask as a launch parameter: every mask is a window.
+    pub(crate) fn window(self) -> Window {
         match self {
-            Mask::None => MaskKind::None,
-            Mask::Causal => MaskKind::Causal,
+            Mask::None => Window::FULL,
+            Mask::Causal => Window::CAUSAL,
+        }
+    }
+
+    /// Returns its name, as [`Display`](fmt::Display) shows it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Mask::None => "none",
+            Mask::Causal => "causal",
         }
     }
 }
 
 impl fmt::Display for Mask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.kind().name())
+        f.pad(self.name())
     }
 }
 
@@ -168,7 +177,7 @@ impl FromStr for Mask {
     fn from_str(text: &str) -> Result<Self> {
         [Mask::None, Mask::Causal]
             .into_iter()
-            .find(|mask| mask.kind().name() == text)
+            .find(|mask| mask.name() == text)
             .ok_or_else(|| Error::UnknownMask { value: text.to_owned() })
     }
 }

@@ -6,7 +6,7 @@ use super::backward::{allocate, view};
 use super::{Attention, Output};
 use crate::{
     backend::{Backend, Workspace},
-    error::{Error, Operand, Result},
+    error::{Operand, Result},
     operands::{BackwardInputs, ForwardInputs, Gradients, Pair, SecondTensors},
     plan::{BackwardPlan, Determinism, Plan},
     tensor::Tensor,
@@ -51,8 +51,8 @@ pub struct PiecewiseGradients<T> {
 }
 
 impl Piecewise {
-    /// Adds a second pair to `attention`, which must drop no weights. The second pair counts from the distance
-    /// `dist_threshold` on; any number is allowed.
+    /// Adds a second pair to `attention`. The second pair counts from the distance `dist_threshold` on; any number is
+    /// allowed.
     pub fn new(attention: Attention, dist_threshold: i32) -> Self {
         Piecewise { attention, dist_threshold }
     }
@@ -66,27 +66,19 @@ impl Piecewise {
     /// Plans a forward pass for a machine with `sm_count` SMs, or threads on the CPU.
     ///
     /// # Errors
-    /// Errors of [`Plan::forward`]; [`Error::PiecewiseDropout`] if the attention drops weights.
+    /// Errors of [`Plan::forward`].
     pub fn plan(&self, sm_count: u32) -> Result<Plan> {
-        self.without_dropout()?;
-        let Attention { problem, mask, scale, .. } = &self.attention;
-        Plan::piecewise(problem, *mask, *scale, self.dist_threshold, sm_count)
+        let Attention { problem, mask, scale, dropout, .. } = &self.attention;
+        Plan::piecewise(problem, *mask, *scale, self.dist_threshold, *dropout, sm_count)
     }
 
     /// Plans a backward pass for a machine with `sm_count` SMs, or threads on the CPU.
     ///
     /// # Errors
-    /// Errors of [`BackwardPlan::new`]; [`Error::PiecewiseDropout`] if the attention drops weights.
+    /// Errors of [`BackwardPlan::new`].
     pub fn plan_backward(&self, sm_count: u32) -> Result<BackwardPlan> {
-        self.without_dropout()?;
-        let Attention { problem, mask, scale, determinism, .. } = &self.attention;
-        BackwardPlan::piecewise(problem, *mask, *scale, self.dist_threshold, *determinism, sm_count)
-    }
-
-    /// Checks that the attention drops no weights, because no kernel has both a second pair and dropout.
-    fn without_dropout(&self) -> Result<()> {
-        let dropout = self.attention.dropout;
-        if dropout.probability()? > 0.0 { Err(Error::PiecewiseDropout { value: dropout.p }) } else { Ok(()) }
+        let Attention { problem, mask, scale, determinism, dropout, .. } = &self.attention;
+        BackwardPlan::piecewise(problem, *mask, *scale, self.dist_threshold, *dropout, *determinism, sm_count)
     }
 
     /// Computes O, and the LSE unless it is omitted, into memory that the backend allocates; tensors as in

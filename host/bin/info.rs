@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::process::ExitCode;
 
-use ferroflash::{BACKWARD_DROPOUT_VARIANTS, BACKWARD_VARIANTS, DROPOUT_VARIANTS, Result, TOTAL_VARIANTS, VARIANTS};
+use ferroflash::{BACKWARD_VARIANTS, Result, TOTAL_VARIANTS, VARIANTS};
 use kernels_gpu::params::ROW_KERNEL_THREADS;
 
 use crate::args::InfoArgs;
@@ -71,11 +71,11 @@ fn variants() -> comfy_table::Table {
         let (registers, code) = compiled(symbol);
         table.add_row([symbol.to_owned(), tile, head_dim, threads.to_string(), stages, smem, registers, code]);
     };
-    for v in VARIANTS.iter().chain(DROPOUT_VARIANTS) {
+    for v in VARIANTS {
         let (tile, smem) = (tile(v.block_m(), v.block_n), kib(v.smem_bytes()));
         row(v.symbol, tile, v.head_dim.to_string(), v.threads(), v.stages.to_string(), smem);
     }
-    for v in BACKWARD_VARIANTS.iter().chain(BACKWARD_DROPOUT_VARIANTS) {
+    for v in BACKWARD_VARIANTS {
         let (tile, smem) = (tile(v.block_m, v.block_n), kib(v.smem().bytes()));
         row(v.symbol, tile, v.head_dim.to_string(), v.threads(), none(), smem);
     }

@@ -1,13 +1,14 @@
 //! The tensors of a backward pass.
 
 use kernels_gpu::{
-    params::{BackwardParams, BackwardSecondPair, FinishParams, PrepareParams},
+    attention::any_features::AnyFeatures,
+    params::{BackwardBase, BackwardParams, FinishParams, PrepareParams},
     variants::Dtype,
 };
 
 use super::{
     AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawTensor, SecondTensors, check_address, check_disjoint,
-    check_dtype, check_lse, check_rows_apart, check_second, check_span, check_tensor, lse_region, second_pair,
+    check_dtype, check_lse, check_rows_apart, check_second, check_span, check_tensor, lse_region,
 };
 use crate::{
     error::{Error, Operand, Result},
@@ -142,22 +143,22 @@ impl RawBackward {
         }
     }
 
-    /// Returns the second pair, if there is one, as kernels take it. `named` has its tensors as the machine names them.
-    pub(crate) fn second<T>(&self, plan: &BackwardPlan, named: Option<Pair<T>>) -> Option<BackwardSecondPair<T>> {
-        let pair = second_pair(plan.dist_threshold(), named)?;
-        Some(BackwardSecondPair { pair, dk: self.second?.gradients.k.strided() })
-    }
-
-    /// Returns the main kernel's parameters for a plan that has work tiles. `q`, `k`, `v` and `d_o` are as the machine
-    /// names them, and `second` is the result of [`RawBackward::second`].
-    pub(crate) fn params<T, S>(&self, plan: &BackwardPlan, [q, k, v, d_o]: [T; 4], second: S) -> BackwardParams<T, S> {
-        BackwardParams {
-            second,
-            q,
-            k,
+    /// Returns the main kernel's parameters for a plan that has work tiles. `q`, `k`, `v` and `d_o`, and the far pair if
+    /// there is one, are as the machine names them.
+    pub(crate) fn params<T: Copy>(
+        &self,
+        plan: &BackwardPlan,
+        [q, k, v, d_o]: [T; 4],
+        far: Option<Pair<T>>,
+    ) -> BackwardParams<T, AnyFeatures> {
+        let far = far.unwrap_or(Pair { q, k });
+        let far_dk = self.second.as_ref().map_or(&self.dk, |second| &second.gradients.k);
+        let base = BackwardBase {
+            q: [q, far.q],
+            k: [k, far.k],
             v,
             d_o,
-            dk: self.dk.strided(),
+            dk: [self.dk.strided(), far_dk.strided()],
             dv: self.dv.strided(),
             workspace: plan.workspace.at(self.workspace),
             scale: plan.scale(),
@@ -165,7 +166,9 @@ impl RawBackward {
             order: plan.order,
             sharing: plan.sharing,
             first: plan.first,
-        }
+            last_pair: plan.features.mask.pairs() - 1,
+        };
+        BackwardParams { base, features: plan.features }
     }
 
     /// Returns the parameters of the postprocess kernel for each pair.

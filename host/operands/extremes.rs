@@ -65,7 +65,7 @@ proptest! {
         if let Ok(plan) = Plan::forward(&problem, Mask::None, None, Dropout::NONE, 132) {
             let _ = forward.validate(&plan);
         }
-        if let Ok(plan) = Plan::piecewise(&problem, Mask::Causal, None, 7, 132) {
+        if let Ok(plan) = Plan::piecewise(&problem, Mask::Causal, None, 7, Dropout::NONE, 132) {
             let _ = RawForward { second: Some(second), ..forward }.validate(&plan);
         }
         let (d_lse, workspace_bytes) = (Some(other), usize::MAX);
@@ -79,7 +79,7 @@ proptest! {
             backward.prepare(&plan);
             backward.finish(&plan).count();
         }
-        if let Ok(plan) = BackwardPlan::piecewise(&problem, Mask::None, None, 7, determinism, 132) {
+        if let Ok(plan) = BackwardPlan::piecewise(&problem, Mask::None, None, 7, Dropout::NONE, determinism, 132) {
             let second = RawSecond { inputs: second, gradients: Pair { q: dq, k: dk } };
             let _ = RawBackward { second: Some(second), ..backward }.validate(&plan);
         }

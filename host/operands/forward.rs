@@ -1,6 +1,11 @@
 //! The tensors of a forward pass.
 
-use kernels_gpu::{ground::tensor::Output, params::ForwardParams, variants::Dtype};
+use kernels_gpu::{
+    attention::any_features::AnyFeatures,
+    ground::tensor::Output,
+    params::{ForwardBase, ForwardParams},
+    variants::Dtype,
+};
 
 use super::{
     AddressSpace, Memory, Pair, RawTensor, check_disjoint, check_dtype, check_lse, check_rows_apart, check_second,
@@ -58,20 +63,27 @@ impl RawForward {
         self.validate_outputs(problem)
     }
 
-    /// Returns the launch parameters of a plan that has work tiles. `q`, `k`, `v` and `o` are as the machine names
-    /// them, and `second` is the result of [`second_pair`](super::second_pair).
-    pub(crate) fn params<T, S>(&self, plan: &Plan, [q, k, v, o]: [T; 4], second: S) -> ForwardParams<T, S> {
-        ForwardParams {
-            q,
-            k,
+    /// Returns the launch parameters of a plan that has work tiles. `q`, `k`, `v` and `o`, and the far pair if there is
+    /// one, are as the machine names them.
+    pub(crate) fn params<T: Copy>(
+        &self,
+        plan: &Plan,
+        [q, k, v, o]: [T; 4],
+        far: Option<Pair<T>>,
+    ) -> ForwardParams<T, AnyFeatures> {
+        let far = far.unwrap_or(Pair { q, k });
+        let base = ForwardBase {
+            q: [q, far.q],
+            k: [k, far.k],
             v,
-            second,
             o: Output { tiles: o, rows: self.o.strided() },
             lse: self.lse.unwrap_or(0),
             scale: plan.scale(),
             shape: plan.problem().kernel_shape(),
             order: plan.order,
-        }
+            last_pair: plan.features.mask.pairs() - 1,
+        };
+        ForwardParams { base, features: plan.features }
     }
 
     fn validate_tensors(&self, problem: &Problem, space: AddressSpace, buffers: Option<&Buffers>) -> Result<()> {

@@ -6,7 +6,6 @@
 
 use kernels_gpu::{
     ground::tensor::Strided,
-    params::SecondPair,
     variants::{Dtype, Op},
 };
 
@@ -66,13 +65,6 @@ impl RawTensor {
     fn region(&self) -> Option<Region> {
         Region::of_rows(self.address, &self.layout, ELEMENT_BYTES)
     }
-}
-
-/// Returns the second pair of a plan that has a threshold, as kernels take it. `named` has its tensors as the machine
-/// names them.
-pub(crate) fn second_pair<T>(dist_threshold: Option<i32>, named: Option<Pair<T>>) -> Option<SecondPair<T>> {
-    let (dist_threshold, Pair { q, k }) = (dist_threshold?, named?);
-    Some(SecondPair::new(q, k, dist_threshold))
 }
 
 /// Rules for addresses: the host's or the device's.

@@ -72,6 +72,7 @@ impl RawTotalAttention {
             shape: plan.problem().kernel_shape(),
             order: plan.order,
             shared_from: plan.shared_from,
+            mask: plan.mask().window(),
         }
     }
 

@@ -4,18 +4,19 @@ use std::fmt;
 
 use kernels_gpu::{
     attention::{
-        dropout::Dropout as Launched, first_tiles::FirstTiles, key_parts::Sharing, query_blocks::MAX_QUERY_BLOCKS,
+        any_features::AnyFeatures, first_tiles::FirstTiles, key_parts::Sharing, query_blocks::MAX_QUERY_BLOCKS,
         scheduler::TileOrder,
     },
-    variants::{self, BackwardVariant, Op, PREPARE_ROWS, WARPGROUP_ROWS},
+    variants::{self, BackwardVariant, Needed, Op, PREPARE_ROWS, WARPGROUP_ROWS},
 };
 
 use super::{
-    Extra, MAX_WORK_TILES, Pass, WorkspaceLayout, checked_scale, checked_sm_count, needs, op, write_problem,
+    Extra, MAX_WORK_TILES, Pass, WorkspaceLayout, checked_scale, checked_sm_count, features, needs, op,
+    write_problem,
     write_threshold,
 };
 use crate::{
-    dropout::{Dropout, kind},
+    dropout::Dropout,
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };
@@ -52,8 +53,8 @@ pub struct BackwardPlan {
     scale: f32,
     dist_threshold: Option<i32>,
     dropout: Dropout,
-    /// Launch parameter of dropout for the main kernel; `None` if nothing is dropped.
-    pub(crate) launched: Option<Launched>,
+    /// Mask and dropout as launch parameters of the main kernel.
+    pub(crate) features: AnyFeatures,
     determinism: Determinism,
     variant: &'static BackwardVariant,
     work_tiles: u32,
@@ -97,17 +98,12 @@ impl BackwardPlan {
         mask: Mask,
         scale: Option<f32>,
         dist_threshold: i32,
+        dropout: Dropout,
         determinism: Determinism,
         sm_count: u32,
     ) -> Result<BackwardPlan> {
-        Self::plan(
-            problem,
-            mask,
-            scale,
-            Extra { dist_threshold: Some(dist_threshold), dropout: Dropout::NONE },
-            determinism,
-            sm_count,
-        )
+        let extra = Extra { dist_threshold: Some(dist_threshold), dropout };
+        Self::plan(problem, mask, scale, extra, determinism, sm_count)
     }
 
     fn plan(
@@ -120,12 +116,12 @@ impl BackwardPlan {
     ) -> Result<BackwardPlan> {
         let scale = checked_scale(problem, scale)?;
         let sm_count = checked_sm_count(sm_count)?;
-        let launched = dropout.launched()?;
-        let (op, head_dim) = (op(dist_threshold), problem.head_dim as u32);
-        let variant =
-            variants::backward(op, problem.dtype, head_dim, mask.kind(), kind(&launched)).ok_or_else(|| {
-                Error::NoVariant { needs: needs(Pass::Backward(determinism), op, problem, mask, dropout) }
-            })?;
+        let features = features(mask, dist_threshold, dropout)?;
+        let op = op(dist_threshold);
+        let needed = Needed { dtype: problem.dtype, head_dim: problem.head_dim as u32, features };
+        let variant = variants::backward(&needed).ok_or_else(|| Error::NoVariant {
+            needs: needs(Pass::Backward(determinism), op, problem, mask, dropout),
+        })?;
         let shape = problem.kernel_shape();
         let key_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;
         let work_tiles = problem.batch as u128 * problem.heads_kv as u128 * key_blocks;
@@ -134,8 +130,9 @@ impl BackwardPlan {
         let exact = determinism == Determinism::Exact;
         // All work tiles take equally long if nothing is masked and there is one pair.
         let m_blocks = shape.seqlen_q.div_ceil(variant.block_m).max(1);
-        let sharing = match (mask, dist_threshold, determinism) {
-            (Mask::None, None, Determinism::Fast) if shape.seqlen_q > 0 => {
+        let alike = !features.mask.is_bounded() && features.mask.pairs() == 1;
+        let sharing = match determinism {
+            Determinism::Fast if alike && shape.seqlen_q > 0 => {
                 Sharing::new(work_tiles, sm_count, shape.group(), m_blocks)
             }
             _ => Sharing::none(work_tiles, sm_count, shape.group(), m_blocks),
@@ -150,13 +147,13 @@ impl BackwardPlan {
         at_most("query blocks of a CTA", rounds * blocks, MAX_QUERY_BLOCKS as u128)?;
         let order = match determinism {
             _ if work_tiles == 0 => TileOrder::default(),
-            Determinism::Fast => variant.order(&shape, dist_threshold, sharing.ctas),
-            Determinism::Exact => variant.exact_order(&shape, sharing.ctas),
+            Determinism::Fast => variant.order(&shape, &features.mask, sharing.ctas),
+            Determinism::Exact => variant.exact_order(&shape, &features.mask, sharing.ctas),
         };
-        let first = match (dist_threshold, launched, determinism) {
+        let first = match (dist_threshold, features.dropout, determinism) {
             // Without work, nothing has limited the number of key heads.
             _ if idle => FirstTiles::none(0),
-            (None, None, Determinism::Fast) => variant.first_tiles(&shape, &order, sharing.ctas),
+            (None, None, Determinism::Fast) => variant.first_tiles(&shape, &features.mask, &order, sharing.ctas),
             _ => FirstTiles::none(shape.batch * shape.heads_kv),
         };
         Ok(BackwardPlan {
@@ -165,7 +162,7 @@ impl BackwardPlan {
             scale,
             dist_threshold,
             dropout,
-            launched,
+            features,
             determinism,
             variant,
             work_tiles,

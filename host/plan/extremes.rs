@@ -146,7 +146,7 @@ fn query_blocks_of_a_cta_have_a_limit() {
     assert!(fast(&Problem { batch: (1 << 23) - 1, ..problem }, 1).is_ok());
     assert!(fast(&problem, 2).is_ok());
     // Each pair counts.
-    let piecewise = |sm_count| BackwardPlan::piecewise(&problem, Mask::Causal, None, 0, Determinism::Exact, sm_count);
+    let piecewise = |sm_count| BackwardPlan::piecewise(&problem, Mask::Causal, None, 0, Dropout::NONE, Determinism::Exact, sm_count);
     assert_eq!(piecewise(2), error(1 << 30));
     assert!(piecewise(3).is_ok());
 }
@@ -171,7 +171,7 @@ proptest! {
 
     #[test]
     fn piecewise(problem in problem(), mask in mask(), threshold in threshold(), sm_count in sm_count()) {
-        check_forward(Plan::piecewise(&problem, mask, None, threshold, sm_count));
+        check_forward(Plan::piecewise(&problem, mask, None, threshold, Dropout::NONE, sm_count));
     }
 
     #[test]
@@ -187,7 +187,7 @@ proptest! {
         problem in problem(), mask in mask(), threshold in threshold(), determinism in determinism(),
         sm_count in sm_count(),
     ) {
-        check_backward(BackwardPlan::piecewise(&problem, mask, None, threshold, determinism, sm_count));
+        check_backward(BackwardPlan::piecewise(&problem, mask, None, threshold, Dropout::NONE, determinism, sm_count));
     }
 
     #[test]

@@ -3,14 +3,16 @@
 use std::fmt;
 
 use kernels_gpu::{
-    attention::dropout::Dropout as Launched,
+    attention::any_features::AnyFeatures,
     attention::scheduler::TileOrder,
-    variants::{self, Variant},
+    variants::{self, Needed, Variant},
 };
 
-use super::{Extra, MAX_WORK_TILES, Pass, checked_scale, checked_sm_count, needs, op, write_problem, write_threshold};
+use super::{
+    Extra, MAX_WORK_TILES, Pass, checked_scale, checked_sm_count, features, needs, op, write_problem, write_threshold,
+};
 use crate::{
-    dropout::{Dropout, kind},
+    dropout::Dropout,
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };
@@ -23,8 +25,8 @@ pub struct Plan {
     pub(crate) scale: f32,
     pub(crate) dist_threshold: Option<i32>,
     dropout: Dropout,
-    /// Launch parameter of dropout for the kernel; `None` if nothing is dropped.
-    pub(crate) launched: Option<Launched>,
+    /// Mask and dropout as launch parameters.
+    pub(crate) features: AnyFeatures,
     pub(crate) variant: &'static Variant,
     pub(crate) work_tiles: u32,
     /// Order of the work tiles; meaningless if there are none.
@@ -55,7 +57,7 @@ impl Plan {
     }
 
     /// Plans a forward pass of piecewise attention; see [`Plan::forward`]. The score of query i and key j comes from
-    /// the second pair of Q and K if i + seqlen_k − seqlen_q − j is at least `dist_threshold`. Nothing is dropped.
+    /// the second pair of Q and K if i + seqlen_k − seqlen_q − j is at least `dist_threshold`.
     ///
     /// # Errors
     /// Errors of [`Plan::forward`].
@@ -64,9 +66,10 @@ impl Plan {
         mask: Mask,
         scale: Option<f32>,
         dist_threshold: i32,
+        dropout: Dropout,
         sm_count: u32,
     ) -> Result<Plan> {
-        let extra = Extra { dist_threshold: Some(dist_threshold), dropout: Dropout::NONE };
+        let extra = Extra { dist_threshold: Some(dist_threshold), dropout };
         Self::new(problem, mask, scale, extra, sm_count)
     }
 
@@ -79,30 +82,30 @@ impl Plan {
     ) -> Result<Plan> {
         let scale = checked_scale(problem, scale)?;
         let sm_count = checked_sm_count(sm_count)?;
-        let launched = dropout.launched()?;
+        let features = features(mask, dist_threshold, dropout)?;
         let shape = problem.kernel_shape();
         let mut best: Option<Choice> = None;
-        let (op, head_dim) = (op(dist_threshold), problem.head_dim as u32);
-        for variant in variants::forward(op, problem.dtype, head_dim, mask.kind(), kind(&launched)) {
+        let needed = Needed { dtype: problem.dtype, head_dim: problem.head_dim as u32, features };
+        for variant in variants::forward(needed) {
             let m_blocks = problem.seqlen_q.div_ceil(variant.block_m() as usize) as u128;
             let work_tiles = m_blocks * problem.heads_q as u128 * problem.batch as u128;
             at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
             let work_tiles = work_tiles as u32;
             // Only whole clusters.
             let grid = work_tiles.min(sm_count / variant.cluster * variant.cluster);
-            if variant.cluster > 1 && (grid == 0 || !variant.shares(&shape)) {
+            if variant.cluster > 1 && (grid == 0 || !variant.shares(&shape, &features.mask)) {
                 continue;
             }
             let (order, time) =
-                if work_tiles == 0 { Default::default() } else { variant.order(&shape, dist_threshold, grid) };
+                if work_tiles == 0 { Default::default() } else { variant.order(&shape, &features.mask, grid) };
             if best.is_none_or(|best| time < best.time) {
                 best = Some(Choice { variant, work_tiles, grid, order, time });
             }
         }
         let Some(Choice { variant, work_tiles, grid, order, .. }) = best else {
-            return Err(Error::NoVariant { needs: needs(Pass::Forward, op, problem, mask, dropout) });
+            return Err(Error::NoVariant { needs: needs(Pass::Forward, op(dist_threshold), problem, mask, dropout) });
         };
-        Ok(Plan { problem: *problem, mask, scale, dist_threshold, dropout, launched, variant, work_tiles, order, grid })
+        Ok(Plan { problem: *problem, mask, scale, dist_threshold, dropout, features, variant, work_tiles, order, grid })
     }
 
     /// Returns the problem, validated.

@@ -5,7 +5,11 @@
 
 use std::fmt;
 
-use kernels_gpu::{attention::scheduler::MAX_CTAS, variants::Op};
+use kernels_gpu::{
+    attention::any_features::{AnyFeatures, AnyMask},
+    attention::scheduler::MAX_CTAS,
+    variants::Op,
+};
 
 use crate::{
     dropout::Dropout,
@@ -49,10 +53,16 @@ fn checked_sm_count(sm_count: u32) -> Result<u32> {
     Ok(sm_count.max(1))
 }
 
-/// Options of a pass in addition to problem, mask and scale. No kernel has both.
+/// Options of a pass in addition to problem, mask and scale.
 struct Extra {
     dist_threshold: Option<i32>,
     dropout: Dropout,
+}
+
+/// Returns the features of a plan as launch parameters.
+fn features(mask: Mask, dist_threshold: Option<i32>, dropout: Dropout) -> Result<AnyFeatures> {
+    let mask = AnyMask { window: mask.window(), dist_threshold };
+    Ok(AnyFeatures { mask, dropout: dropout.launched()? })
 }
 
 /// Returns the operator of a plan with this threshold.

@@ -39,7 +39,7 @@ impl TotalPlan {
     pub fn new(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<TotalPlan> {
         let scale = checked_scale(problem, scale)?;
         let sm_count = checked_sm_count(sm_count)?;
-        let variant = variants::total(problem.dtype, problem.head_dim as u32, mask.kind()).ok_or_else(|| {
+        let variant = variants::total(problem.dtype, problem.head_dim as u32).ok_or_else(|| {
             Error::NoVariant { needs: needs(Pass::TotalAttention, Op::Forward, problem, mask, Dropout::NONE) }
         })?;
         let n_blocks = problem.seqlen_k.div_ceil(variant.block_n() as usize) as u128;
@@ -49,7 +49,7 @@ impl TotalPlan {
         let parts = variant.smem().parts();
         let shared_from = shared_tiles::shared_from(work_tiles, parts, sm_count);
         let grid = shared_tiles::count(work_tiles, shared_from, parts).min(sm_count);
-        let order = if work_tiles == 0 { TileOrder::default() } else { variant.order(&problem.kernel_shape(), grid) };
+        let order = if work_tiles == 0 { TileOrder::default() } else { variant.order(&problem.kernel_shape(), &mask.window(), grid) };
         Ok(TotalPlan { problem: *problem, mask, scale, variant, work_tiles, grid, order, shared_from })
     }
 

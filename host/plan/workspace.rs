@@ -96,7 +96,9 @@ impl WorkspaceLayout {
 
 #[cfg(test)]
 mod tests {
-    use kernels_gpu::variants::{self, DropoutKind, Dtype, MaskKind, Op};
+    use kernels_gpu::attention::any_features::{AnyFeatures, AnyMask};
+    use kernels_gpu::attention::mask::Window;
+    use kernels_gpu::variants::{self, BackwardVariant, Dtype, Needed};
     use proptest::prelude::*;
 
     use super::*;
@@ -106,10 +108,13 @@ mod tests {
 
     const SLOTS: u32 = 3;
 
+    fn variant(head_dim: u32, dist_threshold: Option<i32>) -> &'static BackwardVariant {
+        let features = AnyFeatures { mask: AnyMask { window: Window::FULL, dist_threshold }, dropout: None };
+        variants::backward(&Needed { dtype: Dtype::F16, head_dim, features }).unwrap()
+    }
+
     fn layout(shape: &Shape, exact: bool) -> Result<WorkspaceLayout> {
-        let variant =
-            variants::backward(Op::Forward, Dtype::F16, shape.head_dim, MaskKind::None, DropoutKind::None).unwrap();
-        WorkspaceLayout::new(variant, shape, SLOTS, exact)
+        WorkspaceLayout::new(variant(shape.head_dim, None), shape, SLOTS, exact)
     }
 
     #[test]
@@ -146,8 +151,7 @@ mod tests {
         let error = |value| Err(Error::TooLarge { field: "workspace_rows", value, limit: 1 << 31 });
         assert_eq!(layout(&more, false), error((1 << 31) + 128));
         // dQ of a second pair has its own rows.
-        let pairs = variants::backward(Op::Piecewise, Dtype::F16, 64, MaskKind::None, DropoutKind::None).unwrap();
-        let piecewise = |batch| WorkspaceLayout::new(pairs, &Shape { batch, ..most }, 0, false);
+        let piecewise = |batch| WorkspaceLayout::new(variant(64, Some(3)), &Shape { batch, ..most }, 0, false);
         assert!(piecewise(1 << 23).is_ok());
         assert_eq!(piecewise((1 << 23) + 1), error((1 << 31) + 256));
         let long = Shape { batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: i32::MAX as u32, ..SHAPE };
@@ -163,8 +167,7 @@ mod tests {
         ) {
             let heads = heads_kv * group;
             let shape = Shape { batch, heads_q: heads, heads_kv, seqlen_q, head_dim: 8 * head_dim, ..SHAPE };
-            let (head_dim, kind) = (shape.head_dim, MaskKind::Causal);
-            let variant = variants::backward(Op::Forward, Dtype::Bf16, head_dim, kind, DropoutKind::None).unwrap();
+            let variant = variant(shape.head_dim, None);
             let found = WorkspaceLayout::new(variant, &shape, slots, exact).unwrap();
             let rows = (batch * heads * found.rows) as usize;
             let dq_semaphores = found.dq_semaphores.unwrap_or(found.parts);

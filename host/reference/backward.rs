@@ -115,7 +115,7 @@ fn evaluate<E: Element, R: Real>(
                 let o: Option<Vec<R>> = o.as_ref().map(|o| head_rows(o, batch, head));
                 for i in 0..problem.seqlen_q {
                     let live = live_keys(problem, plan.mask(), i);
-                    let z = factors(&plan.launched, batch * problem.heads_q + head, i, live);
+                    let z = factors(&plan.features.dropout, batch * problem.heads_q + head, i, live);
                     let at = (batch * problem.heads_q + head) * problem.seqlen_q + i;
                     let d_lse = d_lse.map_or(R::default(), |d_lse| R::from_f32(d_lse[at]));
                     let dq_row = head % group * problem.seqlen_q + i;

@@ -250,7 +250,7 @@ fn evaluate<E: Element, R: Real>(
                                 let q: Vec<R> = head_row(&pair.q, batch, head, i).collect();
                                 score(&mut s[part.clone()], scale, &q, &k[part.start * d..part.end * d]);
                             }
-                            let z = factors(&plan.launched, batch * problem.heads_q + head, i, live);
+                            let z = factors(&plan.features.dropout, batch * problem.heads_q + head, i, live);
                             row(&mut s, [&v[..live * d], &z], o)
                         })
                         .collect();

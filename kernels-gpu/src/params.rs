@@ -32,13 +32,18 @@ pub struct ForwardBase<T> {
     pub last_pair: u32,
 }
 
-/// Launch parameters of the forward kernel with the features `F`.
+/// Launch parameters of a kernel with the features `F`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct ForwardParams<T, F> {
-    pub base: ForwardBase<T>,
+pub struct Params<B, F> {
+    pub base: B,
     pub features: F,
 }
+
+/// Launch parameters of the forward kernel.
+pub type ForwardParams<T, F> = Params<ForwardBase<T>, F>;
+/// Launch parameters of the backward kernel.
+pub type BackwardParams<T, F> = Params<BackwardBase<T>, F>;
 
 /// Multiple to which the query rows of a head are padded in the backward pass's workspace: the largest block_m.
 pub const ROW_PADDING: u32 = 128;
@@ -75,14 +80,6 @@ impl<T> BackwardBase<T> {
     pub fn dk_of(&self, pair: u32) -> &Strided {
         if pair == 0 { &self.dk[0] } else { &self.dk[1] }
     }
-}
-
-/// Launch parameters of the backward kernel with the features `F`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct BackwardParams<T, F> {
-    pub base: BackwardBase<T>,
-    pub features: F,
 }
 
 /// Workspace that the three kernels of a backward pass share.

@@ -79,28 +79,21 @@ fn errors_name_the_second_pair() {
     assert_eq!(error(Pair { q: short, k: kv }), "q2 has 10 elements; its layout needs 320");
     assert!(error(Pair { q: kv, k: kv }).starts_with("q2.shape is [1, 1, 20, 16]; the problem needs [1, 2, 10, 16]"));
     assert!(error(Pair { q, k: q }).starts_with("k2.shape is"));
-    let plan = Plan::piecewise(&problem, Mask::None, None, 3, 1).unwrap();
+    let plan = Plan::piecewise(&problem, Mask::None, None, 3, Dropout::NONE, 1).unwrap();
     assert_eq!(plan.dist_threshold(), Some(3));
     assert!(plan.to_string().contains("piecewise bf16: batch 1") && plan.to_string().contains("dist_threshold 3"));
     let missing = Error::SecondPair { op: Op::Piecewise, given: false }.to_string();
     assert_eq!(missing, "second is missing; a plan of piecewise needs a second pair of queries and keys");
 }
 
-/// A plan of piecewise attention drops nothing, and refuses an attention with dropout.
+/// A plan of piecewise attention takes dropout as every plan does.
 #[test]
-fn dropout_is_refused() {
+fn dropout_is_checked() {
     let problem =
         Problem { batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: 10, seqlen_k: 20, head_dim: 16, dtype: Dtype::Bf16 };
     let with = |p| Piecewise::new(Attention::new(problem).dropout(Dropout { p, seed: 1, offset: 2 }), 3);
-    let refused = Error::PiecewiseDropout { value: 0.1 };
-    assert_eq!(with(0.1).plan(1), Err(refused.clone()));
-    assert_eq!(with(0.1).plan_backward(1), Err(refused.clone()));
-    let message = "dropout.p is 0.1; dropout is not available with piecewise attention, 0 is needed";
-    assert_eq!((refused.to_string().as_str(), refused.is_bad_input()), (message, true));
+    assert_eq!(with(0.1).plan(1).unwrap().dropout().p, 0.1);
+    assert_eq!(with(0.1).plan_backward(1).unwrap().dropout().p, 0.1);
     assert_eq!(with(1.0).plan(1), Err(Error::Dropout { value: 1.0 }));
-    // The second value is resolved to 0.
-    for p in [0.0, 0.001] {
-        assert_eq!(with(p).plan(1).unwrap().dropout(), Dropout::NONE);
-        assert_eq!(with(p).plan_backward(1).unwrap().dropout(), Dropout::NONE);
-    }
+    assert_eq!(with(1.0).plan_backward(1), Err(Error::Dropout { value: 1.0 }));
 }

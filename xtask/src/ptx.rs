@@ -5,7 +5,7 @@ use std::process::Command;
 
 use ferroflash_build::ptxas::Assembled;
 use ferroflash_build::{Built, Form, Kernel, cache_folder, from_source, unpack, work};
-use kernels_gpu::variants::{Family, Launch};
+use kernels_gpu::variants::Launch;
 
 use crate::setup::cuda_tool;
 use crate::shell::{Result, output, root, step};
@@ -22,9 +22,9 @@ const REGISTER_FILE: u32 = 65536;
 
 /// Returns how often [`RECONVERGENCE`] may occur in a kernel: as often as it did when it was first counted, 2026-11-30.
 fn reconvergences(launch: &Launch) -> usize {
-    match launch.family {
-        Family::BackwardDropout | Family::PiecewiseBackward => 9,
-        Family::ForwardDropout => 5,
+    match launch.family.name() {
+        "backward_dropout" | "piecewise_backward" | "piecewise_backward_dropout" => 9,
+        "forward_dropout" | "piecewise_dropout" => 5,
         _ if launch.cluster > 1 || launch.symbol.starts_with("finish_") => 1,
         _ => 0,
     }

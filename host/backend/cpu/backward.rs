@@ -4,7 +4,7 @@
 //! every sum is fixed, and the bits do not depend on the number of threads.
 
 use kernels_gpu::{
-    cpu::{add_parts, backward, finish, prepare},
+    cpu::{add_parts, finish, prepare},
     variants::Dtype,
 };
 
@@ -105,7 +105,7 @@ unsafe fn run(
     }
     let tensors = [&args.q, &args.k, &args.v, &args.d_o].map(RawTensor::strided);
     let named = args.second.map(|second| second.inputs.as_ref().map(RawTensor::strided));
-    let params = args.params(plan, tensors, args.second(plan, named));
+    let params = args.params(plan, tensors, named);
     let preparation = args.prepare(plan);
     let (problem, shape, variant) = (plan.problem(), plan.problem().kernel_shape(), plan.variant());
     pool::for_each(variant.symbol, shape.batch * shape.heads_kv, |unit| {
@@ -118,7 +118,7 @@ unsafe fn run(
         unsafe {
             heads.clone().for_each(|head| prepare(&preparation, variant.dtype, batch, head));
             if problem.seqlen_k > 0 {
-                backward(variant, &params, plan.launched, batch, head_kv);
+                (variant.run)(variant.dtype, variant.smem(), &params, batch, head_kv);
             }
             for finishing in args.finish(plan) {
                 heads.clone().for_each(|head| finish(&finishing, variant, batch, head));

@@ -6,15 +6,13 @@
 use std::ops::Range;
 
 use bytemuck::Pod;
-use kernels_gpu::cpu::forward;
-
 use crate::{
     backend::{Backend, Workspace, sealed::Sealed},
     element::Element,
     error::{Error, Operand, Result},
     operands::{
         AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
-        check_dtype, check_second, check_tensor, second_pair,
+        check_dtype, check_second, check_tensor,
     },
     plan::{BackwardPlan, Plan, TotalPlan},
     tensor::{Layout, Tensor},
@@ -169,13 +167,14 @@ unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
     if ctas == 0 {
         return Ok(());
     }
-    let params = args.params(plan, tensors, second_pair(plan.dist_threshold(), second));
-    pool::for_each(plan.variant().symbol, ctas, |cta| {
+    let params = args.params(plan, tensors, second);
+    let variant = plan.variant();
+    pool::for_each(variant.symbol, ctas, |cta| {
         // SAFETY: the arguments were validated against the plan, which also has this variant and tile count; the caller
         // promised the memory. Outputs alias nothing, and each row of them belongs to one work tile of one CTA, so CTAs
         // may run at the same time. A CTA that panics leaves only its rows of the output unfinished, which the error
         // calls unspecified.
-        unsafe { forward(plan.variant(), &params, plan.launched, cta, ctas) }
+        unsafe { (variant.run)(variant.dtype, variant.smem(), &params, cta, ctas) }
     })
 }
 
@@ -193,7 +192,7 @@ mod tests {
             let problem =
                 Problem { batch: 3, heads_q: 6, heads_kv: 2, seqlen_q, seqlen_k: 50, head_dim, dtype: Dtype::F16 };
             let plan = Plan::forward(&problem, mask, None, Dropout::NONE, 1).unwrap();
-            assert_eq!(plan.work_tiles(), kernels_gpu::cpu::grid(plan.variant(), &problem.kernel_shape()));
+            assert_eq!(plan.work_tiles(), plan.variant().work_tiles(&problem.kernel_shape()));
         }
     }
 

@@ -66,11 +66,12 @@ unsafe fn run(
         return Ok(());
     }
     let params = args.params(plan, [args.q.strided(), args.k.strided()]);
-    pool::for_each(plan.variant().symbol, ctas, |cta| {
+    let variant = plan.variant();
+    pool::for_each(variant.symbol, ctas, |cta| {
         // SAFETY: the memory is valid, and its layouts were checked against the plan, which also has this variant and
         // tile count. The result aliases nothing, and each element of it belongs to one work tile of one CTA, so CTAs
         // may run at the same time.
-        unsafe { kernels_gpu::cpu::total_attention(plan.variant(), &params, cta, ctas) }
+        unsafe { (variant.run)(variant.dtype, variant.smem(), &params, cta, ctas) }
     })
 }
 

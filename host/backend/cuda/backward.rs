@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use kernels_gpu::ground::tensor::TensorMap;
 use kernels_gpu::params::ROW_KERNEL_THREADS;
-use kernels_gpu::params::WithDropout;
 
 use super::driver::{Extent, zero_words};
 use super::modules::Loaded;
@@ -128,7 +127,7 @@ impl Cuda {
     /// Returns the kernels of a plan. The device's context is current.
     fn backward_kernels(&self, plan: &BackwardPlan, policy: Specialise) -> Result<Kernels<'_>> {
         let variant = plan.variant();
-        let kernel = |symbol, smem_bytes| self.kernel(symbol, Constants::NONE, smem_bytes, policy);
+        let kernel = |symbol, smem_bytes| self.kernel(symbol, plan.features.constants(), smem_bytes, policy);
         Ok(Kernels {
             prepare: kernel(variant.prepare, 0)?,
             main: kernel(variant.symbol, plan.smem_bytes())?,
@@ -173,16 +172,7 @@ impl Cuda {
                     Determinism::Exact => kernels.main.function.cooperative(),
                 };
                 let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
-                match (args.second(plan, second), plan.launched) {
-                    (Some(second), _) => {
-                        function.launch(extent, stream, &args.params(plan, maps, second))?;
-                    }
-                    (None, None) => function.launch(extent, stream, &args.params(plan, maps, ()))?,
-                    (None, Some(dropout)) => {
-                        let params = WithDropout { params: args.params(plan, maps, ()), dropout };
-                        function.launch(extent, stream, &params)?;
-                    }
-                }
+                function.launch_with(extent, stream, args.params(plan, maps, second))?;
             }
             if plan.finish_grid() > 0 {
                 for params in args.finish(plan) {

@@ -3,6 +3,10 @@
 use std::ffi::c_void;
 use std::ptr;
 
+use kernels_gpu::attention::any_features::{AnyFeatures, WithFeatures};
+use kernels_gpu::attention::features::Features;
+use kernels_gpu::params::Params;
+
 use super::sys::{self, Calls, Code, DeviceHandle, Handle};
 use crate::error::{Error, Result};
 
@@ -164,6 +168,31 @@ impl Function {
         // SAFETY: the handle is a loaded function.
         let code = unsafe { (self.calls.cuFuncSetAttribute)(self.handle, attribute, bytes as i32) };
         check(self.calls, "cuFuncSetAttribute", code)
+    }
+
+    /// Launches a kernel with the features of its plan; see [`Function::launch`].
+    ///
+    /// # Errors
+    /// Errors of [`Function::launch`].
+    ///
+    /// # Safety
+    /// The requirements of [`Function::launch`], with the features as a value of the kernel's type.
+    pub(super) unsafe fn launch_with<B: Copy>(
+        self,
+        extent: Extent,
+        stream: Handle,
+        params: Params<B, AnyFeatures>,
+    ) -> Result<()> {
+        struct Launch<B>(Function, Extent, Handle, B);
+        impl<B: Copy> WithFeatures for Launch<B> {
+            type Output = Result<()>;
+            fn with<F: Features>(self, features: F) -> Result<()> {
+                let Launch(function, extent, stream, base) = self;
+                // SAFETY: made by `launch_with` alone, whose caller has promised what this needs.
+                unsafe { function.launch(extent, stream, &Params { base, features }) }
+            }
+        }
+        params.features.chosen(Launch(self, extent, stream, params.base))
     }
 
     /// Launches the kernel with one by-value parameter. Neither allocates nor waits.

@@ -43,7 +43,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use kernels_gpu::params::WithDropout;
 use kernels_gpu::variants::{WARP_ROWS, WARPGROUP_ROWS};
 
 #[cfg(feature = "cudarc")]
@@ -60,7 +59,7 @@ use crate::element::Element;
 use crate::error::{Operand, Result};
 use crate::operands::{
     AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
-    check_dtype, check_second, check_tensor, second_pair,
+    check_dtype, check_second, check_tensor,
 };
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
 use crate::tensor::Tensor;
@@ -230,19 +229,11 @@ impl Cuda {
             (Some(_), 0) => Some(Pair { q: maps[0], k: maps[1] }),
             (Some(Pair { q, k }), _) => Some(Pair { q: encode(q, WARPGROUP_ROWS)?, k: encode(k, variant.block_n)? }),
         };
-        let function = self.kernel(variant.symbol, Constants::NONE, plan.smem_bytes(), self.specialise)?.function;
+        let constants = plan.features.constants();
+        let function = self.kernel(variant.symbol, constants, plan.smem_bytes(), self.specialise)?.function;
         let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
         // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
-        unsafe {
-            match (second_pair(plan.dist_threshold(), second), plan.launched) {
-                (Some(second), _) => function.launch(extent, stream, &args.params(plan, maps, second)),
-                (None, None) => function.launch(extent, stream, &args.params(plan, maps, ())),
-                (None, Some(dropout)) => {
-                    let params = WithDropout { params: args.params(plan, maps, ()), dropout };
-                    function.launch(extent, stream, &params)
-                }
-            }
-        }
+        unsafe { function.launch_with(extent, stream, args.params(plan, maps, second)) }
     }
 }
 

@@ -58,6 +58,6 @@ impl Cuda {
     pub fn load(&self, plan: &Plan) -> Result<Duration> {
         let _entered = self.device().enter()?;
         let (symbol, policy) = (plan.variant().symbol, Specialise::AtFirstUse);
-        Ok(self.kernel(symbol, Constants::NONE, plan.smem_bytes(), policy)?.load_time)
+        Ok(self.kernel(symbol, plan.features.constants(), plan.smem_bytes(), policy)?.load_time)
     }
 }

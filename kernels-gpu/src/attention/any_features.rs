@@ -59,7 +59,7 @@ impl AnyMask {
 /// Function of features of any type.
 pub trait WithFeatures {
     type Output;
-    fn with<F: Features + Send + Sync + 'static>(self, features: F) -> Self::Output;
+    fn with<F: Features>(self, features: F) -> Self::Output;
 }
 
 impl AnyFeatures {

@@ -1,7 +1,9 @@
 //! Compiled kernels of the backward pass.
 
 use super::{Dtype, Kind, Needed, Op, features, prebuilt};
-use crate::attention::any_features::{AnyFeatures, AnyMask};
+#[cfg(feature = "cpu")]
+use crate::attention::any_features::AnyFeatures;
+use crate::attention::any_features::AnyMask;
 use crate::attention::dropout::NoDropout;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::mask::{Interval, Window};
@@ -175,6 +177,7 @@ pub fn backward(needed: &Needed) -> Option<&'static BackwardVariant> {
     BACKWARD_VARIANTS.iter().filter(covers).min_by_key(|v| v.head_dim)
 }
 
+#[cfg(feature = "cpu")]
 macro_rules! split {
     (Keys, $features:ident, $d8:expr, $m8:expr) => {
         crate::arch::cpu::backward_by_keys::<features::$features, { $d8 }, { $m8 }>
@@ -233,6 +236,7 @@ pub static BACKWARD_VARIANTS: &[BackwardVariant] = crate::backward_rows!(backwar
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::any_features::AnyFeatures;
 
     fn plain(head_dim: u32, window: Window) -> (&'static BackwardVariant, AnyMask) {
         let mask = AnyMask { window, dist_threshold: None };
