@@ -33,19 +33,23 @@ pub struct KeyPart {
 }
 
 impl KeyPart {
-    /// Returns the `index`-th work tile or part. Without `sharing` no tile is split; without `first` none comes ahead
-    /// of its place in the order.
+    /// Returns the `index`-th work tile or part. Without `sharing` no tile is split, nor if its second value is false;
+    /// without `first` none comes ahead of its place in the order.
     #[inline(always)]
-    pub fn new(order: &TileOrder, sharing: Option<&Sharing>, first: Option<&FirstTiles>, index: u32) -> Self {
+    pub fn new(order: &TileOrder, sharing: Option<(&Sharing, bool)>, first: Option<&FirstTiles>, index: u32) -> Self {
         let tile = |index| match first {
             Some(first) => first.tile(order, index),
             None => order.tile(index),
         };
-        let Some(sharing) = sharing else { return KeyPart { tile: tile(index), part: SplitPart::WHOLE } };
+        let Some((sharing, splits)) = sharing else { return KeyPart { tile: tile(index), part: SplitPart::WHOLE } };
         // Branch-free. For an unsplit tile `slot` is 0 and `whole` its index; for a part, `from + slot / parts` is the
         // index of its tile.
         let (whole, slot) = (index.min(sharing.from), index.saturating_sub(sharing.from));
-        KeyPart { tile: tile(whole + sharing.parts.divide(slot).0), part: sharing.part(index) }
+        let part = sharing.part(index);
+        KeyPart {
+            tile: tile(if splits { whole + sharing.parts.divide(slot).0 } else { index }),
+            part: if splits { part } else { SplitPart::WHOLE },
+        }
     }
 }
 
@@ -143,7 +147,7 @@ impl Sharing {
 #[derive(Clone, Copy, Debug)]
 pub struct KeyParts<'a> {
     tiles: CtaTiles<'a>,
-    sharing: Option<&'a Sharing>,
+    sharing: Option<(&'a Sharing, bool)>,
     first: Option<&'a FirstTiles>,
 }
 
@@ -152,7 +156,7 @@ impl<'a> KeyParts<'a> {
     #[inline(always)]
     pub fn new(
         order: &'a TileOrder,
-        sharing: Option<&'a Sharing>,
+        sharing: Option<(&'a Sharing, bool)>,
         first: Option<&'a FirstTiles>,
         cta: u32,
         ctas: u32,
@@ -167,7 +171,7 @@ impl Iterator for KeyParts<'_> {
     #[inline(always)]
     fn next(&mut self) -> Option<KeyPart> {
         let order = self.tiles.order();
-        let count = self.sharing.map_or(order.tiles(), |sharing| sharing.count);
+        let count = self.sharing.map_or(order.tiles(), |(sharing, _)| sharing.count);
         self.tiles.next_index(count).map(|index| KeyPart::new(order, self.sharing, self.first, index))
     }
 }
@@ -197,7 +201,7 @@ mod tests {
             let count = sharing.count;
             let (ctas, mut met) = (sharing.ctas, Vec::new());
             for cta in 0..ctas {
-                let taken: Vec<KeyPart> = KeyParts::new(&order, Some(&sharing), None, cta, ctas).collect();
+                let taken: Vec<KeyPart> = KeyParts::new(&order, Some((&sharing, true)), None, cta, ctas).collect();
                 assert!(taken.len() as u32 <= count.div_ceil(ctas));
                 assert!(taken.iter().filter(|at| at.part != SplitPart::WHOLE).count() <= 1);
                 for at in taken {

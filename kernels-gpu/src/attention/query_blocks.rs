@@ -94,7 +94,8 @@ impl<M: Mask> QueryBlocks<M> {
         }
         let (head, from_last, count) = sharing.blocks(part);
         let (first_head, first_block) = (self.first_head + head, self.first_block - from_last);
-        QueryBlocks { first_head, first_block, count, ..self }
+        // Without queries there is no query block, although a part has one.
+        QueryBlocks { first_head, first_block, count: count.min(self.count), ..self }
     }
 
     /// Replaces the end of the block range by its copy in the launch parameters, if they are the same. It then stays in

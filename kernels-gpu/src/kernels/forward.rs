@@ -68,7 +68,7 @@ struct Context<'a, T, F> {
 /// Work tile and its visits.
 #[derive(Clone, Copy)]
 struct QueryTile {
-    at: WorkTile,
+    at: Packed,
     visits: Visits,
 }
 
@@ -85,14 +85,14 @@ impl QueryTile {
     /// Returns the block of visit `u`.
     #[inline(always)]
     fn block(&self, u: u32, is_full: bool) -> BlockAt {
-        BlockAt { tile: self.at, visit: self.visits.at(u), is_full }
+        BlockAt { tile: self.at.tile(), visit: self.visits.at(u), is_full }
     }
 }
 
 impl<T, F: Features> Context<'_, T, F> {
     #[inline(always)]
-    fn query_tile(&self, at: WorkTile) -> QueryTile {
-        let (of, first_row) = (self.p.base.shape.sequence(), at.m_block * self.block_m);
+    fn query_tile(&self, at: Packed) -> QueryTile {
+        let (of, first_row) = (self.p.base.shape.sequence(), at.tile().m_block * self.block_m);
         QueryTile { at, visits: Visits::new(&of, self.p.features.mask(), first_row, self.block_m, self.block_n) }
     }
 
@@ -324,19 +324,40 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
     }
 }
 
+/// Work tile in two registers instead of three. ptxas keeps it uniform over the warp only if head and m_block are one
+/// 64-bit value from work tile to work tile; otherwise it takes the warp for diverged after a loop (measured, cause
+/// unknown).
+#[derive(Clone, Copy)]
+struct Packed {
+    head_and_block: u64,
+    batch: u32,
+}
+
+impl Packed {
+    #[inline(always)]
+    fn new(tile: WorkTile) -> Self {
+        Packed { head_and_block: (tile.m_block as u64) << 32 | tile.head as u64, batch: tile.batch }
+    }
+    #[inline(always)]
+    fn tile(self) -> WorkTile {
+        let Packed { head_and_block, batch } = self;
+        WorkTile { batch, head: head_and_block as u32, m_block: (head_and_block >> 32) as u32 }
+    }
+}
+
 /// Work tiles that the CTA has not begun, and the one whose query rows are being loaded.
 struct QueryQueue<I> {
     tiles: I,
-    next: Option<WorkTile>,
+    next: Option<Packed>,
 }
 
 impl<I: Iterator<Item = WorkTile>> QueryQueue<I> {
     /// Takes the next work tile and starts loading its query rows.
     #[inline(always)]
     fn load<W: ForwardWarpgroup>(&mut self, wg: &mut W) {
-        self.next = self.tiles.next();
-        if let Some(next) = &self.next {
-            wg.load_q(next);
+        self.next = self.tiles.next().map(Packed::new);
+        if let Some(next) = self.next {
+            wg.load_q(&next.tile());
         }
     }
 }
@@ -394,9 +415,9 @@ pub fn consume<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usiz
                 queries.load(wg);
             }
         });
-        epilogue::store(wg, p, &tile.at, o, softmax);
+        epilogue::store(wg, p, &tile.at.tile(), o, softmax);
         (state, tile) = (following_state, following);
     }
     let (o, softmax) = state.last(wg);
-    epilogue::store(wg, p, &tile.at, o, softmax);
+    epilogue::store(wg, p, &tile.at.tile(), o, softmax);
 }
