@@ -139,6 +139,17 @@ impl Kernel {
 }
 
 #[cfg(test)]
+impl Kernel {
+    /// Returns a kernel of this build, with other constants and other forms. All forms have the code of the first.
+    pub(super) fn with_forms(&self, constants: &'static [ConstantPlace], forms: &[Option<Constants>]) -> Self {
+        let bytes = self.cubins.first().map_or(0..0, |cubin| cubin.bytes.clone());
+        let cubin = |&constants: &_| Cubin { constants, bytes: bytes.clone(), registers: 0 };
+        let cubins = forms.iter().map(cubin).collect::<Vec<_>>().leak();
+        Kernel { ptx: self.ptx.clone(), constants, cubins, ..*self }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
