@@ -1,7 +1,7 @@
 //! The compiled kernels of this build, each a module of its own, in all the forms that were prebuilt.
 //!
-//! They lie in compressed streams, two for each family of kernels: one of PTX, which has a text for each kernel, and one
-//! of cubins, which has one for each form. The build writes the table, from source or when it makes a package.
+//! They lie in compressed streams, two for each family of kernels. That of PTX has a text for each kernel, that of
+//! cubins one for each form. The build writes the table, from source or when it makes a package.
 
 use std::io::Read;
 use std::ops::Range;

@@ -92,7 +92,7 @@ struct Counts {
 }
 
 thread_local! {
-    static COUNTS: Cell<Counts> = const { Cell::new(Counts { cubins: 0, compiled: 0, unloaded: 0, refuses_cubins: false }) };
+    static COUNTS: Cell<Counts> = Cell::new(Counts::default());
 }
 
 fn count(change: impl FnOnce(&mut Counts) -> sys::Code) -> sys::Code {
