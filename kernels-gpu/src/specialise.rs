@@ -1,7 +1,7 @@
 //! Binding: the step between rustc and ptxas that gives the specialisation constants of a kernel their values.
 //!
-//! The build binds the PTX that it assembles, and the host binds the PTX that the driver compiles. Each result is a form
-//! of the kernel: general, or specialised to one combination of [`Constants`].
+//! The build binds the PTX that it assembles, and the host binds the PTX that the driver compiles. Each result is a
+//! form of the kernel: general, or specialised to one combination of [`Constants`].
 
 use std::borrow::ToOwned;
 use std::format;

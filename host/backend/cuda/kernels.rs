@@ -1,7 +1,7 @@
 //! The compiled kernels of this build, each a module of its own, in all the forms that were prebuilt.
 //!
-//! They lie in compressed streams, two for each family of kernels: one of PTX, which has a text for each kernel, and one
-//! of cubins, which has one for each form. The build writes the table, from source or when it makes a package.
+//! They lie in compressed streams, two for each family of kernels. That of PTX has a text for each kernel, that of
+//! cubins one for each form. The build writes the table, from source or when it makes a package.
 
 use std::io::Read;
 use std::ops::Range;
@@ -135,6 +135,17 @@ impl Kernel {
     fn damaged(&self, reason: &dyn std::fmt::Display) -> Error {
         let message = format!("the kernels in this program are damaged, build it again: {reason}");
         Error::BrokenKernel { symbol: self.symbol, message }
+    }
+}
+
+#[cfg(test)]
+impl Kernel {
+    /// Returns a kernel of this build, with other constants and other forms. All forms have the code of the first.
+    pub(super) fn with_forms(&self, constants: &'static [ConstantPlace], forms: &[Option<Constants>]) -> Self {
+        let bytes = self.cubins.first().map_or(0..0, |cubin| cubin.bytes.clone());
+        let cubin = |&constants: &_| Cubin { constants, bytes: bytes.clone(), registers: 0 };
+        let cubins = forms.iter().map(cubin).collect::<Vec<_>>().leak();
+        Kernel { ptx: self.ptx.clone(), constants, cubins, ..*self }
     }
 }
 

@@ -53,6 +53,42 @@ impl Forms {
         None
     }
 
+    /// Returns the best form of `kernel`, as [`Modules::get`] does.
+    fn get(
+        &self,
+        calls: &'static Calls,
+        kernel: &'static Kernel,
+        constants: Constants,
+        smem_bytes: u32,
+        policy: Specialise,
+    ) -> Result<&Loaded> {
+        let specialised = kernel.specialised(constants);
+        if let Some(loaded) = self.find(specialised) {
+            return Ok(loaded);
+        }
+        let chosen = kernel.choose(specialised, policy);
+        if let Some(loaded) = self.find(chosen) {
+            return Ok(loaded);
+        }
+        let loaded = load(calls, kernel, chosen, specialised, smem_bytes)?;
+        let form = loaded.constants;
+        self.add(loaded);
+        self.find(form).ok_or_else(|| missing(kernel.symbol))
+    }
+
+    /// Unloads every form. The device's context is current.
+    ///
+    /// # Safety
+    /// Their functions are not used any more.
+    unsafe fn unload(&mut self) {
+        let mut forms = mem::take(self);
+        while let Some((loaded, others)) = forms.0.take().map(|form| *form) {
+            // SAFETY: the caller's promise.
+            unsafe { loaded.module.unload() };
+            forms = others;
+        }
+    }
+
     /// Adds a form. The device's context is current.
     fn add(&self, loaded: Loaded) {
         let (mut forms, mut new) = (self, Box::new((loaded, Forms::default())));
@@ -78,8 +114,8 @@ impl Modules {
     }
 
     /// Returns the kernel of this name, in the best form for `constants`, with `smem_bytes` of dynamic shared memory.
-    /// That is the specialised form if it is loaded, prebuilt or, by `policy`, to be compiled, and otherwise the general
-    /// form. The first call loads it. Constants that the kernel lacks are ignored. The device's context is current.
+    /// That is the specialised form if it is loaded, is prebuilt or, by `policy`, is to be compiled. Otherwise it is the
+    /// general form. The first call loads it. Constants that the kernel lacks are ignored. The device's context is current.
     ///
     /// # Errors
     /// [`Error::BrokenKernel`] for a kernel that the build does not hold, [`Error::Driver`].
@@ -91,21 +127,8 @@ impl Modules {
         smem_bytes: u32,
         policy: Specialise,
     ) -> Result<&Loaded> {
-        let missing = || Error::BrokenKernel { symbol, message: "this build does not hold it".to_owned() };
-        let place = place(symbol).ok_or_else(missing)?;
-        let (kernel, forms) = (&KERNELS[place], &self.0[place]);
-        let specialised = kernel.specialised(constants);
-        if let Some(loaded) = forms.find(specialised) {
-            return Ok(loaded);
-        }
-        let chosen = kernel.choose(specialised, policy);
-        if let Some(loaded) = forms.find(chosen) {
-            return Ok(loaded);
-        }
-        let loaded = load(calls, kernel, chosen, specialised, smem_bytes)?;
-        let form = loaded.constants;
-        forms.add(loaded);
-        forms.find(form).ok_or_else(missing)
+        let place = place(symbol).ok_or_else(|| missing(symbol))?;
+        self.0[place].get(calls, &KERNELS[place], constants, smem_bytes, policy)
     }
 
     /// Unloads every module. Their context is current.
@@ -114,12 +137,8 @@ impl Modules {
     /// Their functions are not used any more.
     pub(super) unsafe fn unload(&mut self) {
         for forms in &mut self.0 {
-            let mut forms = mem::take(forms);
-            while let Some((loaded, others)) = forms.0.take().map(|form| *form) {
-                // SAFETY: the caller's promise.
-                unsafe { loaded.module.unload() };
-                forms = others;
-            }
+            // SAFETY: the caller's promise.
+            unsafe { forms.unload() };
         }
     }
 }
@@ -131,6 +150,10 @@ impl Module {
         // SAFETY: the caller's promise. An error here belongs to an earlier launch, and other calls report it.
         let _ = unsafe { (self.calls.cuModuleUnload)(self.handle) };
     }
+}
+
+fn missing(symbol: &'static str) -> Error {
+    Error::BrokenKernel { symbol, message: "this build does not hold it".to_owned() }
 }
 
 /// Loads the form `chosen` of a kernel. If the driver has to compile PTX, loads the form `specialised` instead, because
@@ -212,76 +235,4 @@ fn load_ptx(calls: &'static Calls, symbol: &'static str, text: String) -> Result
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::cuda::Cuda;
-    use crate::backend::cuda::driver::Extent;
-
-    /// Returns the first device, if there is one that kernels run on.
-    fn device() -> Option<Cuda> {
-        Cuda::new(0).inspect_err(|error| println!("skipped: {error}")).ok()
-    }
-
-    #[test]
-    fn without_a_device_the_error_says_what_is_missing() {
-        match sys::calls() {
-            Ok(_) => println!("skipped: there is a driver"),
-            Err(Error::NoDevice { reason }) => {
-                assert!(reason.contains("NVIDIA's driver"), "{reason}");
-                assert!(matches!(Cuda::new(0), Err(Error::NoDevice { .. })));
-                assert_eq!(Cuda::device_count(), 0);
-            }
-            Err(error) => panic!("{error}"),
-        }
-    }
-
-    #[test]
-    fn refused_ptx_carries_the_compilers_words() {
-        let Some(cuda) = device() else { return };
-        let _entered = cuda.device().enter().unwrap();
-        let text = ".version 8.1\n.target sm_90a\n.address_size 64\n.visible .entry k() { mov.u32 %nothing, 1; ret; }";
-        let error = load_ptx(cuda.device().calls(), "k", text.to_owned()).err().unwrap();
-        assert!(matches!(error, Error::Driver { code, .. } if code != sys::SUCCESS), "{error}");
-        assert!(error.to_string().contains("nothing"), "{error}");
-    }
-
-    #[test]
-    fn parameters_of_another_size_are_refused() {
-        let Some(cuda) = device() else { return };
-        let _entered = cuda.device().enter().unwrap();
-        let function = cuda.kernel("prepare_bf16", Constants::NONE, 0, Specialise::Prebuilt).unwrap().function;
-        let extent = Extent { grid: 1, block: 32, shared_memory: 0 };
-        // SAFETY: refused before the launch.
-        let error = unsafe { function.launch(extent, ptr::null_mut(), &0u64) }.err().unwrap();
-        assert!(matches!(error, Error::BrokenKernel { symbol: "prepare_bf16", .. }), "{error}");
-    }
-
-    #[test]
-    fn a_form_that_is_not_prebuilt_is_loaded_on_request() {
-        let Some(cuda) = device() else { return };
-        let _entered = cuda.device().enter().unwrap();
-        let all = || (0..1 << Constants::NAMES.len()).map(Constants::from_bits);
-        let form = |symbol, constants, policy| cuda.kernel(symbol, constants, 0, policy).unwrap().constants;
-        let mut tried = 0;
-        for kernel in KERNELS.iter().filter(|kernel| kernel.find(None).is_some()).take(8) {
-            let wanted = all().map(|constants| kernel.specialised(constants)).find(|&form| kernel.find(form).is_none());
-            let Some(wanted @ Some(constants)) = wanted else { continue };
-            assert_eq!(form(kernel.symbol, constants, Specialise::Prebuilt), None);
-            assert_eq!(form(kernel.symbol, constants, Specialise::AtFirstUse), wanted);
-            assert_eq!(form(kernel.symbol, constants, Specialise::Prebuilt), wanted);
-            for prebuilt in kernel.cubins.iter().filter_map(|cubin| cubin.constants) {
-                assert_eq!(form(kernel.symbol, prebuilt, Specialise::Prebuilt), Some(prebuilt));
-            }
-            tried += 1;
-        }
-        println!("{tried} kernels with a form that is not prebuilt");
-    }
-
-    #[test]
-    fn codes_without_a_name_are_described() {
-        let Some(cuda) = device() else { return };
-        for code in [912, 54321, u32::MAX] {
-            assert!(cuda.device().calls().describe(code).contains(&code.to_string()));
-        }
-    }
-}
+mod tests;

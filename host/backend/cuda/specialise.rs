@@ -49,8 +49,8 @@ impl Cuda {
         device.modules.get(device.calls(), symbol, constants, smem_bytes, policy)
     }
 
-    /// Loads a plan's kernel before its first launch, specialised to the plan. If the build does not hold that form, the
-    /// driver compiles it, in about a second. Later launches with the same features use it. Returns the time that
+    /// Loads a plan's kernel before its first launch, specialised to the plan. If the build does not hold that form,
+    /// the driver compiles it, in about a second. Later launches with the same features use it. Returns the time that
     /// loading took when it happened.
     ///
     /// # Errors

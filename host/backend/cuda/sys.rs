@@ -23,6 +23,9 @@ pub(super) const OUT_OF_MEMORY: Code = 2;
 pub(super) const INVALID_IMAGE: Code = 200;
 pub(super) const NO_BINARY_FOR_GPU: Code = 209;
 
+#[cfg(test)]
+const NOT_SUPPORTED: Code = 801;
+
 pub(super) const EVENT_DISABLE_TIMING: c_uint = 2;
 pub(super) const STREAM_NON_BLOCKING: c_uint = 1;
 /// `CU_STREAM_LEGACY`, another name of the null stream.
@@ -82,6 +85,20 @@ macro_rules! calls {
         }
 
         impl Calls {
+            /// Returns a driver for tests, whose functions do nothing and fail.
+            #[cfg(test)]
+            pub(super) fn failing() -> Self {
+                Calls {
+                    $($(#[$attribute])* $needed: {
+                        unsafe extern "C" fn fail($(_: $parameter),*) -> Code {
+                            NOT_SUPPORTED
+                        }
+                        fail
+                    },)*
+                    $($newer: None,)*
+                }
+            }
+
             /// Looks up every function.
             fn of(library: &libloading::Library) -> std::result::Result<Self, libloading::Error> {
                 // SAFETY: each type is the one that cuda.h gives the function of this name, and `open` never closes the

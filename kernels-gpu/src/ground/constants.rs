@@ -11,8 +11,8 @@
 //!
 //! [`bind`]: crate::specialise::bind
 
-/// Switch of a kernel, 0 or 1, which [`bind`](crate::specialise::bind) may fix. It lies in the launch parameters, where the general kernel and
-/// the CPU read it. `BIT` is its bit in [`Constants`].
+/// Switch of a kernel, 0 or 1, which [`bind`](crate::specialise::bind) may fix. It lies in the launch parameters, where
+/// the general kernel and the CPU read it. `BIT` is its bit in [`Constants`].
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Constant<const BIT: u32>(u32);

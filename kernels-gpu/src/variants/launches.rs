@@ -49,7 +49,7 @@ pub struct Launch {
     pub mainloop: bool,
     /// Places of its specialisation constants.
     pub constants: Vec<ConstantPlace>,
-    /// Combinations of its constants for which the build makes a specialised form. The general form is made in any case.
+    /// Combinations of its constants for which the build makes a specialised form. The general one is made in any case.
     pub prebuilt: &'static [Constants],
 }
 
