@@ -18,6 +18,8 @@ mod interop;
 mod parts;
 #[path = "gpu/piecewise.rs"]
 mod piecewise;
+#[path = "gpu/specialise.rs"]
+mod specialise;
 #[path = "common/total.rs"]
 mod total;
 #[path = "gpu/total_attention.rs"]
@@ -129,6 +131,7 @@ fn main() {
         trials.push(test(&name, Box::new(move |cuda| first_tiles::backward(cuda, head_dim))));
     }
     trials.extend(piecewise::tests().into_iter().map(|(name, run)| test(&name, run)));
+    trials.extend(specialise::tests().into_iter().map(|(name, run)| test(name, run)));
     trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));
     trials.push(test("random cases backward", Box::new(random_cases_backward)));
     trials.push(test("random cases with dropout", Box::new(random_dropout)));

@@ -36,9 +36,10 @@ pub struct PiecewiseCase {
 }
 
 impl PiecewiseCase {
-    /// Returns [`Case::random`] with a random threshold.
+    /// Returns [`Case::random`] with a random threshold, every third time with dropout.
     pub fn random(seed: u64, limit: f64) -> Self {
-        PiecewiseCase::with_random_threshold(Case::random(seed, limit), seed)
+        let case = if seed.is_multiple_of(3) { Case::random_dropout(seed, limit) } else { Case::random(seed, limit) };
+        PiecewiseCase::with_random_threshold(case, seed)
     }
 
     /// Adds a threshold: 0, negative, beyond every distance, next to an edge of tiles, half the keys or next to that,

@@ -100,7 +100,12 @@ impl Kernel {
 
     /// Chooses the form to load for a launch that wants the form `specialised`, which is not loaded yet.
     pub(super) fn choose(&self, specialised: Option<Constants>, policy: Specialise) -> Option<Constants> {
-        let general = policy == Specialise::Prebuilt && self.find(specialised).is_none() && self.find(None).is_some();
+        let general = self.find(None).is_some();
+        let general = match policy {
+            Specialise::Prebuilt => general && self.find(specialised).is_none(),
+            Specialise::AtFirstUse => false,
+            Specialise::Never => true,
+        };
         if general { None } else { specialised }
     }
 

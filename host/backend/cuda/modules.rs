@@ -63,7 +63,7 @@ impl Forms {
         policy: Specialise,
     ) -> Result<&Loaded> {
         let specialised = kernel.specialised(constants);
-        if let Some(loaded) = self.find(specialised) {
+        if let (true, Some(loaded)) = (policy != Specialise::Never, self.find(specialised)) {
             return Ok(loaded);
         }
         let chosen = kernel.choose(specialised, policy);

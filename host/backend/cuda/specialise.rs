@@ -20,6 +20,8 @@ pub enum Specialise {
     Prebuilt,
     /// At the first use of a combination. The driver's compiler needs about a second for it.
     AtFirstUse,
+    /// Never, not even if the build holds a specialised form: the general form runs. It is there to compare the two.
+    Never,
 }
 
 impl Cuda {
