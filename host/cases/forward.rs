@@ -36,6 +36,13 @@ pub struct CaseOutput<E> {
     pub untouched: bool,
 }
 
+impl<E: Element> CaseOutput<E> {
+    /// Returns the bits of O and the LSE, padding included.
+    pub fn bits(&self) -> (Vec<u16>, Vec<u32>) {
+        (self.o.iter().map(|x| x.to_bits()).collect(), self.lse.iter().map(|x| x.to_bits()).collect())
+    }
+}
+
 impl Case {
     /// Runs the case with its own inputs and judges the rows that `rows` names.
     ///

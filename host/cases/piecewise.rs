@@ -88,7 +88,7 @@ impl PiecewiseCase {
     }
 
     /// Returns the operator.
-    fn piecewise(&self) -> Piecewise {
+    pub fn piecewise(&self) -> Piecewise {
         Piecewise::new(self.case.attention(), self.dist_threshold)
     }
 

@@ -8,7 +8,7 @@ use kernels_gpu::params::ROW_KERNEL_THREADS;
 use super::driver::{Extent, zero_words};
 use super::modules::Loaded;
 use super::stream::Order;
-use super::{Constants, Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
+use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
 use crate::backend::Workspace;
 use crate::element::Element;
 use crate::error::{Operand, Result};

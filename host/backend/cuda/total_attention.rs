@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::driver::{Extent, zero_words};
 use super::stream::Order;
-use super::{Constants, Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
+use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
 use crate::element::Element;
 use crate::error::{Operand, Result};
 use crate::operands::{AddressSpace, Memory, RawTensor, RawTotalAttention, check_dtype, check_total_inputs};
