@@ -93,10 +93,10 @@ pub use kernels_gpu::variants::{
     TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
 };
 pub use operands::{
-    BackwardInputs, ForwardInputs, Gradients, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention,
-    SecondTensors,
+    BackwardInputs, BackwardPair, BackwardTensors, ForwardInputs, ForwardTensors, Gradients, Pair, RawBackward,
+    RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, TotalTensors,
 };
-pub use plan::{BackwardPlan, Determinism, Needs, Pass, Plan, TotalPlan};
+pub use plan::{BackwardPlan, Determinism, Needs, PassKind, Plan, TotalPlan};
 pub use problem::{Mask, Problem};
 pub use tensor::{Layout, Tensor};
 

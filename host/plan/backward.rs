@@ -11,7 +11,7 @@ use kernels_gpu::{
 };
 
 use super::{
-    Extra, MAX_WORK_TILES, Pass, WorkspaceLayout, checked_scale, checked_sm_count, needs, op, write_problem,
+    Extra, MAX_WORK_TILES, PassKind, WorkspaceLayout, checked_scale, checked_sm_count, needs, op, write_problem,
     write_threshold,
 };
 use crate::{
@@ -124,7 +124,7 @@ impl BackwardPlan {
         let (op, head_dim) = (op(dist_threshold), problem.head_dim as u32);
         let variant =
             variants::backward(op, problem.dtype, head_dim, mask.kind(), kind(&launched)).ok_or_else(|| {
-                Error::NoVariant { needs: needs(Pass::Backward(determinism), op, problem, mask, dropout) }
+                Error::NoVariant { needs: needs(PassKind::Backward(determinism), op, problem, mask, dropout) }
             })?;
         let shape = problem.kernel_shape();
         let key_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;

@@ -8,7 +8,9 @@ use kernels_gpu::{
     variants::{self, Variant},
 };
 
-use super::{Extra, MAX_WORK_TILES, Pass, checked_scale, checked_sm_count, needs, op, write_problem, write_threshold};
+use super::{
+    Extra, MAX_WORK_TILES, PassKind, checked_scale, checked_sm_count, needs, op, write_problem, write_threshold,
+};
 use crate::{
     dropout::{Dropout, kind},
     error::{Error, Result},
@@ -100,7 +102,7 @@ impl Plan {
             }
         }
         let Some(Choice { variant, work_tiles, grid, order, .. }) = best else {
-            return Err(Error::NoVariant { needs: needs(Pass::Forward, op, problem, mask, dropout) });
+            return Err(Error::NoVariant { needs: needs(PassKind::Forward, op, problem, mask, dropout) });
         };
         Ok(Plan { problem: *problem, mask, scale, dist_threshold, dropout, launched, variant, work_tiles, order, grid })
     }

@@ -26,7 +26,7 @@ mod extremes;
 pub use backward::{BackwardPlan, Determinism};
 pub use forward::Plan;
 use needs::needs;
-pub use needs::{Needs, Pass};
+pub use needs::{Needs, PassKind};
 pub use total_attention::TotalPlan;
 pub(crate) use workspace::{WORKSPACE_ALIGNMENT, WorkspaceLayout};
 

@@ -7,7 +7,7 @@ use kernels_gpu::{
     variants::{self, Op, TotalVariant},
 };
 
-use super::{MAX_WORK_TILES, Pass, checked_scale, checked_sm_count, needs, write_problem};
+use super::{MAX_WORK_TILES, PassKind, checked_scale, checked_sm_count, needs, write_problem};
 use crate::{
     dropout::Dropout,
     error::{Error, Result},
@@ -40,7 +40,7 @@ impl TotalPlan {
         let scale = checked_scale(problem, scale)?;
         let sm_count = checked_sm_count(sm_count)?;
         let variant = variants::total(problem.dtype, problem.head_dim as u32, mask.kind()).ok_or_else(|| {
-            Error::NoVariant { needs: needs(Pass::TotalAttention, Op::Forward, problem, mask, Dropout::NONE) }
+            Error::NoVariant { needs: needs(PassKind::TotalAttention, Op::Forward, problem, mask, Dropout::NONE) }
         })?;
         let n_blocks = problem.seqlen_k.div_ceil(variant.block_n() as usize) as u128;
         let tiles = problem.batch as u128 * problem.heads_q as u128 * n_blocks;
