@@ -49,28 +49,26 @@ pub struct BackwardTensors<T, L, O> {
     pub workspace_bytes: usize,
 }
 
-/// Tensors of a backward pass, named by their addresses, as frameworks hold them.
+/// Tensors of a backward pass, named by their addresses, as frameworks hold them. The LSE and its gradient are the
+/// addresses of their first elements.
 pub type RawBackward = BackwardTensors<RawTensor, u64, RawTensor>;
 
 impl<T, L, O, X: Tensors<T> + Lines<L> + Tensors<O>> Pass<X> for BackwardTensors<T, L, O> {
     type Of = BackwardTensors<Visited<X, T>, VisitedLine<X, L>, Visited<X, O>>;
 
     fn visit(self, visitor: &mut X) -> Result<Self::Of> {
-        Ok(BackwardTensors {
-            q: visitor.tensor(rows::Q, Role::Input, self.q)?,
-            k: visitor.tensor(rows::K, Role::Input, self.k)?,
-            v: visitor.tensor(rows::V, Role::Input, self.v)?,
-            o: visitor.tensor(rows::O, Role::Input, self.o)?,
-            d_o: visitor.tensor(rows::D_O, Role::Input, self.d_o)?,
-            lse: visitor.line(rows::LSE, Role::Input, self.lse)?,
-            d_lse: visitor.optional_line(rows::D_LSE, Role::Input, self.d_lse)?,
-            dq: visitor.tensor(rows::DQ, Role::Output, self.dq)?,
-            dk: visitor.tensor(rows::DK, Role::Output, self.dk)?,
-            dv: visitor.tensor(rows::DV, Role::Output, self.dv)?,
-            second: self.second.map(|second| second.visit(visitor)).transpose()?,
-            workspace: self.workspace,
-            workspace_bytes: self.workspace_bytes,
-        })
+        let q = visitor.tensor(rows::Q, Role::Input, self.q)?;
+        let k = visitor.tensor(rows::K, Role::Input, self.k)?;
+        let v = visitor.tensor(rows::V, Role::Input, self.v)?;
+        let o = visitor.tensor(rows::O, Role::Input, self.o)?;
+        let d_o = visitor.tensor(rows::D_O, Role::Input, self.d_o)?;
+        let lse = visitor.line(rows::LSE, Role::Input, self.lse)?;
+        let d_lse = visitor.optional_line(rows::D_LSE, Role::Input, self.d_lse)?;
+        let gradients = Gradients { dq: self.dq, dk: self.dk, dv: self.dv };
+        let Gradients { dq, dk, dv } = gradients.visit(visitor)?;
+        let second = self.second.map(|second| second.visit(visitor)).transpose()?;
+        let (workspace, workspace_bytes) = (self.workspace, self.workspace_bytes);
+        Ok(BackwardTensors { q, k, second, v, o, d_o, lse, d_lse, dq, dk, dv, workspace, workspace_bytes })
     }
 }
 

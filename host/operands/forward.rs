@@ -29,7 +29,8 @@ pub struct ForwardTensors<T, O, L> {
     pub lse: Option<L>,
 }
 
-/// Tensors of a forward pass, named by their addresses, as frameworks hold them.
+/// Tensors of a forward pass, named by their addresses, as frameworks hold them. The LSE is the address of its first
+/// element.
 pub type RawForward = ForwardTensors<RawTensor, RawTensor, u64>;
 
 impl<T, O, L, X: Tensors<T> + Tensors<O> + Lines<L>> Pass<X> for ForwardTensors<T, O, L> {

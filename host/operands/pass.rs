@@ -113,3 +113,101 @@ pub(crate) trait Pass<X> {
     /// Hands every tensor to the visitor in the order of the table, and stops at the first error.
     fn visit(self, visitor: &mut X) -> Result<Self::Of>;
 }
+
+#[cfg(test)]
+mod tests {
+    use kernels_gpu::variants::Dtype;
+
+    use super::*;
+    use crate::operands::{BackwardPair, BackwardTensors, ForwardTensors, TotalTensors};
+
+    const PROBLEM: Problem =
+        Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 30, head_dim: 8, dtype: Dtype::F16 };
+
+    /// Visitor that notes names, roles and numbers of elements, and numbers the tensors.
+    #[derive(Default)]
+    struct Notes(Vec<(String, Role, usize)>);
+
+    impl Notes {
+        fn note(&mut self, operand: Operand, role: Role, len: usize) -> Result<usize> {
+            self.0.push((operand.to_string(), role, len));
+            Ok(self.0.len())
+        }
+    }
+
+    impl Tensors<()> for Notes {
+        type To = usize;
+
+        fn tensor(&mut self, row: TensorRow, role: Role, (): ()) -> Result<usize> {
+            self.note(row.operand, role, row.len(&PROBLEM)?)
+        }
+    }
+
+    impl Lines<()> for Notes {
+        type To = usize;
+
+        fn line(&mut self, row: LineRow, role: Role, (): ()) -> Result<usize> {
+            self.note(row.operand, role, (row.len)(&PROBLEM))
+        }
+    }
+
+    /// Checks the table of a pass: inputs and then outputs, in two texts, each tensor with its number of elements.
+    fn check(notes: &Notes, inputs: &str, outputs: &str) {
+        let text = |role| {
+            let of_role = notes.0.iter().filter(|note| note.1 == role);
+            of_role.map(|(name, _, len)| format!("{name} {len}")).collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!([text(Role::Input), text(Role::Output)], [inputs, outputs]);
+    }
+
+    const PAIR: Pair<()> = Pair { q: (), k: () };
+
+    #[test]
+    fn forward_lists_each_tensor_once() {
+        let mut notes = Notes::default();
+        let tensors = ForwardTensors { q: (), k: (), second: Some(PAIR), v: (), o: (), lse: Some(()) };
+        let visited = tensors.visit(&mut notes).unwrap();
+        check(&notes, "q 640, k 960, v 960, q2 640, k2 960", "o 640, lse 80");
+        let second = Some(Pair { q: 4, k: 5 });
+        assert_eq!(visited, ForwardTensors { q: 1, k: 2, v: 3, second, o: 6, lse: Some(7) });
+    }
+
+    #[test]
+    fn backward_lists_each_tensor_once() {
+        let mut notes = Notes::default();
+        let tensors = BackwardTensors {
+            q: (),
+            k: (),
+            second: Some(BackwardPair { inputs: PAIR, gradients: PAIR }),
+            v: (),
+            o: (),
+            d_o: (),
+            lse: (),
+            d_lse: Some(()),
+            dq: (),
+            dk: (),
+            dv: (),
+            workspace: 256,
+            workspace_bytes: 512,
+        };
+        let visited = tensors.visit(&mut notes).unwrap();
+        check(
+            &notes,
+            "q 640, k 960, v 960, o 640, d_o 640, lse 80, d_lse 80, q2 640, k2 960",
+            "dq 640, dk 960, dv 960, dq2 640, dk2 960",
+        );
+        let numbers = [visited.q, visited.k, visited.v, visited.o, visited.d_o, visited.lse];
+        assert_eq!((numbers, visited.d_lse), ([1, 2, 3, 4, 5, 6], Some(7)));
+        assert_eq!([visited.dq, visited.dk, visited.dv], [8, 9, 10]);
+        let second = BackwardPair { inputs: Pair { q: 11, k: 12 }, gradients: Pair { q: 13, k: 14 } };
+        assert_eq!((visited.second, visited.workspace, visited.workspace_bytes), (Some(second), 256, 512));
+    }
+
+    #[test]
+    fn total_attention_lists_each_tensor_once() {
+        let mut notes = Notes::default();
+        let visited = TotalTensors { q: (), k: (), lse: (), total: () }.visit(&mut notes).unwrap();
+        check(&notes, "q 640, k 960, lse 80", "total 240");
+        assert_eq!(visited, TotalTensors { q: 1, k: 2, lse: 3, total: 4 });
+    }
+}

@@ -24,7 +24,8 @@ pub struct TotalTensors<T, L, R> {
     pub total: R,
 }
 
-/// Tensors of total attention, named by their addresses, as frameworks hold them.
+/// Tensors of total attention, named by their addresses, as frameworks hold them. LSE and result are the addresses of
+/// their first elements.
 pub type RawTotalAttention = TotalTensors<RawTensor, u64, u64>;
 
 impl<T, L, R, X: Tensors<T> + Lines<L> + Lines<R>> Pass<X> for TotalTensors<T, L, R> {
