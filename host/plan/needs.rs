@@ -5,10 +5,7 @@ use std::fmt;
 use kernels_gpu::variants::{Dtype, Op};
 
 use super::Determinism;
-use crate::{
-    dropout::Dropout,
-    problem::{Mask, Problem},
-};
+use crate::problem::Mask;
 
 /// Kind of a pass of attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,11 +34,6 @@ pub struct Needs {
     pub dtype: Dtype,
     /// Probability that a weight is dropped; 0 if none is.
     pub dropout: f32,
-}
-
-/// Returns the needs of a pass over `problem`.
-pub(super) fn needs(pass: PassKind, op: Op, problem: &Problem, mask: Mask, dropout: Dropout) -> Needs {
-    Needs { pass, op, head_dim: problem.head_dim, mask, dtype: problem.dtype, dropout: dropout.p }
 }
 
 impl fmt::Display for Needs {
