@@ -46,8 +46,8 @@ unsafe fn run(plan: &TotalPlan, args: &RawTotalAttention) -> Result<()> {
     let params = args.params(plan, [args.q.strided(), args.k.strided()]);
     pool::for_each(plan.variant().symbol, ctas, |cta| {
         // SAFETY: the caller promised the memory, and checked its layouts against the plan, which also has this
-        // variant and tile count. The result aliases nothing, and each element of it belongs to one work tile of one CTA, so CTAs
-        // may run at the same time.
+        // variant and tile count. The result aliases nothing, and each element of it belongs to one work tile of one
+        // CTA, so CTAs may run at the same time.
         unsafe { kernels_gpu::cpu::total_attention(plan.variant(), &params, cta, ctas) }
     })
 }
