@@ -89,14 +89,13 @@ pub use element::Element;
 pub use error::{Dim, Error, Operand, Result};
 pub use half::{bf16, f16};
 pub use kernels_gpu::variants::{
-    BACKWARD_VARIANTS, BackwardVariant, Dtype, Op,
-    TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
+    BACKWARD_VARIANTS, BackwardVariant, Dtype, Op, TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
 };
 pub use operands::{
-    BackwardInputs, ForwardInputs, Gradients, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention,
-    SecondTensors,
+    BackwardInputs, BackwardPair, BackwardTensors, ForwardInputs, ForwardTensors, Gradients, Pair, RawBackward,
+    RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, TotalTensors,
 };
-pub use plan::{BackwardPlan, Determinism, Needs, Pass, Plan, TotalPlan};
+pub use plan::{BackwardPlan, Determinism, Needs, PassKind, Plan, TotalPlan};
 pub use problem::{Mask, Problem};
 pub use tensor::{Layout, Tensor};
 

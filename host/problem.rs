@@ -6,11 +6,7 @@
 
 use std::{fmt, str::FromStr};
 
-use kernels_gpu::{
-    attention::mask::Window,
-    ground::shape::Shape,
-    variants::Dtype,
-};
+use kernels_gpu::{attention::mask::Window, ground::shape::Shape, variants::Dtype};
 
 use crate::error::{Error, Result};
 

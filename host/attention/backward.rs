@@ -2,13 +2,13 @@
 
 use crate::element::Element;
 
-use super::Attention;
+use super::{Allocate, Attention, View};
 use crate::{
     backend::{Backend, Workspace},
-    error::{Operand, Result},
-    operands::{BackwardInputs, Gradients},
+    error::Result,
+    operands::{BackwardInputs, Gradients, Pass},
     plan::BackwardPlan,
-    tensor::{Layout, Tensor},
+    tensor::Tensor,
 };
 
 impl Attention {
@@ -75,33 +75,11 @@ impl Attention {
     ) -> Result<Gradients<B::Buffer<E>>> {
         let plan = self.plan_backward(backend.sm_count())?;
         backend.check_backward_inputs(&plan, &inputs, None)?;
-        let mut gradients = self.allocate_gradients(backend)?;
-        let views = self.gradient_views::<B, E>(&mut gradients)?;
+        let nothing = Gradients { dq: (), dk: (), dv: () };
+        let mut gradients = nothing.visit(&mut Allocate::<B, E>::new(backend, &self.problem))?;
+        let views = gradients.as_mut().visit(&mut View::<B, E>::new(&self.problem))?;
         backend.backward_into(&plan, inputs, views, None, workspace)?;
         Ok(gradients)
-    }
-
-    /// Allocates memory for dQ, dK and dV.
-    pub(super) fn allocate_gradients<B: Backend, E: Element>(&self, backend: &B) -> Result<Gradients<B::Buffer<E>>> {
-        let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
-        Ok(Gradients {
-            dq: allocate(backend, Operand::Dq, of_q)?,
-            dk: allocate(backend, Operand::Dk, of_kv)?,
-            dv: allocate(backend, Operand::Dv, of_kv)?,
-        })
-    }
-
-    /// Returns the memory of [`Self::allocate_gradients`] as tensors.
-    pub(super) fn gradient_views<'a, B: Backend, E: Element>(
-        &self,
-        gradients: &'a mut Gradients<B::Buffer<E>>,
-    ) -> Result<Gradients<Tensor<B::SliceMut<'a, E>>>> {
-        let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
-        Ok(Gradients {
-            dq: view::<B, E>(&mut gradients.dq, of_q)?,
-            dk: view::<B, E>(&mut gradients.dk, of_kv)?,
-            dv: view::<B, E>(&mut gradients.dv, of_kv)?,
-        })
     }
 
     /// Computes dQ, dK and dV into the caller's memory; the workspace is allocated. [`BackwardPlan::run`] takes the
@@ -122,21 +100,4 @@ impl Attention {
     ) -> Result<()> {
         self.plan_backward(backend.sm_count())?.run(backend, inputs, None, outputs, &mut Workspace::new())
     }
-}
-
-/// Allocates memory for a contiguous gradient.
-pub(super) fn allocate<B: Backend, E: Element>(
-    backend: &B,
-    operand: Operand,
-    shape: [usize; 4],
-) -> Result<B::Buffer<E>> {
-    backend.allocate(operand, Layout::bhsd(shape).required_len()?)
-}
-
-/// Returns the memory of a contiguous gradient as a tensor.
-pub(super) fn view<B: Backend, E: Element>(
-    buffer: &mut B::Buffer<E>,
-    shape: [usize; 4],
-) -> Result<Tensor<B::SliceMut<'_, E>>> {
-    Ok(Tensor::bhsd(B::slice_mut(buffer, 0..Layout::bhsd(shape).required_len()?), shape))
 }

@@ -5,18 +5,20 @@ use crate::element::Element;
 use crate::{
     backend::Backend,
     dropout::Dropout,
-    error::{Operand, Result},
-    operands::ForwardInputs,
+    error::Result,
+    operands::{ForwardInputs, Lines, Role, Tensors, rows},
     plan::{Determinism, Plan},
     problem::{Mask, Problem},
-    tensor::{Layout, Tensor},
+    tensor::Tensor,
 };
 
 mod backward;
 mod piecewise;
+mod results;
 mod total_attention;
 
 pub use piecewise::{Piecewise, PiecewiseGradients};
+use results::{Allocate, View};
 
 /// Choice of a forward pass that allocates its results: return the LSE or omit it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -133,15 +135,15 @@ impl Attention {
         inputs: ForwardInputs<B::Slice<'_, E>>,
     ) -> Result<Output<B::Buffer<E>, B::Buffer<f32>>> {
         backend.check_inputs(plan, &inputs)?;
-        let shape = self.problem.q_shape();
-        let o_len = Layout::bhsd(shape).required_len()?;
-        let mut o = backend.allocate::<E>(Operand::O, o_len)?;
+        let mut allocate = Allocate::<B, E>::new(backend, &self.problem);
+        let mut o = allocate.tensor(rows::O, Role::Output, ())?;
         let mut lse = match self.lse {
-            Lse::Return => Some(backend.allocate(Operand::Lse, self.problem.lse_len())?),
+            Lse::Return => Some(allocate.line(rows::LSE, Role::Output, ())?),
             Lse::Omit => None,
         };
-        let o_view = Tensor::bhsd(B::slice_mut(&mut o, 0..o_len), shape);
-        let lse_view = lse.as_mut().map(|lse| B::slice_mut(lse, 0..self.problem.lse_len()));
+        let mut view = View::<B, E>::new(&self.problem);
+        let o_view = view.tensor(rows::O, Role::Output, &mut o)?;
+        let lse_view = view.optional_line(rows::LSE, Role::Output, lse.as_mut())?;
         backend.forward_into(plan, inputs, o_view, lse_view)?;
         Ok(Output { o, lse })
     }

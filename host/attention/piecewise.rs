@@ -2,12 +2,13 @@
 
 use crate::element::Element;
 
-use super::backward::{allocate, view};
-use super::{Attention, Output};
+use super::{Allocate, Attention, Output, View};
 use crate::{
     backend::{Backend, Workspace},
-    error::{Operand, Result},
-    operands::{BackwardInputs, ForwardInputs, Gradients, Pair, SecondTensors},
+    error::Result,
+    operands::{
+        BackwardInputs, ForwardInputs, Gradients, Pair, Pass, SecondGradients, SecondTensors, Tensors, Visited,
+    },
     plan::{BackwardPlan, Determinism, Plan},
     tensor::Tensor,
 };
@@ -48,6 +49,22 @@ pub struct PiecewiseGradients<T> {
     pub first: Gradients<T>,
     /// Gradients of Q2 and K2, of the same shapes.
     pub second: Pair<T>,
+}
+
+impl<T> PiecewiseGradients<T> {
+    /// Borrows each for writing.
+    fn as_mut(&mut self) -> PiecewiseGradients<&mut T> {
+        PiecewiseGradients { first: self.first.as_mut(), second: self.second.as_mut() }
+    }
+}
+
+impl<T, X: Tensors<T>> Pass<X> for PiecewiseGradients<T> {
+    type Of = PiecewiseGradients<Visited<X, T>>;
+
+    fn visit(self, visitor: &mut X) -> Result<Self::Of> {
+        let (first, second) = (self.first.visit(visitor)?, SecondGradients(self.second).visit(visitor)?);
+        Ok(PiecewiseGradients { first, second })
+    }
 }
 
 impl Piecewise {
@@ -126,18 +143,11 @@ impl Piecewise {
         let plan = self.plan_backward(backend.sm_count())?;
         backend.check_backward_inputs(&plan, &inputs, Some(&second))?;
         let problem = &self.attention.problem;
-        let mut gradients = PiecewiseGradients {
-            first: self.attention.allocate_gradients(backend)?,
-            second: Pair {
-                q: allocate(backend, Operand::Dq2, problem.q_shape())?,
-                k: allocate(backend, Operand::Dk2, problem.kv_shape())?,
-            },
-        };
-        let PiecewiseGradients { first, second: Pair { q, k } } = &mut gradients;
-        let views = Pair { q: view::<B, E>(q, problem.q_shape())?, k: view::<B, E>(k, problem.kv_shape())? };
-        let outputs = self.attention.gradient_views::<B, E>(first)?;
+        let nothing = PiecewiseGradients { first: Gradients { dq: (), dk: (), dv: () }, second: Pair { q: (), k: () } };
+        let mut gradients = nothing.visit(&mut Allocate::<B, E>::new(backend, problem))?;
+        let PiecewiseGradients { first, second: views } = gradients.as_mut().visit(&mut View::<B, E>::new(problem))?;
         let second = SecondTensors { inputs: second, gradients: views };
-        backend.backward_into(&plan, inputs, outputs, Some(second), &mut Workspace::new())?;
+        backend.backward_into(&plan, inputs, first, Some(second), &mut Workspace::new())?;
         Ok(gradients)
     }
 

@@ -2,10 +2,11 @@
 
 use crate::element::Element;
 
-use super::Attention;
+use super::{Allocate, Attention, View};
 use crate::{
     backend::Backend,
-    error::{Operand, Result},
+    error::Result,
+    operands::{Lines, Role, rows},
     plan::TotalPlan,
     tensor::Tensor,
 };
@@ -58,9 +59,9 @@ impl Attention {
     ) -> Result<B::Buffer<f32>> {
         let plan = self.plan_total_attention(backend.sm_count())?;
         backend.check_total_inputs(&plan, &q, &k, &lse)?;
-        let len = self.problem.total_len();
-        let mut total = backend.allocate(Operand::Total, len)?;
-        backend.total_attention_into(&plan, q, k, lse, B::slice_mut(&mut total, 0..len))?;
+        let mut total = Allocate::<B, E>::new(backend, &self.problem).line(rows::TOTAL, Role::Output, ())?;
+        let view = View::<B, E>::new(&self.problem).line(rows::TOTAL, Role::Output, &mut total)?;
+        backend.total_attention_into(&plan, q, k, lse, view)?;
         Ok(total)
     }
 

@@ -9,10 +9,12 @@ use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
 use super::guarded::Guarded;
+use super::upload::{Inputs, SecondInputs, Upload, Uploaded};
 use super::{Case, CaseOutput, for_rows};
+use crate::attention::{Piecewise, PiecewiseGradients};
 use crate::backend::Backend;
-use crate::error::{Operand, Result};
-use crate::operands::{BackwardInputs, Gradients};
+use crate::error::Result;
+use crate::operands::{BackwardInputs, BackwardPair, BackwardTensors, Gradients, Pair, Pass};
 use crate::plan::Determinism;
 use crate::problem::Problem;
 use crate::reference::{Backward, GradientAccuracy, Scores, backward_f64, backward_plain};
@@ -190,49 +192,54 @@ impl Case {
         data: &BackwardData<E>,
         determinism: Determinism,
     ) -> Result<CaseGradients<E>> {
-        let of_q = self.layout(self.problem.q_shape());
-        let of_kv = self.layout(self.problem.kv_shape());
-        let [q, k, v] = &data.inputs;
-        let q = backend.upload(Operand::Q, q)?;
-        let k = backend.upload(Operand::K, k)?;
-        let v = backend.upload(Operand::V, v)?;
-        let o = backend.upload(Operand::O, &data.o)?;
-        let d_o = backend.upload(Operand::DO, &data.d_o)?;
-        let lse = backend.upload(Operand::Lse, &data.lse)?;
-        let d_lse = data.d_lse.as_ref().map(|d_lse| backend.upload(Operand::DLse, d_lse)).transpose()?;
-        let outputs = [
-            Guarded::new(backend, Operand::Dq, of_q)?,
-            Guarded::new(backend, Operand::Dk, of_kv)?,
-            Guarded::new(backend, Operand::Dv, of_kv)?,
-        ];
-        let inputs = BackwardInputs {
-            q: Tensor { data: B::slice(&q), layout: of_q },
-            k: Tensor { data: B::slice(&k), layout: of_kv },
-            v: Tensor { data: B::slice(&v), layout: of_kv },
-            o: Tensor { data: B::slice(&o), layout: of_q },
-            d_o: Tensor { data: B::slice(&d_o), layout: of_q },
+        let (gradients, untouched) = self.gradients_of(backend, Inputs::plain(&data.inputs), data, determinism)?;
+        let Gradients { dq, dk, dv } = gradients.first;
+        Ok(CaseGradients { gradients: [dq, dk, dv], untouched })
+    }
+
+    /// Returns the gradients of a backward pass of `inputs`, and true if nothing else was written. The second pair's
+    /// are empty if there is no such pair.
+    pub(super) fn gradients_of<B: Backend, E: Element, const INPUTS: usize>(
+        &self,
+        backend: &B,
+        inputs: Inputs<'_, E>,
+        data: &BackwardData<E, INPUTS>,
+        determinism: Determinism,
+    ) -> Result<(PiecewiseGradients<Vec<E>>, bool)> {
+        let uploaded = inputs.backward(data).visit(&mut Upload::new(backend, self))?;
+        let BackwardTensors { q, k, second, v, o, d_o, lse, d_lse, dq, dk, dv, .. } = uploaded;
+        let tensors = BackwardInputs {
+            q: q.tensor(),
+            k: k.tensor(),
+            v: v.tensor(),
+            o: o.tensor(),
+            d_o: d_o.tensor(),
             lse: B::slice(&lse),
             d_lse: d_lse.as_ref().map(B::slice),
         };
+        let mut first = Gradients { dq, dk, dv };
+        let first_views = first.as_mut().map(Guarded::tensor);
         let attention = self.attention().determinism(determinism);
-        gradients_of(backend, outputs, |[dq, dk, dv]| {
-            attention.backward_into(backend, inputs, Gradients { dq, dk, dv })
-        })
+        let mut untouched = true;
+        let mut content = |output: &Guarded<B, E>| -> Result<Vec<E>> {
+            let (content, kept) = output.content(backend)?;
+            untouched &= kept;
+            Ok(content)
+        };
+        let second = match (inputs.second, second) {
+            (Some(SecondInputs { dist_threshold, .. }), Some(BackwardPair { inputs: pair, mut gradients })) => {
+                let outputs =
+                    PiecewiseGradients { first: first_views, second: gradients.as_mut().map(Guarded::tensor) };
+                let pair = pair.as_ref().map(Uploaded::tensor);
+                Piecewise::new(attention, dist_threshold).backward_into(backend, tensors, pair, outputs)?;
+                Pair { q: content(&gradients.q)?, k: content(&gradients.k)? }
+            }
+            _ => {
+                attention.backward_into(backend, tensors, first_views)?;
+                Pair::default()
+            }
+        };
+        let first = Gradients { dq: content(&first.dq)?, dk: content(&first.dk)?, dv: content(&first.dv)? };
+        Ok((PiecewiseGradients { first, second }, untouched))
     }
-}
-
-/// Returns the gradients that `backward` writes.
-pub(super) fn gradients_of<B: Backend, E: Element, const INPUTS: usize>(
-    backend: &B,
-    mut outputs: [Guarded<B, E>; INPUTS],
-    backward: impl FnOnce([Tensor<B::SliceMut<'_, E>>; INPUTS]) -> Result<()>,
-) -> Result<CaseGradients<E, INPUTS>> {
-    backward(outputs.each_mut().map(Guarded::tensor))?;
-    let mut found = CaseGradients { gradients: [const { Vec::new() }; INPUTS], untouched: true };
-    for (gradient, output) in found.gradients.iter_mut().zip(&outputs) {
-        let (content, kept) = output.content(backend)?;
-        *gradient = content;
-        found.untouched &= kept;
-    }
-    Ok(found)
 }

@@ -4,9 +4,12 @@ use crate::element::Element;
 use kernels_gpu::variants::Dtype;
 
 use super::Case;
-use super::guarded::{Guarded, GuardedLine};
+use super::guarded::GuardedLine;
+use super::upload::{Inputs, Output, SecondInputs, Upload, Uploaded};
+use crate::attention::Piecewise;
 use crate::backend::Backend;
-use crate::error::{Operand, Result};
+use crate::error::Result;
+use crate::operands::{ForwardTensors, Pair, Pass};
 use crate::reference::{Accuracy, Forward, Rows, Scores, forward_f64, forward_plain};
 use crate::tensor::Tensor;
 
@@ -89,36 +92,33 @@ impl Case {
     ///
     /// # Errors
     /// Errors of [`Case::run`].
-    pub fn output<B: Backend, E: Element>(&self, backend: &B, [q, k, v]: &[Vec<E>; 3]) -> Result<CaseOutput<E>> {
-        let problem = &self.problem;
-        let q = backend.upload(Operand::Q, q)?;
-        let k = backend.upload(Operand::K, k)?;
-        let v = backend.upload(Operand::V, v)?;
-        let tensor = |data, shape| Tensor { data, layout: self.layout(shape) };
-        let attention = self.attention();
-        self.output_of(backend, |o, lse| {
-            attention.forward_into(
-                backend,
-                tensor(B::slice(&q), problem.q_shape()),
-                tensor(B::slice(&k), problem.kv_shape()),
-                tensor(B::slice(&v), problem.kv_shape()),
-                o,
-                Some(lse),
-            )
-        })
+    pub fn output<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 3]) -> Result<CaseOutput<E>> {
+        self.output_of(backend, Inputs::plain(inputs))
     }
 
-    /// Returns the O and the LSE that `forward` writes.
+    /// Returns the O and the LSE of the given inputs.
     pub(super) fn output_of<B: Backend, E: Element>(
         &self,
         backend: &B,
-        forward: impl FnOnce(Tensor<B::SliceMut<'_, E>>, B::SliceMut<'_, f32>) -> Result<()>,
+        inputs: Inputs<'_, E>,
     ) -> Result<CaseOutput<E>> {
-        let mut o = Guarded::<B, E>::new(backend, Operand::O, self.layout(self.problem.q_shape()))?;
-        let mut lse = GuardedLine::<B>::new(backend, Operand::Lse, self.problem.lse_len())?;
-        forward(o.tensor(), lse.line())?;
+        let Inputs { q, k, v, second } = inputs;
+        let pair = second.map(|second| second.pair);
+        let tensors = ForwardTensors { q, k, second: pair, v, o: Output::<E>::new(), lse: Some(Output::<f32>::new()) };
+        let uploaded = tensors.visit(&mut Upload::new(backend, self))?;
+        let ForwardTensors { q, k, second: pair, v, mut o, mut lse } = uploaded;
+        let (attention, line) = (self.attention(), lse.as_mut().map(GuardedLine::line));
+        match (second, &pair) {
+            (Some(SecondInputs { dist_threshold, .. }), Some(pair)) => {
+                let first = Pair { q: q.tensor(), k: k.tensor() };
+                let pair = pair.as_ref().map(Uploaded::tensor);
+                let piecewise = Piecewise::new(attention, dist_threshold);
+                piecewise.forward_into(backend, first, pair, v.tensor(), o.tensor(), line)?;
+            }
+            _ => attention.forward_into(backend, q.tensor(), k.tensor(), v.tensor(), o.tensor(), line)?,
+        }
         let (o, kept) = o.content(backend)?;
-        let (lse, lse_kept) = lse.content(backend)?;
+        let (lse, lse_kept) = lse.map_or(Ok((Vec::new(), true)), |lse| lse.content(backend))?;
         Ok(CaseOutput { o, lse, untouched: kept && lse_kept })
     }
 }

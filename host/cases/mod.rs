@@ -24,6 +24,7 @@ mod forward;
 mod guarded;
 mod piecewise;
 mod total_attention;
+mod upload;
 
 pub use backward::{BackwardData, BackwardOutcome, CaseGradients};
 pub use forward::{CaseOutput, Outcome};

@@ -10,13 +10,12 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
-use super::backward::gradients_of;
-use super::guarded::Guarded;
+use super::upload::Inputs;
 use super::{BackwardData, BackwardOutcome, Case, CaseGradients, CaseOutput, Outcome};
-use crate::attention::{Piecewise, PiecewiseGradients};
+use crate::attention::PiecewiseGradients;
 use crate::backend::Backend;
-use crate::error::{Operand, Result};
-use crate::operands::{BackwardInputs, Gradients, Pair};
+use crate::error::Result;
+use crate::operands::{Gradients, Pair};
 use crate::plan::Determinism;
 use crate::reference::{Backward, Rows, Scores};
 use crate::tensor::Tensor;
@@ -87,11 +86,6 @@ impl PiecewiseCase {
             .map(|(data, layout)| Tensor { data: &data[..], layout })
     }
 
-    /// Returns the operator.
-    pub fn piecewise(&self) -> Piecewise {
-        Piecewise::new(self.case.attention(), self.dist_threshold)
-    }
-
     /// Runs the forward pass and judges the rows that `rows` names.
     ///
     /// # Errors
@@ -135,10 +129,7 @@ impl PiecewiseCase {
     /// # Errors
     /// Errors of the operator.
     pub fn output<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 5]) -> Result<CaseOutput<E>> {
-        let inputs = self.upload(backend, inputs)?;
-        let [q1, k1, q2, k2, v] = self.device_tensors::<B, E>(&inputs);
-        let (first, second) = (Pair { q: q1, k: k1 }, Pair { q: q2, k: k2 });
-        self.case.output_of(backend, |o, lse| self.piecewise().forward_into(backend, first, second, v, o, Some(lse)))
+        self.case.output_of(backend, Inputs::piecewise(inputs, self.dist_threshold))
     }
 
     /// Returns the gradients of a backward pass with the given data.
@@ -151,55 +142,10 @@ impl PiecewiseCase {
         data: &BackwardData<E, 5>,
         determinism: Determinism,
     ) -> Result<CaseGradients<E, 5>> {
-        let uploaded = self.upload(backend, &data.inputs)?;
-        let [q, k, q2, k2, v] = self.device_tensors::<B, E>(&uploaded);
-        let (of_q, of_kv) =
-            (self.case.layout(self.case.problem.q_shape()), self.case.layout(self.case.problem.kv_shape()));
-        let o = backend.upload(Operand::O, &data.o)?;
-        let d_o = backend.upload(Operand::DO, &data.d_o)?;
-        let lse = backend.upload(Operand::Lse, &data.lse)?;
-        let d_lse = data.d_lse.as_ref().map(|d_lse| backend.upload(Operand::DLse, d_lse)).transpose()?;
-        let inputs = BackwardInputs {
-            q,
-            k,
-            v,
-            o: Tensor { data: B::slice(&o), layout: of_q },
-            d_o: Tensor { data: B::slice(&d_o), layout: of_q },
-            lse: B::slice(&lse),
-            d_lse: d_lse.as_ref().map(B::slice),
-        };
-        let outputs = [
-            Guarded::new(backend, Operand::Dq, of_q)?,
-            Guarded::new(backend, Operand::Dk, of_kv)?,
-            Guarded::new(backend, Operand::Dq2, of_q)?,
-            Guarded::new(backend, Operand::Dk2, of_kv)?,
-            Guarded::new(backend, Operand::Dv, of_kv)?,
-        ];
-        let piecewise = self.piecewise().determinism(determinism);
-        gradients_of(backend, outputs, |[dq, dk, dq2, dk2, dv]| {
-            let outputs = PiecewiseGradients { first: Gradients { dq, dk, dv }, second: Pair { q: dq2, k: dk2 } };
-            piecewise.backward_into(backend, inputs, Pair { q: q2, k: k2 }, outputs)
-        })
-    }
-
-    fn upload<B: Backend, E: Element>(&self, backend: &B, inputs: &[Vec<E>; 5]) -> Result<[B::Buffer<E>; 5]> {
-        let [q, k, q2, k2, v] = inputs;
-        Ok([
-            backend.upload(Operand::Q, q)?,
-            backend.upload(Operand::K, k)?,
-            backend.upload(Operand::Q2, q2)?,
-            backend.upload(Operand::K2, k2)?,
-            backend.upload(Operand::V, v)?,
-        ])
-    }
-
-    fn device_tensors<'a, B: Backend, E: Element>(
-        &self,
-        inputs: &'a [B::Buffer<E>; 5],
-    ) -> [Tensor<B::Slice<'a, E>>; 5] {
-        let [of_q, of_kv] = [self.case.problem.q_shape(), self.case.problem.kv_shape()].map(|x| self.case.layout(x));
-        let [q, k, q2, k2, v] = inputs.each_ref().map(B::slice);
-        [(q, of_q), (k, of_kv), (q2, of_q), (k2, of_kv), (v, of_kv)].map(|(data, layout)| Tensor { data, layout })
+        let inputs = Inputs::piecewise(&data.inputs, self.dist_threshold);
+        let (gradients, untouched) = self.case.gradients_of(backend, inputs, data, determinism)?;
+        let PiecewiseGradients { first: Gradients { dq, dk, dv }, second } = gradients;
+        Ok(CaseGradients { gradients: [dq, dk, second.q, second.k, dv], untouched })
     }
 
     /// Judges the rows that `rows` names in the outputs of a forward pass with the given inputs.

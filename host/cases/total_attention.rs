@@ -6,11 +6,11 @@ use crate::element::Element;
 use kernels_gpu::variants::Dtype;
 
 use super::Case;
-use super::guarded::GuardedLine;
+use super::upload::{Output, Upload};
 use crate::backend::Backend;
-use crate::error::{Operand, Result};
+use crate::error::Result;
+use crate::operands::{Pass, TotalTensors};
 use crate::reference::{Accuracy, total_f64, total_plain};
-use crate::tensor::Tensor;
 
 /// Inputs of a case's total attention.
 #[derive(Clone, Debug)]
@@ -103,19 +103,11 @@ impl Case {
     /// # Errors
     /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<CaseTotal> {
-        let [q, k, _] = &data.inputs;
-        let q = backend.upload(Operand::Q, q)?;
-        let k = backend.upload(Operand::K, k)?;
-        let lse = backend.upload(Operand::Lse, &data.lse)?;
-        let mut total = GuardedLine::<B>::new(backend, Operand::Total, self.problem.total_len())?;
-        let tensor = |data, shape| Tensor { data, layout: self.layout(shape) };
-        self.attention().total_attention_into(
-            backend,
-            tensor(B::slice(&q), self.problem.q_shape()),
-            tensor(B::slice(&k), self.problem.kv_shape()),
-            B::slice(&lse),
-            total.line(),
-        )?;
+        let [q, k, _] = data.inputs.each_ref().map(Vec::as_slice);
+        let tensors = TotalTensors { q, k, lse: &data.lse[..], total: Output::<f32>::new() };
+        let TotalTensors { q, k, lse, mut total } = tensors.visit(&mut Upload::new(backend, self))?;
+        let attention = self.attention();
+        attention.total_attention_into(backend, q.tensor(), k.tensor(), B::slice(&lse), total.line())?;
         let (total, untouched) = total.content(backend)?;
         Ok(CaseTotal { total, untouched })
     }

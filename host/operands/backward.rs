@@ -7,8 +7,9 @@ use kernels_gpu::{
 };
 
 use super::{
-    AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawTensor, SecondTensors, check_address, check_disjoint,
-    check_dtype, check_lse, check_rows_apart, check_second, check_span, check_tensor, lse_region,
+    AddressSpace, BackwardInputs, BackwardPair, Check, Gradients, Pair, RawTensor,
+    check::{check_address, check_dtype, check_second, check_span},
+    pass::{Lines, Pass, Role, Tensors, Visited, VisitedLine, rows},
 };
 use crate::{
     error::{Error, Operand, Result},
@@ -17,44 +18,91 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Second pair of piecewise attention in a backward pass: its tensors, and its gradients to write.
+/// Tensors of a backward pass. Inputs are named by a `T`, the LSE and its gradient by an `L`, gradients by an `O`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RawSecond {
-    /// Queries, (batch, heads_q, seqlen_q, head_dim), and keys, (batch, heads_kv, seqlen_k, head_dim).
-    pub inputs: Pair<RawTensor>,
-    /// Gradients of both, of the same shapes.
-    pub gradients: Pair<RawTensor>,
-}
-
-/// Tensors of a backward pass, named by their addresses, as frameworks hold them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RawBackward {
+pub struct BackwardTensors<T, L, O> {
     /// Queries, (batch, heads_q, seqlen_q, head_dim).
-    pub q: RawTensor,
+    pub q: T,
     /// Keys, (batch, heads_kv, seqlen_k, head_dim).
-    pub k: RawTensor,
+    pub k: T,
     /// The second pair, for a plan of piecewise attention; `None` for others.
-    pub second: Option<RawSecond>,
+    pub second: Option<BackwardPair<T, O>>,
     /// Values, (batch, heads_kv, seqlen_k, head_dim).
-    pub v: RawTensor,
+    pub v: T,
     /// O of the forward pass, (batch, heads_q, seqlen_q, head_dim).
-    pub o: RawTensor,
+    pub o: T,
     /// The gradient of O, (batch, heads_q, seqlen_q, head_dim).
-    pub d_o: RawTensor,
-    /// Address of the forward pass's LSE, f32 (batch, heads_q, seqlen_q), contiguous.
-    pub lse: u64,
-    /// Address of the gradient of the LSE, of the same shape; `None` if nothing depends on the LSE.
-    pub d_lse: Option<u64>,
+    pub d_o: T,
+    /// LSE of the forward pass, f32 (batch, heads_q, seqlen_q), contiguous.
+    pub lse: L,
+    /// The gradient of the LSE, of the same shape; `None` if nothing depends on the LSE.
+    pub d_lse: Option<L>,
     /// The gradient of Q, (batch, heads_q, seqlen_q, head_dim).
-    pub dq: RawTensor,
+    pub dq: O,
     /// The gradient of K, (batch, heads_kv, seqlen_k, head_dim).
-    pub dk: RawTensor,
+    pub dk: O,
     /// The gradient of V, (batch, heads_kv, seqlen_k, head_dim).
-    pub dv: RawTensor,
+    pub dv: O,
     /// Address of memory for the kernels' own use, a multiple of 256; its content does not matter.
     pub workspace: u64,
     /// Size of the workspace in bytes: at least [`BackwardPlan::workspace_bytes`].
     pub workspace_bytes: usize,
+}
+
+/// Tensors of a backward pass, named by their addresses, as frameworks hold them. The LSE and its gradient are the
+/// addresses of their first elements.
+pub type RawBackward = BackwardTensors<RawTensor, u64, RawTensor>;
+
+impl<T, L, O, X: Tensors<T> + Lines<L> + Tensors<O>> Pass<X> for BackwardTensors<T, L, O> {
+    type Of = BackwardTensors<Visited<X, T>, VisitedLine<X, L>, Visited<X, O>>;
+
+    fn visit(self, visitor: &mut X) -> Result<Self::Of> {
+        let q = visitor.tensor(rows::Q, Role::Input, self.q)?;
+        let k = visitor.tensor(rows::K, Role::Input, self.k)?;
+        let v = visitor.tensor(rows::V, Role::Input, self.v)?;
+        let o = visitor.tensor(rows::O, Role::Input, self.o)?;
+        let d_o = visitor.tensor(rows::D_O, Role::Input, self.d_o)?;
+        let lse = visitor.line(rows::LSE, Role::Input, self.lse)?;
+        let d_lse = visitor.optional_line(rows::D_LSE, Role::Input, self.d_lse)?;
+        let gradients = Gradients { dq: self.dq, dk: self.dk, dv: self.dv };
+        let Gradients { dq, dk, dv } = gradients.visit(visitor)?;
+        let second = self.second.map(|second| second.visit(visitor)).transpose()?;
+        let (workspace, workspace_bytes) = (self.workspace, self.workspace_bytes);
+        Ok(BackwardTensors { q, k, second, v, o, d_o, lse, d_lse, dq, dk, dv, workspace, workspace_bytes })
+    }
+}
+
+impl<S, L, O> BackwardTensors<Tensor<S>, L, O> {
+    /// Adds outputs to inputs. There is no workspace yet.
+    pub(crate) fn new(
+        inputs: BackwardInputs<S, L>,
+        second: Option<BackwardPair<Tensor<S>, O>>,
+        outputs: Gradients<O>,
+    ) -> Self {
+        let BackwardInputs { q, k, v, o, d_o, lse, d_lse } = inputs;
+        let Gradients { dq, dk, dv } = outputs;
+        BackwardTensors { q, k, second, v, o, d_o, lse, d_lse, dq, dk, dv, workspace: 0, workspace_bytes: 0 }
+    }
+}
+
+impl<S, L> BackwardTensors<Tensor<S>, L, ()> {
+    /// Returns inputs whose outputs have no memory yet.
+    pub(crate) fn inputs(inputs: BackwardInputs<S, L>, second: Option<Pair<Tensor<S>>>) -> Self {
+        let second = second.map(|inputs| BackwardPair { inputs, gradients: Pair::default() });
+        Self::new(inputs, second, Gradients { dq: (), dk: (), dv: () })
+    }
+}
+
+impl<T, L, O> BackwardTensors<T, L, O> {
+    /// Checks that the tensors are of the plan's kind, with elements of `dtype`, and visits them.
+    pub(crate) fn lower<X>(self, plan: &BackwardPlan, dtype: Dtype, visitor: &mut X) -> Result<<Self as Pass<X>>::Of>
+    where
+        Self: Pass<X>,
+    {
+        check_second(plan.variant().op, self.second.is_some())?;
+        check_dtype(plan.problem(), dtype)?;
+        self.visit(visitor)
+    }
 }
 
 impl RawBackward {
@@ -67,65 +115,12 @@ impl RawBackward {
     /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::WorkspaceTooSmall`], [`Error::OutputAliasesItself`],
     /// [`Error::Overlap`].
     pub fn validate(&self, plan: &BackwardPlan) -> Result<()> {
-        let tensor = |raw: &RawTensor| Tensor { data: unsized_memory(raw.address), layout: raw.layout };
-        let inputs = BackwardInputs {
-            q: tensor(&self.q),
-            k: tensor(&self.k),
-            v: tensor(&self.v),
-            o: tensor(&self.o),
-            d_o: tensor(&self.d_o),
-            lse: unsized_memory(self.lse),
-            d_lse: self.d_lse.map(unsized_memory),
-        };
-        let outputs = Gradients { dq: tensor(&self.dq), dk: tensor(&self.dk), dv: tensor(&self.dv) };
-        let second = self.second.as_ref();
-        check_second(plan.variant().op, second.is_some())?;
-        let second_inputs = second.map(|second| second.inputs.as_ref().map(tensor));
-        let second_outputs = second.map(|second| second.gradients.as_ref().map(tensor));
-        check_inputs(plan, &inputs, second_inputs.as_ref(), AddressSpace::Device)?;
-        check_outputs(plan, &outputs, second_outputs.as_ref(), AddressSpace::Device)?;
-        self.check_workspace(plan, AddressSpace::Device)?;
-        self.check_overlaps(plan)
-    }
-
-    /// Lowers buffers of elements of `dtype` to addresses, and checks them as [`RawBackward::validate`] does, and their
-    /// sizes as well. The caller fills in the workspace later, with its own memory.
-    ///
-    /// # Errors
-    /// Errors of [`RawBackward::validate`], except alignment in the host's memory; [`Error::DtypeMismatch`],
-    /// [`Error::BufferTooSmall`], [`Error::LseLength`].
-    pub(crate) fn lower(
-        plan: &BackwardPlan,
-        dtype: Dtype,
-        space: AddressSpace,
-        inputs: &BackwardInputs<Memory, Memory>,
-        outputs: &Gradients<Tensor<Memory>>,
-        second: Option<&SecondTensors<Memory, Memory>>,
-    ) -> Result<Self> {
-        check_second(plan.variant().op, second.is_some())?;
-        check_dtype(plan.problem(), dtype)?;
-        check_inputs(plan, inputs, second.map(|second| &second.inputs), space)?;
-        check_outputs(plan, outputs, second.map(|second| &second.gradients), space)?;
-        let args = RawBackward {
-            q: raw(&inputs.q),
-            k: raw(&inputs.k),
-            second: second.map(|SecondTensors { inputs, gradients }| RawSecond {
-                inputs: inputs.as_ref().map(raw),
-                gradients: gradients.as_ref().map(raw),
-            }),
-            v: raw(&inputs.v),
-            o: raw(&inputs.o),
-            d_o: raw(&inputs.d_o),
-            lse: inputs.lse.address,
-            d_lse: inputs.d_lse.map(|memory| memory.address),
-            dq: raw(&outputs.dq),
-            dk: raw(&outputs.dk),
-            dv: raw(&outputs.dv),
-            workspace: 0,
-            workspace_bytes: 0,
-        };
-        args.check_overlaps(plan)?;
-        Ok(args)
+        let mut check = Check::new(plan.problem(), AddressSpace::Device);
+        self.lower(plan, plan.problem().dtype, &mut check)?;
+        self.check_workspace(plan)?;
+        let workspace = Region::of_bytes(self.workspace, plan.workspace_bytes() as u128);
+        check.occupy(Operand::Workspace, Role::Output, workspace);
+        check.overlaps()
     }
 
     /// Returns the parameters of the preprocess kernel.
@@ -192,7 +187,8 @@ impl RawBackward {
         [finish(0, &self.dq)].into_iter().chain(second)
     }
 
-    fn check_workspace(&self, plan: &BackwardPlan, space: AddressSpace) -> Result<()> {
+    /// Checks size and address of the workspace.
+    fn check_workspace(&self, plan: &BackwardPlan) -> Result<()> {
         let (bytes, required) = (self.workspace_bytes, plan.workspace_bytes());
         if bytes < required {
             return Err(Error::WorkspaceTooSmall { bytes, required });
@@ -201,85 +197,8 @@ impl RawBackward {
             return Ok(());
         }
         check_span(Operand::Workspace, self.workspace, required as u128)?;
-        check_address(Operand::Workspace, self.workspace, WORKSPACE_ALIGNMENT, space)
+        check_address(Operand::Workspace, self.workspace, WORKSPACE_ALIGNMENT, AddressSpace::Device)
     }
-
-    /// Checks that outputs and workspace have memory of their own.
-    fn check_overlaps(&self, plan: &BackwardPlan) -> Result<()> {
-        let lse = |address| lse_region(plan.problem(), address);
-        let workspace = match self.workspace {
-            0 => None,
-            address => Region::of_bytes(address, plan.workspace_bytes() as u128),
-        };
-        let mut others = vec![
-            (Operand::Q, self.q.region()),
-            (Operand::K, self.k.region()),
-            (Operand::V, self.v.region()),
-            (Operand::O, self.o.region()),
-            (Operand::DO, self.d_o.region()),
-            (Operand::Lse, lse(self.lse)),
-            (Operand::DLse, self.d_lse.and_then(lse)),
-        ];
-        let mut outputs =
-            vec![(Operand::Dq, self.dq.region()), (Operand::Dk, self.dk.region()), (Operand::Dv, self.dv.region())];
-        if let Some(RawSecond { inputs, gradients }) = &self.second {
-            others.extend([(Operand::Q2, inputs.q.region()), (Operand::K2, inputs.k.region())]);
-            outputs.extend([(Operand::Dq2, gradients.q.region()), (Operand::Dk2, gradients.k.region())]);
-        }
-        for output in outputs.into_iter().chain([(Operand::Workspace, workspace)]) {
-            for &other in &others {
-                check_disjoint(output, other)?;
-            }
-            others.push(output);
-        }
-        Ok(())
-    }
-}
-
-/// Checks each input alone.
-pub(crate) fn check_inputs(
-    plan: &BackwardPlan,
-    inputs: &BackwardInputs<Memory, Memory>,
-    second: Option<&Pair<Tensor<Memory>>>,
-    space: AddressSpace,
-) -> Result<()> {
-    let BackwardInputs { q, k, v, o, d_o, lse, d_lse } = inputs;
-    let mut tensors = vec![(Operand::Q, q), (Operand::K, k), (Operand::V, v), (Operand::O, o), (Operand::DO, d_o)];
-    if let Some(Pair { q, k }) = second {
-        tensors.extend([(Operand::Q2, q), (Operand::K2, k)]);
-    }
-    for (operand, tensor) in tensors {
-        check_tensor(plan.problem(), operand, &raw(tensor), space, tensor.data.len)?;
-    }
-    check_lse(plan.problem(), Operand::Lse, *lse, space)?;
-    d_lse.map_or(Ok(()), |d_lse| check_lse(plan.problem(), Operand::DLse, d_lse, space))
-}
-
-/// Checks each output alone.
-fn check_outputs(
-    plan: &BackwardPlan,
-    outputs: &Gradients<Tensor<Memory>>,
-    second: Option<&Pair<Tensor<Memory>>>,
-    space: AddressSpace,
-) -> Result<()> {
-    let Gradients { dq, dk, dv } = outputs;
-    let mut tensors = vec![(Operand::Dq, dq), (Operand::Dk, dk), (Operand::Dv, dv)];
-    if let Some(Pair { q, k }) = second {
-        tensors.extend([(Operand::Dq2, q), (Operand::Dk2, k)]);
-    }
-    for (operand, tensor) in tensors {
-        check_tensor(plan.problem(), operand, &raw(tensor), space, tensor.data.len)?;
-        check_rows_apart(operand, &tensor.layout)?;
-    }
-    Ok(())
-}
-
-fn raw(tensor: &Tensor<Memory>) -> RawTensor {
-    RawTensor { address: tensor.data.address, layout: tensor.layout }
-}
-
-fn unsized_memory(address: u64) -> Memory {
-    Memory { address, len: None }
 }
 
 #[cfg(test)]

@@ -8,32 +8,69 @@ use kernels_gpu::{
 };
 
 use super::{
-    AddressSpace, Memory, Pair, RawTensor, check_disjoint, check_dtype, check_lse, check_rows_apart, check_second,
-    check_tensor, lse_region,
+    AddressSpace, Check, ForwardInputs, Pair, RawTensor,
+    check::{check_dtype, check_second},
+    pair::SECOND,
+    pass::{Lines, Pass, Role, Tensors, Visited, VisitedLine, rows},
 };
 #[cfg(doc)]
 use crate::error::Error;
-use crate::{
-    error::{Operand, Result},
-    plan::Plan,
-    problem::Problem,
-};
+use crate::{error::Result, plan::Plan, tensor::Tensor};
 
-/// Tensors of a forward pass, named by their addresses, as frameworks hold them.
+/// Tensors of a forward pass. Inputs are named by a `T`, O by an `O` and the LSE by an `L`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RawForward {
+pub struct ForwardTensors<T, O, L> {
     /// Queries, (batch, heads_q, seqlen_q, head_dim).
-    pub q: RawTensor,
+    pub q: T,
     /// Keys, (batch, heads_kv, seqlen_k, head_dim).
-    pub k: RawTensor,
+    pub k: T,
     /// The second pair of queries and keys, of the same shapes, for a plan of piecewise attention; `None` for others.
-    pub second: Option<Pair<RawTensor>>,
+    pub second: Option<Pair<T>>,
     /// Values, (batch, heads_kv, seqlen_k, head_dim).
-    pub v: RawTensor,
+    pub v: T,
     /// O, (batch, heads_q, seqlen_q, head_dim).
-    pub o: RawTensor,
-    /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; `None` to omit it.
-    pub lse: Option<u64>,
+    pub o: O,
+    /// The LSE, f32 (batch, heads_q, seqlen_q), contiguous; `None` to omit it.
+    pub lse: Option<L>,
+}
+
+/// Tensors of a forward pass, named by their addresses, as frameworks hold them. The LSE is the address of its first
+/// element.
+pub type RawForward = ForwardTensors<RawTensor, RawTensor, u64>;
+
+impl<T, O, L, X: Tensors<T> + Tensors<O> + Lines<L>> Pass<X> for ForwardTensors<T, O, L> {
+    type Of = ForwardTensors<Visited<X, T>, Visited<X, O>, VisitedLine<X, L>>;
+
+    fn visit(self, visitor: &mut X) -> Result<Self::Of> {
+        Ok(ForwardTensors {
+            q: visitor.tensor(rows::Q, Role::Input, self.q)?,
+            k: visitor.tensor(rows::K, Role::Input, self.k)?,
+            v: visitor.tensor(rows::V, Role::Input, self.v)?,
+            second: self.second.map(|second| visitor.pair(SECOND, Role::Input, second)).transpose()?,
+            o: visitor.tensor(rows::O, Role::Output, self.o)?,
+            lse: visitor.optional_line(rows::LSE, Role::Output, self.lse)?,
+        })
+    }
+}
+
+impl<S, O, L> ForwardTensors<Tensor<S>, O, L> {
+    /// Adds outputs to inputs.
+    pub(crate) fn new(inputs: ForwardInputs<S>, o: O, lse: Option<L>) -> Self {
+        let ForwardInputs { q, k, second, v } = inputs;
+        ForwardTensors { q, k, second, v, o, lse }
+    }
+}
+
+impl<T, O, L> ForwardTensors<T, O, L> {
+    /// Checks that the tensors are of the plan's kind, with elements of `dtype`, and visits them.
+    pub(crate) fn lower<X>(self, plan: &Plan, dtype: Dtype, visitor: &mut X) -> Result<<Self as Pass<X>>::Of>
+    where
+        Self: Pass<X>,
+    {
+        check_second(plan.variant().op, self.second.is_some())?;
+        check_dtype(plan.problem(), dtype)?;
+        self.visit(visitor)
+    }
 }
 
 impl RawForward {
@@ -44,23 +81,9 @@ impl RawForward {
     /// [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
     /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::OutputAliasesItself`], [`Error::Overlap`].
     pub fn validate(&self, plan: &Plan) -> Result<()> {
-        let problem = plan.problem();
-        check_second(plan.variant().op, self.second.is_some())?;
-        self.validate_tensors(problem, AddressSpace::Device, None)?;
-        self.validate_outputs(problem)
-    }
-
-    /// Checks as [`RawForward::validate`] does, for buffers of known sizes.
-    ///
-    /// # Errors
-    /// Errors of [`RawForward::validate`], except alignment in the host's memory; [`Error::DtypeMismatch`],
-    /// [`Error::BufferTooSmall`], [`Error::LseLength`].
-    pub(crate) fn validate_buffers(&self, plan: &Plan, space: AddressSpace, buffers: &Buffers) -> Result<()> {
-        let problem = plan.problem();
-        check_second(plan.variant().op, self.second.is_some())?;
-        check_dtype(problem, buffers.dtype)?;
-        self.validate_tensors(problem, space, Some(buffers))?;
-        self.validate_outputs(problem)
+        let mut check = Check::new(plan.problem(), AddressSpace::Device);
+        self.lower(plan, plan.problem().dtype, &mut check)?;
+        check.overlaps()
     }
 
     /// Returns the launch parameters of a plan that has work tiles. `q`, `k`, `v` and `o`, and the far pair if there is
@@ -85,54 +108,6 @@ impl RawForward {
         };
         ForwardParams { base, features: plan.features }
     }
-
-    fn validate_tensors(&self, problem: &Problem, space: AddressSpace, buffers: Option<&Buffers>) -> Result<()> {
-        for (operand, tensor, len) in [
-            (Operand::Q, &self.q, buffers.map(|buffers| buffers.q)),
-            (Operand::K, &self.k, buffers.map(|buffers| buffers.k)),
-            (Operand::V, &self.v, buffers.map(|buffers| buffers.v)),
-            (Operand::O, &self.o, buffers.map(|buffers| buffers.o)),
-        ] {
-            check_tensor(problem, operand, tensor, space, len)?;
-        }
-        if let Some(Pair { q, k }) = &self.second {
-            let len = buffers.and_then(|buffers| buffers.second);
-            check_tensor(problem, Operand::Q2, q, space, len.map(|len| len.q))?;
-            check_tensor(problem, Operand::K2, k, space, len.map(|len| len.k))?;
-        }
-        let len = buffers.and_then(|buffers| buffers.lse);
-        self.lse.map_or(Ok(()), |address| check_lse(problem, Operand::Lse, Memory { address, len }, space))
-    }
-
-    fn validate_outputs(&self, problem: &Problem) -> Result<()> {
-        check_rows_apart(Operand::O, &self.o.layout)?;
-        let lse = self.lse.and_then(|address| lse_region(problem, address));
-        let mut inputs =
-            vec![(Operand::Q, self.q.region()), (Operand::K, self.k.region()), (Operand::V, self.v.region())];
-        if let Some(Pair { q, k }) = &self.second {
-            inputs.extend([(Operand::Q2, q.region()), (Operand::K2, k.region())]);
-        }
-        let o = (Operand::O, self.o.region());
-        for &other in &inputs {
-            check_disjoint(o, other)?;
-        }
-        for other in inputs.into_iter().chain([o]) {
-            check_disjoint((Operand::Lse, lse), other)?;
-        }
-        Ok(())
-    }
-}
-
-/// Element type, and lengths in elements, of the buffers behind a [`RawForward`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Buffers {
-    pub(crate) dtype: Dtype,
-    pub(crate) q: usize,
-    pub(crate) k: usize,
-    pub(crate) second: Option<Pair<usize>>,
-    pub(crate) v: usize,
-    pub(crate) o: usize,
-    pub(crate) lse: Option<usize>,
 }
 
 #[cfg(test)]
@@ -141,7 +116,10 @@ mod tests {
 
     use super::*;
     use crate::dropout::Dropout;
-    use crate::{problem::Mask, tensor::Layout};
+    use crate::{
+        problem::{Mask, Problem},
+        tensor::Layout,
+    };
 
     const PROBLEM: Problem =
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 20, head_dim: 16, dtype: Dtype::F16 };

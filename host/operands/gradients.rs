@@ -1,6 +1,7 @@
 //! Inputs and outputs of a backward pass, generic over the memory of the machine.
 
-use crate::tensor::Tensor;
+use super::pass::{Pass, Role, Tensors, Visited, rows};
+use crate::{error::Result, tensor::Tensor};
 
 /// Inputs of a backward pass: the inputs and results of the forward pass, and the gradients of the results.
 ///
@@ -24,22 +25,6 @@ pub struct BackwardInputs<S, L> {
     pub d_lse: Option<L>,
 }
 
-impl<S, L> BackwardInputs<S, L> {
-    /// Converts the memory of each input.
-    pub(crate) fn map<T, M>(&self, tensor: impl Fn(&S) -> T, line: impl Fn(&L) -> M) -> BackwardInputs<T, M> {
-        let of = |x: &Tensor<S>| Tensor { data: tensor(&x.data), layout: x.layout };
-        BackwardInputs {
-            q: of(&self.q),
-            k: of(&self.k),
-            v: of(&self.v),
-            o: of(&self.o),
-            d_o: of(&self.d_o),
-            lse: line(&self.lse),
-            d_lse: self.d_lse.as_ref().map(line),
-        }
-    }
-}
-
 /// Gradients of the inputs: memory that a backward pass returns, or tensors that it is to write.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gradients<T> {
@@ -54,8 +39,26 @@ pub struct Gradients<T> {
 }
 
 impl<T> Gradients<T> {
+    /// Borrows each for writing.
+    pub(crate) fn as_mut(&mut self) -> Gradients<&mut T> {
+        Gradients { dq: &mut self.dq, dk: &mut self.dk, dv: &mut self.dv }
+    }
+
     /// Applies `f` to each.
+    #[cfg(feature = "cli")]
     pub(crate) fn map<U>(self, mut f: impl FnMut(T) -> U) -> Gradients<U> {
         Gradients { dq: f(self.dq), dk: f(self.dk), dv: f(self.dv) }
+    }
+}
+
+impl<O, X: Tensors<O>> Pass<X> for Gradients<O> {
+    type Of = Gradients<Visited<X, O>>;
+
+    fn visit(self, visitor: &mut X) -> Result<Self::Of> {
+        Ok(Gradients {
+            dq: visitor.tensor(rows::DQ, Role::Output, self.dq)?,
+            dk: visitor.tensor(rows::DK, Role::Output, self.dk)?,
+            dv: visitor.tensor(rows::DV, Role::Output, self.dv)?,
+        })
     }
 }

@@ -3,26 +3,53 @@
 use kernels_gpu::{params::TotalParams, variants::Dtype};
 
 use super::{
-    AddressSpace, Memory, RawTensor, check_disjoint, check_dtype, check_floats, check_lse, check_tensor, lse_region,
+    AddressSpace, Check, RawTensor,
+    check::check_dtype,
+    pass::{Lines, Pass, Role, Tensors, Visited, VisitedLine, rows},
 };
-use crate::{
-    error::{Error, Operand, Result},
-    overlap::Region,
-    plan::TotalPlan,
-    tensor::Tensor,
-};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::{error::Result, plan::TotalPlan};
 
-/// Tensors of total attention, named by their addresses, as frameworks hold them.
+/// Tensors of total attention. Q and K are named by a `T`, the LSE by an `L` and the result by an `R`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RawTotalAttention {
+pub struct TotalTensors<T, L, R> {
     /// Queries, (batch, heads_q, seqlen_q, head_dim).
-    pub q: RawTensor,
+    pub q: T,
     /// Keys, (batch, heads_kv, seqlen_k, head_dim).
-    pub k: RawTensor,
-    /// Address of the forward pass's LSE, f32 (batch, heads_q, seqlen_q), contiguous.
-    pub lse: u64,
-    /// Address of the result, f32 (batch, heads_q, seqlen_k), contiguous.
-    pub total: u64,
+    pub k: T,
+    /// LSE of the forward pass, f32 (batch, heads_q, seqlen_q), contiguous.
+    pub lse: L,
+    /// The result, f32 (batch, heads_q, seqlen_k), contiguous.
+    pub total: R,
+}
+
+/// Tensors of total attention, named by their addresses, as frameworks hold them. LSE and result are the addresses of
+/// their first elements.
+pub type RawTotalAttention = TotalTensors<RawTensor, u64, u64>;
+
+impl<T, L, R, X: Tensors<T> + Lines<L> + Lines<R>> Pass<X> for TotalTensors<T, L, R> {
+    type Of = TotalTensors<Visited<X, T>, VisitedLine<X, L>, VisitedLine<X, R>>;
+
+    fn visit(self, visitor: &mut X) -> Result<Self::Of> {
+        Ok(TotalTensors {
+            q: visitor.tensor(rows::Q, Role::Input, self.q)?,
+            k: visitor.tensor(rows::K, Role::Input, self.k)?,
+            lse: visitor.line(rows::LSE, Role::Input, self.lse)?,
+            total: visitor.line(rows::TOTAL, Role::Output, self.total)?,
+        })
+    }
+}
+
+impl<T, L, R> TotalTensors<T, L, R> {
+    /// Checks that the tensors' elements are of the plan's dtype, and visits them.
+    pub(crate) fn lower<X>(self, plan: &TotalPlan, dtype: Dtype, visitor: &mut X) -> Result<<Self as Pass<X>>::Of>
+    where
+        Self: Pass<X>,
+    {
+        check_dtype(plan.problem(), dtype)?;
+        self.visit(visitor)
+    }
 }
 
 impl RawTotalAttention {
@@ -33,32 +60,9 @@ impl RawTotalAttention {
     /// [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
     /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn validate(&self, plan: &TotalPlan) -> Result<()> {
-        let memory = |address| Memory { address, len: None };
-        let tensor = |raw: &RawTensor| Tensor { data: memory(raw.address), layout: raw.layout };
-        check_inputs(plan, &tensor(&self.q), &tensor(&self.k), memory(self.lse), AddressSpace::Device)?;
-        check_total(plan, memory(self.total), AddressSpace::Device)?;
-        self.check_overlaps(plan)
-    }
-
-    /// Lowers buffers of elements of `dtype` to addresses, and checks them as [`RawTotalAttention::validate`] does, and
-    /// their sizes as well.
-    ///
-    /// # Errors
-    /// Errors of [`RawTotalAttention::validate`], except alignment in the host's memory; [`Error::DtypeMismatch`],
-    /// [`Error::BufferTooSmall`], [`Error::LseLength`], [`Error::TotalLength`].
-    pub(crate) fn lower(
-        plan: &TotalPlan,
-        dtype: Dtype,
-        space: AddressSpace,
-        [q, k]: [Tensor<Memory>; 2],
-        [lse, total]: [Memory; 2],
-    ) -> Result<Self> {
-        check_dtype(plan.problem(), dtype)?;
-        check_inputs(plan, &q, &k, lse, space)?;
-        check_total(plan, total, space)?;
-        let args = RawTotalAttention { q: raw(&q), k: raw(&k), lse: lse.address, total: total.address };
-        args.check_overlaps(plan)?;
-        Ok(args)
+        let mut check = Check::new(plan.problem(), AddressSpace::Device);
+        self.lower(plan, plan.problem().dtype, &mut check)?;
+        check.overlaps()
     }
 
     /// Returns the launch parameters of a plan that has work tiles. `q` and `k` are as the machine names them.
@@ -75,54 +79,16 @@ impl RawTotalAttention {
             mask: plan.mask().window(),
         }
     }
-
-    /// Checks that the result has memory of its own.
-    fn check_overlaps(&self, plan: &TotalPlan) -> Result<()> {
-        let bytes = plan.problem().total_len() as u128 * size_of::<f32>() as u128;
-        let total = (Operand::Total, Region::of_bytes(self.total, bytes));
-        let lse = lse_region(plan.problem(), self.lse);
-        for other in [(Operand::Q, self.q.region()), (Operand::K, self.k.region()), (Operand::Lse, lse)] {
-            check_disjoint(total, other)?;
-        }
-        Ok(())
-    }
-}
-
-/// Checks each input alone.
-pub(crate) fn check_inputs(
-    plan: &TotalPlan,
-    q: &Tensor<Memory>,
-    k: &Tensor<Memory>,
-    lse: Memory,
-    space: AddressSpace,
-) -> Result<()> {
-    for (operand, tensor) in [(Operand::Q, q), (Operand::K, k)] {
-        check_tensor(plan.problem(), operand, &raw(tensor), space, tensor.data.len)?;
-    }
-    check_lse(plan.problem(), Operand::Lse, lse, space)
-}
-
-/// Checks the result's array alone.
-fn check_total(plan: &TotalPlan, memory: Memory, space: AddressSpace) -> Result<()> {
-    let expected = plan.problem().total_len();
-    if let Some(len) = memory.len
-        && len != expected
-    {
-        return Err(Error::TotalLength { len, expected });
-    }
-    check_floats(Operand::Total, memory.address, expected, space)
-}
-
-fn raw(tensor: &Tensor<Memory>) -> RawTensor {
-    RawTensor { address: tensor.data.address, layout: tensor.layout }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::operands::place::Memory;
     use crate::{
+        error::{Error, Operand},
         problem::{Mask, Problem},
-        tensor::Layout,
+        tensor::{Layout, Tensor},
     };
 
     const PROBLEM: Problem =
@@ -189,10 +155,14 @@ mod tests {
             data: memory(address, shape.iter().product()),
             layout: Layout::bhsd(shape),
         };
-        let inputs = [tensor(0x10000, PROBLEM.q_shape()), tensor(0x20000, PROBLEM.kv_shape())];
         let lower = |dtype, lse, total| {
-            let lines = [memory(0x30000, lse), memory(0x40000, total)];
-            RawTotalAttention::lower(&plan(&PROBLEM), dtype, AddressSpace::Host, inputs, lines)
+            let tensors = TotalTensors {
+                q: tensor(0x10000, PROBLEM.q_shape()),
+                k: tensor(0x20000, PROBLEM.kv_shape()),
+                lse: memory(0x30000, lse),
+                total: memory(0x40000, total),
+            };
+            tensors.lower(&plan(&PROBLEM), dtype, &mut Check::new(&PROBLEM, AddressSpace::Host))
         };
         assert_eq!(lower(Dtype::F16, 80, 160), Ok(args()));
         assert!(matches!(lower(Dtype::Bf16, 80, 160), Err(Error::DtypeMismatch { .. })));

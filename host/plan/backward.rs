@@ -11,9 +11,7 @@ use kernels_gpu::{
 };
 
 use super::{
-    Extra, MAX_WORK_TILES, Pass, WorkspaceLayout, checked_scale, checked_sm_count, features, needs, op,
-    write_problem,
-    write_threshold,
+    Extra, MAX_WORK_TILES, PassKind, Settings, WorkspaceLayout, accessors_with_extra, checked_sm_count, features,
 };
 use crate::{
     dropout::Dropout,
@@ -48,11 +46,7 @@ impl fmt::Display for Determinism {
 /// A validated problem, the kernels for its gradients, their launches and the workspace between them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BackwardPlan {
-    problem: Problem,
-    mask: Mask,
-    scale: f32,
-    dist_threshold: Option<i32>,
-    dropout: Dropout,
+    settings: Settings,
     /// Mask and dropout as launch parameters of the main kernel.
     pub(crate) features: AnyFeatures,
     determinism: Determinism,
@@ -67,6 +61,8 @@ pub struct BackwardPlan {
     /// Layout of the workspace; all zeros if there is nothing to do.
     pub(crate) workspace: WorkspaceLayout,
 }
+
+accessors_with_extra!(BackwardPlan);
 
 impl BackwardPlan {
     /// Plans a backward pass for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1. The default scale
@@ -110,18 +106,18 @@ impl BackwardPlan {
         problem: &Problem,
         mask: Mask,
         scale: Option<f32>,
-        Extra { dist_threshold, dropout }: Extra,
+        extra: Extra,
         determinism: Determinism,
         sm_count: u32,
     ) -> Result<BackwardPlan> {
-        let scale = checked_scale(problem, scale)?;
+        let settings = Settings::new(problem, mask, scale, extra)?;
+        let Settings { dist_threshold, dropout, .. } = settings;
         let sm_count = checked_sm_count(sm_count)?;
         let features = features(mask, dist_threshold, dropout)?;
-        let op = op(dist_threshold);
+        let op = settings.op();
         let needed = Needed { dtype: problem.dtype, head_dim: problem.head_dim as u32, features };
-        let variant = variants::backward(&needed).ok_or_else(|| Error::NoVariant {
-            needs: needs(Pass::Backward(determinism), op, problem, mask, dropout),
-        })?;
+        let variant = variants::backward(&needed)
+            .ok_or_else(|| Error::NoVariant { needs: settings.needs(PassKind::Backward(determinism)) })?;
         let shape = problem.kernel_shape();
         let key_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;
         let work_tiles = problem.batch as u128 * problem.heads_kv as u128 * key_blocks;
@@ -156,52 +152,13 @@ impl BackwardPlan {
             (None, None, Determinism::Fast) => variant.first_tiles(&shape, &features.mask, &order, sharing.ctas),
             _ => FirstTiles::none(shape.batch * shape.heads_kv),
         };
-        Ok(BackwardPlan {
-            problem: *problem,
-            mask,
-            scale,
-            dist_threshold,
-            dropout,
-            features,
-            determinism,
-            variant,
-            work_tiles,
-            order,
-            sharing,
-            first,
-            workspace,
-        })
+        Ok(BackwardPlan { settings, features, determinism, variant, work_tiles, order, sharing, first, workspace })
     }
 
     /// Plans the same pass for a machine with another number of SMs.
     pub(crate) fn on(&self, sm_count: u32) -> Result<BackwardPlan> {
-        let extra = Extra { dist_threshold: self.dist_threshold, dropout: self.dropout };
-        Self::plan(&self.problem, self.mask, Some(self.scale), extra, self.determinism, sm_count)
-    }
-
-    /// Returns the problem, validated.
-    pub fn problem(&self) -> &Problem {
-        &self.problem
-    }
-
-    /// Returns the mask, which selects the keys that a query attends to.
-    pub fn mask(&self) -> Mask {
-        self.mask
-    }
-
-    /// Returns the factor of the scores, finite and above 0.
-    pub fn scale(&self) -> f32 {
-        self.scale
-    }
-
-    /// Returns the distance from which on scores come from the second pair of Q and K; `None` if there is one pair.
-    pub fn dist_threshold(&self) -> Option<i32> {
-        self.dist_threshold
-    }
-
-    /// Returns the dropout of attention weights.
-    pub fn dropout(&self) -> Dropout {
-        self.dropout
+        let Settings { problem, mask, scale, dist_threshold, dropout } = self.settings;
+        Self::plan(&problem, mask, Some(scale), Extra { dist_threshold, dropout }, self.determinism, sm_count)
     }
 
     /// Returns the order of dQ's sums.
@@ -221,7 +178,7 @@ impl BackwardPlan {
 
     /// Number of work tiles of one key head.
     pub(crate) fn key_blocks(&self) -> u32 {
-        (self.problem.seqlen_k as u32).div_ceil(self.variant.block_n)
+        (self.settings.problem.seqlen_k as u32).div_ceil(self.variant.block_n)
     }
 
     /// Returns the number of split work tiles, and the first key head, of all batch items, that may have one of them.
@@ -263,14 +220,14 @@ impl BackwardPlan {
     pub fn finish_grid(&self) -> u32 {
         let BackwardVariant { block_n, head_dim, .. } = self.variant;
         let parts = self.shared().0 * 2 * (block_n / WARPGROUP_ROWS) * (head_dim / 64);
-        if self.problem.seqlen_q == 0 { 0 } else { self.workspace_rows() / WARPGROUP_ROWS + parts }
+        if self.settings.problem.seqlen_q == 0 { 0 } else { self.workspace_rows() / WARPGROUP_ROWS + parts }
     }
 
     /// Number of query rows of all heads. The workspace's layout has checked that it fits.
     fn workspace_rows(&self) -> u32 {
         match self.workspace.rows {
             0 => 0,
-            rows => self.problem.batch as u32 * self.problem.heads_q as u32 * rows,
+            rows => self.settings.problem.batch as u32 * self.settings.problem.heads_q as u32 * rows,
         }
     }
 }
@@ -282,8 +239,7 @@ impl fmt::Display for BackwardPlan {
             Op::Piecewise => "piecewise backward",
         };
         let BackwardVariant { symbol, prepare, finish, head_dim, block_m, block_n, .. } = self.variant;
-        write_problem(f, pass, &self.problem, self.mask, self.scale, self.dropout)?;
-        write_threshold(f, self.dist_threshold)?;
+        self.settings.write(f, pass)?;
         writeln!(f, ", {}", self.determinism)?;
         writeln!(f, "kernels {prepare}, {symbol}, {finish}: tiles {block_m} × {block_n}, head_dim {head_dim}")?;
         write!(f, "launch: {} work tiles", self.work_tiles)?;

@@ -146,7 +146,9 @@ fn query_blocks_of_a_cta_have_a_limit() {
     assert!(fast(&Problem { batch: (1 << 23) - 1, ..problem }, 1).is_ok());
     assert!(fast(&problem, 2).is_ok());
     // Each pair counts.
-    let piecewise = |sm_count| BackwardPlan::piecewise(&problem, Mask::Causal, None, 0, Dropout::NONE, Determinism::Exact, sm_count);
+    let piecewise = |sm_count| {
+        BackwardPlan::piecewise(&problem, Mask::Causal, None, 0, Dropout::NONE, Determinism::Exact, sm_count)
+    };
     assert_eq!(piecewise(2), error(1 << 30));
     assert!(piecewise(3).is_ok());
 }

@@ -8,9 +8,7 @@ use kernels_gpu::{
     variants::{self, Needed, Variant},
 };
 
-use super::{
-    Extra, MAX_WORK_TILES, Pass, checked_scale, checked_sm_count, features, needs, op, write_problem, write_threshold,
-};
+use super::{Extra, MAX_WORK_TILES, PassKind, Settings, accessors_with_extra, checked_sm_count, features};
 use crate::{
     dropout::Dropout,
     error::{Error, Result},
@@ -20,11 +18,7 @@ use crate::{
 /// A validated problem, the kernel for it and its launch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Plan {
-    pub(crate) problem: Problem,
-    pub(crate) mask: Mask,
-    pub(crate) scale: f32,
-    pub(crate) dist_threshold: Option<i32>,
-    dropout: Dropout,
+    settings: Settings,
     /// Mask and dropout as launch parameters.
     pub(crate) features: AnyFeatures,
     pub(crate) variant: &'static Variant,
@@ -44,6 +38,8 @@ struct Choice {
     /// Estimated time.
     time: u64,
 }
+
+accessors_with_extra!(Plan);
 
 impl Plan {
     /// Plans a forward pass for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1.
@@ -73,14 +69,9 @@ impl Plan {
         Self::new(problem, mask, scale, extra, sm_count)
     }
 
-    fn new(
-        problem: &Problem,
-        mask: Mask,
-        scale: Option<f32>,
-        Extra { dist_threshold, dropout }: Extra,
-        sm_count: u32,
-    ) -> Result<Plan> {
-        let scale = checked_scale(problem, scale)?;
+    fn new(problem: &Problem, mask: Mask, scale: Option<f32>, extra: Extra, sm_count: u32) -> Result<Plan> {
+        let settings = Settings::new(problem, mask, scale, extra)?;
+        let Settings { dist_threshold, dropout, .. } = settings;
         let sm_count = checked_sm_count(sm_count)?;
         let features = features(mask, dist_threshold, dropout)?;
         let shape = problem.kernel_shape();
@@ -103,34 +94,9 @@ impl Plan {
             }
         }
         let Some(Choice { variant, work_tiles, grid, order, .. }) = best else {
-            return Err(Error::NoVariant { needs: needs(Pass::Forward, op(dist_threshold), problem, mask, dropout) });
+            return Err(Error::NoVariant { needs: settings.needs(PassKind::Forward) });
         };
-        Ok(Plan { problem: *problem, mask, scale, dist_threshold, dropout, features, variant, work_tiles, order, grid })
-    }
-
-    /// Returns the problem, validated.
-    pub fn problem(&self) -> &Problem {
-        &self.problem
-    }
-
-    /// Returns the mask, which selects the keys that a query attends to.
-    pub fn mask(&self) -> Mask {
-        self.mask
-    }
-
-    /// Returns the factor of the scores, finite and above 0.
-    pub fn scale(&self) -> f32 {
-        self.scale
-    }
-
-    /// Returns the distance from which on scores come from the second pair of Q and K; `None` if there is one pair.
-    pub fn dist_threshold(&self) -> Option<i32> {
-        self.dist_threshold
-    }
-
-    /// Returns the dropout of attention weights.
-    pub fn dropout(&self) -> Dropout {
-        self.dropout
+        Ok(Plan { settings, features, variant, work_tiles, order, grid })
     }
 
     /// Returns the kernel.
@@ -166,8 +132,7 @@ impl Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_problem(f, self.variant.op.name(), &self.problem, self.mask, self.scale, self.dropout)?;
-        write_threshold(f, self.dist_threshold)?;
+        self.settings.write(f, self.variant.op.name())?;
         writeln!(
             f,
             "\nkernel {}: tiles {} × {}, head_dim {}, {} stages",

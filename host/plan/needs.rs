@@ -5,15 +5,12 @@ use std::fmt;
 use kernels_gpu::variants::{Dtype, Op};
 
 use super::Determinism;
-use crate::{
-    dropout::Dropout,
-    problem::{Mask, Problem},
-};
+use crate::problem::Mask;
 
-/// A pass of attention.
+/// Kind of a pass of attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Pass {
+pub enum PassKind {
     /// O and the LSE.
     Forward,
     /// The gradients.
@@ -26,7 +23,7 @@ pub enum Pass {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Needs {
     /// Pass that was to be planned.
-    pub pass: Pass,
+    pub pass: PassKind,
     /// Attention that the pass computes or differentiates.
     pub op: Op,
     /// Head dim of the problem.
@@ -39,11 +36,6 @@ pub struct Needs {
     pub dropout: f32,
 }
 
-/// Returns the needs of a pass over `problem`.
-pub(super) fn needs(pass: Pass, op: Op, problem: &Problem, mask: Mask, dropout: Dropout) -> Needs {
-    Needs { pass, op, head_dim: problem.head_dim, mask, dtype: problem.dtype, dropout: dropout.p }
-}
-
 impl fmt::Display for Needs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Needs { pass, op, head_dim, mask, dtype, dropout } = self;
@@ -52,16 +44,16 @@ impl fmt::Display for Needs {
             Op::Piecewise => "piecewise attention",
         };
         match pass {
-            Pass::Forward => write!(f, "forward of {attention}")?,
-            Pass::Backward(_) => write!(f, "backward of {attention}")?,
-            Pass::TotalAttention => f.write_str("total attention")?,
+            PassKind::Forward => write!(f, "forward of {attention}")?,
+            PassKind::Backward(_) => write!(f, "backward of {attention}")?,
+            PassKind::TotalAttention => f.write_str("total attention")?,
         }
         write!(f, " with head_dim {head_dim}, mask {mask}, dtype {}", dtype.name())?;
         if *dropout > 0.0 {
             write!(f, ", dropout {dropout}")?;
         }
         match pass {
-            Pass::Backward(determinism) => write!(f, ", determinism {determinism}"),
+            PassKind::Backward(determinism) => write!(f, ", determinism {determinism}"),
             _ => Ok(()),
         }
     }
@@ -75,7 +67,7 @@ mod tests {
     #[test]
     fn errors_name_all_that_was_needed() {
         let needs = Needs {
-            pass: Pass::Backward(Determinism::Exact),
+            pass: PassKind::Backward(Determinism::Exact),
             op: Op::Piecewise,
             head_dim: 96,
             mask: Mask::Causal,
@@ -88,13 +80,13 @@ mod tests {
             "no kernel is compiled for backward of piecewise attention with head_dim 96, mask causal, dtype bf16, \
              dropout 0.1, determinism exact"
         );
-        let plain = Needs { pass: Pass::Forward, op: Op::Forward, dropout: 0.0, ..needs };
+        let plain = Needs { pass: PassKind::Forward, op: Op::Forward, dropout: 0.0, ..needs };
         assert_eq!(
             text(plain),
             "no kernel is compiled for forward of attention with head_dim 96, mask causal, dtype bf16"
         );
         assert_eq!(
-            text(Needs { pass: Pass::TotalAttention, mask: Mask::None, dtype: Dtype::F16, ..plain }),
+            text(Needs { pass: PassKind::TotalAttention, mask: Mask::None, dtype: Dtype::F16, ..plain }),
             "no kernel is compiled for total attention with head_dim 96, mask none, dtype f16"
         );
         assert!(Error::NoVariant { needs }.is_bad_input());

@@ -4,12 +4,11 @@ use std::fmt;
 
 use kernels_gpu::{
     attention::{scheduler::TileOrder, shared_tiles},
-    variants::{self, Op, TotalVariant},
+    variants::{self, TotalVariant},
 };
 
-use super::{MAX_WORK_TILES, Pass, checked_scale, checked_sm_count, needs, write_problem};
+use super::{Extra, MAX_WORK_TILES, PassKind, Settings, accessors, checked_sm_count};
 use crate::{
-    dropout::Dropout,
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };
@@ -17,9 +16,7 @@ use crate::{
 /// A validated problem, the kernel for its total attention and its launch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TotalPlan {
-    problem: Problem,
-    mask: Mask,
-    scale: f32,
+    settings: Settings,
     variant: &'static TotalVariant,
     work_tiles: u32,
     grid: u32,
@@ -29,6 +26,8 @@ pub struct TotalPlan {
     pub(crate) shared_from: u32,
 }
 
+accessors!(TotalPlan);
+
 impl TotalPlan {
     /// Plans total attention for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1. The default scale
     /// is 1/√head_dim.
@@ -37,11 +36,10 @@ impl TotalPlan {
     /// Errors of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
     /// [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more, or for an `sm_count` above 2²⁰.
     pub fn new(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<TotalPlan> {
-        let scale = checked_scale(problem, scale)?;
+        let settings = Settings::new(problem, mask, scale, Extra::NONE)?;
         let sm_count = checked_sm_count(sm_count)?;
-        let variant = variants::total(problem.dtype, problem.head_dim as u32).ok_or_else(|| {
-            Error::NoVariant { needs: needs(Pass::TotalAttention, Op::Forward, problem, mask, Dropout::NONE) }
-        })?;
+        let variant = variants::total(problem.dtype, problem.head_dim as u32)
+            .ok_or_else(|| Error::NoVariant { needs: settings.needs(PassKind::TotalAttention) })?;
         let n_blocks = problem.seqlen_k.div_ceil(variant.block_n() as usize) as u128;
         let tiles = problem.batch as u128 * problem.heads_q as u128 * n_blocks;
         at_most("work_tiles", tiles, MAX_WORK_TILES)?;
@@ -49,23 +47,11 @@ impl TotalPlan {
         let parts = variant.smem().parts();
         let shared_from = shared_tiles::shared_from(work_tiles, parts, sm_count);
         let grid = shared_tiles::count(work_tiles, shared_from, parts).min(sm_count);
-        let order = if work_tiles == 0 { TileOrder::default() } else { variant.order(&problem.kernel_shape(), &mask.window(), grid) };
-        Ok(TotalPlan { problem: *problem, mask, scale, variant, work_tiles, grid, order, shared_from })
-    }
-
-    /// Returns the problem, validated.
-    pub fn problem(&self) -> &Problem {
-        &self.problem
-    }
-
-    /// Returns the mask, which selects the keys that a query attends to.
-    pub fn mask(&self) -> Mask {
-        self.mask
-    }
-
-    /// Returns the factor of the scores, finite and above 0.
-    pub fn scale(&self) -> f32 {
-        self.scale
+        let order = match work_tiles {
+            0 => TileOrder::default(),
+            _ => variant.order(&problem.kernel_shape(), &mask.window(), grid),
+        };
+        Ok(TotalPlan { settings, variant, work_tiles, grid, order, shared_from })
     }
 
     /// Returns the kernel.
@@ -99,7 +85,7 @@ impl fmt::Display for TotalPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let TotalVariant { symbol, head_dim, block_m, stages, .. } = self.variant;
         let block_n = self.variant.block_n();
-        write_problem(f, "total attention", &self.problem, self.mask, self.scale, Dropout::NONE)?;
+        self.settings.write(f, "total attention")?;
         writeln!(f, "\nkernel {symbol}: tiles {block_m} × {block_n}, head_dim {head_dim}, {stages} stages")?;
         write!(
             f,

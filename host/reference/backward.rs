@@ -15,9 +15,8 @@ use super::forward::{Real, dot, factors, head_rows, live_keys};
 use super::scores::{Scores, score};
 use crate::backend::Backend;
 use crate::dropout::Dropout;
-use crate::error::{Error, Operand, Result};
-use crate::operands::{AddressSpace, RawTensor, check_tensor};
-use crate::operands::{ForwardInputs, Pair};
+use crate::error::Result;
+use crate::operands::{AddressSpace, Check, ForwardInputs, Lines, Pair, Role, Tensors, rows};
 use crate::plan::Plan;
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
@@ -85,15 +84,10 @@ fn evaluate<E: Element, R: Real>(
 ) -> Result<Backward> {
     let problem = plan.problem();
     scores.pairs().try_for_each(|pair| crate::Cpu.check_inputs(plan, &ForwardInputs::plain(pair.q, pair.k, v)))?;
-    for (operand, tensor) in o.map(|o| (Operand::O, o)).into_iter().chain([(Operand::DO, d_o)]) {
-        let raw = RawTensor { address: tensor.data.as_ptr().addr() as u64, layout: tensor.layout };
-        check_tensor(problem, operand, &raw, AddressSpace::Host, Some(tensor.data.len()))?;
-    }
-    if let Some(len) = d_lse.map(<[f32]>::len)
-        && len != problem.lse_len()
-    {
-        return Err(Error::LseLength { operand: Operand::DLse, len, expected: problem.lse_len() });
-    }
+    let mut check = Check::new(problem, AddressSpace::Host);
+    o.map_or(Ok(()), |o| check.tensor(rows::O, Role::Input, o).map(drop))?;
+    check.tensor(rows::D_O, Role::Input, d_o)?;
+    check.optional_line(rows::D_LSE, Role::Input, d_lse)?;
     let mut all = Backward { second: scores.pairs().nth(1).map(|_| Pair::default()), ..Backward::default() };
     if d_o.layout.is_empty() && v.layout.is_empty() {
         return Ok(all);
@@ -203,6 +197,7 @@ mod tests {
     use kernels_gpu::variants::Dtype;
 
     use super::*;
+    use crate::error::{Error, Operand};
     use crate::reference::{GradientAccuracy, Rows, forward_f64};
 
     const SHAPES: [(usize, usize, Mask); 4] =

@@ -7,8 +7,8 @@ use rayon::prelude::*;
 use super::scores::{Scores, score};
 use crate::backend::Backend;
 use crate::dropout::Dropout;
-use crate::error::{Error, Operand, Result};
-use crate::operands::{AddressSpace, RawTensor, check_tensor};
+use crate::error::{Error, Result};
+use crate::operands::{AddressSpace, Check, Lines, Role, Tensors, rows};
 use crate::plan::Plan;
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
@@ -278,13 +278,9 @@ impl Forward {
         problem.validate()?;
         let rows = rows.of(problem.seqlen_q)?;
         let layout = o.layout;
-        let raw = RawTensor { address: o.data.as_ptr().addr() as u64, layout };
-        check_tensor(problem, Operand::O, &raw, AddressSpace::Host, Some(o.data.len()))?;
-        if let Some(len) = lse.map(<[f32]>::len)
-            && len != problem.lse_len()
-        {
-            return Err(Error::LseLength { operand: Operand::Lse, len, expected: problem.lse_len() });
-        }
+        let mut check = Check::new(problem, AddressSpace::Host);
+        check.tensor(rows::O, Role::Input, o)?;
+        check.optional_line(rows::LSE, Role::Input, lse)?;
         let (mut out, mut out_lse) = (Vec::new(), Vec::new());
         for batch in 0..problem.batch {
             for head in 0..problem.heads_q {

@@ -4,8 +4,10 @@ use crate::element::Element;
 use rayon::prelude::*;
 
 use super::forward::{Real, dot, head_rows, live_keys};
-use crate::error::{Error, Operand, Result};
-use crate::operands::{AddressSpace, RawTensor, check_tensor};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
+use crate::operands::{AddressSpace, Check, Lines, Role, Tensors, rows};
 use crate::plan::TotalPlan;
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
@@ -41,10 +43,7 @@ pub fn total_plain<E: Element>(
     tensors: [Tensor<&[E]>; 2],
     lse: &[f32],
 ) -> Result<Vec<f64>> {
-    let (len, expected) = (lse.len(), problem.lse_len());
-    if len != expected {
-        return Err(Error::LseLength { operand: Operand::Lse, len, expected });
-    }
+    Check::new(problem, AddressSpace::Host).line(rows::LSE, Role::Input, lse)?;
     evaluate(problem, mask, scale, tensors, |s: &mut [f32], row| {
         let lse = lse[row];
         s.iter_mut().for_each(|s| *s = if lse == f32::NEG_INFINITY { 0.0 } else { (*s - lse).exp() });
@@ -61,10 +60,9 @@ fn evaluate<E: Element, R: Real>(
     weights: impl Fn(&mut [R], usize) + Sync,
 ) -> Result<Vec<f64>> {
     TotalPlan::new(problem, mask, Some(scale), 1)?;
-    for (operand, tensor) in [(Operand::Q, q), (Operand::K, k)] {
-        let raw = RawTensor { address: tensor.data.as_ptr().addr() as u64, layout: tensor.layout };
-        check_tensor(problem, operand, &raw, AddressSpace::Host, Some(tensor.data.len()))?;
-    }
+    let mut check = Check::new(problem, AddressSpace::Host);
+    check.tensor(rows::Q, Role::Input, q)?;
+    check.tensor(rows::K, Role::Input, k)?;
     if k.layout.is_empty() {
         return Ok(Vec::new());
     }

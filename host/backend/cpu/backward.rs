@@ -3,10 +3,7 @@
 //! A key head and the query heads that read it are one unit. No other unit adds to their dQ, dK and dV, so the order of
 //! every sum is fixed, and the bits do not depend on the number of threads.
 
-use kernels_gpu::{
-    cpu::{add_parts, finish, prepare},
-    variants::Dtype,
-};
+use kernels_gpu::cpu::{add_parts, finish, prepare};
 
 use super::{Cpu, pool};
 use crate::{
@@ -14,8 +11,7 @@ use crate::{
     element::Element,
     error::Result,
     operands::{
-        AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawBackward, RawTensor, SecondTensors,
-        check_backward_inputs, check_dtype, check_second,
+        AddressSpace, BackwardInputs, BackwardTensors, Check, Gradients, Pair, RawBackward, RawTensor, SecondTensors,
     },
     plan::BackwardPlan,
     tensor::Tensor,
@@ -28,22 +24,12 @@ const SM_COUNT: u32 = 7;
 /// Checks each input alone.
 pub(super) fn check_inputs<E: Element>(
     plan: &BackwardPlan,
-    inputs: &BackwardInputs<&[E], &[f32]>,
-    second: Option<&Pair<Tensor<&[E]>>>,
+    inputs: BackwardInputs<&[E], &[f32]>,
+    second: Option<Pair<Tensor<&[E]>>>,
 ) -> Result<()> {
-    let second = second.map(|pair| pair.as_ref().map(read));
-    check(plan, E::DTYPE, &inputs.map(|x| memory(x), |x| memory(x)), second.as_ref())
-}
-
-fn check(
-    plan: &BackwardPlan,
-    dtype: Dtype,
-    inputs: &BackwardInputs<Memory, Memory>,
-    second: Option<&Pair<Tensor<Memory>>>,
-) -> Result<()> {
-    check_second(plan.variant().op, second.is_some())?;
-    check_dtype(plan.problem(), dtype)?;
-    check_backward_inputs(plan, inputs, second, AddressSpace::Host)
+    let mut check = Check::new(plan.problem(), AddressSpace::Host);
+    BackwardTensors::inputs(inputs, second).lower(plan, E::DTYPE, &mut check)?;
+    Ok(())
 }
 
 /// Checks everything and runs the plan in the caller's workspace.
@@ -54,48 +40,21 @@ pub(super) fn run_into<E: Element>(
     second: Option<SecondTensors<&[E], &mut [E]>>,
     workspace: &mut Workspace<Cpu>,
 ) -> Result<()> {
-    let outputs = outputs.map(written);
-    let second = second.map(|SecondTensors { inputs, gradients }| SecondTensors {
-        inputs: inputs.as_ref().map(read),
-        gradients: gradients.map(written),
-    });
-    let inputs = inputs.map(|x| memory(x), |x| memory(x));
-    // SAFETY: all of this is memory of slices that are borrowed by the caller until this function returns, those of the
-    // outputs mutably.
-    unsafe { run(plan, E::DTYPE, &inputs, &outputs, second.as_ref(), workspace) }
+    let plan = &plan.on(SM_COUNT)?;
+    let mut check = Check::new(plan.problem(), AddressSpace::Host);
+    let args = BackwardTensors::new(inputs, second, outputs).lower(plan, E::DTYPE, &mut check)?;
+    check.overlaps()?;
+    // SAFETY: the arguments were checked, and come from slices that are borrowed by the caller until this function
+    // returns, those of the outputs mutably.
+    unsafe { run(plan, args, workspace) }
 }
 
-/// Returns a tensor that is read, as memory.
-fn read<E>(x: &Tensor<&[E]>) -> Tensor<Memory> {
-    Tensor { data: memory(x.data), layout: x.layout }
-}
-
-/// Returns a tensor that is written, as memory.
-fn written<E>(x: Tensor<&mut [E]>) -> Tensor<Memory> {
-    let data = Memory { address: x.data.as_mut_ptr().expose_provenance() as u64, len: Some(x.data.len()) };
-    Tensor { data, layout: x.layout }
-}
-
-/// Returns a slice's address and length.
-fn memory<T>(data: &[T]) -> Memory {
-    Memory { address: data.as_ptr().expose_provenance() as u64, len: Some(data.len()) }
-}
-
-/// Checks everything and runs every key head of `plan` in the caller's workspace, in parallel. Stops at the first
-/// fault.
+/// Runs every key head of `plan` in the caller's workspace, in parallel. Stops at the first fault.
 ///
 /// # Safety
-/// The memory is valid until this function returns, for writing the outputs and for reading the inputs.
-unsafe fn run(
-    plan: &BackwardPlan,
-    dtype: Dtype,
-    inputs: &BackwardInputs<Memory, Memory>,
-    outputs: &Gradients<Tensor<Memory>>,
-    second: Option<&SecondTensors<Memory, Memory>>,
-    workspace: &mut Workspace<Cpu>,
-) -> Result<()> {
-    let plan = &plan.on(SM_COUNT)?;
-    let mut args = RawBackward::lower(plan, dtype, AddressSpace::Host, inputs, outputs, second)?;
+/// The arguments, without a workspace, were checked against the plan. They are valid until this function returns, for
+/// writing the outputs and for reading the inputs.
+unsafe fn run(plan: &BackwardPlan, mut args: RawBackward, workspace: &mut Workspace<Cpu>) -> Result<()> {
     let workspace = workspace.reserve(&Cpu, plan.workspace_bytes())?;
     args.workspace = workspace.as_mut_ptr().expose_provenance() as u64;
     args.workspace_bytes = plan.workspace_bytes();
@@ -111,7 +70,7 @@ unsafe fn run(
     pool::for_each(variant.symbol, shape.batch * shape.heads_kv, |unit| {
         let (batch, head_kv) = (unit / shape.heads_kv, unit % shape.heads_kv);
         let heads = head_kv * shape.group()..(head_kv + 1) * shape.group();
-        // SAFETY: the caller promised the memory, and its layouts were checked against the plan, which also has this
+        // SAFETY: the caller promised the memory, and checked its layouts against the plan, which also has this
         // variant. The workspace is borrowed mutably. Outputs and workspace alias nothing, and every write goes to this
         // key head or to one of its query heads, so units may run at the same time. The workspace is filled before it
         // is used, and the main kernel runs only if there is a key.

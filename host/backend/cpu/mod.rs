@@ -5,18 +5,18 @@
 
 use std::ops::Range;
 
-use bytemuck::Pod;
 use crate::{
     backend::{Backend, Workspace, sealed::Sealed},
     element::Element,
     error::{Error, Operand, Result},
     operands::{
-        AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
-        check_dtype, check_second, check_tensor,
+        AddressSpace, BackwardInputs, Check, ForwardInputs, ForwardTensors, Gradients, Pair, RawForward, RawTensor,
+        SecondTensors, TotalTensors,
     },
     plan::{BackwardPlan, Plan, TotalPlan},
-    tensor::{Layout, Tensor},
+    tensor::Tensor,
 };
+use bytemuck::Pod;
 
 mod backward;
 mod pool;
@@ -60,12 +60,8 @@ impl Backend for Cpu {
     }
 
     fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &ForwardInputs<&[E]>) -> Result<()> {
-        check_second(plan.variant().op, inputs.second.is_some())?;
-        check_dtype(plan.problem(), E::DTYPE)?;
-        for (operand, tensor) in inputs.named() {
-            let raw = raw(tensor.data.as_ptr(), tensor.layout);
-            check_tensor(plan.problem(), operand, &raw, AddressSpace::Host, Some(tensor.data.len()))?;
-        }
+        let tensors = ForwardTensors::new(*inputs, (), None::<()>);
+        tensors.lower(plan, E::DTYPE, &mut Check::new(plan.problem(), AddressSpace::Host))?;
         Ok(())
     }
 
@@ -74,29 +70,14 @@ impl Backend for Cpu {
         plan: &Plan,
         inputs: ForwardInputs<&[E]>,
         o: Tensor<&mut [E]>,
-        mut lse: Option<&mut [f32]>,
+        lse: Option<&mut [f32]>,
     ) -> Result<()> {
-        let ForwardInputs { q, k, second, v } = inputs;
-        let buffers = Buffers {
-            dtype: E::DTYPE,
-            q: q.data.len(),
-            k: k.data.len(),
-            second: second.map(|pair| pair.map(|x| x.data.len())),
-            v: v.data.len(),
-            o: o.data.len(),
-            lse: lse.as_ref().map(|lse| lse.len()),
-        };
-        let args = RawForward {
-            q: raw(q.data.as_ptr(), q.layout),
-            k: raw(k.data.as_ptr(), k.layout),
-            second: second.map(|pair| pair.map(|x| raw(x.data.as_ptr(), x.layout))),
-            v: raw(v.data.as_ptr(), v.layout),
-            o: raw(o.data.as_mut_ptr(), o.layout),
-            lse: lse.as_mut().map(|lse| lse.as_mut_ptr().expose_provenance() as u64),
-        };
-        // SAFETY: the arguments come from slices that are borrowed until this function returns, `o` and `lse` mutably,
-        // and the lengths are those of the slices.
-        unsafe { run(plan, &args, &buffers) }
+        let mut check = Check::new(plan.problem(), AddressSpace::Host);
+        let args = ForwardTensors::new(inputs, o, lse).lower(plan, E::DTYPE, &mut check)?;
+        check.overlaps()?;
+        // SAFETY: the arguments were checked, and come from slices that are borrowed until this function returns, `o`
+        // and `lse` mutably.
+        unsafe { run(plan, &args) }
     }
 
     fn check_backward_inputs<E: Element>(
@@ -105,7 +86,7 @@ impl Backend for Cpu {
         inputs: &BackwardInputs<&[E], &[f32]>,
         second: Option<&Pair<Tensor<&[E]>>>,
     ) -> Result<()> {
-        backward::check_inputs(plan, inputs, second)
+        backward::check_inputs(plan, *inputs, second.copied())
     }
 
     fn backward_into<E: Element>(
@@ -126,7 +107,7 @@ impl Backend for Cpu {
         k: &Tensor<&[E]>,
         lse: &&[f32],
     ) -> Result<()> {
-        total_attention::check_inputs(plan, q, k, lse)
+        total_attention::check_inputs(plan, TotalTensors { q: *q, k: *k, lse: *lse, total: () })
     }
 
     fn total_attention_into<E: Element>(
@@ -137,7 +118,7 @@ impl Backend for Cpu {
         lse: &[f32],
         total: &mut [f32],
     ) -> Result<()> {
-        total_attention::run_into(plan, q, k, lse, total)
+        total_attention::run_into(plan, TotalTensors { q, k, lse, total })
     }
 }
 
@@ -149,18 +130,12 @@ fn copy<T: Pod>(operand: Operand, from: &[T]) -> Result<Vec<T>> {
     Ok(to)
 }
 
-/// Returns a slice's address and layout.
-fn raw<T>(data: *const T, layout: Layout) -> RawTensor {
-    RawTensor { address: data.expose_provenance() as u64, layout }
-}
-
-/// Checks the arguments and runs every CTA of `plan`, in parallel. Stops at the first fault.
+/// Runs every CTA of `plan`, in parallel. Stops at the first fault.
 ///
 /// # Safety
-/// The buffers have the addresses of `args` and the lengths of `buffers`. They are valid until this function returns,
-/// for writing (O, LSE) and for reading (the rest).
-unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
-    args.validate_buffers(plan, AddressSpace::Host, buffers)?;
+/// The arguments were checked against the plan. They are valid until this function returns, for writing (O, LSE) and
+/// for reading (the rest).
+unsafe fn run(plan: &Plan, args: &RawForward) -> Result<()> {
     let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
     let second = args.second.map(|pair| pair.as_ref().map(RawTensor::strided));
     let ctas = pool::ctas(plan.work_tiles());
@@ -170,7 +145,7 @@ unsafe fn run(plan: &Plan, args: &RawForward, buffers: &Buffers) -> Result<()> {
     let params = args.params(plan, tensors, second);
     let variant = plan.variant();
     pool::for_each(variant.symbol, ctas, |cta| {
-        // SAFETY: the arguments were validated against the plan, which also has this variant and tile count; the caller
+        // SAFETY: the caller checked the arguments against the plan, which also has this variant and tile count, and
         // promised the memory. Outputs alias nothing, and each row of them belongs to one work tile of one CTA, so CTAs
         // may run at the same time. A CTA that panics leaves only its rows of the output unfinished, which the error
         // calls unspecified.

@@ -3,74 +3,52 @@
 //! A work tile is a block of keys of one query head, and each of its sums has one order. So the bits do not depend on
 //! the number of threads.
 
-use kernels_gpu::variants::Dtype;
-
 use super::pool;
 use crate::{
     element::Element,
     error::Result,
-    operands::{AddressSpace, Memory, RawTotalAttention, check_dtype, check_total_inputs},
+    operands::{AddressSpace, Check, RawTotalAttention, TotalTensors},
     plan::TotalPlan,
     tensor::Tensor,
 };
 
 /// Checks each input alone.
-pub(super) fn check_inputs<E: Element>(
-    plan: &TotalPlan,
-    q: &Tensor<&[E]>,
-    k: &Tensor<&[E]>,
-    lse: &[f32],
-) -> Result<()> {
-    check_dtype(plan.problem(), E::DTYPE)?;
-    check_total_inputs(plan, &tensor(q), &tensor(k), memory(lse), AddressSpace::Host)
+pub(super) fn check_inputs<E: Element>(plan: &TotalPlan, inputs: TotalTensors<Tensor<&[E]>, &[f32], ()>) -> Result<()> {
+    inputs.lower(plan, E::DTYPE, &mut Check::new(plan.problem(), AddressSpace::Host))?;
+    Ok(())
 }
 
 /// Checks everything and runs the plan.
 pub(super) fn run_into<E: Element>(
     plan: &TotalPlan,
-    q: Tensor<&[E]>,
-    k: Tensor<&[E]>,
-    lse: &[f32],
-    total: &mut [f32],
+    tensors: TotalTensors<Tensor<&[E]>, &[f32], &mut [f32]>,
 ) -> Result<()> {
-    let (tensors, lse) = ([tensor(&q), tensor(&k)], memory(lse));
-    // SAFETY: these are slices that are borrowed until this function returns.
-    unsafe { run(plan, E::DTYPE, tensors, lse, total) }
-}
-
-fn tensor<E>(tensor: &Tensor<&[E]>) -> Tensor<Memory> {
-    Tensor { data: memory(tensor.data), layout: tensor.layout }
-}
-
-/// Returns a slice's address and length.
-fn memory<T>(data: &[T]) -> Memory {
-    Memory { address: data.as_ptr().expose_provenance() as u64, len: Some(data.len()) }
-}
-
-/// Checks everything and runs every CTA of `plan`, in parallel. Stops at the first fault.
-///
-/// # Safety
-/// The tensors and the LSE are valid for reading until this function returns.
-unsafe fn run(
-    plan: &TotalPlan,
-    dtype: Dtype,
-    tensors: [Tensor<Memory>; 2],
-    lse: Memory,
-    total: &mut [f32],
-) -> Result<()> {
-    let result = Memory { address: total.as_mut_ptr().expose_provenance() as u64, len: Some(total.len()) };
-    let args = RawTotalAttention::lower(plan, dtype, AddressSpace::Host, tensors, [lse, result])?;
-    let ctas = pool::ctas(plan.work_tiles());
-    if ctas == 0 {
+    let TotalTensors { q, k, lse, total } = tensors;
+    let mut check = Check::new(plan.problem(), AddressSpace::Host);
+    let args = TotalTensors { q, k, lse, total: &mut *total }.lower(plan, E::DTYPE, &mut check)?;
+    check.overlaps()?;
+    if plan.work_tiles() == 0 {
         total.fill(0.0);
         return Ok(());
     }
+    // SAFETY: the arguments were checked, and come from slices that are borrowed until this function returns, `total`
+    // mutably.
+    unsafe { run(plan, &args) }
+}
+
+/// Runs every CTA of a plan that has work tiles, in parallel. Stops at the first fault.
+///
+/// # Safety
+/// The arguments were checked against the plan. They are valid until this function returns, for writing the result and
+/// for reading the rest.
+unsafe fn run(plan: &TotalPlan, args: &RawTotalAttention) -> Result<()> {
+    let ctas = pool::ctas(plan.work_tiles());
     let params = args.params(plan, [args.q.strided(), args.k.strided()]);
     let variant = plan.variant();
     pool::for_each(variant.symbol, ctas, |cta| {
-        // SAFETY: the memory is valid, and its layouts were checked against the plan, which also has this variant and
-        // tile count. The result aliases nothing, and each element of it belongs to one work tile of one CTA, so CTAs
-        // may run at the same time.
+        // SAFETY: the caller promised the memory, and checked its layouts against the plan, which also has this
+        // variant and tile count. The result aliases nothing, and each element of it belongs to one work tile of one
+        // CTA, so CTAs may run at the same time.
         unsafe { (variant.run)(variant.dtype, variant.smem(), &params, cta, ctas) }
     })
 }
@@ -106,7 +84,8 @@ mod tests {
                 let plan = TotalPlan::new(&problem, mask, None, sm_count).unwrap();
                 assert_eq!(plan.shared_from, if sm_count == 132 { 0 } else { 9 });
                 let mut total = vec![f32::NAN; problem.total_len()];
-                run_into(&plan, q, k, &lse, &mut total).unwrap();
+                let tensors = TotalTensors { q, k, lse: &lse[..], total: &mut total[..] };
+                run_into(&plan, tensors).unwrap();
                 total.into_iter().map(f32::to_bits).collect::<Vec<_>>()
             });
             assert!(totals[0] == totals[1] && totals[0] == totals[2], "{mask:?}");

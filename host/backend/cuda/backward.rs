@@ -6,15 +6,14 @@ use kernels_gpu::ground::tensor::TensorMap;
 use kernels_gpu::params::ROW_KERNEL_THREADS;
 
 use super::driver::{Extent, zero_words};
+use super::lowering::Lowering;
 use super::modules::Loaded;
-use super::stream::Order;
 use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
 use crate::backend::Workspace;
 use crate::element::Element;
 use crate::error::{Operand, Result};
 use crate::operands::{
-    AddressSpace, BackwardInputs, Gradients, Memory, Pair, RawBackward, RawSecond, RawTensor, SecondTensors,
-    check_backward_inputs, check_dtype, check_second,
+    BackwardInputs, BackwardTensors, Gradients, Pair, RawBackward, RawSecond, RawTensor, SecondTensors,
 };
 use crate::plan::{BackwardPlan, Determinism};
 use crate::tensor::Tensor;
@@ -60,32 +59,12 @@ impl Cuda {
     pub(super) fn check_gradient_inputs<E: Element>(
         &self,
         plan: &BackwardPlan,
-        inputs: &BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
-        second: Option<&Pair<Tensor<DeviceSlice<'_, E>>>>,
+        inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
+        second: Option<Pair<Tensor<DeviceSlice<'_, E>>>>,
     ) -> Result<()> {
-        self.order_of_gradient_inputs(inputs, second)?;
-        check_second(plan.variant().op, second.is_some())?;
-        check_dtype(plan.problem(), E::DTYPE)?;
-        let second = second.map(|pair| pair.as_ref().map(read));
-        check_backward_inputs(plan, &inputs.map(memory, memory), second.as_ref(), AddressSpace::Device)
-    }
-
-    /// Returns the streams that the inputs belong to.
-    fn order_of_gradient_inputs<'a, E: Element>(
-        &'a self,
-        inputs: &BackwardInputs<DeviceSlice<'a, E>, DeviceSlice<'a, f32>>,
-        second: Option<&Pair<Tensor<DeviceSlice<'a, E>>>>,
-    ) -> Result<Order<'a>> {
-        let BackwardInputs { q, k, v, o, d_o, lse, d_lse } = inputs;
-        let mut order = Order::on(&self.stream);
-        let tensors = [(Operand::Q, q), (Operand::K, k), (Operand::V, v), (Operand::O, o), (Operand::DO, d_o)];
-        let second = second.map(|Pair { q, k }| [(Operand::Q2, q), (Operand::K2, k)]);
-        for (operand, tensor) in tensors.into_iter().chain(second.into_iter().flatten()) {
-            order.add(operand, tensor.data.home)?;
-        }
-        order.add(Operand::Lse, lse.home)?;
-        d_lse.iter().try_for_each(|d_lse| order.add(Operand::DLse, d_lse.home))?;
-        Ok(order)
+        let mut lowering = Lowering::new(plan.problem(), &self.stream);
+        BackwardTensors::inputs(inputs, second).lower(plan, E::DTYPE, &mut lowering)?;
+        Ok(())
     }
 
     /// Checks everything and launches the plan on the backend's stream, in the caller's workspace.
@@ -97,31 +76,18 @@ impl Cuda {
         second: Option<SecondTensors<DeviceSlice<'_, E>, DeviceSliceMut<'_, E>>>,
         workspace: &mut Workspace<Self>,
     ) -> Result<()> {
-        let mut order = self.order_of_gradient_inputs(&inputs, second.as_ref().map(|second| &second.inputs))?;
-        let Gradients { dq, dk, dv } = &outputs;
-        for (operand, output) in [(Operand::Dq, dq), (Operand::Dk, dk), (Operand::Dv, dv)] {
-            order.add(operand, output.data.home)?;
-        }
-        if let Some(SecondTensors { gradients: Pair { q, k }, .. }) = &second {
-            order.add(Operand::Dq2, q.data.home)?;
-            order.add(Operand::Dk2, k.data.home)?;
-        }
-        let outputs = outputs.map(written);
-        let second = second.map(|SecondTensors { inputs, gradients }| SecondTensors {
-            inputs: inputs.as_ref().map(read),
-            gradients: gradients.map(written),
-        });
-        let inputs = inputs.map(memory, memory);
-        let mut args = RawBackward::lower(plan, E::DTYPE, AddressSpace::Device, &inputs, &outputs, second.as_ref())?;
+        let mut lowering = Lowering::new(plan.problem(), &self.stream);
+        let mut args = BackwardTensors::new(inputs, second, outputs).lower(plan, E::DTYPE, &mut lowering)?;
+        lowering.check.overlaps()?;
         let workspace = workspace.reserve(self, plan.workspace_bytes())?;
-        order.add(Operand::Workspace, workspace.home)?;
+        lowering.order.add(Operand::Workspace, workspace.home)?;
         args.workspace = workspace.address;
         args.workspace_bytes = plan.workspace_bytes();
         let _entered = self.device().enter()?;
         // SAFETY: the arguments were validated against the plan, and the workspace is borrowed mutably and large
         // enough. The slices stand for valid memory of this device, borrowed as the kernels use it. Later uses of that
         // memory come after the launches in its stream, by `Order`.
-        order.run(|| unsafe { self.launch_backward(plan, &args, self.stream()) })
+        lowering.order.run(|| unsafe { self.launch_backward(plan, &args, self.stream()) })
     }
 
     /// Returns the kernels of a plan. The device's context is current.
@@ -214,19 +180,4 @@ impl Cuda {
         };
         Ok((maps, second))
     }
-}
-
-/// Returns a tensor that is read, as memory.
-fn read<T>(x: &Tensor<DeviceSlice<'_, T>>) -> Tensor<Memory> {
-    Tensor { data: memory(&x.data), layout: x.layout }
-}
-
-/// Returns a tensor that is written, as memory.
-fn written<T>(x: Tensor<DeviceSliceMut<'_, T>>) -> Tensor<Memory> {
-    Tensor { data: Memory { address: x.data.address, len: Some(x.data.len) }, layout: x.layout }
-}
-
-/// Returns a slice's address and length.
-fn memory<T>(slice: &DeviceSlice<'_, T>) -> Memory {
-    Memory { address: slice.address, len: Some(slice.len) }
 }

@@ -27,6 +27,7 @@ mod cust;
 mod device;
 mod driver;
 mod kernels;
+mod lowering;
 mod memory;
 mod modules;
 mod specialise;
@@ -58,14 +59,14 @@ use crate::backend::{Backend, Workspace, sealed::Sealed};
 use crate::element::Element;
 use crate::error::{Operand, Result};
 use crate::operands::{
-    AddressSpace, BackwardInputs, Buffers, ForwardInputs, Gradients, Pair, RawForward, RawTensor, SecondTensors,
-    check_dtype, check_second, check_tensor,
+    BackwardInputs, ForwardInputs, ForwardTensors, Gradients, Pair, RawForward, RawTensor, SecondTensors, TotalTensors,
 };
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
 use crate::tensor::Tensor;
 use device::{Device, device_attribute, device_count, driver_version};
 use driver::{Extent, check};
-use stream::{Order, Stream};
+use lowering::Lowering;
+use stream::Stream;
 use sys::attribute;
 
 /// A stream of the driver API, `CUstream`; null is the default stream.
@@ -271,14 +272,8 @@ impl Backend for Cuda {
     }
 
     fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &ForwardInputs<DeviceSlice<'_, E>>) -> Result<()> {
-        check_second(plan.variant().op, inputs.second.is_some())?;
-        check_dtype(plan.problem(), E::DTYPE)?;
-        let mut order = Order::on(&self.stream);
-        for (operand, tensor) in inputs.named() {
-            order.add(operand, tensor.data.home)?;
-            let raw = RawTensor { address: tensor.data.address, layout: tensor.layout };
-            check_tensor(plan.problem(), operand, &raw, AddressSpace::Device, Some(tensor.data.len))?;
-        }
+        let tensors = ForwardTensors::new(*inputs, (), None::<()>);
+        tensors.lower(plan, E::DTYPE, &mut Lowering::new(plan.problem(), &self.stream))?;
         Ok(())
     }
 
@@ -289,37 +284,13 @@ impl Backend for Cuda {
         o: Tensor<DeviceSliceMut<'_, E>>,
         lse: Option<DeviceSliceMut<'_, f32>>,
     ) -> Result<()> {
-        let mut order = Order::on(&self.stream);
-        for (operand, tensor) in inputs.named() {
-            order.add(operand, tensor.data.home)?;
-        }
-        order.add(Operand::O, o.data.home)?;
-        if let Some(lse) = &lse {
-            order.add(Operand::Lse, lse.home)?;
-        }
-        let ForwardInputs { q, k, second, v } = inputs;
-        let buffers = Buffers {
-            dtype: E::DTYPE,
-            q: q.data.len,
-            k: k.data.len,
-            second: second.map(|pair| pair.map(|x| x.data.len)),
-            v: v.data.len,
-            o: o.data.len,
-            lse: lse.as_ref().map(|lse| lse.len),
-        };
-        let args = RawForward {
-            q: RawTensor { address: q.data.address, layout: q.layout },
-            k: RawTensor { address: k.data.address, layout: k.layout },
-            second: second.map(|pair| pair.map(|x| RawTensor { address: x.data.address, layout: x.layout })),
-            v: RawTensor { address: v.data.address, layout: v.layout },
-            o: RawTensor { address: o.data.address, layout: o.layout },
-            lse: lse.map(|lse| lse.address),
-        };
-        args.validate_buffers(plan, AddressSpace::Device, &buffers)?;
+        let mut lowering = Lowering::new(plan.problem(), &self.stream);
+        let args = ForwardTensors::new(inputs, o, lse).lower(plan, E::DTYPE, &mut lowering)?;
+        lowering.check.overlaps()?;
         let _entered = self.device().enter()?;
         // SAFETY: the arguments were validated against the plan. The slices stand for valid memory of this device,
         // borrowed as the kernel uses it. Later uses of that memory come after the launch in its stream, by `Order`.
-        order.run(|| unsafe { self.launch(plan, &args, self.stream()) })
+        lowering.order.run(|| unsafe { self.launch(plan, &args, self.stream()) })
     }
 
     fn check_backward_inputs<E: Element>(
@@ -328,7 +299,7 @@ impl Backend for Cuda {
         inputs: &BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         second: Option<&Pair<Tensor<DeviceSlice<'_, E>>>>,
     ) -> Result<()> {
-        self.check_gradient_inputs(plan, inputs, second)
+        self.check_gradient_inputs(plan, *inputs, second.copied())
     }
 
     fn backward_into<E: Element>(
@@ -349,7 +320,7 @@ impl Backend for Cuda {
         k: &Tensor<DeviceSlice<'_, E>>,
         lse: &DeviceSlice<'_, f32>,
     ) -> Result<()> {
-        self.check_inputs_of_total(plan, q, k, lse)
+        self.check_inputs_of_total(plan, TotalTensors { q: *q, k: *k, lse: *lse, total: () })
     }
 
     fn total_attention_into<E: Element>(
@@ -360,6 +331,6 @@ impl Backend for Cuda {
         lse: DeviceSlice<'_, f32>,
         total: DeviceSliceMut<'_, f32>,
     ) -> Result<()> {
-        self.run_total(plan, &q, &k, &lse, &total)
+        self.run_total(plan, TotalTensors { q, k, lse, total })
     }
 }

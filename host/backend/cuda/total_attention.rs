@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use super::driver::{Extent, zero_words};
-use super::stream::Order;
-use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
+use super::lowering::Lowering;
+use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream};
 use crate::element::Element;
-use crate::error::{Operand, Result};
-use crate::operands::{AddressSpace, Memory, RawTensor, RawTotalAttention, check_dtype, check_total_inputs};
+use crate::error::Result;
+use crate::operands::{RawTensor, RawTotalAttention, TotalTensors};
 use crate::plan::TotalPlan;
 use crate::tensor::Tensor;
 
@@ -49,47 +49,25 @@ impl Cuda {
     pub(super) fn check_inputs_of_total<E: Element>(
         &self,
         plan: &TotalPlan,
-        q: &Tensor<DeviceSlice<'_, E>>,
-        k: &Tensor<DeviceSlice<'_, E>>,
-        lse: &DeviceSlice<'_, f32>,
+        inputs: TotalTensors<Tensor<DeviceSlice<'_, E>>, DeviceSlice<'_, f32>, ()>,
     ) -> Result<()> {
-        self.order_of_total(q, k, lse)?;
-        check_dtype(plan.problem(), E::DTYPE)?;
-        check_total_inputs(plan, &tensor(q), &tensor(k), memory(lse), AddressSpace::Device)
+        inputs.lower(plan, E::DTYPE, &mut Lowering::new(plan.problem(), &self.stream))?;
+        Ok(())
     }
 
     /// Checks everything and launches the plan on the default stream.
     pub(super) fn run_total<E: Element>(
         &self,
         plan: &TotalPlan,
-        q: &Tensor<DeviceSlice<'_, E>>,
-        k: &Tensor<DeviceSlice<'_, E>>,
-        lse: &DeviceSlice<'_, f32>,
-        total: &DeviceSliceMut<'_, f32>,
+        tensors: TotalTensors<Tensor<DeviceSlice<'_, E>>, DeviceSlice<'_, f32>, DeviceSliceMut<'_, f32>>,
     ) -> Result<()> {
-        let mut order = self.order_of_total(q, k, lse)?;
-        order.add(Operand::Total, total.home)?;
-        let result = Memory { address: total.address, len: Some(total.len) };
-        let (tensors, lines) = ([tensor(q), tensor(k)], [memory(lse), result]);
-        let args = RawTotalAttention::lower(plan, E::DTYPE, AddressSpace::Device, tensors, lines)?;
+        let mut lowering = Lowering::new(plan.problem(), &self.stream);
+        let args = tensors.lower(plan, E::DTYPE, &mut lowering)?;
+        lowering.check.overlaps()?;
         let _entered = self.device().enter()?;
         // SAFETY: the arguments were validated against the plan. The slices stand for valid memory of this device,
         // borrowed as the kernel uses it. Later uses of that memory come after the launch in its stream, by `Order`.
-        order.run(|| unsafe { self.launch_total(plan, &args, self.stream()) })
-    }
-
-    /// Returns the streams that the inputs belong to.
-    fn order_of_total<'a, E: Element>(
-        &'a self,
-        q: &Tensor<DeviceSlice<'a, E>>,
-        k: &Tensor<DeviceSlice<'a, E>>,
-        lse: &DeviceSlice<'a, f32>,
-    ) -> Result<Order<'a>> {
-        let mut order = Order::on(&self.stream);
-        order.add(Operand::Q, q.data.home)?;
-        order.add(Operand::K, k.data.home)?;
-        order.add(Operand::Lse, lse.home)?;
-        Ok(order)
+        lowering.order.run(|| unsafe { self.launch_total(plan, &args, self.stream()) })
     }
 
     /// Launches a plan of total attention. The device's context is current.
@@ -109,18 +87,10 @@ impl Cuda {
         let encode = |tensor: &RawTensor, rows| self.device().encoder.encode(tensor, dtype, rows);
         let maps = [encode(&args.q, variant.block_m)?, encode(&args.k, variant.block_n())?];
         let params = args.params(plan, maps);
-        let function = self.kernel(variant.symbol, plan.mask().window().constants(), plan.smem_bytes(), self.specialise)?.function;
+        let function =
+            self.kernel(variant.symbol, plan.mask().window().constants(), plan.smem_bytes(), self.specialise)?.function;
         let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
         // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
         unsafe { function.launch(extent, stream, &params) }
     }
-}
-
-fn tensor<E>(tensor: &Tensor<DeviceSlice<'_, E>>) -> Tensor<Memory> {
-    Tensor { data: memory(&tensor.data), layout: tensor.layout }
-}
-
-/// Returns a slice's address and length.
-fn memory<T>(slice: &DeviceSlice<'_, T>) -> Memory {
-    Memory { address: slice.address, len: Some(slice.len) }
 }

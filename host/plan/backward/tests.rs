@@ -90,7 +90,8 @@ fn shares_what_the_last_round_leaves() {
         assert!(plan.to_string().contains(&format!(", the last {shared} in {parts} parts each, on {grid} CTAs")));
     }
     let (causal, exact) = (on(Mask::Causal, Determinism::Fast, 10), on(Mask::None, Determinism::Exact, 10));
-    let piecewise = BackwardPlan::piecewise(&PROBLEM, Mask::None, None, 5, Dropout::NONE, Determinism::Fast, 10).unwrap();
+    let piecewise =
+        BackwardPlan::piecewise(&PROBLEM, Mask::None, None, 5, Dropout::NONE, Determinism::Fast, 10).unwrap();
     for plan in [fast(12), fast(23), fast(6), fast(7), causal, exact, piecewise] {
         assert_eq!(
             (plan.shared(), plan.sharing),

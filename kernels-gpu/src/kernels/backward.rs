@@ -170,12 +170,7 @@ fn read_early<W: BackwardWarpgroup, const M8: usize>(wg: &W, columns: W::Columns
 impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8> {
     /// Processes the first query block that attends to a pair's keys, up to dS.
     #[inline(always)]
-    fn new<F: Features>(
-        wg: &mut W,
-        step: &Step<W::Tensor, F>,
-        at: &QueryBlock,
-        dv: W::Acc<D8>,
-    ) -> Self {
+    fn new<F: Features>(wg: &mut W, step: &Step<W::Tensor, F>, at: &QueryBlock, dv: W::Acc<D8>) -> Self {
         let slot = wg.wait_q();
         wg.wait_do(slot);
         let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
@@ -188,12 +183,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
 
     /// Adds the last query block's products to dV and dK, and processes the next query block up to dS.
     #[inline(always)]
-    fn step<F: Features>(
-        &mut self,
-        wg: &mut W,
-        step: &Step<W::Tensor, F>,
-        at: &QueryBlock,
-    ) {
+    fn step<F: Features>(&mut self, wg: &mut W, step: &Step<W::Tensor, F>, at: &QueryBlock) {
         let slot = wg.wait_q();
         wg.wait_do(slot);
         let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));

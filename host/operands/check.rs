@@ -1,0 +1,204 @@
+//! The rules for tensors, as a visitor: each tensor alone, and the outputs' memory against that of all others.
+
+use kernels_gpu::variants::{Dtype, Op};
+
+use super::{
+    LinePlace, Place,
+    pass::{LineRow, Lines, Role, TensorRow, Tensors},
+    place::Memory,
+};
+use crate::{
+    error::{Dim, Error, Operand, Result},
+    overlap::{Region, self_alias},
+    problem::{ELEMENT_BYTES, Problem},
+    tensor::{Layout, Tensor},
+};
+
+/// Unit of TMA's addresses and strides, in bytes.
+const GRAIN_BYTES: usize = 16;
+/// Exclusive limit of TMA's strides, in bytes.
+const STRIDE_LIMIT_BYTES: u64 = 1 << 40;
+
+/// Rules for addresses: the host's or the device's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AddressSpace {
+    /// The host's memory: any address that Rust's own slices have.
+    Host,
+    /// Device memory: not null, aligned for TMA.
+    Device,
+}
+
+/// Memory that a tensor of the call occupies.
+#[derive(Clone, Copy, Debug)]
+struct Occupied {
+    operand: Operand,
+    role: Role,
+    region: Region,
+}
+
+/// Visitor that checks each tensor of a pass alone, lowers it to its address, and remembers the memory it occupies.
+#[derive(Clone, Debug)]
+pub(crate) struct Check<'a> {
+    problem: &'a Problem,
+    space: AddressSpace,
+    occupied: Vec<Occupied>,
+}
+
+impl<'a> Check<'a> {
+    pub(crate) fn new(problem: &'a Problem, space: AddressSpace) -> Self {
+        Check { problem, space, occupied: Vec::new() }
+    }
+
+    /// Adds memory of a tensor. `region` is `None` if it has none.
+    pub(super) fn occupy(&mut self, operand: Operand, role: Role, region: Option<Region>) {
+        self.occupied.extend(region.map(|region| Occupied { operand, role, region }));
+    }
+
+    /// Checks that each output has memory of its own: it shares none with an input or with an output listed before it.
+    pub(crate) fn overlaps(&self) -> Result<()> {
+        for (index, output) in self.occupied.iter().enumerate() {
+            if output.role == Role::Input {
+                continue;
+            }
+            let (before, after) = self.occupied.split_at(index);
+            let inputs = after.iter().filter(|other| other.role == Role::Input);
+            for other in before.iter().chain(inputs) {
+                if !output.region.is_disjoint(&other.region) {
+                    return Err(Error::Overlap { output: output.operand, other: other.operand });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<T: Place> Tensors<T> for Check<'_> {
+    type To = T::Raw;
+
+    fn tensor(&mut self, row: TensorRow, role: Role, from: T) -> Result<T::Raw> {
+        let (raw, tensor) = from.lower();
+        if let Some(tensor) = tensor {
+            check_tensor(self.problem, row, &tensor, self.space)?;
+            if role == Role::Output {
+                check_rows_apart(row.operand, &tensor.layout)?;
+            }
+            let region = Region::of_rows(tensor.data.address, &tensor.layout, ELEMENT_BYTES);
+            self.occupy(row.operand, role, region);
+        }
+        Ok(raw)
+    }
+}
+
+impl<L: LinePlace> Lines<L> for Check<'_> {
+    type To = L::Raw;
+
+    fn line(&mut self, row: LineRow, role: Role, from: L) -> Result<L::Raw> {
+        let (raw, memory) = from.lower();
+        if let Some(memory) = memory {
+            check_line(self.problem, row, memory, self.space)?;
+            self.occupy(row.operand, role, Region::of_bytes(memory.address, line_bytes(self.problem, row)));
+        }
+        Ok(raw)
+    }
+}
+
+/// Checks that the tensors' element type is the problem's.
+pub(crate) fn check_dtype(problem: &Problem, found: Dtype) -> Result<()> {
+    if found != problem.dtype {
+        return Err(Error::DtypeMismatch { found, expected: problem.dtype });
+    }
+    Ok(())
+}
+
+/// Checks that there is a second pair of Q and K if, and only if, the operator takes one.
+pub(super) fn check_second(op: Op, given: bool) -> Result<()> {
+    if given != (op.pairs() == 2) {
+        return Err(Error::SecondPair { op, given });
+    }
+    Ok(())
+}
+
+/// Checks one tensor alone.
+fn check_tensor(problem: &Problem, row: TensorRow, tensor: &Tensor<Memory>, space: AddressSpace) -> Result<()> {
+    let (operand, expected) = (row.operand, (row.shape)(problem));
+    let Tensor { data: Memory { address, len }, layout } = tensor;
+    if layout.shape != expected {
+        return Err(Error::ShapeMismatch { operand, shape: layout.shape, expected });
+    }
+    if layout.is_empty() {
+        return Ok(());
+    }
+    check_strides(operand, layout)?;
+    let bytes = layout.span().saturating_mul(ELEMENT_BYTES as u128);
+    if let Some(len) = *len
+        && layout.span() > len as u128
+    {
+        return Err(Error::BufferTooSmall { operand, len, required: layout.span() });
+    }
+    check_span(operand, *address, bytes)?;
+    check_address(operand, *address, GRAIN_BYTES, space)
+}
+
+/// Checks one line alone.
+fn check_line(problem: &Problem, row: LineRow, memory: Memory, space: AddressSpace) -> Result<()> {
+    let (operand, expected) = (row.operand, (row.len)(problem));
+    if let Some(len) = memory.len
+        && len != expected
+    {
+        return Err(match operand {
+            Operand::Total => Error::TotalLength { len, expected },
+            _ => Error::LseLength { operand, len, expected },
+        });
+    }
+    if expected == 0 {
+        return Ok(());
+    }
+    check_span(operand, memory.address, line_bytes(problem, row))?;
+    check_address(operand, memory.address, size_of::<f32>(), space)
+}
+
+/// Returns the size of a line.
+fn line_bytes(problem: &Problem, row: LineRow) -> u128 {
+    (row.len)(problem) as u128 * size_of::<f32>() as u128
+}
+
+/// Checks that an output's rows share no memory.
+fn check_rows_apart(operand: Operand, layout: &Layout) -> Result<()> {
+    self_alias(layout).map_or(Ok(()), |alias| {
+        Err(Error::OutputAliasesItself { operand, dim: alias.dim, stride: alias.stride, required: alias.required })
+    })
+}
+
+fn check_strides(operand: Operand, layout: &Layout) -> Result<()> {
+    let multiple = GRAIN_BYTES / ELEMENT_BYTES;
+    let limit = STRIDE_LIMIT_BYTES / ELEMENT_BYTES as u64 - multiple as u64;
+    for (dim, stride) in Dim::ALL.into_iter().zip(layout.lowered_strides()) {
+        if !stride.is_multiple_of(multiple) {
+            return Err(Error::StrideNotMultiple { operand, dim, stride, multiple });
+        }
+        if stride as u64 > limit {
+            return Err(Error::StrideTooLarge { operand, dim, stride, limit });
+        }
+    }
+    Ok(())
+}
+
+/// Checks that the tensor's last byte has an address, and that offsets from its first fit in 63 bits.
+pub(super) fn check_span(operand: Operand, address: u64, bytes: u128) -> Result<()> {
+    let limit = (u64::MAX as u128 + 1 - address as u128).min(i64::MAX as u128);
+    if bytes > limit {
+        return Err(Error::SpanTooLarge { operand, address, bytes, limit });
+    }
+    Ok(())
+}
+
+pub(super) fn check_address(operand: Operand, address: u64, alignment: usize, space: AddressSpace) -> Result<()> {
+    match space {
+        AddressSpace::Host => Ok(()),
+        AddressSpace::Device if address == 0 => Err(Error::NullPointer { operand }),
+        AddressSpace::Device if !address.is_multiple_of(alignment as u64) => {
+            Err(Error::Misaligned { operand, address, alignment: alignment as u64 })
+        }
+        AddressSpace::Device => Ok(()),
+    }
+}

@@ -1,0 +1,213 @@
+//! The table of a pass: its tensors, each listed once with name, role, shape and element type.
+//!
+//! [`Pass::visit`] is that table. It hands each tensor and its row to a visitor, and returns the same pass with the
+//! visitor's results in place of the tensors. All work on every tensor of a pass is a visitor. [`Check`](super::Check)
+//! checks them and lowers them to addresses, the GPU backend also collects their streams, `attention` allocates results,
+//! and `cases` uploads inputs and guards outputs.
+
+use crate::{
+    error::{Operand, Result},
+    operands::Pair,
+    problem::Problem,
+    tensor::Layout,
+};
+
+/// Use of a tensor by a pass. Inputs may share memory with each other; an output shares memory with no other tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The pass reads the tensor.
+    Input,
+    /// The pass writes the tensor: a result, or the gradient of an input.
+    Output,
+}
+
+/// Name and shape of a strided tensor, whose elements have the problem's dtype.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TensorRow {
+    pub(crate) operand: Operand,
+    pub(crate) shape: fn(&Problem) -> [usize; 4],
+}
+
+impl TensorRow {
+    /// Number of elements of a contiguous tensor.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`](crate::Error::TooLarge) if a `usize` can't hold it.
+    pub(crate) fn len(&self, problem: &Problem) -> Result<usize> {
+        Layout::bhsd((self.shape)(problem)).required_len()
+    }
+}
+
+/// Name and length of a line: a contiguous f32 array.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LineRow {
+    pub(crate) operand: Operand,
+    pub(crate) len: fn(&Problem) -> usize,
+}
+
+/// The rows of all tables. A new operand has one here, and one line in the table of each pass that takes it.
+pub(crate) mod rows {
+    use super::{LineRow, Operand, Problem, TensorRow};
+
+    pub(crate) const Q: TensorRow = of_queries(Operand::Q);
+    pub(crate) const K: TensorRow = of_keys(Operand::K);
+    pub(crate) const V: TensorRow = of_keys(Operand::V);
+    pub(crate) const O: TensorRow = of_queries(Operand::O);
+    pub(crate) const Q2: TensorRow = of_queries(Operand::Q2);
+    pub(crate) const K2: TensorRow = of_keys(Operand::K2);
+    pub(crate) const D_O: TensorRow = of_queries(Operand::DO);
+    pub(crate) const DQ: TensorRow = of_queries(Operand::Dq);
+    pub(crate) const DK: TensorRow = of_keys(Operand::Dk);
+    pub(crate) const DV: TensorRow = of_keys(Operand::Dv);
+    pub(crate) const DQ2: TensorRow = of_queries(Operand::Dq2);
+    pub(crate) const DK2: TensorRow = of_keys(Operand::Dk2);
+    pub(crate) const LSE: LineRow = LineRow { operand: Operand::Lse, len: Problem::lse_len };
+    pub(crate) const D_LSE: LineRow = LineRow { operand: Operand::DLse, len: Problem::lse_len };
+    pub(crate) const TOTAL: LineRow = LineRow { operand: Operand::Total, len: Problem::total_len };
+
+    const fn of_queries(operand: Operand) -> TensorRow {
+        TensorRow { operand, shape: Problem::q_shape }
+    }
+
+    const fn of_keys(operand: Operand) -> TensorRow {
+        TensorRow { operand, shape: Problem::kv_shape }
+    }
+}
+
+/// A visitor of strided tensors that are given as `T`.
+pub(crate) trait Tensors<T> {
+    /// Replacement of a visited tensor.
+    type To;
+
+    fn tensor(&mut self, row: TensorRow, role: Role, from: T) -> Result<Self::To>;
+
+    /// Visits the pair of Q and K that has these rows.
+    fn pair(&mut self, rows: Pair<TensorRow>, role: Role, from: Pair<T>) -> Result<Pair<Self::To>> {
+        Ok(Pair { q: self.tensor(rows.q, role, from.q)?, k: self.tensor(rows.k, role, from.k)? })
+    }
+}
+
+/// A visitor of lines that are given as `L`.
+pub(crate) trait Lines<L> {
+    /// Replacement of a visited line.
+    type To;
+
+    fn line(&mut self, row: LineRow, role: Role, from: L) -> Result<Self::To>;
+
+    /// Visits a line that a call may omit.
+    fn optional_line(&mut self, row: LineRow, role: Role, from: Option<L>) -> Result<Option<Self::To>> {
+        from.map(|from| self.line(row, role, from)).transpose()
+    }
+}
+
+/// Result of visiting a tensor given as `T`.
+pub(crate) type Visited<X, T> = <X as Tensors<T>>::To;
+/// Result of visiting a line given as `L`.
+pub(crate) type VisitedLine<X, L> = <X as Lines<L>>::To;
+
+/// The tensors of a pass, which `X` can visit.
+pub(crate) trait Pass<X> {
+    /// The same pass with the visitor's results in place of its tensors.
+    type Of;
+
+    /// Hands every tensor to the visitor in the order of the table, and stops at the first error.
+    fn visit(self, visitor: &mut X) -> Result<Self::Of>;
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels_gpu::variants::Dtype;
+
+    use super::*;
+    use crate::operands::{BackwardPair, BackwardTensors, ForwardTensors, TotalTensors};
+
+    const PROBLEM: Problem =
+        Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 30, head_dim: 8, dtype: Dtype::F16 };
+
+    /// Visitor that notes names, roles and numbers of elements, and numbers the tensors.
+    #[derive(Default)]
+    struct Notes(Vec<(String, Role, usize)>);
+
+    impl Notes {
+        fn note(&mut self, operand: Operand, role: Role, len: usize) -> Result<usize> {
+            self.0.push((operand.to_string(), role, len));
+            Ok(self.0.len())
+        }
+    }
+
+    impl Tensors<()> for Notes {
+        type To = usize;
+
+        fn tensor(&mut self, row: TensorRow, role: Role, (): ()) -> Result<usize> {
+            self.note(row.operand, role, row.len(&PROBLEM)?)
+        }
+    }
+
+    impl Lines<()> for Notes {
+        type To = usize;
+
+        fn line(&mut self, row: LineRow, role: Role, (): ()) -> Result<usize> {
+            self.note(row.operand, role, (row.len)(&PROBLEM))
+        }
+    }
+
+    /// Checks the table of a pass: inputs and then outputs, in two texts, each tensor with its number of elements.
+    fn check(notes: &Notes, inputs: &str, outputs: &str) {
+        let text = |role| {
+            let of_role = notes.0.iter().filter(|note| note.1 == role);
+            of_role.map(|(name, _, len)| format!("{name} {len}")).collect::<Vec<_>>().join(", ")
+        };
+        assert_eq!([text(Role::Input), text(Role::Output)], [inputs, outputs]);
+    }
+
+    const PAIR: Pair<()> = Pair { q: (), k: () };
+
+    #[test]
+    fn forward_lists_each_tensor_once() {
+        let mut notes = Notes::default();
+        let tensors = ForwardTensors { q: (), k: (), second: Some(PAIR), v: (), o: (), lse: Some(()) };
+        let visited = tensors.visit(&mut notes).unwrap();
+        check(&notes, "q 640, k 960, v 960, q2 640, k2 960", "o 640, lse 80");
+        let second = Some(Pair { q: 4, k: 5 });
+        assert_eq!(visited, ForwardTensors { q: 1, k: 2, v: 3, second, o: 6, lse: Some(7) });
+    }
+
+    #[test]
+    fn backward_lists_each_tensor_once() {
+        let mut notes = Notes::default();
+        let tensors = BackwardTensors {
+            q: (),
+            k: (),
+            second: Some(BackwardPair { inputs: PAIR, gradients: PAIR }),
+            v: (),
+            o: (),
+            d_o: (),
+            lse: (),
+            d_lse: Some(()),
+            dq: (),
+            dk: (),
+            dv: (),
+            workspace: 256,
+            workspace_bytes: 512,
+        };
+        let visited = tensors.visit(&mut notes).unwrap();
+        check(
+            &notes,
+            "q 640, k 960, v 960, o 640, d_o 640, lse 80, d_lse 80, q2 640, k2 960",
+            "dq 640, dk 960, dv 960, dq2 640, dk2 960",
+        );
+        let numbers = [visited.q, visited.k, visited.v, visited.o, visited.d_o, visited.lse];
+        assert_eq!((numbers, visited.d_lse), ([1, 2, 3, 4, 5, 6], Some(7)));
+        assert_eq!([visited.dq, visited.dk, visited.dv], [8, 9, 10]);
+        let second = BackwardPair { inputs: Pair { q: 11, k: 12 }, gradients: Pair { q: 13, k: 14 } };
+        assert_eq!((visited.second, visited.workspace, visited.workspace_bytes), (Some(second), 256, 512));
+    }
+
+    #[test]
+    fn total_attention_lists_each_tensor_once() {
+        let mut notes = Notes::default();
+        let visited = TotalTensors { q: (), k: (), lse: (), total: () }.visit(&mut notes).unwrap();
+        check(&notes, "q 640, k 960, lse 80", "total 240");
+        assert_eq!(visited, TotalTensors { q: 1, k: 2, lse: 3, total: 4 });
+    }
+}
