@@ -17,7 +17,7 @@ use crate::{
 /// embeddings that change with the distance.
 ///
 /// score(i, j) = scale · q2ᵢ·k2ⱼ if i + seqlen_k − seqlen_q − j ≥ dist_threshold, otherwise scale · q1ᵢ·k1ⱼ. Mask,
-/// softmax and V are as in [`Attention`], which also holds problem, scale, LSE and determinism; there is no dropout.
+/// softmax and V are as in [`Attention`], which also holds problem, scale, LSE, determinism and dropout.
 /// The distance is signed, and positive for a key behind its query. A block of scores that the threshold crosses costs
 /// twice as much as in plain attention, any other block the same.
 ///

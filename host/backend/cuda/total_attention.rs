@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::driver::{Extent, zero_words};
 use super::lowering::Lowering;
-use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream};
+use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
 use crate::element::Element;
 use crate::error::Result;
 use crate::operands::{RawTensor, RawTotalAttention, TotalTensors};
