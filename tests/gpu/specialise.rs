@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use ferroflash::cases::{Case, PiecewiseCase};
 use ferroflash::cuda::{Cuda, Specialise};
-use ferroflash::{Backend, Determinism, Dtype, Mask, Problem, bf16};
+use ferroflash::{Backend, Determinism, Dtype, Mask, Piecewise, Problem, bf16};
 
 use super::Run;
 
@@ -89,7 +89,8 @@ fn on_request(cuda: &Cuda) {
     let case = not_prebuilt(64);
     let inputs = case.inputs::<bf16>().unwrap();
     let general = case.output(cuda, &inputs).unwrap();
-    let plan = case.piecewise().plan(cuda.sm_count()).unwrap();
+    let piecewise = Piecewise::new(case.case.attention(), case.dist_threshold);
+    let plan = piecewise.plan(cuda.sm_count()).unwrap();
     println!("specialised in {:?}", cuda.load(&plan).unwrap());
     let start = Instant::now();
     cuda.load(&plan).unwrap();
