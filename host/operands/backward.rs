@@ -138,8 +138,8 @@ impl RawBackward {
         }
     }
 
-    /// Returns the main kernel's parameters for a plan that has work tiles. `q`, `k`, `v` and `d_o`, and the far pair if
-    /// there is one, are as the machine names them.
+    /// Returns the main kernel's parameters for a plan that has work tiles. `q`, `k`, `v` and `d_o`, and the far pair
+    /// if there is one, are as the machine names them.
     pub(crate) fn params<T: Copy>(
         &self,
         plan: &BackwardPlan,

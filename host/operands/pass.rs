@@ -2,8 +2,8 @@
 //!
 //! [`Pass::visit`] is that table. It hands each tensor and its row to a visitor, and returns the same pass with the
 //! visitor's results in place of the tensors. All work on every tensor of a pass is a visitor. [`Check`](super::Check)
-//! checks them and lowers them to addresses, the GPU backend also collects their streams, `attention` allocates results,
-//! and `cases` uploads inputs and guards outputs.
+//! checks them and lowers them to addresses, the GPU backend also collects their streams, `attention` allocates
+//! results, and `cases` uploads inputs and guards outputs.
 
 use crate::{
     error::{Operand, Result},

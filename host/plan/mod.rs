@@ -39,6 +39,5 @@ fn checked_sm_count(sm_count: u32) -> Result<u32> {
 
 /// Returns the features of a plan as launch parameters.
 fn features(mask: Mask, dist_threshold: Option<i32>, dropout: Dropout) -> Result<AnyFeatures> {
-    let mask = AnyMask { window: mask.window(), dist_threshold };
-    Ok(AnyFeatures { mask, dropout: dropout.launched()? })
+    Ok(AnyFeatures { mask: AnyMask::new(mask.window(), dist_threshold), dropout: dropout.launched()? })
 }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+#[cfg(feature = "cuda")]
+use kernels_gpu::{attention::any_features::AnyMask, ground::constants::Constants};
 use kernels_gpu::{
     attention::{scheduler::TileOrder, shared_tiles},
     variants::{self, TotalVariant},
@@ -52,6 +54,12 @@ impl TotalPlan {
             _ => variant.order(&problem.kernel_shape(), &mask.window(), grid),
         };
         Ok(TotalPlan { settings, variant, work_tiles, grid, order, shared_from })
+    }
+
+    /// Returns the specialisation constants of the kernel.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn constants(&self) -> Constants {
+        AnyMask::new(self.mask().window(), None).constants()
     }
 
     /// Returns the kernel.

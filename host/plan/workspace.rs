@@ -109,7 +109,7 @@ mod tests {
     const SLOTS: u32 = 3;
 
     fn variant(head_dim: u32, dist_threshold: Option<i32>) -> &'static BackwardVariant {
-        let features = AnyFeatures { mask: AnyMask { window: Window::FULL, dist_threshold }, dropout: None };
+        let features = AnyFeatures { mask: AnyMask::new(Window::FULL, dist_threshold), dropout: None };
         variants::backward(&Needed { dtype: Dtype::F16, head_dim, features }).unwrap()
     }
 

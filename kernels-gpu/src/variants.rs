@@ -1,15 +1,14 @@
 //! The tables of compiled kernels: the compile-time choices of each, and the tiles that it runs with.
 //!
-//! A row says what it covers, a plan says what it needs ([`Needed`]), and of the rows that cover a plan the cheapest one
-//! wins. `entry` makes the symbols, the build adds launch bounds to the PTX, and the CPU executor runs the same rows.
-//! What is not in a row is a launch parameter, or a specialisation constant ([`crate::ground::constants`]).
+//! A row says what it covers, a plan says what it needs ([`Needed`]), and of the rows that cover a plan the cheapest
+//! one wins. `entry` makes the symbols, the build adds launch bounds to the PTX, and the CPU executor runs the same
+//! rows. What is not in a row is a launch parameter, or a specialisation constant ([`crate::ground::constants`]).
 
-use crate::attention::any_features::{AnyFeatures, AnyMask};
-use crate::attention::dropout::Drops;
+use crate::attention::any_features::{AnyFeatures, AnyMask, FromAny};
 use crate::attention::features;
 use crate::attention::mask::Mask;
 use crate::attention::scheduler::TileOrder;
-use crate::ground::constants::Constants;
+use crate::ground::constants::{ConstantPlace, Constants};
 use crate::ground::shape::Shape;
 #[cfg(feature = "cpu")]
 use crate::ground::tensor::Strided;
@@ -82,12 +81,13 @@ pub struct Needed {
     pub features: AnyFeatures,
 }
 
+/// Tells if kernels with features of a row's type cover these.
+pub type Covers = fn(&AnyFeatures) -> bool;
+
 impl Needed {
     /// True if a kernel of these properties can compute it.
-    fn is_covered_by(&self, op: Op, drops: bool, dtype: Dtype, head_dim: u32) -> bool {
-        let features = &self.features;
-        let kinds = op.pairs() == features.mask.pairs() && drops == features.dropout.is_some();
-        kinds && dtype == self.dtype && head_dim >= self.head_dim
+    fn is_covered_by(&self, covers: Covers, dtype: Dtype, head_dim: u32) -> bool {
+        covers(&self.features) && dtype == self.dtype && head_dim >= self.head_dim
     }
 }
 
@@ -109,8 +109,8 @@ pub struct Variant {
     /// Name of the kernel's entry point.
     pub symbol: &'static str,
     pub op: Op,
-    /// True if the kernel has dropout.
-    pub drops: bool,
+    /// Tells which features it has.
+    pub covers: Covers,
     pub dtype: Dtype,
     /// Compiled head dim. Tensors with a smaller one use it too; TMA pads them with zeros.
     pub head_dim: u32,
@@ -125,6 +125,8 @@ pub struct Variant {
     pub cluster: u32,
     /// Family in which it is compiled.
     pub family: &'static str,
+    /// Places of its specialisation constants, from the start of the features.
+    pub constants: &'static [ConstantPlace],
     /// Specialisations that are built in advance.
     pub prebuilt: &'static [Constants],
     /// Its mainloop on the CPU.
@@ -227,7 +229,7 @@ impl Variant {
 /// Returns the forward kernels that cover `needed`, of the smallest head dim that does; they differ in their tiles.
 pub fn forward(needed: Needed) -> impl Iterator<Item = &'static Variant> {
     let covers = move |v: &&Variant| {
-        needed.is_covered_by(v.op, v.drops, v.dtype, v.head_dim) && v.masks.covers(&needed.features.mask)
+        needed.is_covered_by(v.covers, v.dtype, v.head_dim) && v.masks.covers(&needed.features.mask)
     };
     let head_dim = VARIANTS.iter().filter(covers).map(|v| v.head_dim).min();
     VARIANTS.iter().filter(covers).filter(move |v| Some(v.head_dim) == head_dim)
@@ -251,7 +253,7 @@ macro_rules! forward_table {
         Variant {
             symbol: $symbol,
             op: <features::$features as Kind>::OP,
-            drops: <features::$features as Kind>::DROPS,
+            covers: <features::$features as FromAny>::covers,
             dtype: Dtype::$dtype,
             head_dim: $head_dim,
             masks: Masks::$masks,
@@ -260,6 +262,7 @@ macro_rules! forward_table {
             stages: $stages,
             cluster: $cluster,
             family: $family,
+            constants: <features::$features as Kind>::CONSTANTS,
             prebuilt: prebuilt::$prebuilt,
             #[cfg(feature = "cpu")]
             run: crate::arch::cpu::forward::<features::$features, { $head_dim / 8 }, { $block_n / 8 }>,
@@ -270,11 +273,11 @@ macro_rules! forward_table {
 /// Kind of kernel that has these features.
 trait Kind {
     const OP: Op;
-    const DROPS: bool;
+    const CONSTANTS: &'static [ConstantPlace];
 }
 impl<F: features::Features> Kind for F {
     const OP: Op = if F::Mask::PAIRS == 2 { Op::Piecewise } else { Op::Forward };
-    const DROPS: bool = F::Weights::DROPS;
+    const CONSTANTS: &'static [ConstantPlace] = F::Mask::CONSTANTS;
 }
 
 /// All compiled kernels of the forward pass.

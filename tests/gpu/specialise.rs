@@ -80,7 +80,8 @@ fn first_use(cuda: &Cuda) {
     let start = Instant::now();
     case.output(cuda, &inputs).unwrap();
     println!("a combination that is not prebuilt: {first:?}, then {:?}", start.elapsed());
-    // Compiling takes longer. Alone on the machine this takes less than 50 ms, but other tests may run at the same time.
+    // Compiling takes longer. Alone on the machine this takes less than 50 ms, but other tests may run at the same
+    // time.
     assert!(first < Duration::from_secs(1), "{first:?}");
 }
 

@@ -20,7 +20,7 @@ impl Cuda {
     pub fn load_total_attention(&self, plan: &TotalPlan) -> Result<Duration> {
         let _entered = self.device().enter()?;
         let (symbol, policy) = (plan.variant().symbol, Specialise::AtFirstUse);
-        Ok(self.kernel(symbol, plan.mask().window().constants(), plan.smem_bytes(), policy)?.load_time)
+        Ok(self.kernel(symbol, plan.constants(), plan.smem_bytes(), policy)?.load_time)
     }
 
     /// Computes total attention on raw device addresses and the caller's stream. After the kernel's first use (see
@@ -87,8 +87,7 @@ impl Cuda {
         let encode = |tensor: &RawTensor, rows| self.device().encoder.encode(tensor, dtype, rows);
         let maps = [encode(&args.q, variant.block_m)?, encode(&args.k, variant.block_n())?];
         let params = args.params(plan, maps);
-        let function =
-            self.kernel(variant.symbol, plan.mask().window().constants(), plan.smem_bytes(), self.specialise)?.function;
+        let function = self.kernel(variant.symbol, plan.constants(), plan.smem_bytes(), self.specialise)?.function;
         let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
         // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
         unsafe { function.launch(extent, stream, &params) }

@@ -9,12 +9,36 @@ use super::visits::Visits;
 use crate::ground::constants::Constants;
 use crate::ground::sequence::Sequence;
 
-/// Keys that a query attends to: a window, and in piecewise attention the distance from which on scores come from the
-/// far pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AnyMask {
-    pub window: Window,
-    pub dist_threshold: Option<i32>,
+/// Lists the types of masks that kernels are compiled for.
+macro_rules! masks {
+    ($($(#[$doc:meta])* $name:ident($mask:ty),)*) => {
+        /// Mask of a pass.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum AnyMask {
+            $($(#[$doc])* $name($mask),)*
+        }
+
+        impl AnyMask {
+            /// Calls a function with the mask as a value of its type.
+            fn with<V: WithMask>(&self, function: V) -> V::Output {
+                match *self {
+                    $(AnyMask::$name(mask) => function.with(mask),)*
+                }
+            }
+        }
+
+        $(impl FromValue<AnyMask> for $mask {
+            fn from_value(mask: &AnyMask) -> Option<Self> {
+                if let AnyMask::$name(mask) = *mask { Some(mask) } else { None }
+            }
+        })*
+    };
+}
+masks! {
+    /// One pair of Q and K.
+    Window(Window),
+    /// A near and a far pair, each with the keys that the window leaves to it.
+    ByDistance(ByDistance<Window>),
 }
 
 /// Features of a pass.
@@ -24,35 +48,68 @@ pub struct AnyFeatures {
     pub dropout: Option<Dropout>,
 }
 
+/// Function of a mask of any type.
+trait WithMask {
+    type Output;
+    fn with<M: Mask>(self, mask: M) -> Self::Output;
+}
+
 impl AnyMask {
+    /// Returns a window, in piecewise attention with the distance from which on scores come from the far pair.
+    pub fn new(mask: Window, dist_threshold: Option<i32>) -> Self {
+        match dist_threshold {
+            None => AnyMask::Window(mask),
+            Some(dist_threshold) => AnyMask::ByDistance(ByDistance { mask, dist_threshold }),
+        }
+    }
     /// Returns the number of pairs of Q and K.
     pub fn pairs(&self) -> u32 {
-        if self.dist_threshold.is_some() { 2 } else { 1 }
+        struct Pairs;
+        impl WithMask for Pairs {
+            type Output = u32;
+            fn with<M: Mask>(self, _: M) -> u32 {
+                M::PAIRS
+            }
+        }
+        self.with(Pairs)
+    }
+    /// Returns the specialisation constants of a kernel for this mask.
+    pub fn constants(&self) -> Constants {
+        struct Bounds;
+        impl WithMask for Bounds {
+            type Output = Constants;
+            fn with<M: Mask>(self, mask: M) -> Constants {
+                let left = Constants::NONE.with(Constants::LEFT, mask.bounds_left());
+                left.with(Constants::RIGHT, mask.bounds_right())
+            }
+        }
+        self.with(Bounds)
     }
     /// True if a query may not attend to all keys.
     pub fn is_bounded(&self) -> bool {
-        self.window.bounds_left() || self.window.bounds_right()
+        self.constants() != Constants::NONE
     }
     /// Returns the number of key blocks that a query tile of `block_m` rows visits, through all pairs together.
     pub fn visits(&self, of: &Sequence, first_row: u32, (block_m, block_n): (u32, u32)) -> u32 {
-        let mask = self.window;
-        match self.dist_threshold {
-            None => Visits::new(of, &mask, first_row, block_m, block_n).count,
-            Some(dist_threshold) => {
-                Visits::new(of, &ByDistance { mask, dist_threshold }, first_row, block_m, block_n).count
+        struct Count<'a>(&'a Sequence, u32, u32, u32);
+        impl WithMask for Count<'_> {
+            type Output = u32;
+            fn with<M: Mask>(self, mask: M) -> u32 {
+                Visits::new(self.0, &mask, self.1, self.2, self.3).count
             }
         }
+        self.with(Count(of, first_row, block_m, block_n))
     }
     /// Returns the number of query blocks of a head that a block of keys visits, through all pairs together.
     pub fn query_blocks(&self, of: &Sequence, keys: Interval, block_m: u32) -> u32 {
-        let mask = self.window;
-        match self.dist_threshold {
-            None => blocks_of(of, &mask, 0, keys, block_m).count(),
-            Some(dist_threshold) => {
-                let mask = ByDistance { mask, dist_threshold };
-                (0..2).map(|pair| blocks_of(of, &mask, pair, keys, block_m).count()).sum()
+        struct Count<'a>(&'a Sequence, Interval, u32);
+        impl WithMask for Count<'_> {
+            type Output = u32;
+            fn with<M: Mask>(self, mask: M) -> u32 {
+                (0..M::PAIRS).map(|pair| blocks_of(self.0, &mask, pair, self.1, self.2).count()).sum()
             }
         }
+        self.with(Count(of, keys, block_m))
     }
 }
 
@@ -65,21 +122,22 @@ pub trait WithFeatures {
 impl AnyFeatures {
     /// Calls a function with the features as a value of the type that a kernel has.
     pub fn chosen<V: WithFeatures>(&self, function: V) -> V::Output {
-        let mask = self.mask.window;
-        match (self.mask.dist_threshold, self.dropout) {
-            (None, None) => function.with(Chosen { mask, weights: NoDropout }),
-            (None, Some(weights)) => function.with(Chosen { mask, weights }),
-            (Some(dist_threshold), None) => {
-                function.with(Chosen { mask: ByDistance { mask, dist_threshold }, weights: NoDropout })
-            }
-            (Some(dist_threshold), Some(weights)) => {
-                function.with(Chosen { mask: ByDistance { mask, dist_threshold }, weights })
+        struct Chooses<V>(V, Option<Dropout>);
+        impl<V: WithFeatures> WithMask for Chooses<V> {
+            type Output = V::Output;
+            fn with<M: Mask>(self, mask: M) -> V::Output {
+                let Chooses(function, dropout) = self;
+                match dropout {
+                    None => function.with(Chosen { mask, weights: NoDropout }),
+                    Some(weights) => function.with(Chosen { mask, weights }),
+                }
             }
         }
+        self.mask.with(Chooses(function, self.dropout))
     }
     /// Returns the specialisation constants of a kernel for these features.
     pub fn constants(&self) -> Constants {
-        self.mask.window.constants()
+        self.mask.constants()
     }
 }
 
@@ -87,21 +145,15 @@ impl AnyFeatures {
 pub trait FromAny: Features {
     /// Returns the features, or nothing if a kernel for `any` has features of another type.
     fn from_any(any: &AnyFeatures) -> Option<Self>;
+    /// True if a kernel with features of this type covers `any`.
+    fn covers(any: &AnyFeatures) -> bool {
+        Self::from_any(any).is_some()
+    }
 }
 
 /// Mask or dropout that can be made from a run-time value.
 pub trait FromValue<T>: Sized {
     fn from_value(value: &T) -> Option<Self>;
-}
-impl FromValue<AnyMask> for Window {
-    fn from_value(mask: &AnyMask) -> Option<Self> {
-        mask.dist_threshold.is_none().then_some(mask.window)
-    }
-}
-impl FromValue<AnyMask> for ByDistance<Window> {
-    fn from_value(mask: &AnyMask) -> Option<Self> {
-        mask.dist_threshold.map(|dist_threshold| ByDistance { mask: mask.window, dist_threshold })
-    }
 }
 impl FromValue<Option<Dropout>> for NoDropout {
     fn from_value(dropout: &Option<Dropout>) -> Option<Self> {

@@ -5,6 +5,8 @@
 //! sequences of blocks, and a block that the threshold crosses is in both.
 
 use super::mask::{Interval, Mask};
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::ground::constants::ConstantPlace;
 use crate::ground::sequence::Sequence;
 
 /// Mask whose scores come from two pairs of Q and K. Pair 0 is the near pair; pair 1, the far pair, has the keys at a
@@ -19,6 +21,8 @@ pub struct ByDistance<M> {
 
 impl<M: Mask> Mask for ByDistance<M> {
     const PAIRS: u32 = 2;
+    #[cfg(not(target_arch = "nvptx64"))]
+    const CONSTANTS: &'static [ConstantPlace] = M::CONSTANTS;
 
     #[inline(always)]
     fn bounds_left(&self) -> bool {

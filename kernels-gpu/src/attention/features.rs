@@ -46,9 +46,10 @@ pub type WithDropout = Chosen<Window, Dropout>;
 pub type Piecewise = Chosen<ByDistance<Window>, NoDropout>;
 pub type PiecewiseWithDropout = Chosen<ByDistance<Window>, Dropout>;
 
-// The build finds the constants of the window at the start of all of them.
+// The build finds the constants of the mask at the start of the features, and those of a window at the start of
+// [`ByDistance`].
 const _: () = {
     assert!(offset_of!(Plain, mask) == 0);
-    assert!(offset_of!(Piecewise, mask) == 0);
+    assert!(offset_of!(PiecewiseWithDropout, mask) == 0);
     assert!(offset_of!(ByDistance<Window>, mask) == 0);
 };

@@ -3,6 +3,11 @@
 //! The blocks to visit ([`super::blocks`]) and the masking of a single score both follow from that interval, so they
 //! cannot disagree. Keys past the end are masked by the same interval.
 
+#[cfg(not(target_arch = "nvptx64"))]
+use core::mem::offset_of;
+
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::ground::constants::ConstantPlace;
 use crate::ground::constants::{Constant, Constants};
 use crate::ground::sequence::Sequence;
 
@@ -27,6 +32,10 @@ pub trait Mask: Copy {
     /// Number of pairs of Q and K that scores come from. Each pair has an interval of its own; see
     /// [`ByDistance`](super::by_distance::ByDistance).
     const PAIRS: u32 = 1;
+
+    /// Places of its specialisation constants, from its own start. A mask without any has one form of each kernel.
+    #[cfg(not(target_arch = "nvptx64"))]
+    const CONSTANTS: &'static [ConstantPlace] = &[];
 
     /// True if a query may not attend to the first keys.
     fn bounds_left(&self) -> bool;
@@ -76,16 +85,15 @@ impl Window {
         let ((left, has_left), (right, has_right)) = (bound(left), bound(right));
         Window { left, right, has_left: Constant::new(has_left), has_right: Constant::new(has_right) }
     }
-
-    /// Returns the specialisation constants of a kernel for this window.
-    #[cfg(not(target_arch = "nvptx64"))]
-    pub fn constants(&self) -> Constants {
-        let constants = Constants::NONE.with(Constants::LEFT, self.bounds_left());
-        constants.with(Constants::RIGHT, self.bounds_right())
-    }
 }
 
 impl Mask for Window {
+    #[cfg(not(target_arch = "nvptx64"))]
+    const CONSTANTS: &'static [ConstantPlace] = &[
+        ConstantPlace { bit: Constants::LEFT, offset: offset_of!(Window, has_left) as u32 },
+        ConstantPlace { bit: Constants::RIGHT, offset: offset_of!(Window, has_right) as u32 },
+    ];
+
     #[inline(always)]
     fn bounds_left(&self) -> bool {
         self.has_left.get()

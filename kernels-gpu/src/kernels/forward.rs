@@ -25,8 +25,8 @@
 //! 3. S of the next work tile's first block is issued with the last P·V of this one (`State::turn_over`, notebook
 //!    14). The pipeline drains once per launch.
 //! 4. Q of the next work tile is requested as soon as the last S of this one has arrived (`QueryQueue`, notebook 9).
-//! 5. Full blocks run without masking code, in loops of their own (`Full`, `Masked`); the first and the last block are masked
-//!    only if they are not full (`Edge`, notebook 17).
+//! 5. Full blocks run without masking code, in loops of their own (`Full`, `Masked`); the first and the last block are
+//!    masked only if they are not full (`Edge`, notebook 17).
 //! 6. Row maxima are taken on the integer pipe if a block has at least 128 keys, no mask is expected to mask many of
 //!    its scores out, and there is no dropout (notebook 26, 128).
 //! 7. O is rescaled only if a row maximum has changed, if the check pays (`State::rescale_check`, notebook 20, 124).

@@ -1,15 +1,15 @@
 //! Compiled kernels of the backward pass.
 
-use super::{Dtype, Kind, Needed, Op, features, prebuilt};
+use super::{Covers, Dtype, Kind, Needed, Op, features, prebuilt};
 #[cfg(feature = "cpu")]
 use crate::attention::any_features::AnyFeatures;
-use crate::attention::any_features::AnyMask;
+use crate::attention::any_features::{AnyMask, FromAny};
 use crate::attention::dropout::NoDropout;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::mask::{Interval, Window};
 use crate::attention::query_blocks::blocks_per_semaphore;
 use crate::attention::scheduler::{GroupBytes, TileOrder};
-use crate::ground::constants::Constants;
+use crate::ground::constants::{ConstantPlace, Constants};
 use crate::ground::shape::Shape;
 #[cfg(feature = "cpu")]
 use crate::ground::tensor::Strided;
@@ -31,8 +31,8 @@ pub struct BackwardVariant {
     pub finish: &'static str,
     /// Operator whose gradients it computes.
     pub op: Op,
-    /// True if the kernel has dropout.
-    pub drops: bool,
+    /// Tells which features it has.
+    pub covers: Covers,
     pub dtype: Dtype,
     /// Compiled head dim. Tensors with a smaller one use it too; TMA pads them with zeros.
     pub head_dim: u32,
@@ -48,6 +48,8 @@ pub struct BackwardVariant {
     pub k_stages: u32,
     /// Family in which it is compiled.
     pub family: &'static str,
+    /// Places of its specialisation constants, from the start of the features.
+    pub constants: &'static [ConstantPlace],
     /// Specialisations that are built in advance.
     pub prebuilt: &'static [Constants],
     /// Its mainloop on the CPU.
@@ -62,10 +64,10 @@ pub struct BackwardVariant {
 /// another type.
 ///
 /// # Safety
-/// The parameters describe tensors of the dtype in memory that is valid for reading (Q, K, V, dO) and writing
-/// (dK, dV) in all of their shape, which the layout of shared memory holds, and a workspace that [`prepare`](crate::cpu::prepare) has
-/// filled for every query head of the group; nothing else accesses this head's rows of dK and dV, or the workspace of
-/// its query heads. There is at least one key.
+/// The parameters describe tensors of the dtype in memory that is valid for reading (Q, K, V, dO) and writing (dK, dV)
+/// in all of their shape, which the layout of shared memory holds, and a workspace that
+/// [`prepare`](crate::cpu::prepare) has filled for every query head of the group; nothing else accesses this head's
+/// rows of dK and dV, or the workspace of its query heads. There is at least one key.
 #[cfg(feature = "cpu")]
 pub type CpuBackward = unsafe fn(Dtype, BackwardSmem, &BackwardParams<Strided, AnyFeatures>, u32, u32);
 
@@ -173,7 +175,7 @@ impl BackwardVariant {
 
 /// Returns the backward kernel that covers `needed`, of the smallest head dim that does.
 pub fn backward(needed: &Needed) -> Option<&'static BackwardVariant> {
-    let covers = |v: &&BackwardVariant| needed.is_covered_by(v.op, v.drops, v.dtype, v.head_dim);
+    let covers = |v: &&BackwardVariant| needed.is_covered_by(v.covers, v.dtype, v.head_dim);
     BACKWARD_VARIANTS.iter().filter(covers).min_by_key(|v| v.head_dim)
 }
 
@@ -216,7 +218,7 @@ macro_rules! backward_table {
             prepare: concat!("prepare_", $name),
             finish: finish!($name, $head_dim),
             op: <features::$features as Kind>::OP,
-            drops: <features::$features as Kind>::DROPS,
+            covers: <features::$features as FromAny>::covers,
             dtype: Dtype::$dtype,
             head_dim: $head_dim,
             block_m: $block_m,
@@ -224,6 +226,7 @@ macro_rules! backward_table {
             split: Split::$split,
             k_stages: $k_stages,
             family: $family,
+            constants: <features::$features as Kind>::CONSTANTS,
             prebuilt: prebuilt::$prebuilt,
             #[cfg(feature = "cpu")]
             run: split!($split, $features, $head_dim / 8, $block_m / 8),
@@ -239,7 +242,7 @@ mod tests {
     use crate::attention::any_features::AnyFeatures;
 
     fn plain(head_dim: u32, window: Window) -> (&'static BackwardVariant, AnyMask) {
-        let mask = AnyMask { window, dist_threshold: None };
+        let mask = AnyMask::new(window, None);
         let features = AnyFeatures { mask, dropout: None };
         (backward(&Needed { dtype: Dtype::Bf16, head_dim, features }).unwrap(), mask)
     }

@@ -5,7 +5,7 @@ use std::vec::Vec;
 
 use super::{BACKWARD_VARIANTS, TOTAL_VARIANTS, VARIANTS};
 use crate::attention::features::Plain;
-use crate::attention::mask::Window;
+use crate::attention::mask::{Mask, Window};
 use crate::ground::constants::{ConstantPlace, Constants};
 use crate::ground::tensor::TensorMap;
 use crate::params::{BackwardParams, ForwardParams, ROW_KERNEL_THREADS, TotalParams};
@@ -61,26 +61,24 @@ impl Launch {
     }
 }
 
-/// Returns the places of the constants of a window at this offset in the launch parameter.
-fn window_constants(offset: usize) -> Vec<ConstantPlace> {
-    let place = |bit, field: usize| ConstantPlace { bit, offset: (offset + field) as u32 };
-    [place(Constants::LEFT, offset_of!(Window, has_left)), place(Constants::RIGHT, offset_of!(Window, has_right))]
-        .into()
+/// Returns the places of constants that lie at this offset in the launch parameter.
+fn at(offset: usize, places: &[ConstantPlace]) -> Vec<ConstantPlace> {
+    places.iter().map(|place| ConstantPlace { offset: offset as u32 + place.offset, ..*place }).collect()
 }
 
 /// Lists every kernel, each once.
 pub fn launches() -> Vec<Launch> {
-    // In features of every type the window is at the start.
-    let forward = window_constants(offset_of!(ForwardParams<TensorMap, Plain>, features));
-    let backward = window_constants(offset_of!(BackwardParams<TensorMap, Plain>, features));
-    let total = window_constants(offset_of!(TotalParams<TensorMap, Window>, mask));
+    // Features of every type have the mask at their start.
+    let forward_features = offset_of!(ForwardParams<TensorMap, Plain>, features);
+    let backward_features = offset_of!(BackwardParams<TensorMap, Plain>, features);
+    let total_mask = offset_of!(TotalParams<TensorMap, Window>, mask);
     let forward = VARIANTS.iter().map(|v| Launch {
         symbol: v.symbol,
         family: Family(v.family),
         threads: v.threads(),
         cluster: v.cluster,
         mainloop: true,
-        constants: forward.clone(),
+        constants: at(forward_features, v.constants),
         prebuilt: v.prebuilt,
     });
     let backward = BACKWARD_VARIANTS.iter().map(|v| Launch {
@@ -89,7 +87,7 @@ pub fn launches() -> Vec<Launch> {
         threads: v.threads(),
         cluster: 1,
         mainloop: true,
-        constants: backward.clone(),
+        constants: at(backward_features, v.constants),
         prebuilt: v.prebuilt,
     });
     let total = TOTAL_VARIANTS.iter().map(|v| Launch {
@@ -98,7 +96,7 @@ pub fn launches() -> Vec<Launch> {
         threads: v.threads(),
         cluster: 1,
         mainloop: true,
-        constants: total.clone(),
+        constants: at(total_mask, Window::CONSTANTS),
         prebuilt: v.prebuilt,
     });
     let mut rows: Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();

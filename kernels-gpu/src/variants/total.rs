@@ -41,8 +41,8 @@ pub struct TotalVariant {
 /// If the kernel breaks the pipeline's protocol, with the [`Fault`](crate::cpu::Fault).
 ///
 /// # Safety
-/// The parameters describe tensors of the dtype in memory that is valid for reading (Q, K, the LSE) and
-/// writing (the result) in all of their shape, which the layout of shared memory holds; nothing else accesses this CTA's elements of
+/// The parameters describe tensors of the dtype in memory that is valid for reading (Q, K, the LSE) and writing (the
+/// result) in all of their shape, which the layout of shared memory holds; nothing else accesses this CTA's elements of
 /// the result; the CTA is below their number, which is at most the number of work tiles, with split tiles counted by
 /// their parts. There is at least one query.
 #[cfg(feature = "cpu")]

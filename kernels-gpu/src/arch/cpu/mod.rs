@@ -5,8 +5,9 @@
 //! A kernel that breaks the pipeline's protocol raises a [`pipeline::Fault`] with a name instead of a hang.
 //!
 //! The tables in `variants` hold the entry points of `launch`, so kernels are compiled in this crate, once. A mainloop
-//! is compiled for each tile shape and type of features; masks and the dtype are values. Mainloops call loops over slices
-//! (`elementwise`, `convert`, `matmul`). Those are compiled for each instruction set and not for each tile shape.
+//! is compiled for each tile shape and type of features; masks and the dtype are values. Mainloops call loops over
+//! slices (`elementwise`, `convert`, `matmul`). Those are compiled for each instruction set and not for each tile
+//! shape.
 
 mod backward;
 mod convert;
