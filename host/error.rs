@@ -59,7 +59,7 @@ pub enum Error {
         value: f32,
     },
     /// A text names no mask.
-    #[error("mask is {value:?}; allowed are \"none\" and \"causal\"")]
+    #[error("mask is {value:?}; allowed are \"none\", \"causal\" and \"window:LEFT:RIGHT\", with none for no bound")]
     UnknownMask {
         /// The text.
         value: String,

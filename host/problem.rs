@@ -6,7 +6,11 @@
 
 use std::{fmt, str::FromStr};
 
-use kernels_gpu::{attention::mask::Window, ground::shape::Shape, variants::Dtype};
+use kernels_gpu::{
+    attention::mask::{Mask as _, Window},
+    ground::shape::Shape,
+    variants::Dtype,
+};
 
 use crate::error::{Error, Result};
 
@@ -95,7 +99,8 @@ impl Problem {
     }
 
     /// Floating-point operations of a forward pass by the field's convention: 4 · batch · heads_q · seqlen_q · seqlen_k
-    /// · head_dim, and half of that when causal, for any lengths.
+    /// · head_dim, and half of that when causal, for any lengths. With a window, only the keys that a query attends to
+    /// count.
     pub fn flops_forward(&self, mask: Mask) -> f64 {
         let full = 4.0
             * self.batch as f64
@@ -106,6 +111,12 @@ impl Problem {
         match mask {
             Mask::None => full,
             Mask::Causal => full / 2.0,
+            Mask::Window { .. } => {
+                let (of, window) = (self.kernel_shape().sequence(), mask.window());
+                let keys = |i| window.keys(&of, 0, i).len() as f64;
+                let scores: f64 = (0..of.seqlen_q).map(keys).sum();
+                full * (scores / (f64::from(of.seqlen_q) * f64::from(of.seqlen_k)).max(1.0))
+            }
         }
     }
 
@@ -141,6 +152,15 @@ pub enum Mask {
     /// query attends to every key. PyTorch's `is_causal` is aligned to the top left; the two agree if the lengths are
     /// equal.
     Causal,
+    /// Query i attends to key j if −left ≤ j − (i + seqlen_k − seqlen_q) ≤ right: a window around the query's place,
+    /// aligned to the bottom right, both ends included. `None` is no bound. Without bounds this is [`Mask::None`], and
+    /// [`Mask::Causal`] has no left bound and a right bound of 0.
+    Window {
+        /// Number of keys before the query's place.
+        left: Option<u32>,
+        /// Number of keys behind the query's place.
+        right: Option<u32>,
+    },
 }
 
 impl Mask {
@@ -149,21 +169,35 @@ impl Mask {
         match self {
             Mask::None => Window::FULL,
             Mask::Causal => Window::CAUSAL,
+            Mask::Window { left, right } => Window::new(left, right),
         }
     }
 
-    /// Returns its name, as [`Display`](fmt::Display) shows it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Mask::None => "none",
-            Mask::Causal => "causal",
+    /// Returns the mask of this name. A window is `window:LEFT:RIGHT`, with `none` for no bound.
+    fn parse(text: &str) -> Option<Self> {
+        let bound = |text: &str| match text {
+            "none" => Some(None),
+            number => number.parse().ok().map(Some),
+        };
+        match text {
+            "none" => Some(Mask::None),
+            "causal" => Some(Mask::Causal),
+            window => {
+                let (left, right) = window.strip_prefix("window:")?.split_once(':')?;
+                Some(Mask::Window { left: bound(left)?, right: bound(right)? })
+            }
         }
     }
 }
 
 impl fmt::Display for Mask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
+        let bound = |bound: Option<u32>| bound.map_or_else(|| "none".to_owned(), |keys| keys.to_string());
+        match *self {
+            Mask::None => f.pad("none"),
+            Mask::Causal => f.pad("causal"),
+            Mask::Window { left, right } => f.pad(&format!("window:{}:{}", bound(left), bound(right))),
+        }
     }
 }
 
@@ -171,10 +205,7 @@ impl FromStr for Mask {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        [Mask::None, Mask::Causal]
-            .into_iter()
-            .find(|mask| mask.name() == text)
-            .ok_or_else(|| Error::UnknownMask { value: text.to_owned() })
+        Mask::parse(text).ok_or_else(|| Error::UnknownMask { value: text.to_owned() })
     }
 }
 
@@ -257,6 +288,9 @@ mod tests {
     fn costs_follow_the_convention() {
         assert_eq!(PROBLEM.flops_forward(Mask::None), 4.0 * 2.0 * 6.0 * 100.0 * 300.0 * 64.0);
         assert_eq!(PROBLEM.flops_forward(Mask::Causal), PROBLEM.flops_forward(Mask::None) / 2.0);
+        // Each of the last 100 of 300 places has two keys before it and itself.
+        let window = Mask::Window { left: Some(2), right: Some(0) };
+        assert_eq!(PROBLEM.flops_forward(window), 4.0 * 2.0 * 6.0 * 100.0 * 3.0 * 64.0);
         let (q, k, lse) = (2 * 6 * 100 * 64 * 2, 2 * 2 * 300 * 64 * 2, 2 * 6 * 100 * 4);
         assert_eq!(PROBLEM.bytes_forward(), (2 * q + 2 * k + lse) as f64);
         assert_eq!((PROBLEM.lse_len(), PROBLEM.total_len()), (2 * 6 * 100, 2 * 6 * 300));
@@ -264,10 +298,15 @@ mod tests {
 
     #[test]
     fn masks_are_read_as_they_are_written() {
-        for mask in [Mask::None, Mask::Causal] {
+        let windows = [(None, Some(0)), (Some(3), None), (Some(0), Some(u32::MAX))];
+        let windows = windows.map(|(left, right)| Mask::Window { left, right });
+        for mask in [Mask::None, Mask::Causal].into_iter().chain(windows) {
             assert_eq!(mask.to_string().parse(), Ok(mask));
         }
-        let error = "Causal".parse::<Mask>().unwrap_err();
-        assert_eq!(error.to_string(), "mask is \"Causal\"; allowed are \"none\" and \"causal\"");
+        for text in ["Causal", "window", "window:", "window:1", "window:1:", "window:-1:2", "window:1:2:3"] {
+            let error = text.parse::<Mask>().unwrap_err().to_string();
+            let allowed = "allowed are \"none\", \"causal\" and \"window:LEFT:RIGHT\", with none for no bound";
+            assert_eq!(error, format!("mask is {text:?}; {allowed}"));
+        }
     }
 }

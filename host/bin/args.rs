@@ -127,8 +127,9 @@ pub struct CaseArgs {
     pub head_dim: usize,
     #[arg(long, value_parser = dtype, default_value = "bf16", value_name = "f16|bf16")]
     pub dtype: Dtype,
-    /// none, or causal (aligned to the bottom right).
-    #[arg(long, value_parser = mask, default_value = "none", value_name = "none|causal")]
+    /// none, causal, or window:LEFT:RIGHT (keys before and behind the query's place, or none for no bound). All are
+    /// aligned to the bottom right.
+    #[arg(long, value_parser = mask, default_value = "none", value_name = "none|causal|window:L:R")]
     pub mask: Mask,
     /// Factor of the scores [default: 1/√head_dim].
     #[arg(long, allow_negative_numbers = true)]
@@ -189,7 +190,8 @@ pub struct BenchArgs {
     /// [default: 1024,4096,16384; on the CPU 256,1024]
     #[arg(long, value_delimiter = ',')]
     pub seqlens: Vec<usize>,
-    #[arg(long, value_delimiter = ',', value_parser = mask, default_value = "none,causal", value_name = "none|causal")]
+    #[arg(long, value_delimiter = ',', value_parser = mask, default_value = "none,causal",
+        value_name = "none|causal|window:L:R")]
     pub mask: Vec<Mask>,
     #[arg(long, value_delimiter = ',', value_parser = dtype, default_value = "bf16", value_name = "f16|bf16")]
     pub dtype: Vec<Dtype>,

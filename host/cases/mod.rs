@@ -68,6 +68,22 @@ pub struct Case {
     pub seed: u64,
 }
 
+/// Returns a mask of any kind. Bounds of windows are small, next to the edge of a tile, or anything up to all keys.
+fn random_mask(rng: &mut StdRng, problem: &Problem) -> Mask {
+    let most = problem.seqlen_q.max(problem.seqlen_k) as u32 + 1;
+    let bound = |rng: &mut StdRng| match rng.random_range(0..4) {
+        0 => None,
+        1 => Some(rng.random_range(0..4)),
+        2 => Some(*[63, 64, 65, 127, 128, 129].choose(rng).unwrap_or(&64)),
+        _ => Some(rng.random_range(0..most)),
+    };
+    match rng.random_range(0..3) {
+        0 => Mask::None,
+        1 => Mask::Causal,
+        _ => Mask::Window { left: bound(rng), right: bound(rng) },
+    }
+}
+
 impl Case {
     /// Returns a case with contiguous tensors, standard normal inputs and the default scale.
     pub fn new(problem: Problem, mask: Mask) -> Self {
@@ -122,7 +138,7 @@ impl Case {
         }
         Case {
             problem,
-            mask: *[Mask::None, Mask::Causal].choose(rng).unwrap_or(&Mask::None),
+            mask: random_mask(rng, &problem),
             scale: rng.random_bool(0.2).then(|| rng.random_range(0.01..0.5)),
             order: *[Order::Bhsd, Order::Bshd].choose(rng).unwrap_or(&Order::Bhsd),
             padding: *[0, 0, 8, 40].choose(rng).unwrap_or(&0),

@@ -109,19 +109,21 @@ fn evaluate<E: Element, R: Real>(
                 let o: Option<Vec<R>> = o.as_ref().map(|o| head_rows(o, batch, head));
                 for i in 0..problem.seqlen_q {
                     let live = live_keys(problem, plan.mask(), i);
-                    let z = factors(&plan.features.dropout, batch * problem.heads_q + head, i, live);
+                    let z = factors(&plan.features.dropout, batch * problem.heads_q + head, i, live.clone());
                     let at = (batch * problem.heads_q + head) * problem.seqlen_q + i;
                     let d_lse = d_lse.map_or(R::default(), |d_lse| R::from_f32(d_lse[at]));
                     let dq_row = head % group * problem.seqlen_q + i;
-                    let pairs = q.iter().zip(&k).zip(&mut grads).zip(scores.keys(problem, i, live));
+                    let pairs = q.iter().zip(&k).zip(&mut grads).zip(scores.keys(problem, i, &live));
                     let parts = pairs.map(|(((q, k), grads), keys)| {
                         let rows = keys.start * d..keys.end * d;
                         let (dq, dk) = (&mut grads.q[dq_row * d..][..d], &mut grads.k[rows.clone()]);
+                        let keys = keys.start - live.start..keys.end - live.start;
                         Part { keys, q: &q[i * d..][..d], k: &k[rows], dq, dk }
                     });
                     let o = o.as_ref().map(|o| &o[i * d..][..d]);
-                    let values = [&v[..live * d], &d_o[i * d..][..d], &z];
-                    row(parts.collect(), values, o, [d_lse, scale], &mut dv[..live * d], &round);
+                    let rows = live.start * d..live.end * d;
+                    let values = [&v[rows.clone()], &d_o[i * d..][..d], &z];
+                    row(parts.collect(), values, o, [d_lse, scale], &mut dv[rows], &round);
                 }
             }
             // The scale is still missing in dQ and dK.
@@ -200,8 +202,15 @@ mod tests {
     use crate::error::{Error, Operand};
     use crate::reference::{GradientAccuracy, Rows, forward_f64};
 
-    const SHAPES: [(usize, usize, Mask); 4] =
-        [(3, 4, Mask::None), (4, 2, Mask::Causal), (2, 4, Mask::Causal), (2, 0, Mask::None)];
+    const WINDOW: Mask = Mask::Window { left: Some(1), right: Some(1) };
+    const SHAPES: [(usize, usize, Mask); 6] = [
+        (3, 4, Mask::None),
+        (4, 2, Mask::Causal),
+        (2, 4, Mask::Causal),
+        (2, 0, Mask::None),
+        (5, 3, WINDOW),
+        (3, 6, WINDOW),
+    ];
 
     fn problem(seqlen_q: usize, seqlen_k: usize, heads_q: usize, heads_kv: usize) -> Problem {
         Problem { batch: 2, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim: 8, dtype: Dtype::F16 }

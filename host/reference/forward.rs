@@ -1,5 +1,7 @@
 //! Forward attention by its definition, one query row at a time.
 
+use std::ops::Range;
+
 use crate::element::Element;
 use kernels_gpu::attention::dropout::Dropout as Launched;
 use rayon::prelude::*;
@@ -59,21 +61,26 @@ pub struct Forward {
     pub lse: Vec<f64>,
 }
 
-/// Number of keys that query row `i` attends to; they are the first ones.
-pub(super) fn live_keys(problem: &Problem, mask: Mask, i: usize) -> usize {
-    match mask {
-        Mask::None => problem.seqlen_k,
-        // j ≤ i + seqlen_k − seqlen_q.
-        Mask::Causal => (i + 1 + problem.seqlen_k).saturating_sub(problem.seqlen_q).min(problem.seqlen_k),
-    }
+/// Returns the valid keys of query row `i`.
+pub(super) fn live_keys(problem: &Problem, mask: Mask, i: usize) -> Range<usize> {
+    let (m, n) = (problem.seqlen_q as i128, problem.seqlen_k as i128);
+    let (left, right) = match mask {
+        Mask::None => (None, None),
+        Mask::Causal => (None, Some(0)),
+        Mask::Window { left, right } => (left, right),
+    };
+    // i + seqlen_k − seqlen_q − left ≤ j ≤ i + seqlen_k − seqlen_q + right.
+    let start = left.map_or(0, |left| i as i128 + n - m - i128::from(left)).clamp(0, n) as usize;
+    let end = right.map_or(n, |right| i as i128 + n - m + i128::from(right) + 1).clamp(0, n) as usize;
+    start.min(end)..end
 }
 
-/// Returns the factors of dropout for the first weights of query row `i`. `head` counts query heads over the batch.
-pub(super) fn factors<R: Real>(dropout: &Option<Launched>, head: usize, i: usize, weights: usize) -> Vec<R> {
-    let Some(dropout) = dropout else { return vec![R::from_f32(1.0); weights] };
+/// Returns the factors of dropout for the weights of `keys` in query row `i`. `head` counts query heads over the batch.
+pub(super) fn factors<R: Real>(dropout: &Option<Launched>, head: usize, i: usize, keys: Range<usize>) -> Vec<R> {
+    let Some(dropout) = dropout else { return vec![R::from_f32(1.0); keys.len()] };
     let scale = R::from_f32(1.0) / R::from_f32(dropout.keeps());
     let factor = |j| if dropout.kept(head as u32, i as u32, j as u32) { scale } else { R::default() };
-    (0..weights).map(factor).collect()
+    keys.map(factor).collect()
 }
 
 /// Computes softmax(S + mask)·V in f64 with dropout of the weights, where `scores` defines the products in S. Masked
@@ -242,16 +249,18 @@ fn evaluate<E: Element, R: Real>(
                         .zip(&rows)
                         .map(|(o, &i)| {
                             let live = live_keys(problem, plan.mask(), i);
-                            if live == 0 {
+                            if live.is_empty() {
                                 return R::NEG_INFINITY;
                             }
-                            let mut s = vec![R::default(); live];
-                            for ((pair, k), part) in scores.pairs().zip(&keys).zip(scores.keys(problem, i, live)) {
+                            let mut s = vec![R::default(); live.len()];
+                            for ((pair, k), part) in scores.pairs().zip(&keys).zip(scores.keys(problem, i, &live)) {
                                 let q: Vec<R> = head_row(&pair.q, batch, head, i).collect();
-                                score(&mut s[part.clone()], scale, &q, &k[part.start * d..part.end * d]);
+                                let s = &mut s[part.start - live.start..part.end - live.start];
+                                score(s, scale, &q, &k[part.start * d..part.end * d]);
                             }
-                            let z = factors(&plan.features.dropout, batch * problem.heads_q + head, i, live);
-                            row(&mut s, [&v[..live * d], &z], o)
+                            let head = batch * problem.heads_q + head;
+                            let z = factors(&plan.features.dropout, head, i, live.clone());
+                            row(&mut s, [&v[live.start * d..live.end * d], &z], o)
                         })
                         .collect();
                     (o, lse)
@@ -315,7 +324,9 @@ mod tests {
     /// Compares with three loops over the whole score matrix.
     #[test]
     fn equals_the_definition() {
-        for (m, n, mask) in [(3, 5, Mask::None), (5, 3, Mask::Causal), (4, 4, Mask::Causal), (2, 0, Mask::None)] {
+        let window = Mask::Window { left: Some(1), right: Some(2) };
+        let masks = [(3, 5, Mask::None), (5, 3, Mask::Causal), (4, 4, Mask::Causal), (2, 0, Mask::None)];
+        for (m, n, mask) in masks.into_iter().chain([(7, 4, window), (4, 7, window)]) {
             let problem = problem(m, n, 4, 2);
             let [q, k, v] = [(4 * m, 5), (2 * n, 7), (2 * n, 11)].map(|(rows, step)| values(2 * rows * 8, step));
             let [k, v] = [&k[..], &v[..]].map(|x| Tensor::bhsd(x, problem.kv_shape()));
@@ -325,7 +336,11 @@ mod tests {
                 let (head, i) = (row / m, row % m);
                 let kv = head / 4 * 2 + head % 4 / 2;
                 let at = |x: &[bf16], row: usize, d: usize| f64::from(x[row * 8 + d].to_f32());
-                let live = |j: usize| mask == Mask::None || j + m <= i + n;
+                let live = |j: usize| match mask {
+                    Mask::None => true,
+                    Mask::Causal => j + m <= i + n,
+                    Mask::Window { .. } => j + m <= i + n + 2 && j + m + 1 >= i + n,
+                };
                 let s: Vec<f64> =
                     (0..n).map(|j| (0..8).map(|d| 0.5 * at(&q, row, d) * at(k.data, kv * n + j, d)).sum()).collect();
                 let l: f64 = (0..n).filter(|&j| live(j)).map(|j| s[j].exp()).sum();

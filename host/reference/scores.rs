@@ -35,15 +35,14 @@ impl<T> Scores<T> {
         [&self.first].into_iter().chain(self.second.as_ref().map(|(pair, _)| pair))
     }
 
-    /// Returns the ranges of the first `live` keys whose score with query `i` comes from the first pair, and from the
-    /// second.
-    pub(super) fn keys(&self, problem: &Problem, i: usize, live: usize) -> [Range<usize>; 2] {
-        let cut = self.second.as_ref().map_or(0, |&(_, dist_threshold)| {
+    /// Returns the ranges of the valid keys whose score with query `i` comes from the first pair, and from the second.
+    pub(super) fn keys(&self, problem: &Problem, i: usize, live: &Range<usize>) -> [Range<usize>; 2] {
+        let cut = self.second.as_ref().map_or(live.start, |&(_, dist_threshold)| {
             // j ≤ i + seqlen_k − seqlen_q − dist_threshold.
             let end = i as i64 + problem.seqlen_k as i64 - problem.seqlen_q as i64 - i64::from(dist_threshold) + 1;
-            end.clamp(0, live as i64) as usize
+            end.clamp(live.start as i64, live.end as i64) as usize
         });
-        [cut..live, 0..cut]
+        [cut..live.end, live.start..cut]
     }
 }
 

@@ -75,12 +75,13 @@ fn evaluate<E: Element, R: Real>(
             let mut total = vec![R::default(); problem.seqlen_k];
             for (i, q) in q.chunks_exact(d).enumerate() {
                 let live = live_keys(problem, mask, i);
-                if live == 0 {
+                if live.is_empty() {
                     continue;
                 }
-                let mut p: Vec<R> = k[..live * d].chunks_exact(d).map(|k| scale * dot(q, k)).collect();
+                let mut p: Vec<R> =
+                    k[live.start * d..live.end * d].chunks_exact(d).map(|k| scale * dot(q, k)).collect();
                 weights(&mut p, item * problem.seqlen_q + i);
-                total.iter_mut().zip(p).for_each(|(total, p)| *total += p);
+                total[live].iter_mut().zip(p).for_each(|(total, p)| *total += p);
             }
             total
         })
@@ -102,10 +103,14 @@ mod tests {
         (0..len).map(|i| bf16::from_f32(((i * step + 3) % 17) as f32 / 8.0 - 1.0)).collect()
     }
 
+    const WINDOW: Mask = Mask::Window { left: Some(3), right: Some(1) };
+
     /// The forward pass gives P·V. If V is one key's unit vector, the sum of its rows is that key's total.
     #[test]
     fn agrees_with_the_forward_pass() {
-        for (m, n, mask) in [(3, 5, Mask::None), (5, 3, Mask::Causal), (4, 4, Mask::Causal), (2, 7, Mask::Causal)] {
+        for (m, n, mask) in
+            [(3, 5, Mask::None), (5, 3, Mask::Causal), (4, 4, Mask::Causal), (2, 7, Mask::Causal), (6, 9, WINDOW)]
+        {
             let problem = Problem {
                 batch: 2,
                 heads_q: 4,

@@ -25,32 +25,42 @@ pub fn named() -> Vec<(&'static str, Case)> {
     let batch = |batch, case: Case| Case { problem: Problem { batch, ..case.problem }, ..case };
     let f16 = |case: Case| Case { problem: Problem { dtype: Dtype::F16, ..case.problem }, ..case };
     let bshd = |case: Case| Case { order: Order::Bshd, padding: 8, ..case };
-    use Mask::{Causal, None};
+    let window = |left, right| Mask::Window { left, right };
+    use Mask::Causal;
     vec![
         ("rows without a key, 799 by 3", case((2, 2), (799, 3), 64, Causal)),
         ("rows without a key, 239 by 1", case((2, 2), (239, 1), 128, Causal)),
         ("rows without a key, 10006 by 10", case((4, 4), (10_006, 10), 128, Causal)),
-        ("no keys", case((2, 1), (70, 0), 128, None)),
+        ("no keys", case((2, 1), (70, 0), 128, Mask::None)),
         ("no keys, causal", case((2, 1), (70, 0), 64, Causal)),
-        ("no queries", case((2, 1), (0, 70), 64, None)),
-        ("no batch", batch(0, case((2, 1), (70, 70), 64, None))),
+        ("no queries", case((2, 1), (0, 70), 64, Mask::None)),
+        ("no batch", batch(0, case((2, 1), (70, 70), 64, Mask::None))),
         ("one query and one key", case((1, 1), (1, 1), 8, Causal)),
-        ("113 by 203", bshd(case((2, 2), (113, 203), 64, None))),
+        ("113 by 203", bshd(case((2, 2), (113, 203), 64, Mask::None))),
         ("113 by 203, causal", f16(case((2, 2), (113, 203), 128, Causal))),
         ("1023 by 1024", case((1, 1), (1023, 1024), 64, Causal)),
         ("1024 by 1023", bshd(case((1, 1), (1024, 1023), 128, Causal))),
         ("1024 by 1023, wide", case((1, 1), (1024, 1023), 256, Causal)),
-        ("head dim 40", case((2, 2), (200, 190), 40, None)),
+        ("head dim 40", case((2, 2), (200, 190), 40, Mask::None)),
         ("head dim 56", f16(bshd(case((2, 2), (200, 190), 56, Causal)))),
-        ("head dim 96", case((2, 2), (200, 190), 96, None)),
+        ("head dim 96", case((2, 2), (200, 190), 96, Mask::None)),
         ("head dim 104", bshd(case((2, 2), (200, 190), 104, Causal))),
-        ("head dim 8", case((2, 2), (130, 129), 8, None)),
-        ("head dim 248", f16(case((2, 2), (130, 161), 248, None))),
+        ("head dim 8", case((2, 2), (130, 129), 8, Mask::None)),
+        ("head dim 248", f16(case((2, 2), (130, 161), 248, Mask::None))),
         ("grouped 6 over 2", batch(2, case((6, 2), (150, 130), 64, Causal))),
-        ("grouped 71 over 1", case((71, 1), (40, 90), 64, None)),
+        ("grouped 71 over 1", case((71, 1), (40, 90), 64, Mask::None)),
         ("grouped 7 over 1", f16(bshd(case((7, 1), (70, 130), 128, Causal)))),
-        ("two blocks of 176 keys", bshd(case((2, 1), (300, 340), 128, None))),
-        ("inputs of standard deviation 4", Case { input_std: 4.0, ..case((2, 2), (200, 300), 128, None) }),
+        ("two blocks of 176 keys", bshd(case((2, 1), (300, 340), 128, Mask::None))),
+        ("a window of one key", case((2, 2), (130, 200), 64, window(Some(0), Some(0)))),
+        ("a window on both sides", bshd(case((4, 2), (700, 500), 64, window(Some(100), Some(30))))),
+        ("a window without a right bound", case((2, 1), (500, 700), 128, window(Some(64), None))),
+        ("a window without a left bound", f16(case((2, 1), (500, 300), 128, window(None, Some(70))))),
+        ("a sliding window", batch(2, case((2, 2), (900, 1100), 128, window(Some(200), Some(0))))),
+        ("a sliding window, wide", case((2, 1), (600, 600), 256, window(Some(127), Some(0)))),
+        ("a sliding window, head dim 96", case((2, 1), (600, 700), 96, window(Some(128), Some(0)))),
+        ("keys that no query attends to", bshd(case((4, 1), (100, 900), 192, window(Some(20), Some(10))))),
+        ("a window of all keys", case((1, 1), (300, 200), 64, window(Some(u32::MAX), Some(300)))),
+        ("inputs of standard deviation 4", Case { input_std: 4.0, ..case((2, 2), (200, 300), 128, Mask::None) }),
     ]
 }
 

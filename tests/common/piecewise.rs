@@ -21,7 +21,8 @@ pub fn named() -> Vec<PiecewiseCase> {
             cases.push(PiecewiseCase { case, dist_threshold });
         }
     };
-    for mask in [Mask::None, Mask::Causal] {
+    let window = Mask::Window { left: Some(200), right: Some(10) };
+    for mask in [Mask::None, Mask::Causal, window] {
         for (head_dim, dtype) in [(64, Dtype::Bf16), (128, Dtype::F16), (256, Dtype::Bf16)] {
             let problem = Problem { head_dim, dtype, ..PROBLEM };
             add(problem, mask, Order::Bhsd, &[-400, -300, -299, -128, -1, 0, 1, 63, 128, 210, 300, 419, 420, 500]);

@@ -46,7 +46,8 @@ pub fn named() -> Vec<(String, Case)> {
     }
     let mut cases = Vec::new();
     for (index, (name, problem)) in shapes.into_iter().enumerate() {
-        for mask in [Mask::None, Mask::Causal] {
+        let window = Mask::Window { left: Some(90), right: Some(40) };
+        for mask in [Mask::None, Mask::Causal, window] {
             let dtype = if index % 2 == 0 { Dtype::Bf16 } else { Dtype::F16 };
             let (order, padding) = if index % 3 == 0 { (Order::Bshd, 8) } else { (Order::Bhsd, 0) };
             let case = Case { order, padding, ..Case::new(Problem { dtype, ..problem }, mask) };

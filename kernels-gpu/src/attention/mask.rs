@@ -19,6 +19,15 @@ pub struct Interval {
 }
 
 impl Interval {
+    /// Returns the number of elements.
+    #[inline(always)]
+    pub fn len(&self) -> u32 {
+        self.end.saturating_sub(self.start)
+    }
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.end <= self.start
+    }
     #[cfg(test)]
     pub fn contains(&self, index: u32) -> bool {
         (self.start..self.end).contains(&index)
