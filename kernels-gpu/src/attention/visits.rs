@@ -5,6 +5,8 @@
 //! come before those of the far pair. A query tile without a valid key visits its first block, wholly masked. So every
 //! work tile has a first and a last visit, and the mainloop needs no case for none.
 
+use core::ops::Range;
+
 use super::blocks::Blocks;
 use super::mask::Mask;
 use crate::ground::divisor::Divisor;
@@ -25,6 +27,14 @@ pub struct Visits {
     full: (u32, u32),
     /// First and end of the full visits of the far pair.
     far_full: (u32, u32),
+}
+
+/// Consecutive visits, which count down: first masked ones, at the left edge of the pair before this one and at the
+/// right edge of this one, then full ones of this pair.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    pub masked: Range<u32>,
+    pub full: Range<u32>,
 }
 
 /// Block of keys, and the pair that its scores come from.
@@ -76,11 +86,25 @@ impl Visits {
         (self.full.0 <= u && u < self.full.1) || (self.far_full.0 <= u && u < self.far_full.1)
     }
 
-    /// Returns the full visits of a pair, from `.0` up to but not `.1`. Counting down, the masked visits of the pair's
-    /// right edge come before them. Those of its left edge come after them, and after those the next pair's.
+    /// Returns the first and the end of the full visits of a pair.
     #[inline(always)]
-    pub fn full(&self, pair: u32) -> (u32, u32) {
+    fn full(&self, pair: u32) -> (u32, u32) {
         if pair == 0 { self.full } else { self.far_full }
+    }
+
+    /// Returns a pair's run of the visits between the first and the last of the tile.
+    #[inline(always)]
+    pub fn run(&self, pair: u32) -> Run {
+        let (full_start, full_end) = self.full(pair);
+        let first = self.count - 1;
+        let above = if pair == 0 { first } else { first.min(self.full.0) };
+        Run { masked: full_end.max(1)..above, full: full_start.max(1)..full_end.min(above) }
+    }
+
+    /// Returns the masked visits at the left edge of the last pair's mask, without the last visit of the tile.
+    #[inline(always)]
+    pub fn left_edge<M: Mask>(&self) -> Range<u32> {
+        1..self.full(const { M::PAIRS - 1 }).0.min(self.count - 1)
     }
 }
 
@@ -152,16 +176,23 @@ mod tests {
                 let live = rows.clone().any(|i| mask.keys(&of, pair, i).contains(j));
                 assert!(!live || met.contains(&(pair, j / block_n)), "{what}: key {j} is skipped");
             }
-            // Ranges of masked and full visits follow each other from the top, in the order of the mainloop.
-            let mut above = visits.count;
-            for (full_start, full_end) in (0..M::PAIRS).map(|pair| visits.full(pair)) {
-                let full_end = full_end.min(above);
-                assert!((full_end..above).all(|u| !visits.is_full(u)), "{what}");
-                assert!((full_start..full_end).all(|u| visits.is_full(u)), "{what}");
-                above = full_start.min(full_end);
+            // From the first visit to the last, in the order of the mainloop, each range begins where the one before it
+            // ended.
+            let last = visits.count - 1;
+            let mut above = last;
+            let mut follows = |range: Range<u32>, full: bool| {
+                assert!(range.clone().all(|u| visits.is_full(u) == full), "{what}: {range:?}");
+                assert!(range.is_empty() || range.end == above, "{what}: {range:?} below {above}");
+                above = above.min(range.start.max(1));
+            };
+            for run in (0..M::PAIRS).map(|pair| visits.run(pair)) {
+                follows(run.masked, false);
+                follows(run.full, true);
             }
-            assert!(above == 0 || mask.bounds_left(), "{what}");
-            assert!((0..above).all(|u| !visits.is_full(u)), "{what}");
+            let left_edge = visits.left_edge::<M>();
+            assert!(left_edge.is_empty() || mask.bounds_left(), "{what}");
+            follows(left_edge, false);
+            assert!(above <= 1, "{what}: {above} left out");
             met.sort_unstable();
             met.dedup();
             assert_eq!(met.len() as u32, visits.count, "{what}: a block twice");

@@ -25,8 +25,8 @@
 //! 3. S of the next work tile's first block is issued with the last P·V of this one (`State::turn_over`, notebook
 //!    14). The pipeline drains once per launch.
 //! 4. Q of the next work tile is requested as soon as the last S of this one has arrived (`QueryQueue`, notebook 9).
-//! 5. Full blocks run without masking code, in loops of their own (`Full`, `Masked`); the first and the last block are
-//!    masked only if they are not full (`Edge`, notebook 17).
+//! 5. Full blocks run without masking code, in loops of their own (`Full`, `Masked`); the first and the last block
+//!    are masked only if they are not full (`First`, `Last`, notebook 17).
 //! 6. Row maxima are taken on the integer pipe if a block has at least 128 keys, no mask is expected to mask many of
 //!    its scores out, and there is no dropout (notebook 26, 128).
 //! 7. O is rescaled only if a row maximum has changed, if the check pays (`State::rescale_check`, notebook 20, 124).
@@ -41,6 +41,7 @@
 //! ```
 
 use core::marker::PhantomData;
+use core::mem::replace;
 
 use crate::arch::{ForwardWarpgroup, MaxUnit, Pending, RescaleCheck};
 use crate::attention::dropout::{Drops, Place, Rows};
@@ -68,7 +69,7 @@ struct Context<'a, T, F> {
 /// Work tile and its visits.
 #[derive(Clone, Copy)]
 struct QueryTile {
-    at: Packed,
+    at: WorkTile,
     visits: Visits,
 }
 
@@ -77,6 +78,8 @@ struct QueryTile {
 struct BlockAt {
     tile: WorkTile,
     visit: Visit,
+    /// Number of visits to the work tile's blocks after this one.
+    later: u32,
     /// False if the mask may mask some of the scores out.
     is_full: bool,
 }
@@ -84,15 +87,21 @@ struct BlockAt {
 impl QueryTile {
     /// Returns the block of visit `u`.
     #[inline(always)]
-    fn block(&self, u: u32, is_full: bool) -> BlockAt {
-        BlockAt { tile: self.at.tile(), visit: self.visits.at(u), is_full }
+    fn block(&self, u: u32) -> BlockAt {
+        BlockAt { tile: self.at, visit: self.visits.at(u), later: u, is_full: self.visits.is_full(u) }
+    }
+
+    /// Returns the first block that is visited.
+    #[inline(always)]
+    fn first_block(&self) -> BlockAt {
+        self.block(self.visits.count - 1)
     }
 }
 
 impl<T, F: Features> Context<'_, T, F> {
     #[inline(always)]
-    fn query_tile(&self, at: Packed) -> QueryTile {
-        let (of, first_row) = (self.p.base.shape.sequence(), at.tile().m_block * self.block_m);
+    fn query_tile(&self, at: WorkTile) -> QueryTile {
+        let (of, first_row) = (self.p.base.shape.sequence(), at.m_block * self.block_m);
         QueryTile { at, visits: Visits::new(&of, self.p.features.mask(), first_row, self.block_m, self.block_n) }
     }
 
@@ -116,24 +125,27 @@ impl<T, F: Features> Context<'_, T, F> {
     }
 }
 
-/// Masking of a step, chosen at compile time.
-trait Masking {
+/// Kind of a step by its block, chosen at compile time.
+trait Kind {
     /// Returns the unit of row maxima: floats if the mask may mask many of the scores out.
     fn max_unit<M: Mask>(mask: &M) -> MaxUnit;
     /// Returns true if the block is to be masked.
     fn masks(at: &BlockAt) -> bool;
+    /// Returns true if the block is its work tile's last, so that Q is free once its scores have arrived.
+    fn frees_q(at: &BlockAt) -> bool;
 }
 
 /// Block of a loop over full blocks.
 struct Full;
 /// Block of a loop over masked blocks.
 struct Masked;
-/// First or last block of a work tile, which is masked unless it is full. The right edge of a mask crosses the first,
-/// the left edge the last.
+/// First block of a work tile, which is masked unless it is full. The right edge of a mask crosses it. It may be the last
+/// as well.
 struct First;
+/// Last block of a work tile, which is masked unless it is full. The left edge of a mask crosses it.
 struct Last;
 
-impl Masking for Full {
+impl Kind for Full {
     #[inline(always)]
     fn max_unit<M: Mask>(_: &M) -> MaxUnit {
         MaxUnit::Integer
@@ -142,8 +154,12 @@ impl Masking for Full {
     fn masks(_: &BlockAt) -> bool {
         false
     }
+    #[inline(always)]
+    fn frees_q(_: &BlockAt) -> bool {
+        false
+    }
 }
-impl Masking for Masked {
+impl Kind for Masked {
     #[inline(always)]
     fn max_unit<M: Mask>(_: &M) -> MaxUnit {
         MaxUnit::Float
@@ -152,8 +168,12 @@ impl Masking for Masked {
     fn masks(_: &BlockAt) -> bool {
         true
     }
+    #[inline(always)]
+    fn frees_q(_: &BlockAt) -> bool {
+        false
+    }
 }
-impl Masking for First {
+impl Kind for First {
     #[inline(always)]
     fn max_unit<M: Mask>(mask: &M) -> MaxUnit {
         let many = const { M::PAIRS > 1 } || mask.bounds_left() || mask.bounds_right();
@@ -163,8 +183,12 @@ impl Masking for First {
     fn masks(at: &BlockAt) -> bool {
         !at.is_full
     }
+    #[inline(always)]
+    fn frees_q(at: &BlockAt) -> bool {
+        at.later == 0
+    }
 }
-impl Masking for Last {
+impl Kind for Last {
     #[inline(always)]
     fn max_unit<M: Mask>(mask: &M) -> MaxUnit {
         if mask.bounds_left() { MaxUnit::Float } else { MaxUnit::Integer }
@@ -172,6 +196,10 @@ impl Masking for Last {
     #[inline(always)]
     fn masks(at: &BlockAt) -> bool {
         !at.is_full
+    }
+    #[inline(always)]
+    fn frees_q(_: &BlockAt) -> bool {
+        true
     }
 }
 
@@ -206,7 +234,7 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
     /// Returns the unit of row maxima. With dropout it is that of floats, because Philox calls occupy the integer pipe
     /// (notebook 26, 128).
     #[inline(always)]
-    fn max_unit<E: Masking>(cx: &Context<W::Tensor, F>) -> MaxUnit {
+    fn max_unit<E: Kind>(cx: &Context<W::Tensor, F>) -> MaxUnit {
         if const { F::Weights::DROPS } { MaxUnit::Float } else { E::max_unit(cx.p.features.mask()) }
     }
 
@@ -218,19 +246,21 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
         p
     }
 
-    /// Waits for S, of which up to `LATER` products in flight are younger, and masks it. `arrived` runs as soon as S
-    /// has arrived.
+    /// Waits for S, of which up to `LATER` products in flight are younger, and masks it. Loads the next work tile's Q if
+    /// this was the last product with Q.
     #[inline(always)]
-    fn scores<E: Masking, const LATER: usize>(
+    fn scores<E: Kind, const LATER: usize>(
         wg: &mut W,
         cx: &Context<W::Tensor, F>,
         at: &BlockAt,
         (s, k): (Pending<W::Acc<N8>>, W::Slot),
-        arrived: impl FnOnce(&mut W),
+        queries: &mut QueryQueue<impl Iterator<Item = WorkTile>>,
     ) -> W::Acc<N8> {
         let mut s = wg.wait::<LATER, N8>(s);
         wg.release_kv(k);
-        arrived(wg);
+        if E::frees_q(at) {
+            queries.load(wg);
+        }
         if E::masks(at) {
             cx.mask(wg, &mut s, at);
         }
@@ -239,20 +269,19 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
 
     /// Computes S and P of the CTA's very first block. There is no P·V yet, so O is 0.
     #[inline(always)]
-    fn first(wg: &mut W, cx: &Context<W::Tensor, F>, at: BlockAt, arrived: impl FnOnce(&mut W)) -> Self {
+    fn first(
+        wg: &mut W,
+        cx: &Context<W::Tensor, F>,
+        at: BlockAt,
+        queries: &mut QueryQueue<impl Iterator<Item = WorkTile>>,
+    ) -> Self {
         let k = wg.wait_kv();
         let s = wg.qk::<D8, N8>(k, at.visit.pair);
         let keep = cx.keep(wg, &at);
-        let s = Self::scores::<First, 0>(wg, cx, &at, (s, k), arrived);
-        Self::start(wg, cx, s, &keep)
-    }
-
-    /// Turns S of a work tile's first block into P.
-    #[inline(always)]
-    fn start(wg: &mut W, cx: &Context<W::Tensor, F>, mut s: W::Acc<N8>, keep: &Keep<W, F, N8>) -> Self {
+        let mut s = Self::scores::<First, 0>(wg, cx, &at, (s, k), queries);
         let mut softmax = Softmax::new(wg, cx.p.base.scale);
         softmax.step(wg, &mut s, Self::max_unit::<First>(cx));
-        State { o: wg.zeros::<D8>(), p: Self::weights(wg, &s, keep), softmax, features: PhantomData }
+        State { o: wg.zeros::<D8>(), p: Self::weights(wg, &s, &keep), softmax, features: PhantomData }
     }
 
     /// Issues S of one more block, then P·V of the block before it, between taking and passing on the ping-pong
@@ -270,10 +299,16 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
 
     /// Processes one more block of the same work tile: issues its S and the last block's P·V, then turns S into P.
     #[inline(always)]
-    fn step<E: Masking>(&mut self, wg: &mut W, cx: &Context<W::Tensor, F>, at: BlockAt, arrived: impl FnOnce(&mut W)) {
+    fn step<E: Kind>(
+        &mut self,
+        wg: &mut W,
+        cx: &Context<W::Tensor, F>,
+        at: BlockAt,
+        queries: &mut QueryQueue<impl Iterator<Item = WorkTile>>,
+    ) {
         let InFlight { s, o, k, v } = self.issue(wg, at.visit.pair);
         let keep = cx.keep(wg, &at); // overlaps the products
-        let mut s = Self::scores::<E, 1>(wg, cx, &at, (s, k), arrived);
+        let mut s = Self::scores::<E, 1>(wg, cx, &at, (s, k), queries);
         let rescale = self.softmax.raise(wg, &s, Self::max_unit::<E>(cx)); // S → P; m, l
         if const { F::Weights::DROPS } {
             self.softmax.half_the_exponents(wg, &mut s, rescale, 0);
@@ -292,25 +327,26 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
         self.p = Self::weights(wg, &s, &keep);
     }
 
-    /// Computes S and P of the next work tile's first block, overlapped with this tile's last P·V. Returns the state of
-    /// the next tile, and O and the softmax state of this one.
+    /// Computes S and P of the next work tile's first block, overlapped with this tile's last P·V. Goes over to the
+    /// next tile, and returns O and the softmax state of this one.
     #[inline(always)]
     fn turn_over(
-        self,
+        &mut self,
         wg: &mut W,
         cx: &Context<W::Tensor, F>,
         at: BlockAt,
-        arrived: impl FnOnce(&mut W),
-    ) -> (Self, W::Acc<D8>, Softmax<W>) {
+        queries: &mut QueryQueue<impl Iterator<Item = WorkTile>>,
+    ) -> (W::Acc<D8>, Softmax<W>) {
         let InFlight { s, o, k, v } = self.issue(wg, at.visit.pair);
         let keep = cx.keep(wg, &at);
-        let mut s = Self::scores::<First, 1>(wg, cx, &at, (s, k), arrived);
+        let mut s = Self::scores::<First, 1>(wg, cx, &at, (s, k), queries);
         let mut softmax = Softmax::new(wg, cx.p.base.scale);
         softmax.step(wg, &mut s, Self::max_unit::<First>(cx));
         let o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
-        let p = Self::weights(wg, &s, &keep);
-        (State { o: wg.zeros::<D8>(), p, softmax, features: PhantomData }, o, self.softmax)
+        self.p = Self::weights(wg, &s, &keep);
+        self.o = wg.zeros::<D8>();
+        (o, replace(&mut self.softmax, softmax))
     }
 
     /// Computes the CTA's very last P·V. Returns O and the softmax state of its last work tile.
@@ -324,41 +360,28 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
     }
 }
 
-/// Work tile in two registers instead of three. ptxas keeps it uniform over the warp only if head and m_block are one
-/// 64-bit value from work tile to work tile; otherwise it takes the warp for diverged after a loop (measured, cause
-/// unknown).
-#[derive(Clone, Copy)]
-struct Packed {
-    head_and_block: u64,
-    batch: u32,
-}
-
-impl Packed {
-    #[inline(always)]
-    fn new(tile: WorkTile) -> Self {
-        Packed { head_and_block: (tile.m_block as u64) << 32 | tile.head as u64, batch: tile.batch }
-    }
-    #[inline(always)]
-    fn tile(self) -> WorkTile {
-        let Packed { head_and_block, batch } = self;
-        WorkTile { batch, head: head_and_block as u32, m_block: (head_and_block >> 32) as u32 }
-    }
-}
-
 /// Work tiles that the CTA has not begun, and the one whose query rows are being loaded.
 struct QueryQueue<I> {
     tiles: I,
-    next: Option<Packed>,
+    loading: Option<WorkTile>,
 }
 
 impl<I: Iterator<Item = WorkTile>> QueryQueue<I> {
-    /// Takes the next work tile and starts loading its query rows.
+    /// Starts loading the query rows of the next work tile.
     #[inline(always)]
     fn load<W: ForwardWarpgroup>(&mut self, wg: &mut W) {
-        self.next = self.tiles.next().map(Packed::new);
-        if let Some(next) = self.next {
-            wg.load_q(&next.tile());
+        self.loading = self.tiles.next();
+        if let Some(tile) = &self.loading {
+            wg.load_q(tile);
         }
+    }
+
+    /// Waits for the query rows that are being loaded, and returns their work tile.
+    #[inline(always)]
+    fn wait<W: ForwardWarpgroup, F: Features>(&self, wg: &mut W, cx: &Context<W::Tensor, F>) -> Option<QueryTile> {
+        let tile = cx.query_tile(self.loading?);
+        wg.wait_q();
+        Some(tile)
     }
 }
 
@@ -371,53 +394,32 @@ pub fn consume<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usiz
     tiles: impl Iterator<Item = WorkTile>,
 ) {
     let cx = &Context { p, block_m, block_n: 8 * N8 as u32 };
-    let bounds_left = || p.features.mask().bounds_left();
-    let mut queries = QueryQueue { tiles, next: None };
+    let queries = &mut QueryQueue { tiles, loading: None };
     queries.load(wg);
-    let Some(at) = queries.next else { return };
-    let mut tile = cx.query_tile(at);
-    wg.wait_q();
-    // Visits count down to 0. When the scores of visit 0 have arrived, Q is free for the next work tile.
-    let first = tile.visits.count - 1;
-    let mut state = State::<W, F, D8, N8>::first(wg, cx, tile.block(first, tile.visits.is_full(first)), |wg| {
-        if first == 0 {
-            queries.load(wg);
-        }
-    });
+    let Some(mut tile) = queries.wait(wg, cx) else { return };
+    let mut state = State::<W, F, D8, N8>::first(wg, cx, tile.first_block(), queries);
     loop {
-        let mut above = tile.visits.count - 1;
-        for pair in 0..F::Mask::PAIRS {
-            let (full_start, full_end) = tile.visits.full(pair);
-            for u in (full_end.max(1)..above).rev() {
-                state.step::<Masked>(wg, cx, tile.block(u, false), |_| {});
+        for run in (0..F::Mask::PAIRS).map(|pair| tile.visits.run(pair)) {
+            for u in run.masked.rev() {
+                state.step::<Masked>(wg, cx, tile.block(u), queries);
             }
-            above = above.min(full_end);
-            for u in (full_start.max(1)..above).rev() {
-                state.step::<Full>(wg, cx, tile.block(u, true), |_| {});
+            for u in run.full.rev() {
+                state.step::<Full>(wg, cx, tile.block(u), queries);
             }
-            above = above.min(full_start);
         }
-        if bounds_left() {
-            for u in (1..above).rev() {
-                state.step::<Masked>(wg, cx, tile.block(u, false), |_| {});
+        if p.features.mask().bounds_left() {
+            for u in tile.visits.left_edge::<F::Mask>().rev() {
+                state.step::<Masked>(wg, cx, tile.block(u), queries);
             }
         }
         if tile.visits.count > 1 {
-            state.step::<Last>(wg, cx, tile.block(0, tile.visits.is_full(0)), |wg| queries.load(wg));
+            state.step::<Last>(wg, cx, tile.block(0), queries);
         }
-        let Some(next) = queries.next else { break };
-        let following = cx.query_tile(next);
-        wg.wait_q();
-        let first = following.visits.count - 1;
-        let block = following.block(first, following.visits.is_full(first));
-        let (following_state, o, softmax) = state.turn_over(wg, cx, block, |wg| {
-            if first == 0 {
-                queries.load(wg);
-            }
-        });
-        epilogue::store(wg, p, &tile.at.tile(), o, softmax);
-        (state, tile) = (following_state, following);
+        let Some(next) = queries.wait(wg, cx) else { break };
+        let (o, softmax) = state.turn_over(wg, cx, next.first_block(), queries); // overlaps the last P·V
+        epilogue::store(wg, p, &tile.at, o, softmax);
+        tile = next;
     }
     let (o, softmax) = state.last(wg);
-    epilogue::store(wg, p, &tile.at.tile(), o, softmax);
+    epilogue::store(wg, p, &tile.at, o, softmax);
 }

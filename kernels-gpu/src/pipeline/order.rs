@@ -14,57 +14,48 @@ pub enum KvTile {
     V(KvBlock),
 }
 
-/// Iterator over the tiles of a sequence of blocks, in order.
+/// Step of the order: K of one block, then V of the block before it. The first step has no V, the last no K.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvStep {
+    pub k: Option<KvBlock>,
+    pub v: Option<KvBlock>,
+}
+
+impl IntoIterator for KvStep {
+    type Item = KvTile;
+    type IntoIter = core::iter::Flatten<core::array::IntoIter<Option<KvTile>, 2>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        [self.k.map(KvTile::K), self.v.map(KvTile::V)].into_iter().flatten()
+    }
+}
+
+/// Iterator over the steps for a sequence of blocks. Flattened, it is one over tiles.
+///
+/// The GPU's producer takes whole steps. An iterator over tiles would carry one more block from tile to tile, and the
+/// producer has few registers.
 #[derive(Clone, Copy, Debug)]
 pub struct KvOrder<I> {
     blocks: I,
-    /// Block whose K came last; `due` is the block before it.
-    ahead: KvBlock,
-    due: KvBlock,
-    next: Next,
-}
-
-/// Kind of the next tile.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Next {
-    /// K of the first block.
-    First,
-    /// K of the next block.
-    K,
-    /// V of the block `due`.
-    V,
-    Nothing,
+    /// Block whose K came last.
+    ahead: Option<KvBlock>,
 }
 
 impl<I: Iterator<Item = KvBlock>> KvOrder<I> {
     #[inline(always)]
     pub fn new(blocks: I) -> Self {
-        let none = KvBlock { batch: 0, head: 0, n_block: 0, pair: 0 };
-        KvOrder { blocks, ahead: none, due: none, next: Next::First }
+        KvOrder { blocks, ahead: None }
     }
 }
 
 impl<I: Iterator<Item = KvBlock>> Iterator for KvOrder<I> {
-    type Item = KvTile;
+    type Item = KvStep;
 
     #[inline(always)]
-    fn next(&mut self) -> Option<KvTile> {
-        if self.next == Next::V {
-            self.next = Next::K;
-            return Some(KvTile::V(self.due));
-        }
-        if self.next == Next::Nothing {
-            return None;
-        }
-        let Some(block) = self.blocks.next() else {
-            let last = (self.next == Next::K).then_some(KvTile::V(self.ahead));
-            self.next = Next::Nothing;
-            return last;
-        };
-        self.due = self.ahead;
-        self.ahead = block;
-        self.next = if self.next == Next::First { Next::K } else { Next::V };
-        Some(KvTile::K(block))
+    fn next(&mut self) -> Option<KvStep> {
+        let k = self.blocks.next();
+        let v = core::mem::replace(&mut self.ahead, k);
+        (k.is_some() || v.is_some()).then_some(KvStep { k, v })
     }
 }
 
@@ -80,7 +71,7 @@ mod tests {
 
     #[test]
     fn k_runs_one_block_ahead() {
-        let order = |blocks: &[u32]| KvOrder::new(blocks.iter().map(|&n| block(n))).collect::<Vec<_>>();
+        let order = |blocks: &[u32]| KvOrder::new(blocks.iter().map(|&n| block(n))).flatten().collect::<Vec<_>>();
         let [a, b, c] = [7, 5, 6].map(block);
         assert_eq!(order(&[]), []);
         assert_eq!(order(&[7]), [K(a), V(a)]);

@@ -55,8 +55,9 @@ pub unsafe fn forward<F: FromAny, const D8: usize, const N8: usize>(
         let (of, group) = (p.base.shape.sequence(), p.base.order.group);
         let blocks = KvBlocks::new(of, *p.features.mask(), (block_m, smem.block_n), group, tiles);
         // SAFETY: the caller's promise; consumers own different rows of each work tile.
-        let mut warpgroup =
-            unsafe { CpuWarpgroup::<ForwardPipe>::forward(&p.base, dtype, smem, consumer, KvOrder::new(blocks)) };
+        let mut warpgroup = unsafe {
+            CpuWarpgroup::<ForwardPipe>::forward(&p.base, dtype, smem, consumer, KvOrder::new(blocks).flatten())
+        };
         consume::<_, F, D8, N8>(&mut warpgroup, &p, block_m, tiles);
         warpgroup.finish();
     }

@@ -127,7 +127,7 @@ mod tests {
 
     fn ring_of(blocks: u32) -> Ring<impl Iterator<Item = KvTile>> {
         let blocks = (0..blocks).map(|n_block| KvBlock { batch: 0, head: 0, n_block, pair: 0 });
-        Ring::new(2, 1, KvOrder::new(blocks))
+        Ring::new(2, 1, KvOrder::new(blocks).flatten())
     }
 
     #[test]

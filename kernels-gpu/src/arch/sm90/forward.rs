@@ -29,6 +29,14 @@ pub struct ForwardPipe<'a> {
     position: Position,
 }
 
+/// Returns the work tile, known to ptxas to be the same in all lanes of the warp. Without this, ptxas takes the warp for
+/// diverged in the mainloops before a store, and synchronises it in every step (measured, cause unknown).
+#[inline(always)]
+fn uniform_tile(tile: &WorkTile) -> WorkTile {
+    let WorkTile { batch, head, m_block } = *tile;
+    WorkTile { batch: cta::uniform(batch), head: cta::uniform(head), m_block: cta::uniform(m_block) }
+}
+
 impl<'a, E: Packed> Consumer<E, ForwardPipe<'a>> {
     /// Makes a consumer. Each consumer warpgroup calls this once, after the barriers were initialised; `parameters` is
     /// the address of the kernel's [`ForwardParams`](crate::params::ForwardParams).
@@ -172,6 +180,7 @@ impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
 
     #[inline(always)]
     fn store<const D8: usize>(&mut self, x: &Fragment<D8>, to: &Output<TensorMap>, tile: &WorkTile, shape: &Shape) {
+        let tile = &uniform_tile(tile);
         let packed = x.pack::<E>();
         if self.pipe.smem.stages_o() {
             self.store_tile(&packed, tile);

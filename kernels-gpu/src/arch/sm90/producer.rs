@@ -12,10 +12,58 @@ use crate::ground::places::KvBlock;
 use crate::ground::places::WorkTile;
 use crate::ground::tensor::TensorMap;
 use crate::params::{ForwardBase, ForwardParams};
-use crate::pipeline::order::{KvOrder, KvTile};
+use crate::pipeline::order::{KvOrder, KvStep};
 use crate::pipeline::ring::Position;
 use crate::tile::lane::WARPGROUP_ROWS;
 use crate::tile::smem::{ForwardSmem, PANEL_COLUMNS, PANEL_ROW_BYTES, panels};
+
+/// Producer's end of the K/V ring.
+struct KvLoads<'a> {
+    smem: &'a ForwardSmem,
+    base: u32,
+    position: Position,
+    /// CTA of the cluster that loads the next tile for both; the CTAs alternate.
+    multicast_rank: u32,
+}
+
+impl KvLoads<'_> {
+    /// Waits for the next slot and starts loading a tile of K or V into it.
+    #[inline(always)]
+    fn load(&mut self, map: MapAddress, KvBlock { batch, head, n_block, .. }: KvBlock) {
+        let (smem, Position { slot, parity }) = (self.smem, self.position);
+        let full = Mbarrier(self.base + smem.full(slot));
+        let mine = smem.cluster == 1 || self.multicast_rank == cluster_rank();
+        self.multicast_rank ^= 1;
+        // SAFETY: I1, the barriers are initialised; I3, the slot is empty once the wait returns, in both CTAs of a
+        // cluster, and each panel lies within it.
+        unsafe {
+            Mbarrier(self.base + smem.empty(slot)).wait(parity);
+            full.arrive_expect(Leader::SOLE, smem.slot_bytes());
+            for panel in 0..if mine { panels(smem.head_dim) } else { 0 } {
+                let origin = BoxOrigin { column: panel * PANEL_COLUMNS, row: n_block * smem.block_n, head, batch };
+                let to = self.base + smem.slot(slot) + panel * smem.block_n * PANEL_ROW_BYTES;
+                match smem.cluster {
+                    1 => load_box(Leader::SOLE, map, origin, to, full),
+                    _ => load_box_for_both(map, origin, to, full),
+                }
+            }
+        }
+        self.position.advance(smem.stages);
+    }
+}
+
+/// Prefetches Q of a work tile into L2. The consumers load Q one step before they need it, while a work tile begins two
+/// steps earlier in the producer.
+#[inline(always)]
+fn prefetch_q(smem: &ForwardSmem, q: MapAddress, tile: &WorkTile) {
+    for (part, panel) in (0..smem.consumers).flat_map(|part| (0..panels(smem.head_dim)).map(move |panel| (part, panel)))
+    {
+        let row = (tile.m_block * smem.consumers + part) * WARPGROUP_ROWS;
+        let at = BoxOrigin { column: panel * PANEL_COLUMNS, row, head: tile.head, batch: tile.batch };
+        // SAFETY: I5, the host has made the tensor map.
+        unsafe { prefetch_box(Leader::SOLE, q, at) };
+    }
+}
 
 /// Loads the K and V tiles of every work tile, in the order of [`KvOrder`], as slots become empty.
 ///
@@ -30,60 +78,24 @@ pub fn produce<F: Features>(
     if Leader::of_warpgroup().0 == 0 {
         return;
     }
-    let base = smem_base();
     let map = |offset: usize| MapAddress(parameters + offset as u64);
-    let [q, k, v] = [
-        offset_of!(ForwardBase<TensorMap>, q),
-        offset_of!(ForwardBase<TensorMap>, k),
-        offset_of!(ForwardBase<TensorMap>, v),
-    ];
-    let far_k = k + size_of::<TensorMap>();
-    prefetch_map(map(k));
-    prefetch_map(map(v));
-    if const { F::Mask::PAIRS > 1 } {
-        prefetch_map(map(far_k));
+    let q = map(offset_of!(ForwardBase<TensorMap>, q));
+    let k_of = |pair: u32| map(offset_of!(ForwardBase<TensorMap>, k) + pair as usize * size_of::<TensorMap>());
+    let v = map(offset_of!(ForwardBase<TensorMap>, v));
+    for pair in 0..F::Mask::PAIRS {
+        prefetch_map(k_of(pair));
     }
-    let block_m = smem.consumers * WARPGROUP_ROWS;
-    let mut position = Position::PRODUCER;
-    // CTA of the cluster that loads the next tile for both; the CTAs alternate.
-    let mut multicast_rank = 0;
-    // Prefetches Q into L2. The consumers load Q one step before they need it, while a work tile begins two steps
-    // earlier here.
-    let tiles = tiles.inspect(|tile| {
-        for (part, panel) in
-            (0..smem.consumers).flat_map(|part| (0..panels(smem.head_dim)).map(move |panel| (part, panel)))
-        {
-            let row = tile.m_block * block_m + part * WARPGROUP_ROWS;
-            let at = BoxOrigin { column: panel * PANEL_COLUMNS, row, head: tile.head, batch: tile.batch };
-            // SAFETY: I5, the host has made the tensor map.
-            unsafe { prefetch_box(Leader::SOLE, map(q), at) };
-        }
-    });
-    let (p, block_sizes) = (&params.base, (block_m, smem.block_n));
+    prefetch_map(v);
+    let tiles = tiles.inspect(|tile| prefetch_q(smem, q, tile));
+    let (p, block_sizes) = (&params.base, (smem.block_m(), smem.block_n));
     let blocks = KvBlocks::new(p.shape.sequence(), *params.features.mask(), block_sizes, p.order.group, tiles);
-    for tile in KvOrder::new(blocks) {
-        let (tensor, KvBlock { batch, head, n_block, .. }) = match tile {
-            KvTile::K(block) => (if block.pair == 0 { k } else { far_k }, block),
-            KvTile::V(block) => (v, block),
-        };
-        let full = Mbarrier(base + smem.full(position.slot));
-        let slot = base + smem.slot(position.slot);
-        let mine = smem.cluster == 1 || multicast_rank == cluster_rank();
-        multicast_rank ^= 1;
-        // SAFETY: I1, the barriers are initialised; I3, the slot is empty once the wait returns, in both CTAs of a
-        // cluster, and each panel lies within it.
-        unsafe {
-            Mbarrier(base + smem.empty(position.slot)).wait(position.parity);
-            full.arrive_expect(Leader::SOLE, smem.slot_bytes());
-            for panel in 0..if mine { panels(smem.head_dim) } else { 0 } {
-                let origin = BoxOrigin { column: panel * PANEL_COLUMNS, row: n_block * smem.block_n, head, batch };
-                let to = slot + panel * smem.block_n * PANEL_ROW_BYTES;
-                match smem.cluster {
-                    1 => load_box(Leader::SOLE, map(tensor), origin, to, full),
-                    _ => load_box_for_both(map(tensor), origin, to, full),
-                }
-            }
+    let mut loads = KvLoads { smem, base: smem_base(), position: Position::PRODUCER, multicast_rank: 0 };
+    for KvStep { k, v: v_block } in KvOrder::new(blocks) {
+        if let Some(block) = k {
+            loads.load(k_of(block.pair), block);
         }
-        position.advance(smem.stages);
+        if let Some(block) = v_block {
+            loads.load(v, block);
+        }
     }
 }
