@@ -16,7 +16,7 @@ use crate::arch::sm90::store::write_tile;
 use crate::arch::sm90::total_neg_lse_log2::produce_neg_lse_log2;
 use crate::arch::sm90::total_producer;
 use crate::arch::{MaxUnit, Warpgroup};
-use crate::attention::features::{Features, Piecewise, PiecewiseWithDropout, Plain, WithDropout};
+use crate::attention::features::{self, Features};
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::KeyParts;
 use crate::attention::mask::Mask;
@@ -189,17 +189,17 @@ macro_rules! forward_entries {
     })*) => {$(
         #[cfg(family = $family)]
         #[unsafe(export_name = concat!("forward_", dtype!(), "_", stringify!($row)))]
-        pub unsafe extern "ptx-kernel" fn $row(p: ForwardParams<TensorMap, $features>) {
+        pub unsafe extern "ptx-kernel" fn $row(p: ForwardParams<TensorMap, features::$features>) {
             const SMEM: ForwardSmem = ForwardSmem {
                 head_dim: $head_dim,
                 block_n: $block_n,
                 consumers: $consumers,
                 stages: $stages,
-                pairs: <$features as Features>::Mask::PAIRS,
+                pairs: <features::$features as Features>::Mask::PAIRS,
                 cluster: $cluster,
             };
             let parameters = crate::parameter_address!(concat!("forward_", dtype!(), "_", stringify!($row)));
-            forward::<Element, $features, { $head_dim / 8 }, { $block_n / 8 }>(&p, parameters, &SMEM);
+            forward::<Element, features::$features, { $head_dim / 8 }, { $block_n / 8 }>(&p, parameters, &SMEM);
         }
     )*};
 }
@@ -215,7 +215,7 @@ macro_rules! backward_entries {
     })*) => {$(
         #[cfg(family = $family)]
         #[unsafe(export_name = concat!("backward_", dtype!(), "_", stringify!($row)))]
-        pub unsafe extern "ptx-kernel" fn $row(p: BackwardParams<TensorMap, $features>) {
+        pub unsafe extern "ptx-kernel" fn $row(p: BackwardParams<TensorMap, features::$features>) {
             const SMEM: BackwardSmem = BackwardSmem {
                 head_dim: $head_dim,
                 block_m: $block_m,
@@ -224,7 +224,7 @@ macro_rules! backward_entries {
                 k_stages: $k_stages,
             };
             let parameters = crate::parameter_address!(concat!("backward_", dtype!(), "_", stringify!($row)));
-            backward::<Element, $features, { $head_dim / 8 }, { $block_m / 8 }>(&p, parameters, &SMEM);
+            backward::<Element, features::$features, { $head_dim / 8 }, { $block_m / 8 }>(&p, parameters, &SMEM);
         }
     )*};
 }
