@@ -1,8 +1,9 @@
 //! Masking of scores, as an operation on a fragment.
 
-use super::mask::Mask;
+use super::mask::{Interval, Mask};
 use crate::arch::Warpgroup;
 use crate::ground::sequence::Sequence;
+use crate::tile::lane::WARPGROUP_ROWS;
 
 /// Position of a fragment of scores: its pair of Q and K, its first query row and its first key.
 #[derive(Clone, Copy, Debug)]
@@ -40,13 +41,20 @@ pub fn mask_transposed<W: Warpgroup, M: Mask, const M8: usize>(
     s: &mut W::Acc<M8>,
     at: ScorePlace,
 ) {
-    let queries = |r: u32| mask.queries(of, at.pair, at.key + r);
-    let column = |row: u32| (row.min(i32::MAX as u32) as i32).saturating_sub(at.row as i32);
+    // Start and end grow by one from key to key, unless they are 0 or beyond all queries. So the last key's tell those
+    // of all keys.
+    let last = WARPGROUP_ROWS - 1;
+    let Interval { start, end } = mask.queries(of, at.pair, at.key + last);
+    let column = |row: u32| {
+        let column = (row.min(i32::MAX as u32) as i32).saturating_sub(at.row as i32);
+        column.min(8 * M8 as i32 + last as i32) - last as i32
+    };
+    let (start, end, keys) = (column(start), column(end), of.seqlen_k.saturating_sub(at.key));
     // No query attends to a key of padding.
-    let start = |r: u32| if at.key + r < of.seqlen_k { queries(r).start } else { u32::MAX };
+    let start = |r: u32| if r < keys { start + r as i32 } else { i32::MAX };
     if const { M::PAIRS > 1 } || mask.bounds_left() {
-        wg.fill_outside(s, f32::NEG_INFINITY, |r| (column(start(r)), column(queries(r).end)));
+        wg.fill_outside(s, f32::NEG_INFINITY, |r| (start(r), end + r as i32));
     } else {
-        wg.fill_outside(s, f32::NEG_INFINITY, |r| (column(start(r)), i32::MAX));
+        wg.fill_outside(s, f32::NEG_INFINITY, |r| (start(r), i32::MAX));
     }
 }

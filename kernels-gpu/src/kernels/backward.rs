@@ -234,12 +234,13 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
 #[inline(always)]
 pub(super) fn blocks_met<T, F: Features>(
     p: &BackwardParams<T, F>,
-    (block_m, block_n): (u32, u32),
+    tile: (u32, u32),
     keys: &KvBlock,
     part: SplitPart,
 ) -> QueryBlocks<F::Mask> {
-    let blocks = QueryBlocks::new(&p.base.shape, *p.features.mask(), block_m, block_n, keys);
-    blocks.end_of(&p.base.sharing).part(&p.base.sharing, part)
+    let sharing = &p.base.sharing;
+    let blocks = QueryBlocks::new(&p.base.shape.sequence(), *p.features.mask(), sharing.heads, tile, keys);
+    blocks.part(sharing, part)
 }
 
 /// Returns the number of the last pair of Q and K.
@@ -276,9 +277,11 @@ pub fn consume<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usi
             wg.wait_k();
             let mut at = blocks.first();
             let mut mainloop = Mainloop::<W, D8, M8>::new::<F>(wg, &step, &at, dv);
-            for _ in 1..blocks.count() {
+            let mut left = blocks.count() - 1;
+            while left > 0 {
                 at = blocks.after(&at);
                 mainloop.step(wg, &step, &at);
+                left -= 1;
             }
             mainloop.finish(wg);
             let mut dk;
