@@ -125,14 +125,6 @@ impl<M: Mask> QueryBlocks<M> {
         }
     }
 
-    /// True if every query of the block attends to every key.
-    #[inline(always)]
-    pub fn is_full(&self, block: &QueryBlock) -> bool {
-        let bounds_left = const { M::PAIRS > 1 } || self.mask.bounds_left();
-        let is_full = block.m_block >= self.blocks.full_start;
-        if bounds_left { is_full & (block.m_block < self.blocks.full_end) } else { is_full }
-    }
-
     /// Returns how many blocks of keys precede block `n_block` at the dQ semaphore in an exact pass, of those that
     /// visit a query block with the same semaphore. `shared` is [`blocks_per_semaphore`].
     #[inline(always)]
@@ -169,7 +161,7 @@ mod tests {
                 let visited = (blocks.start..blocks.end).contains(&m_block);
                 // One of two pairs may have no key at all, and still a few blocks.
                 assert!(visited == any || visited && M::PAIRS > 1, "{what}: block {m_block}");
-                let full = all_blocks.is_full(&QueryBlock { m_block, ..all_blocks.first() });
+                let full = (blocks.full_start..blocks.full_end).contains(&m_block);
                 assert!(!visited || full == all, "{what}: block {m_block} full or not");
             }
             let mut met: Vec<u32> = (blocks.start..blocks.end).map(|m_block| m_block / 2 * 2).collect();

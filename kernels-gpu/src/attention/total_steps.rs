@@ -153,7 +153,15 @@ mod tests {
     /// Checks that every valid (head, query, key) is visited once, by one CTA and one of two consumers, and that full
     /// blocks have only valid ones. A consumer must visit or skip as many blocks as the producer loads. Tiles from
     /// `shared` on are split into two parts.
-    fn covers<M: Mask + core::fmt::Debug>(shape: Shape, mask: M, block_m: u32, block_n: u32, ctas: u32, most_passed: u32, shared: u32) {
+    fn covers<M: Mask + core::fmt::Debug>(
+        shape: Shape,
+        mask: M,
+        block_m: u32,
+        block_n: u32,
+        ctas: u32,
+        most_passed: u32,
+        shared: u32,
+    ) {
         let order = TileOrder::new(&Shape { seqlen_q: shape.seqlen_k, ..shape }, block_n, 2);
         let (mut seen, of) = (BTreeSet::new(), shape.sequence());
         let keys = block_n / 2;
@@ -194,7 +202,9 @@ mod tests {
                 let shape = Shape { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q, seqlen_k, head_dim: 8 };
                 for (ctas, most_passed, shared) in [(1, 0, u32::MAX), (1, 1, 0), (3, 9, u32::MAX), (3, 1, 6)] {
                     for block_m in [2, 8] {
-                        windows().into_iter().for_each(|mask| covers(shape, mask, block_m, 6, ctas, most_passed, shared));
+                        windows()
+                            .into_iter()
+                            .for_each(|mask| covers(shape, mask, block_m, 6, ctas, most_passed, shared));
                     }
                 }
             }

@@ -170,9 +170,10 @@ mod tests {
 
     #[test]
     fn visits_and_predicate_agree() {
-        for (seqlen_q, seqlen_k) in [1, 2, 7, 8, 9, 31, 33].into_iter().flat_map(|q| {
-            [0, 1, 3, 5, 6, 7, 29, 40].into_iter().map(move |k| (q, k))
-        }) {
+        for (seqlen_q, seqlen_k) in [1, 2, 7, 8, 9, 31, 33]
+            .into_iter()
+            .flat_map(|q| [0, 1, 3, 5, 6, 7, 29, 40].into_iter().map(move |k| (q, k)))
+        {
             let of = Sequence { seqlen_q, seqlen_k };
             for mask in windows() {
                 agrees(of, mask, 8, 6);

@@ -126,10 +126,8 @@ impl<T, F: Features> Step<'_, T, F> {
         mut s: W::Acc<M8>,
     ) -> W::Acc<M8> {
         let (base, features, first_row) = (&self.p.base, &self.p.features, at.m_block * self.block_m);
-        if !self.blocks.is_full(at) {
-            let place = ScorePlace { pair: at.pair, row: first_row, key: self.first_key };
-            mask_transposed(wg, &base.shape.sequence(), features.mask(), &mut s, place);
-        }
+        let place = ScorePlace { pair: at.pair, row: first_row, key: self.first_key };
+        mask_transposed(wg, &base.shape.sequence(), features.mask(), &mut s, place);
         let c = base.scale * LOG2_E;
         wg.map_columns(&mut s, neg_lse_log2, |s, neg_lse_log2| W::exp2(W::fma(s, c, neg_lse_log2)));
         let keep = features.weights().keep::<W, M8>(wg, |_| Place {
@@ -170,12 +168,7 @@ fn read_early<W: BackwardWarpgroup, const M8: usize>(wg: &W, columns: W::Columns
 impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8> {
     /// Processes the first query block that attends to a pair's keys, up to dS.
     #[inline(always)]
-    fn new<F: Features>(
-        wg: &mut W,
-        step: &Step<W::Tensor, F>,
-        at: &QueryBlock,
-        dv: W::Acc<D8>,
-    ) -> Self {
+    fn new<F: Features>(wg: &mut W, step: &Step<W::Tensor, F>, at: &QueryBlock, dv: W::Acc<D8>) -> Self {
         let slot = wg.wait_q();
         wg.wait_do(slot);
         let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
@@ -188,12 +181,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
 
     /// Adds the last query block's products to dV and dK, and processes the next query block up to dS.
     #[inline(always)]
-    fn step<F: Features>(
-        &mut self,
-        wg: &mut W,
-        step: &Step<W::Tensor, F>,
-        at: &QueryBlock,
-    ) {
+    fn step<F: Features>(&mut self, wg: &mut W, step: &Step<W::Tensor, F>, at: &QueryBlock) {
         let slot = wg.wait_q();
         wg.wait_do(slot);
         let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
@@ -277,11 +265,9 @@ pub fn consume<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usi
             wg.wait_k();
             let mut at = blocks.first();
             let mut mainloop = Mainloop::<W, D8, M8>::new::<F>(wg, &step, &at, dv);
-            let mut left = blocks.count() - 1;
-            while left > 0 {
+            for _ in 1..blocks.count() {
                 at = blocks.after(&at);
                 mainloop.step(wg, &step, &at);
-                left -= 1;
             }
             mainloop.finish(wg);
             let mut dk;

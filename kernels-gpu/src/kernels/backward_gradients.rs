@@ -38,12 +38,7 @@ struct Dv<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
 impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
     /// Processes the first query block up to P.
     #[inline(always)]
-    fn new<F: Features>(
-        wg: &mut W,
-        step: &Step<W::Tensor, F>,
-        at: &QueryBlock,
-        dv: W::Acc<D8>,
-    ) -> Self {
+    fn new<F: Features>(wg: &mut W, step: &Step<W::Tensor, F>, at: &QueryBlock, dv: W::Acc<D8>) -> Self {
         let slot = wg.wait_q();
         let s = wg.kq::<D8, M8>(slot); //                            Sᵀ = K·Qᵀ
         let neg_lse_log2 = wg.neg_lse_log2(slot);
@@ -56,12 +51,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dv<W, D8, M8> {
 
     /// Adds the last query block's product to dV. It overlaps the next block's exponentials.
     #[inline(always)]
-    fn step<F: Features>(
-        &mut self,
-        wg: &mut W,
-        step: &Step<W::Tensor, F>,
-        at: &QueryBlock,
-    ) {
+    fn step<F: Features>(&mut self, wg: &mut W, step: &Step<W::Tensor, F>, at: &QueryBlock) {
         let slot = wg.wait_q();
         let s = wg.kq::<D8, M8>(slot); //                            Sᵀ = K·Qᵀ
         let dv = wg.p_do::<M8, D8>(self.dv, self.p, self.slot); //   dV = dV + Pᵀ·dO
@@ -94,11 +84,7 @@ struct Dk<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
 impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dk<W, D8, M8> {
     /// Processes the first query block up to dS.
     #[inline(always)]
-    fn new<F: Features>(
-        wg: &mut W,
-        step: &Step<W::Tensor, F>,
-        at: &QueryBlock,
-    ) -> Self {
+    fn new<F: Features>(wg: &mut W, step: &Step<W::Tensor, F>, at: &QueryBlock) -> Self {
         let slot = wg.wait_q();
         wg.wait_do(slot);
         let dp = wg.v_do::<D8, M8>(slot); //                         dPᵀ = V·dOᵀ
@@ -110,12 +96,7 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Dk<W, D8, M8> {
 
     /// Adds the last query block's product to dK. It overlaps the computation of the next block's dS.
     #[inline(always)]
-    fn step<F: Features>(
-        &mut self,
-        wg: &mut W,
-        step: &Step<W::Tensor, F>,
-        at: &QueryBlock,
-    ) {
+    fn step<F: Features>(&mut self, wg: &mut W, step: &Step<W::Tensor, F>, at: &QueryBlock) {
         let slot = wg.wait_q();
         wg.wait_do(slot);
         let dp = wg.v_do::<D8, M8>(slot); //                         dPᵀ = V·dOᵀ

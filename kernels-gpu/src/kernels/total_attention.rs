@@ -74,13 +74,7 @@ impl<W: TotalWarpgroup, M: Mask> Mainloop<'_, W, M> {
 
     /// Adds a query block's P to the sums, and stores them after the last block of the work tile.
     #[inline(always)]
-    fn add<const M8: usize>(
-        &mut self,
-        wg: &mut W,
-        Scores { mut s, q }: Scores<W, M8>,
-        tile: &TotalTile,
-        m_block: u32,
-    ) {
+    fn add<const M8: usize>(&mut self, wg: &mut W, Scores { mut s, q }: Scores<W, M8>, tile: &TotalTile, m_block: u32) {
         let p = self.p;
         if !tile.is_full(m_block) {
             let first_key = tile.first_key + wg.own_keys().first_key;

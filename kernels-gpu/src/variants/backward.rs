@@ -283,7 +283,11 @@ mod tests {
                 let heads = 2048 / head_dim;
                 let (batch, seqlen_q, seqlen_k) = (32768 / seqlen, seqlen, seqlen);
                 let shape = Shape { batch, heads_q: heads, heads_kv: heads, seqlen_q, seqlen_k, head_dim };
-                assert_eq!(variant.exact_order(&shape, &mask, 132).section(), section, "{head_dim} {window:?} {seqlen}");
+                assert_eq!(
+                    variant.exact_order(&shape, &mask, 132).section(),
+                    section,
+                    "{head_dim} {window:?} {seqlen}"
+                );
             }
         }
     }

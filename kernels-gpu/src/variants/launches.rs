@@ -64,11 +64,8 @@ impl Launch {
 /// Returns the places of the constants of a window at this offset in the launch parameter.
 fn window_constants(offset: usize) -> Vec<ConstantPlace> {
     let place = |bit, field: usize| ConstantPlace { bit, offset: (offset + field) as u32 };
-    [
-        place(Constants::LEFT, offset_of!(Window, has_left)),
-        place(Constants::RIGHT, offset_of!(Window, has_right)),
-    ]
-    .into()
+    [place(Constants::LEFT, offset_of!(Window, has_left)), place(Constants::RIGHT, offset_of!(Window, has_right))]
+        .into()
 }
 
 /// Lists every kernel, each once.

@@ -267,7 +267,17 @@ mod tests {
         let smem = TotalSmem { head_dim: 64, consumers: 2, block_m: 128, stages: 2 };
         let order = TileOrder::new(&shape, smem.block_n(), 1);
         let lse = lse.as_ptr().expose_provenance() as u64;
-        let p = TotalParams { q: x, k: x, lse, total: 0, scale: 1.0, shape, order, shared_from: order.tiles(), mask: Window::FULL };
+        let p = TotalParams {
+            q: x,
+            k: x,
+            lse,
+            total: 0,
+            scale: 1.0,
+            shape,
+            order,
+            shared_from: order.tiles(),
+            mask: Window::FULL,
+        };
         // SAFETY: the arrays have the sizes of the shape, and nothing is stored.
         let tiles = SharedTiles::new(&order, order.tiles(), 1, 0, 1);
         run(unsafe { CpuWarpgroup::total(&p, Dtype::F16, smem, 0, tiles) });
