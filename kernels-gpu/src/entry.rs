@@ -125,7 +125,7 @@ fn backward<E: Packed, F: Features, const D8: usize, const M8: usize>(
     let cta = unsafe { _block_idx_x() as u32 };
     let initialises = const { FirstTiles::is_for::<F::Mask, F::Weights>(8 * D8 as u32) };
     let first = if initialises { Some(&p.first) } else { None };
-    let splits = !mask.bounds_left() && !mask.bounds_right();
+    let splits = !(mask.bounds_left() | mask.bounds_right());
     let sharing = if const { F::Mask::PAIRS == 1 } { Some((&p.sharing, splits)) } else { None };
     let tiles = KeyParts::new(&p.order, sharing, first, cta, p.sharing.ctas);
     let role = cta::role();

@@ -86,7 +86,7 @@ mod tests {
                 let mut seen = Vec::new();
                 let mut stored = std::vec![None; (batch * heads) as usize];
                 for index in 0..sharing.count {
-                    let KeyPart { tile, part } = KeyPart::new(&order, Some(&sharing), Some(&first), index);
+                    let KeyPart { tile, part } = KeyPart::new(&order, Some((&sharing, true)), Some(&first), index);
                     let head = tile.batch * heads + tile.head;
                     if tile.m_block + 1 == blocks {
                         let stores = head >= first.zeroed;

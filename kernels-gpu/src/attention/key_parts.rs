@@ -42,13 +42,12 @@ impl KeyPart {
             None => order.tile(index),
         };
         let Some((sharing, splits)) = sharing else { return KeyPart { tile: tile(index), part: SplitPart::WHOLE } };
-        // Branch-free. For an unsplit tile `slot` is 0 and `whole` its index; for a part, `from + slot / parts` is the
-        // index of its tile.
-        let (whole, slot) = (index.min(sharing.from), index.saturating_sub(sharing.from));
-        let part = sharing.part(index);
+        // Branch-free. For an unsplit tile `slot` is 0.
+        let is_part = splits & (index >= sharing.from);
+        let slot = if is_part { index - sharing.from } else { 0 };
         KeyPart {
-            tile: tile(if splits { whole + sharing.parts.divide(slot).0 } else { index }),
-            part: if splits { part } else { SplitPart::WHOLE },
+            tile: tile(index - slot + sharing.parts.divide(slot).0),
+            part: if is_part { SplitPart(slot) } else { SplitPart::WHOLE },
         }
     }
 }
@@ -64,24 +63,24 @@ pub struct Sharing {
     pub count: u32,
     /// CTAs of the grid. The number is read from the launch parameters, where it takes no register.
     pub ctas: u32,
+    /// Query heads per key head. The number is read from the launch parameters, because a kernel that divided by a
+    /// number of heads would no longer know that the number of its query blocks is the same in all threads.
+    pub heads: u32,
     /// Parts per split tile; 1 if none is split.
     pub parts: Divisor,
-    /// Query blocks that a work tile visits. The number is read from the launch parameters, where it takes no register
-    /// from one work tile to the next.
-    all: u32,
-    /// Query blocks of a part; the last part of a tile may have fewer.
+    /// Query blocks of a part; the last part of a tile may have fewer. Of an unsplit tile, all.
     blocks: u32,
     /// Query blocks of a head.
     pub m_blocks: Divisor,
 }
 
 impl Sharing {
-    /// Splits none of `tiles` work tiles, on up to `ctas` CTAs. If all tiles are alike, each visits `m_blocks` query
-    /// blocks of each of `heads` heads.
+    /// Splits none of `tiles` work tiles, on up to `ctas` CTAs. Each visits query blocks of `heads` heads, and if all
+    /// tiles are alike, `m_blocks` of each.
     pub fn none(tiles: u32, ctas: u32, heads: u32, m_blocks: u32) -> Self {
-        let (all, m_blocks) = (heads.saturating_mul(m_blocks), Divisor::new(m_blocks));
-        let ctas = tiles.min(ctas.max(1));
-        Sharing { from: tiles, count: tiles, ctas, parts: Divisor::new(1), all, blocks: all, m_blocks }
+        let (ctas, all) = (tiles.min(ctas.max(1)), heads.saturating_mul(m_blocks));
+        let m_blocks = Divisor::new(m_blocks);
+        Sharing { from: tiles, count: tiles, ctas, heads, parts: Divisor::new(1), blocks: all, m_blocks }
     }
 
     /// Splits the tail of `tiles` work tiles that are alike. The parameters are those of [`Sharing::none`].
@@ -92,7 +91,7 @@ impl Sharing {
     pub fn new(tiles: u32, ctas: u32, heads: u32, m_blocks: u32) -> Self {
         let left = tiles % ctas.max(1);
         let whole = Self::none(tiles, ctas, heads, m_blocks);
-        let all = whole.all;
+        let all = whole.blocks;
         if left == 0 || all == 0 {
             return whole;
         }
@@ -132,14 +131,12 @@ impl Sharing {
         (first..first + parts).map(move |index| KeyPart { tile, part: self.part(index) })
     }
 
-    /// Returns where a part of a work tile starts and how many query blocks it has: the head within the group, the
-    /// distance of its first query block from the head's last one, and the count.
+    /// Returns the number of query blocks of a work tile that come before a part of it, and the maximum number of those
+    /// of the part.
     #[inline(always)]
-    pub fn blocks(&self, part: SplitPart) -> (u32, u32, u32) {
+    pub fn blocks(&self, part: SplitPart) -> (u32, u32) {
         let before = self.parts.divide(part.slot().unwrap_or(0)).1 * self.blocks;
-        let (head, from_last) = self.m_blocks.divide(before);
-        let most = if part == SplitPart::WHOLE { self.all } else { self.blocks };
-        (head, from_last, most.min(self.all - before))
+        (before, if part == SplitPart::WHOLE { u32::MAX } else { self.blocks })
     }
 }
 
@@ -208,7 +205,7 @@ mod tests {
                     let KeyPart { tile, part } = at;
                     assert!(sharing.parts_of(&order, tile).any(|other| other == at));
                     let keys = key_block(&shape, block_n, &tile);
-                    let all = QueryBlocks::new(&shape, Window::FULL, block_m, block_n, &keys);
+                    let all = QueryBlocks::new(&shape.sequence(), Window::FULL, group, (block_m, block_n), &keys);
                     let blocks = all.part(&sharing, part);
                     let mut at = blocks.first();
                     for _ in 0..blocks.count() {

@@ -48,6 +48,10 @@ pub trait Mask: Copy {
 
     /// True if a query may not attend to the first keys.
     fn bounds_left(&self) -> bool;
+    /// Returns [`Mask::bounds_left`], read once for each `row`: a loop over rows keeps no register for it.
+    fn bounds_left_for(&self, _row: u32) -> bool {
+        self.bounds_left()
+    }
     /// True if a query may not attend to the last keys.
     fn bounds_right(&self) -> bool;
 
@@ -106,6 +110,10 @@ impl Mask for Window {
     #[inline(always)]
     fn bounds_left(&self) -> bool {
         self.has_left.get()
+    }
+    #[inline(always)]
+    fn bounds_left_for(&self, row: u32) -> bool {
+        self.has_left.get_for(row)
     }
     #[inline(always)]
     fn bounds_right(&self) -> bool {

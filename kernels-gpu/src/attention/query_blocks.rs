@@ -68,13 +68,14 @@ pub struct QueryBlocks<M> {
 }
 
 impl<M: Mask> QueryBlocks<M> {
-    /// Computes the query blocks of `keys` and the pair that they name.
+    /// Computes the query blocks of `keys` and the pair that they name, in each of the `heads` query heads that share
+    /// the keys. `tile` is the number of queries and that of keys of a block.
     #[inline(always)]
-    pub fn new(shape: &Shape, mask: M, block_m: u32, block_n: u32, keys: &KvBlock) -> Self {
+    pub fn new(of: &Sequence, mask: M, heads: u32, tile: (u32, u32), keys: &KvBlock) -> Self {
+        let (block_m, block_n) = tile;
         let first_key = keys.n_block * block_n;
         let interval = Interval { start: first_key, end: first_key + block_n };
-        let blocks = blocks_of(&shape.sequence(), &mask, keys.pair, interval, block_m);
-        let heads = shape.group();
+        let blocks = blocks_of(of, &mask, keys.pair, interval, block_m);
         QueryBlocks {
             blocks,
             batch: keys.batch,
@@ -89,23 +90,17 @@ impl<M: Mask> QueryBlocks<M> {
     /// Restricts them to a part of the work tile. Work tiles of a mask with bounds are never split.
     #[inline(always)]
     pub fn part(self, sharing: &Sharing, part: SplitPart) -> Self {
-        if const { M::PAIRS > 1 } || self.mask.bounds_left() || self.mask.bounds_right() {
+        if const { M::PAIRS > 1 } {
             return self;
         }
-        let (head, from_last, count) = sharing.blocks(part);
-        let (first_head, first_block) = (self.first_head + head, self.first_block - from_last);
-        // Without queries there is no query block, although a part has one.
-        QueryBlocks { first_head, first_block, count: count.min(self.count), ..self }
-    }
-
-    /// Replaces the end of the block range by its copy in the launch parameters, if they are the same. It then stays in
-    /// constant memory; the consumers use this to reduce register pressure.
-    #[inline(always)]
-    pub fn end_of(self, sharing: &Sharing) -> Self {
-        if const { M::PAIRS > 1 } || self.mask.bounds_left() {
-            return self;
+        let (before, most) = sharing.blocks(part);
+        let (head, from_last) = sharing.m_blocks.divide(before);
+        QueryBlocks {
+            first_head: self.first_head + head,
+            first_block: self.first_block - from_last,
+            count: most.min(self.count - before),
+            ..self
         }
-        QueryBlocks { blocks: Blocks { end: sharing.m_blocks.value, ..self.blocks }, ..self }
     }
 
     /// Returns the number of query blocks.
@@ -128,13 +123,6 @@ impl<M: Mask> QueryBlocks<M> {
             m_block: if last { self.blocks.end } else { block.m_block } - 1,
             ..*block
         }
-    }
-
-    /// True if every query of the block attends to every key.
-    #[inline(always)]
-    pub fn is_full(&self, block: &QueryBlock) -> bool {
-        let ends_full = const { M::PAIRS == 1 } && !self.mask.bounds_left();
-        block.m_block >= self.blocks.full_start && (ends_full || block.m_block < self.blocks.full_end)
     }
 
     /// Returns how many blocks of keys precede block `n_block` at the dQ semaphore in an exact pass, of those that
@@ -161,7 +149,7 @@ mod tests {
         let mut semaphores = std::vec![[0; 2]; shape.seqlen_q.div_ceil(2 * block_m) as usize];
         for (n_block, pair) in (0..shape.seqlen_k.div_ceil(block_n)).flat_map(|n| (0..M::PAIRS).map(move |p| (n, p))) {
             let key_block = KvBlock { batch: 0, head: 0, n_block, pair };
-            let all_blocks = QueryBlocks::new(&shape, mask, block_m, block_n, &key_block);
+            let all_blocks = QueryBlocks::new(&of, mask, 1, (block_m, block_n), &key_block);
             let blocks = all_blocks.blocks;
             let what = std::format!("{mask:?} {of:?} keys {n_block}: {blocks:?}");
             let keys = n_block * block_n..(n_block + 1) * block_n;
@@ -173,7 +161,7 @@ mod tests {
                 let visited = (blocks.start..blocks.end).contains(&m_block);
                 // One of two pairs may have no key at all, and still a few blocks.
                 assert!(visited == any || visited && M::PAIRS > 1, "{what}: block {m_block}");
-                let full = all_blocks.is_full(&QueryBlock { m_block, ..all_blocks.first() });
+                let full = (blocks.full_start..blocks.full_end).contains(&m_block);
                 assert!(!visited || full == all, "{what}: block {m_block} full or not");
             }
             let mut met: Vec<u32> = (blocks.start..blocks.end).map(|m_block| m_block / 2 * 2).collect();
@@ -206,7 +194,7 @@ mod tests {
     fn blocks_come_head_by_head() {
         let shape = Shape { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 20, seqlen_k: 20, head_dim: 8 };
         let keys = KvBlock { batch: 0, head: 1, n_block: 1, pair: 0 };
-        let blocks = QueryBlocks::new(&shape, Window::CAUSAL, 8, 8, &keys);
+        let blocks = QueryBlocks::new(&shape.sequence(), Window::CAUSAL, shape.group(), (8, 8), &keys);
         let mut all = std::vec![blocks.first()];
         for _ in 1..blocks.count() {
             all.push(blocks.after(&all[all.len() - 1]));

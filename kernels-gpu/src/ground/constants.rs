@@ -38,6 +38,27 @@ impl<const BIT: u32> Constant<BIT> {
         }
         value != 0
     }
+    /// Returns its value, read once for each value of `of`. LLVM moves no such placeholder out of a loop that changes
+    /// `of`, so that the general kernel keeps the switch in constant memory instead of a register.
+    #[cfg(target_arch = "nvptx64")]
+    #[inline(always)]
+    pub fn get_for(self, of: u32) -> bool {
+        let value: u32;
+        // SAFETY: as for `get`; the first line is a comment.
+        unsafe {
+            core::arch::asm!(
+                "// {1}", "mov.b32 {0}, FF_CONSTANT_{2};", out(reg32) value, in(reg32) of, const BIT,
+                options(pure, nomem, nostack)
+            );
+        }
+        value != 0
+    }
+    /// Returns its value.
+    #[cfg(not(target_arch = "nvptx64"))]
+    #[inline(always)]
+    pub fn get_for(self, _: u32) -> bool {
+        self.get()
+    }
     /// Returns its value.
     #[cfg(not(target_arch = "nvptx64"))]
     #[inline(always)]

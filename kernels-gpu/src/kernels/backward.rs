@@ -126,10 +126,8 @@ impl<T, F: Features> Step<'_, T, F> {
         mut s: W::Acc<M8>,
     ) -> W::Acc<M8> {
         let (base, features, first_row) = (&self.p.base, &self.p.features, at.m_block * self.block_m);
-        if !self.blocks.is_full(at) {
-            let place = ScorePlace { pair: at.pair, row: first_row, key: self.first_key };
-            mask_transposed(wg, &base.shape.sequence(), features.mask(), &mut s, place);
-        }
+        let place = ScorePlace { pair: at.pair, row: first_row, key: self.first_key };
+        mask_transposed(wg, &base.shape.sequence(), features.mask(), &mut s, place);
         let c = base.scale * LOG2_E;
         wg.map_columns(&mut s, neg_lse_log2, |s, neg_lse_log2| W::exp2(W::fma(s, c, neg_lse_log2)));
         let keep = features.weights().keep::<W, M8>(wg, |_| Place {
@@ -224,12 +222,13 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
 #[inline(always)]
 pub(super) fn blocks_met<T, F: Features>(
     p: &BackwardParams<T, F>,
-    (block_m, block_n): (u32, u32),
+    tile: (u32, u32),
     keys: &KvBlock,
     part: SplitPart,
 ) -> QueryBlocks<F::Mask> {
-    let blocks = QueryBlocks::new(&p.base.shape, *p.features.mask(), block_m, block_n, keys);
-    blocks.end_of(&p.base.sharing).part(&p.base.sharing, part)
+    let sharing = &p.base.sharing;
+    let blocks = QueryBlocks::new(&p.base.shape.sequence(), *p.features.mask(), sharing.heads, tile, keys);
+    blocks.part(sharing, part)
 }
 
 /// Returns the number of the last pair of Q and K.

@@ -70,7 +70,8 @@ fn blocks_of<'a, F: Features + 'a>(
     part: SplitPart,
 ) -> Box<BlocksOf<'a>> {
     Box::new(move |keys: &KvBlock| {
-        let blocks = QueryBlocks::new(&p.base.shape, *p.features.mask(), smem.block_m, smem.block_n, keys);
+        let (of, tile) = (p.base.shape.sequence(), (smem.block_m, smem.block_n));
+        let blocks = QueryBlocks::new(&of, *p.features.mask(), p.base.sharing.heads, tile, keys);
         let blocks = blocks.part(&p.base.sharing, part);
         let mut listed: VecDeque<QueryBlock> = VecDeque::new();
         for _ in 0..blocks.count() {

@@ -48,11 +48,11 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
     /// `parity`.
     #[inline(always)]
     fn slot(&self, ordinal: u32) -> u32 {
-        ordinal % self.pipe.smem.stages()
+        ordinal % KV % self.pipe.smem.stages()
     }
     #[inline(always)]
     fn parity(&self, ordinal: u32) -> u32 {
-        ordinal / self.pipe.smem.stages() & 1
+        ordinal % KV / self.pipe.smem.stages() & 1
     }
     /// Returns the slot of the ring of dS, and the parity of its phase, for the query block of this ordinal.
     #[inline(always)]
@@ -155,11 +155,11 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
     #[inline(always)]
     fn wait_q(&mut self) -> u32 {
-        let ordinal = self.pipe.count % KV;
-        self.pipe.count += 1;
+        let count = self.pipe.count;
+        self.pipe.count = count.wrapping_add(1);
         // SAFETY: I1, the barrier is initialised.
-        unsafe { Mbarrier(self.base() + self.pipe.smem.q_full(self.slot(ordinal))).wait(self.parity(ordinal)) };
-        ordinal
+        unsafe { Mbarrier(self.base() + self.pipe.smem.q_full(self.slot(count))).wait(self.parity(count)) };
+        count
     }
     #[inline(always)]
     fn wait_do(&mut self, ordinal: u32) {

@@ -266,7 +266,8 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
             // Rematerialised for each pair, because few registers are left to keep what follows from the shape.
             let shape = Shape { seqlen_q: fresh(p.shape.seqlen_q), seqlen_k: fresh(p.shape.seqlen_k), ..p.shape };
             let keys = KvBlock { pair: pairs_left, ..key_block(&shape, smem.block_n, &work_tile) };
-            let blocks = QueryBlocks::new(&shape, *mask, smem.block_m, smem.block_n, &keys);
+            let blocks =
+                QueryBlocks::new(&shape.sequence(), *mask, p.sharing.heads, (smem.block_m, smem.block_n), &keys);
             let blocks = blocks.part(&p.sharing, part);
             if blocks.count() == 0 {
                 continue;
