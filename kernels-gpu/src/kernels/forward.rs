@@ -130,17 +130,23 @@ trait Kind {
     /// Returns the unit of row maxima: floats if the mask may mask many of the scores out.
     fn max_unit<M: Mask>(mask: &M) -> MaxUnit;
     /// Returns true if the block is to be masked.
-    fn masks(at: &BlockAt) -> bool;
+    #[inline(always)]
+    fn masks(at: &BlockAt) -> bool {
+        !at.is_full
+    }
     /// Returns true if the block is its work tile's last, so that Q is free once its scores have arrived.
-    fn frees_q(at: &BlockAt) -> bool;
+    #[inline(always)]
+    fn frees_q(_: &BlockAt) -> bool {
+        false
+    }
 }
 
 /// Block of a loop over full blocks.
 struct Full;
 /// Block of a loop over masked blocks.
 struct Masked;
-/// First block of a work tile, which is masked unless it is full. The right edge of a mask crosses it. It may be the last
-/// as well.
+/// First block of a work tile, which is masked unless it is full. The right edge of a mask crosses it. It is also the
+/// last if the tile has one block.
 struct First;
 /// Last block of a work tile, which is masked unless it is full. The left edge of a mask crosses it.
 struct Last;
@@ -154,10 +160,6 @@ impl Kind for Full {
     fn masks(_: &BlockAt) -> bool {
         false
     }
-    #[inline(always)]
-    fn frees_q(_: &BlockAt) -> bool {
-        false
-    }
 }
 impl Kind for Masked {
     #[inline(always)]
@@ -168,20 +170,12 @@ impl Kind for Masked {
     fn masks(_: &BlockAt) -> bool {
         true
     }
-    #[inline(always)]
-    fn frees_q(_: &BlockAt) -> bool {
-        false
-    }
 }
 impl Kind for First {
     #[inline(always)]
     fn max_unit<M: Mask>(mask: &M) -> MaxUnit {
         let many = const { M::PAIRS > 1 } || mask.bounds_left() || mask.bounds_right();
         if many { MaxUnit::Float } else { MaxUnit::Integer }
-    }
-    #[inline(always)]
-    fn masks(at: &BlockAt) -> bool {
-        !at.is_full
     }
     #[inline(always)]
     fn frees_q(at: &BlockAt) -> bool {
@@ -192,10 +186,6 @@ impl Kind for Last {
     #[inline(always)]
     fn max_unit<M: Mask>(mask: &M) -> MaxUnit {
         if mask.bounds_left() { MaxUnit::Float } else { MaxUnit::Integer }
-    }
-    #[inline(always)]
-    fn masks(at: &BlockAt) -> bool {
-        !at.is_full
     }
     #[inline(always)]
     fn frees_q(_: &BlockAt) -> bool {
@@ -246,8 +236,8 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
         p
     }
 
-    /// Waits for S, of which up to `LATER` products in flight are younger, and masks it. Loads the next work tile's Q if
-    /// this was the last product with Q.
+    /// Waits for S, of which up to `LATER` products in flight are younger, and masks it. If this was the last product
+    /// with Q, starts loading Q of the next work tile.
     #[inline(always)]
     fn scores<E: Kind, const LATER: usize>(
         wg: &mut W,

@@ -29,8 +29,8 @@ pub struct ForwardPipe<'a> {
     position: Position,
 }
 
-/// Returns the work tile, known to ptxas to be the same in all lanes of the warp. Without this, ptxas takes the warp for
-/// diverged in the mainloops before a store, and synchronises it in every step (measured, cause unknown).
+/// Returns the work tile, and tells ptxas that all lanes of the warp have the same. Without this before the store of O,
+/// ptxas takes the warp for diverged in the mainloop, and synchronises it in every step (measured, cause unknown).
 #[inline(always)]
 fn uniform_tile(tile: &WorkTile) -> WorkTile {
     let WorkTile { batch, head, m_block } = *tile;
