@@ -112,7 +112,7 @@ impl Problem {
             Mask::None => full,
             Mask::Causal => full / 2.0,
             Mask::Window { .. } => {
-                let (of, window) = (self.kernel_shape().sequence(), mask.window());
+                let (of, window) = (self.kernel_shape().sequence(), mask.window(self));
                 let keys = |i| window.keys(&of, 0, i).len() as f64;
                 let scores: f64 = (0..of.seqlen_q).map(keys).sum();
                 full * (scores / (f64::from(of.seqlen_q) * f64::from(of.seqlen_k)).max(1.0))
@@ -165,11 +165,11 @@ pub enum Mask {
 
 impl Mask {
     /// Returns the mask as a launch parameter: every mask is a window.
-    pub(crate) fn window(self) -> Window {
+    pub(crate) fn window(self, problem: &Problem) -> Window {
         match self {
             Mask::None => Window::FULL,
             Mask::Causal => Window::CAUSAL,
-            Mask::Window { left, right } => Window::new(left, right),
+            Mask::Window { left, right } => Window::new(left, right, &problem.kernel_shape().sequence()),
         }
     }
 

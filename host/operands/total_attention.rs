@@ -76,7 +76,7 @@ impl RawTotalAttention {
             shape: plan.problem().kernel_shape(),
             order: plan.order,
             shared_from: plan.shared_from,
-            mask: plan.mask().window(),
+            mask: plan.mask().window(plan.problem()),
         }
     }
 }

@@ -113,7 +113,7 @@ impl BackwardPlan {
         let settings = Settings::new(problem, mask, scale, extra)?;
         let Settings { dist_threshold, dropout, .. } = settings;
         let sm_count = checked_sm_count(sm_count)?;
-        let features = features(mask, dist_threshold, dropout)?;
+        let features = features(problem, mask, dist_threshold, dropout)?;
         let op = settings.op();
         let needed = Needed { dtype: problem.dtype, head_dim: problem.head_dim as u32, features };
         let variant = variants::backward(&needed)

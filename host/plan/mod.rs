@@ -8,7 +8,7 @@ use kernels_gpu::attention::scheduler::MAX_CTAS;
 
 use crate::dropout::Dropout;
 use crate::error::Result;
-use crate::problem::{Mask, at_most};
+use crate::problem::{Mask, Problem, at_most};
 
 mod backward;
 mod forward;
@@ -37,7 +37,7 @@ fn checked_sm_count(sm_count: u32) -> Result<u32> {
     Ok(sm_count.max(1))
 }
 
-/// Returns the features of a plan as launch parameters.
-fn features(mask: Mask, dist_threshold: Option<i32>, dropout: Dropout) -> Result<AnyFeatures> {
-    Ok(AnyFeatures { mask: AnyMask::new(mask.window(), dist_threshold), dropout: dropout.launched()? })
+/// Returns the features of a plan with a validated problem as launch parameters.
+fn features(problem: &Problem, mask: Mask, dist_threshold: Option<i32>, dropout: Dropout) -> Result<AnyFeatures> {
+    Ok(AnyFeatures { mask: AnyMask::new(mask.window(problem), dist_threshold), dropout: dropout.launched()? })
 }

@@ -51,7 +51,7 @@ impl TotalPlan {
         let grid = shared_tiles::count(work_tiles, shared_from, parts).min(sm_count);
         let order = match work_tiles {
             0 => TileOrder::default(),
-            _ => variant.order(&problem.kernel_shape(), &mask.window(), grid),
+            _ => variant.order(&problem.kernel_shape(), &mask.window(problem), grid),
         };
         Ok(TotalPlan { settings, variant, work_tiles, grid, order, shared_from })
     }
@@ -59,7 +59,7 @@ impl TotalPlan {
     /// Returns the specialisation constants of the kernel.
     #[cfg(feature = "cuda")]
     pub(crate) fn constants(&self) -> Constants {
-        AnyMask::new(self.mask().window(), None).constants()
+        AnyMask::new(self.mask().window(self.problem()), None).constants()
     }
 
     /// Returns the kernel.

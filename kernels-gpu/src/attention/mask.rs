@@ -83,20 +83,29 @@ pub struct Window {
 
 impl Window {
     /// No mask: every query attends to every key.
-    pub const FULL: Window = Window::new(None, None);
+    pub const FULL: Window = Window::of(None, None);
     /// Causal mask, aligned to the bottom right: query `i` attends to key `j` if j ≤ i + seqlen_k − seqlen_q.
-    pub const CAUSAL: Window = Window::new(None, Some(0));
+    pub const CAUSAL: Window = Window::of(None, Some(0));
 
-    /// Makes a window from its bounds; `None` is no bound. Bounds beyond 2³¹ − 1 bound nothing.
-    pub const fn new(left: Option<u32>, right: Option<u32>) -> Self {
+    /// Makes a window from its bounds; `None` is no bound. See [`Window::new`] for the largest.
+    const fn of(left: Option<u32>, right: Option<u32>) -> Self {
         const fn bound(bound: Option<u32>) -> (i32, bool) {
             match bound {
-                Some(keys) if keys <= i32::MAX as u32 => (keys as i32, true),
-                _ => (0, false),
+                Some(keys) => (keys as i32, true),
+                None => (0, false),
             }
         }
         let ((left, has_left), (right, has_right)) = (bound(left), bound(right));
         Window { left, right, has_left: Constant::new(has_left), has_right: Constant::new(has_right) }
+    }
+
+    /// Makes a window from its bounds, for sequences of up to `longest` queries and keys; `None` is no bound. Bounds that
+    /// no key lies beyond are none. So the sums in [`Mask::keys`] can't overflow for up to 2³⁰ queries and keys.
+    pub fn new(left: Option<u32>, right: Option<u32>, longest: &Sequence) -> Self {
+        // The first key is seqlen_k − 1 before the last place, the last one seqlen_q − 1 behind the first place.
+        let left = left.filter(|&left| left < longest.seqlen_k);
+        let right = right.filter(|&right| right < longest.seqlen_q);
+        Window::of(left, right)
     }
 }
 
@@ -128,16 +137,16 @@ impl Mask for Window {
         let (has_left, has_right) = (self.bounds_left(), self.bounds_right());
         let place = of.place(i);
         let within = |key: i32| key.max(0).min(of.seqlen_k as i32) as u32;
-        let start = within(place.saturating_sub(self.left));
-        let end = within(place.wrapping_add(1).saturating_add(self.right));
+        let start = within(place.wrapping_sub(self.left));
+        let end = within(place.wrapping_add(1).wrapping_add(self.right));
         Interval { start: if has_left { start } else { 0 }, end: if has_right { end } else { of.seqlen_k } }
     }
     #[inline(always)]
     fn queries(&self, of: &Sequence, _: u32, j: u32) -> Interval {
         let (has_left, has_right) = (self.bounds_left(), self.bounds_right());
         let row = of.row(j);
-        let start = row.saturating_sub(self.right).max(0) as u32;
-        let end = row.wrapping_add(1).saturating_add(self.left).max(0) as u32;
+        let start = row.wrapping_sub(self.right).max(0) as u32;
+        let end = row.wrapping_add(1).wrapping_add(self.left).max(0) as u32;
         Interval { start: if has_right { start } else { 0 }, end: if has_left { end } else { u32::MAX } }
     }
 }
@@ -150,17 +159,17 @@ pub mod tests {
 
     /// Windows of all kinds for sequences of up to 40.
     pub fn windows() -> Vec<Window> {
-        let bounds = [None, Some(0), Some(1), Some(5), Some(13), Some(60), Some(i32::MAX as u32)];
-        bounds.into_iter().flat_map(|left| bounds.map(|right| Window::new(left, right))).collect()
+        let bounds = [None, Some(0), Some(1), Some(5), Some(13), Some(60)];
+        bounds.into_iter().flat_map(|left| bounds.map(|right| Window::of(left, right))).collect()
     }
 
     #[test]
     fn intervals_and_rule_agree() {
         let bounds = [None, Some(0), Some(1), Some(5), Some(13), Some(i32::MAX as u32), Some(u32::MAX)];
         for (left, right) in bounds.into_iter().flat_map(|left| bounds.map(|right| (left, right))) {
-            let window = Window::new(left, right);
             for (seqlen_q, seqlen_k) in [(1, 1), (5, 9), (9, 5), (16, 16), (3, 0)] {
                 let of = Sequence { seqlen_q, seqlen_k };
+                let window = Window::new(left, right, &of);
                 for (i, j) in (0..seqlen_q).flat_map(|i| (0..seqlen_k).map(move |j| (i, j))) {
                     let behind = i64::from(j) - (i64::from(i) + i64::from(seqlen_k) - i64::from(seqlen_q));
                     let live = left.is_none_or(|left| -behind <= i64::from(left))
