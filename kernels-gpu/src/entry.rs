@@ -140,7 +140,7 @@ fn backward<E: Packed, F: Features, const D8: usize, const M8: usize>(
         }
         Role::Consumer(index) => {
             cta::set_backward_registers(role, smem.split);
-            let mut consumer = Consumer::<E, _>::backward(smem, index, parameters);
+            let mut consumer = Consumer::<E, _>::backward::<F>(smem, index, parameters);
             match (smem.split, index) {
                 (Split::Keys, _) => consume_backward::<_, F, D8, M8>(&mut consumer, params, smem.block_n, tiles),
                 (Split::Gradients, 0) => consume_dv::<_, F, D8, M8>(&mut consumer, params, smem.block_n, tiles),
