@@ -24,8 +24,8 @@ use crate::attention::mask::Window;
 use crate::attention::scheduler::CtaTiles;
 use crate::attention::shared_tiles::SharedTiles;
 use crate::ground::tensor::TensorMap;
-use crate::kernels::backward::consume as consume_backward;
-use crate::kernels::backward_gradients::{consume_dk, consume_dv};
+use crate::kernels::backward::{Both, consume as consume_backward};
+use crate::kernels::backward_gradients::{Dk, Dv};
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
 use crate::params::{BackwardParams, FinishParams, ForwardParams, PrepareParams, TotalParams};
@@ -140,11 +140,12 @@ fn backward<E: Packed, F: Features, const D8: usize, const M8: usize>(
         }
         Role::Consumer(index) => {
             cta::set_backward_registers(role, smem.split);
-            let mut consumer = Consumer::<E, _>::backward(smem, index, parameters);
+            let wg = &mut Consumer::<E, _>::backward::<F>(smem, index, parameters);
+            let block_n = smem.block_n;
             match (smem.split, index) {
-                (Split::Keys, _) => consume_backward::<_, F, D8, M8>(&mut consumer, params, smem.block_n, tiles),
-                (Split::Gradients, 0) => consume_dv::<_, F, D8, M8>(&mut consumer, params, smem.block_n, tiles),
-                (Split::Gradients, _) => consume_dk::<_, F, D8, M8>(&mut consumer, params, smem.block_n, tiles),
+                (Split::Keys, _) => consume_backward::<Both<_, D8, M8>, _, F, D8, M8>(wg, params, block_n, tiles),
+                (Split::Gradients, 0) => consume_backward::<Dv<_, D8, M8>, _, F, D8, M8>(wg, params, block_n, tiles),
+                (Split::Gradients, _) => consume_backward::<Dk<_, D8, M8>, _, F, D8, M8>(wg, params, block_n, tiles),
             }
         }
     }

@@ -118,7 +118,7 @@ pub const PING_PONG_BEFORE_DP_MAX_HEAD_DIM: u32 = 64;
 pub const QUEUED_SCORES_HEAD_DIM: u32 = 128;
 
 /// Largest head dim at which a consumer reads its index again at each use. That takes time, but saves a register: D 64
-/// spills otherwise.
+/// spills otherwise. With dropout all head dims do, because the keys of Philox occupy the uniform registers.
 ///
 /// 2026-11-21 (14572c7): D 128 and 256 − 1 to − 4 %; notebook 45.
 pub const REREAD_INDEX_MAX_HEAD_DIM: u32 = 64;

@@ -68,7 +68,14 @@ impl QueriesOfKeys {
         let last = WARPGROUP_ROWS - 1;
         let Interval { start, end } = mask.queries(of, at.pair, at.key + last);
         let keys = of.seqlen_k.saturating_sub(at.key);
-        let starts_full = if keys > last { start } else { u32::MAX };
+        // Keys of padding count as a start beyond all queries. LLVM turns the first form into a test of its own, which
+        // the loop over query blocks keeps as a predicate, and the second into a register. Wide fragments leave no
+        // register.
+        let starts_full = if width > 64 {
+            if keys > last { start } else { u32::MAX }
+        } else {
+            start.max(keys.min(WARPGROUP_ROWS).wrapping_sub(WARPGROUP_ROWS))
+        };
         let is_end_full = !bounds_left(mask, at) | (end >= at.row + width + last);
         if (starts_full <= at.row) & is_end_full {
             return None;

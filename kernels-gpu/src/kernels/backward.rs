@@ -46,46 +46,151 @@ use crate::arch::{BackwardWarpgroup, Pending};
 use crate::attention::dropout::{Place, Rows};
 use crate::attention::dropping::Dropping;
 use crate::attention::features::Features;
-use crate::attention::key_parts::{KeyPart, SplitPart};
+use crate::attention::key_parts::KeyPart;
 use crate::attention::mask::Mask;
 use crate::attention::masking::{ScorePlace, mask_transposed};
 use crate::attention::query_blocks::{QueryBlocks, key_block};
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
+use crate::ground::shape::Shape;
+use crate::ground::tensor::Strided;
 use crate::params::BackwardParams;
 use crate::tuning;
 
-/// dK and dV of a block of keys so far, and P, dS and the slot of the last query block, whose products dK and dV still
-/// lack.
-struct Mainloop<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
-    dk: W::Acc<D8>,
-    dv: W::Acc<D8>,
-    p: W::Operand<M8>,
-    ds: W::Operand<M8>,
-    slot: W::Slot,
+/// Gradients that a consumer warpgroup accumulates over the query blocks of a block of keys: dK, dV, or both.
+pub trait Accumulate<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize>: Sized {
+    /// True if dK is among them.
+    const HAS_DK: bool;
+    /// True if dV is among them.
+    const HAS_DV: bool;
+
+    /// Processes the first query block that attends to a pair's keys, but for its products with the gradients. K has
+    /// arrived. `dv` comes from the pair before.
+    fn start(wg: &mut W, keys: &KeyTile<W::Tensor, F>, at: &QueryBlock, dv: W::Acc<D8>) -> Self;
+    /// Adds the last query block's products to the gradients, and processes the next query block but for its products.
+    fn step(&mut self, wg: &mut W, keys: &KeyTile<W::Tensor, F>, at: &QueryBlock);
+    /// Adds the last query block's products to the gradients.
+    fn finish(self, wg: &mut W) -> Gradients<W, D8>;
 }
 
-/// Context of a step: the launch parameters, this warpgroup's first key, and the query blocks of the work tile.
-pub(super) struct Step<'a, T, F: Features> {
-    pub p: &'a BackwardParams<T, F>,
-    pub first_key: u32,
-    pub block_m: u32,
-    pub blocks: &'a QueryBlocks<F::Mask>,
+/// Gradients of a block of keys. One that a consumer does not accumulate is 0 and is never used.
+pub struct Gradients<W: BackwardWarpgroup, const D8: usize> {
+    pub dk: W::Acc<D8>,
+    pub dv: W::Acc<D8>,
 }
 
-/// True if a consumer passes on the ping-pong barrier before it issues dP instead of after it. That pays if
-/// exponentials take as long as products (notebook 44).
-const fn passes_early(head_dim: u32) -> bool {
-    head_dim <= tuning::PING_PONG_BEFORE_DP_MAX_HEAD_DIM
+/// Computes the gradients `A` of one consumer warpgroup's keys, for every work tile of its CTA or part of one. A work
+/// tile is a block of keys.
+#[inline(always)]
+pub fn consume<A, W, F, const D8: usize, const M8: usize>(
+    wg: &mut W,
+    p: &BackwardParams<W::Tensor, F>,
+    block_n: u32,
+    tiles: impl Iterator<Item = KeyPart>,
+) where
+    A: Accumulate<W, F, D8, M8>,
+    W: BackwardWarpgroup,
+    F: Features,
+{
+    let base = &p.base;
+    let elements = block_n * 8 * D8 as u32;
+    let last_pair = if const { F::Mask::PAIRS == 1 } { 0 } else { base.last_pair };
+    let mut tiles = tiles;
+    let Some(KeyPart { mut tile, mut part }) = tiles.next() else { return };
+    // Visits the pairs one after the other, the last one first. Each has its own dK; all add to the same dV. It is one
+    // loop, because nested ones take more registers (measured, cause unknown).
+    let mut pair = last_pair;
+    let mut dv = wg.zeros::<D8>();
+    loop {
+        let keys = KeyTile::new(wg, p, (8 * M8 as u32, block_n), &KeyPart { tile, part }, pair);
+        if keys.blocks.count() > 0 {
+            let mut dk;
+            Gradients { dk, dv } = keys.accumulate::<A, W, D8, M8>(wg, dv);
+            if A::HAS_DK {
+                wg.map_rows(&mut dk, wg.rows(base.scale), |dk, scale| dk * scale);
+                let to = part.slot().map(|slot| base.workspace.part(slot, 0, elements));
+                store(wg, &dk, base.dk_of(pair), to, &keys.keys, &base.shape);
+            }
+        } else if A::HAS_DK {
+            wg.store_kv(&wg.zeros::<D8>(), base.dk_of(pair), &keys.keys, &base.shape);
+        }
+        if pair > 0 {
+            pair -= 1;
+            continue;
+        }
+        if A::HAS_DV {
+            p.features.weights().scale::<W, D8>(wg, &mut dv);
+            let to = part.slot().map(|slot| base.workspace.part(slot, 1, elements));
+            store(wg, &dv, &base.dv, to, &keys.keys, &base.shape);
+        }
+        let Some(next) = tiles.next() else { return };
+        KeyPart { tile, part } = next;
+        (pair, dv) = (last_pair, wg.zeros::<D8>());
+    }
 }
 
-/// True if S of the next block is issued before dV and dK are waited for, so that products follow each other without a
-/// pause (notebook 59). dP must still wait for them: it has room only in the registers of P and dS.
-const fn queues_scores(head_dim: u32) -> bool {
-    head_dim == tuning::QUEUED_SCORES_HEAD_DIM
+/// Stores a gradient of a work tile in its tensor, or that of a part of a work tile in the workspace at `part`.
+#[inline(always)]
+fn store<W: BackwardWarpgroup, const D8: usize>(
+    wg: &mut W,
+    x: &W::Acc<D8>,
+    to: &Strided,
+    part: Option<u64>,
+    keys: &KvBlock,
+    shape: &Shape,
+) {
+    match part {
+        None => wg.store_kv(x, to, keys, shape),
+        Some(address) => wg.store_part(x, address),
+    }
 }
 
-impl<T, F: Features> Step<'_, T, F> {
+/// A consumer warpgroup's keys of a work tile, and the query blocks that attend to them through one pair.
+pub struct KeyTile<'a, T, F: Features> {
+    p: &'a BackwardParams<T, F>,
+    keys: KvBlock,
+    /// First of this warpgroup's keys.
+    first_key: u32,
+    block_m: u32,
+    blocks: QueryBlocks<F::Mask>,
+}
+
+impl<'a, T, F: Features> KeyTile<'a, T, F> {
+    /// Makes the tile of `wg` for one pair. `tile` is the number of queries and that of keys of a block.
+    #[inline(always)]
+    fn new<W: BackwardWarpgroup<Tensor = T>>(
+        wg: &W,
+        p: &'a BackwardParams<T, F>,
+        (block_m, block_n): (u32, u32),
+        at: &KeyPart,
+        pair: u32,
+    ) -> Self {
+        let (shape, sharing) = (&p.base.shape, &p.base.sharing);
+        let keys = KvBlock { pair, ..key_block(shape, block_n, &at.tile) };
+        let blocks = QueryBlocks::new(&shape.sequence(), *p.features.mask(), sharing.heads, (block_m, block_n), &keys);
+        let blocks = blocks.part(sharing, at.part);
+        KeyTile { p, keys, first_key: keys.n_block * block_n + wg.first_key(), block_m, blocks }
+    }
+
+    /// Computes the gradients `A` of the keys: the loop over query blocks.
+    #[inline(always)]
+    fn accumulate<A, W, const D8: usize, const M8: usize>(&self, wg: &mut W, dv: W::Acc<D8>) -> Gradients<W, D8>
+    where
+        A: Accumulate<W, F, D8, M8>,
+        W: BackwardWarpgroup<Tensor = T>,
+    {
+        wg.wait_k();
+        let mut at = self.blocks.first();
+        let mut gradients = A::start(wg, self, &at, dv);
+        for _ in 1..self.blocks.count() {
+            at = self.blocks.after(&at);
+            gradients.step(wg, self, &at);
+        }
+        let gradients = gradients.finish(wg);
+        wg.release_kv();
+        gradients
+    }
+
     /// Takes a query block from S, in flight, to dS. Returns Pᵀ and dSᵀ as left operands, and writes dSᵀ to its ring
     /// for dQ.
     #[inline(always)]
@@ -158,30 +263,34 @@ impl<T, F: Features> Step<'_, T, F> {
     }
 }
 
-/// Reads `neg_lse_log2` or δ of a block's queries before a wait, if registers allow (up to 64 queries). While products
-/// run, shared memory is slow to answer.
-#[inline(always)]
-fn read_early<W: BackwardWarpgroup, const M8: usize>(wg: &W, columns: W::Columns<M8>) -> W::Columns<M8> {
-    if const { M8 <= 8 } { wg.read(columns) } else { columns }
+/// dK and dV of a block of keys so far, and P, dS and the slot of the last query block, whose products dK and dV still
+/// lack.
+pub struct Both<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
+    dk: W::Acc<D8>,
+    dv: W::Acc<D8>,
+    p: W::Operand<M8>,
+    ds: W::Operand<M8>,
+    slot: W::Slot,
 }
 
-impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8> {
-    /// Processes the first query block that attends to a pair's keys, up to dS.
+impl<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize> Accumulate<W, F, D8, M8> for Both<W, D8, M8> {
+    const HAS_DK: bool = true;
+    const HAS_DV: bool = true;
+
     #[inline(always)]
-    fn new<F: Features>(wg: &mut W, step: &Step<W::Tensor, F>, at: &QueryBlock, dv: W::Acc<D8>) -> Self {
+    fn start(wg: &mut W, keys: &KeyTile<W::Tensor, F>, at: &QueryBlock, dv: W::Acc<D8>) -> Self {
         let slot = wg.wait_q();
         wg.wait_do(slot);
         let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
         wg.take_ping_pong();
         let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
         wg.wait_v();
-        let (p, ds) = step.gradients::<W, D8, M8>(wg, at, slot, &neg_lse_log2, s);
-        Mainloop { dk: wg.zeros::<D8>(), dv, p, ds, slot }
+        let (p, ds) = keys.gradients::<W, D8, M8>(wg, at, slot, &neg_lse_log2, s);
+        Both { dk: wg.zeros::<D8>(), dv, p, ds, slot }
     }
 
-    /// Adds the last query block's products to dV and dK, and processes the next query block up to dS.
     #[inline(always)]
-    fn step<F: Features>(&mut self, wg: &mut W, step: &Step<W::Tensor, F>, at: &QueryBlock) {
+    fn step(&mut self, wg: &mut W, keys: &KeyTile<W::Tensor, F>, at: &QueryBlock) {
         let slot = wg.wait_q();
         wg.wait_do(slot);
         let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
@@ -193,16 +302,24 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
             wg.release(self.slot);
             s
         } else {
-            self.finish(wg);
+            self.flush(wg);
             wg.kq::<D8, M8>(slot)
         };
-        (self.p, self.ds) = step.gradients::<W, D8, M8>(wg, at, slot, &neg_lse_log2, s);
+        (self.p, self.ds) = keys.gradients::<W, D8, M8>(wg, at, slot, &neg_lse_log2, s);
         self.slot = slot;
     }
 
+    #[inline(always)]
+    fn finish(mut self, wg: &mut W) -> Gradients<W, D8> {
+        self.flush(wg);
+        Gradients { dk: self.dk, dv: self.dv }
+    }
+}
+
+impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Both<W, D8, M8> {
     /// Adds the last query block's products to dV and dK, and releases its slot.
     #[inline(always)]
-    fn finish(&mut self, wg: &mut W) {
+    fn flush(&mut self, wg: &mut W) {
         let (dv, dk) = self.issue(wg);
         (self.dv, self.dk) = (wg.wait::<1, D8>(dv), wg.wait::<0, D8>(dk));
         wg.release(self.slot);
@@ -218,78 +335,21 @@ impl<W: BackwardWarpgroup, const D8: usize, const M8: usize> Mainloop<W, D8, M8>
     }
 }
 
-/// Returns the query blocks that a part of a work tile visits, through the pair of `keys`.
-#[inline(always)]
-pub(super) fn blocks_met<T, F: Features>(
-    p: &BackwardParams<T, F>,
-    tile: (u32, u32),
-    keys: &KvBlock,
-    part: SplitPart,
-) -> QueryBlocks<F::Mask> {
-    let sharing = &p.base.sharing;
-    let blocks = QueryBlocks::new(&p.base.shape.sequence(), *p.features.mask(), sharing.heads, tile, keys);
-    blocks.part(sharing, part)
+/// True if a consumer passes on the ping-pong barrier before it issues dP instead of after it. That pays if
+/// exponentials take as long as products (notebook 44).
+const fn passes_early(head_dim: u32) -> bool {
+    head_dim <= tuning::PING_PONG_BEFORE_DP_MAX_HEAD_DIM
 }
 
-/// Returns the number of the last pair of Q and K.
-#[inline(always)]
-pub(super) fn last_pair<T, F: Features>(p: &BackwardParams<T, F>) -> u32 {
-    if const { F::Mask::PAIRS == 1 } { 0 } else { p.base.last_pair }
+/// True if S of the next block is issued before dV and dK are waited for, so that products follow each other without a
+/// pause (notebook 59). dP must still wait for them: it has room only in the registers of P and dS.
+const fn queues_scores(head_dim: u32) -> bool {
+    head_dim == tuning::QUEUED_SCORES_HEAD_DIM
 }
 
-/// Computes dK and dV of one consumer warpgroup's half of the keys, for every work tile of its CTA or part of one. A
-/// work tile is a block of keys.
+/// Reads `neg_lse_log2` or δ of a block's queries before a wait, if registers allow (up to 64 queries). While products
+/// run, shared memory is slow to answer.
 #[inline(always)]
-pub fn consume<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize>(
-    wg: &mut W,
-    p: &BackwardParams<W::Tensor, F>,
-    block_n: u32,
-    tiles: impl Iterator<Item = KeyPart>,
-) {
-    let base = &p.base;
-    let block_m = 8 * M8 as u32;
-    let elements = block_n * 8 * D8 as u32;
-    let mut tiles = tiles;
-    let Some(KeyPart { mut tile, mut part }) = tiles.next() else { return };
-    // Visits the pairs one after the other, the last one first. Each has its own dK; all add to the same dV.
-    let mut pair = last_pair(p);
-    let mut dv = wg.zeros::<D8>();
-    loop {
-        let keys = KvBlock { pair, ..key_block(&base.shape, block_n, &tile) };
-        let blocks = blocks_met(p, (block_m, block_n), &keys, part);
-        if blocks.count() == 0 {
-            wg.store_kv(&wg.zeros::<D8>(), base.dk_of(pair), &keys, &base.shape);
-        } else {
-            let first_key = keys.n_block * block_n + wg.first_key();
-            let step = Step { p, first_key, block_m, blocks: &blocks };
-            wg.wait_k();
-            let mut at = blocks.first();
-            let mut mainloop = Mainloop::<W, D8, M8>::new::<F>(wg, &step, &at, dv);
-            for _ in 1..blocks.count() {
-                at = blocks.after(&at);
-                mainloop.step(wg, &step, &at);
-            }
-            mainloop.finish(wg);
-            let mut dk;
-            (dk, dv) = (mainloop.dk, mainloop.dv);
-            wg.release_kv();
-            wg.map_rows(&mut dk, wg.rows(base.scale), |dk, scale| dk * scale);
-            match part.slot() {
-                None => wg.store_kv(&dk, base.dk_of(pair), &keys, &base.shape),
-                Some(slot) => wg.store_part(&dk, base.workspace.part(slot, 0, elements)),
-            }
-        }
-        if pair > 0 {
-            pair -= 1;
-            continue;
-        }
-        p.features.weights().scale::<W, D8>(wg, &mut dv);
-        match part.slot() {
-            None => wg.store_kv(&dv, &base.dv, &keys, &base.shape),
-            Some(slot) => wg.store_part(&dv, base.workspace.part(slot, 1, elements)),
-        }
-        let Some(next) = tiles.next() else { return };
-        KeyPart { tile, part } = next;
-        (pair, dv) = (last_pair(p), wg.zeros::<D8>());
-    }
+fn read_early<W: BackwardWarpgroup, const M8: usize>(wg: &W, columns: W::Columns<M8>) -> W::Columns<M8> {
+    if const { M8 <= 8 } { wg.read(columns) } else { columns }
 }

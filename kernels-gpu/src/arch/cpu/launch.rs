@@ -20,8 +20,8 @@ use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::places::WorkTile;
 use crate::ground::tensor::Strided;
-use crate::kernels::backward::consume as consume_backward;
-use crate::kernels::backward_gradients::{consume_dk, consume_dv};
+use crate::kernels::backward::{Both, consume as consume_backward};
+use crate::kernels::backward_gradients::{Dk, Dv};
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
 use crate::params::{BackwardParams, ForwardParams, TotalParams};
@@ -111,7 +111,7 @@ pub unsafe fn backward_by_keys<F: FromAny, const D8: usize, const M8: usize>(
         for consumer in 0..2 {
             // SAFETY: the caller's promise; consumers own different keys.
             let mut warpgroup = unsafe { warpgroup(dtype, smem, &p, consumer, &at, &weights) };
-            consume_backward::<_, F, D8, M8>(&mut warpgroup, &p, smem.block_n, core::iter::once(at));
+            consume_backward::<Both<_, D8, M8>, _, F, D8, M8>(&mut warpgroup, &p, smem.block_n, core::iter::once(at));
             warpgroup.finish();
         }
     });
@@ -134,11 +134,11 @@ pub unsafe fn backward_by_gradients<F: FromAny, const D8: usize, const M8: usize
     for_each_part(smem, &p, (batch, head), |at| {
         // SAFETY: the caller's promise; one consumer writes dV and the other dK.
         let mut dv = unsafe { warpgroup(dtype, smem, &p, 0, &at, &weights) };
-        consume_dv::<_, F, D8, M8>(&mut dv, &p, smem.block_n, core::iter::once(at));
+        consume_backward::<Dv<_, D8, M8>, _, F, D8, M8>(&mut dv, &p, smem.block_n, core::iter::once(at));
         dv.finish();
         // SAFETY: the caller's promise; one consumer writes dV and the other dK.
         let mut dk = unsafe { warpgroup(dtype, smem, &p, 1, &at, &weights) };
-        consume_dk::<_, F, D8, M8>(&mut dk, &p, smem.block_n, core::iter::once(at));
+        consume_backward::<Dk<_, D8, M8>, _, F, D8, M8>(&mut dk, &p, smem.block_n, core::iter::once(at));
         dk.finish();
     });
 }

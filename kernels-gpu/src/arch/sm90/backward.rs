@@ -8,11 +8,14 @@ use super::consumer::Consumer;
 use super::cta;
 use super::fragment::{Fragment, Operand};
 use super::load::{load_shared_16_bytes, load_shared_pair};
-use super::math::Packed;
+use super::math::{Packed, fresh};
 use super::named_barrier::BackwardBarrier;
 use super::store::{Lines, fence_async_proxy, store_16_bytes, store_lines, store_shared_16_bytes, write_tile};
 use super::wgmma::{self, Descriptor};
 use crate::arch::{BackwardWarpgroup, Pending};
+use crate::attention::dropout::Drops;
+use crate::attention::features::Features;
+use crate::attention::mask::Mask;
 use crate::attention::query_blocks::MAX_QUERY_BLOCKS;
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
@@ -29,19 +32,26 @@ pub struct BackwardPipe<'a> {
     /// Number of query blocks so far, at most [`MAX_QUERY_BLOCKS`], and in the top two bits the number of work tiles
     /// modulo 4. Slots and phase parities follow from it.
     count: u32,
+    /// True if a consumer reads its index again at each use, which takes time but saves a register.
+    rereads_index: bool,
+    /// True if a consumer computes the slot that it releases again, which saves a uniform register.
+    recomputes_slot: bool,
 }
 
 /// Increment of [`BackwardPipe::count`] for one work tile.
 const KV: u32 = MAX_QUERY_BLOCKS + 1;
 
 impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
-    /// Makes a consumer. Each consumer warpgroup calls this once, after the barriers were initialised.
+    /// Makes a consumer of a kernel with the features `F`. Each consumer warpgroup calls this once, after the
+    /// barriers were initialised.
     #[inline(always)]
-    pub fn backward(smem: &'a BackwardSmem, index: u32, parameters: u64) -> Self {
+    pub fn backward<F: Features>(smem: &'a BackwardSmem, index: u32, parameters: u64) -> Self {
         if smem.split == Split::Keys && index == 1 {
             BackwardBarrier::ping_pong(0).arrive(2 * WARPGROUP_THREADS);
         }
-        Self::with_pipe(index, parameters, BackwardPipe { smem, count: 0 })
+        let rereads_index = smem.head_dim <= tuning::REREAD_INDEX_MAX_HEAD_DIM || F::Weights::DROPS;
+        let recomputes_slot = F::Weights::DROPS && F::Mask::PAIRS > 1;
+        Self::with_pipe(index, parameters, BackwardPipe { smem, count: 0, rereads_index, recomputes_slot })
     }
 
     /// Returns the slot of the rings of Q and dO for the query block of this ordinal. Its phase has the parity of
@@ -60,15 +70,10 @@ impl<'a, E: Packed> Consumer<E, BackwardPipe<'a>> {
         (ordinal % BackwardSmem::DS_STAGES, ordinal / BackwardSmem::DS_STAGES & 1)
     }
 
-    /// Returns the index of this consumer. At head dim 64 the consumers have no register to keep it, so it is
-    /// rematerialised at each use. At other head dims it is kept, because reading it again takes time.
+    /// Returns the index of this consumer, for the loop over query blocks.
     #[inline(always)]
     fn short_lived_index(&self) -> u32 {
-        if self.pipe.smem.head_dim <= tuning::REREAD_INDEX_MAX_HEAD_DIM {
-            cta::consumer_of_thread()
-        } else {
-            self.index()
-        }
+        if self.pipe.rereads_index { cta::consumer_of_thread() } else { self.index() }
     }
 
     /// Issues x·Bᵀ of a tile x of keys, at byte offset `keys`, and a tile B of query rows, at `queries`: Sᵀ or dPᵀ.
@@ -182,7 +187,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
     #[inline(always)]
     fn release(&mut self, ordinal: u32) {
-        let slot = self.slot(ordinal);
+        let slot = self.slot(if self.pipe.recomputes_slot { fresh(ordinal) } else { ordinal });
         // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(self.base() + self.pipe.smem.empty(slot)).arrive() };
     }

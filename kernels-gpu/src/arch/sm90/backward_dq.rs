@@ -243,23 +243,20 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
     let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
     let mut dq = Dq::<N8> { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, semaphore: 0, k: 0 };
     let warp = cta::warp_of_warpgroup();
-    // True if each work tile is taken from the iterator one iteration ahead. Such a tile lives in uniform registers,
-    // while computing it takes registers of each thread. Only plain attention has registers for it.
-    let ahead = const { F::Mask::PAIRS == 1 && !F::Weights::DROPS };
     // One more than the key head of the last finished tile while its completion is not yet signalled; 0 for none.
-    // Kernels that take tiles ahead signal after they have issued the first loads of the next tile, so that these loads
-    // do not wait for the reductions to drain.
+    // It is signalled after the first loads of the next tile have been issued, so that these loads do not wait for the
+    // reductions to drain.
     let mut counted = 0;
     let mut stored = false;
     let knows_first = FirstTiles::is_for::<F::Mask, F::Weights>(smem.head_dim);
     let mut tiles = tiles;
-    let mut next = if ahead { tiles.next() } else { None };
+    // Each work tile is taken from the iterator one iteration ahead. Such a tile lives in uniform registers, while a tile
+    // that is computed in its own iteration takes registers of each thread.
+    let mut next = tiles.next();
     // True if the load of this work tile's K has been issued already.
     let mut k_loaded = false;
-    while let Some(KeyPart { tile: work_tile, part }) = if ahead { next } else { tiles.next() } {
-        if ahead {
-            next = tiles.next();
-        }
+    while let Some(KeyPart { tile: work_tile, part }) = next {
+        next = tiles.next();
         let mut pairs_left = if const { F::Mask::PAIRS == 1 } { 1 } else { p.last_pair + 1 };
         while pairs_left > 0 {
             pairs_left -= 1;
@@ -270,6 +267,8 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
                 QueryBlocks::new(&shape.sequence(), *mask, p.sharing.heads, (smem.block_m, smem.block_n), &keys);
             let blocks = blocks.part(&p.sharing, part);
             if blocks.count() == 0 {
+                // No loads follow, after which the work tile before would be signalled.
+                dq.count_tile(&mut counted, &mut stored);
                 continue;
             }
             // All dS of the work tile before has arrived and has been multiplied. So neither its consumers nor its dQ
@@ -288,15 +287,13 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
                 load(&mut loads, cta::converged(Leader::of_warpgroup));
             }
             // A tile that no query attends to would leave its K in the buffer.
-            k_loaded = ahead && smem.k_stages == 2 && !mask.leaves_keys_out() && next.is_some();
+            k_loaded = smem.k_stages == 2 && !mask.leaves_keys_out() && next.is_some();
             if k_loaded && let Some(KeyPart { tile, .. }) = next {
                 // Loads into the K buffer of the work tile before, whose dQ is complete.
                 let leader = cta::converged(Leader::of_warpgroup);
                 loads.k(&key_block(&p.shape, smem.block_n, &tile), dq.k ^ 1, leader);
             }
-            if ahead {
-                dq.count_tile(&mut counted, &mut stored);
-            }
+            dq.count_tile(&mut counted, &mut stored);
             // Called while a product of a query block's dQ is in flight. By then the consumers no longer need the
             // block's slot for anything else.
             let mut beside = |step| {
@@ -320,9 +317,6 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
             dq.k = (dq.k + 1) % smem.k_stages;
         }
         counted = 1 + p.shape.key_head(work_tile.batch, work_tile.head);
-        if !ahead {
-            dq.count_tile(&mut counted, &mut stored);
-        }
     }
     dq.count_tile(&mut counted, &mut stored);
 }
