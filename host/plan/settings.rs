@@ -8,7 +8,7 @@ use super::{Needs, PassKind};
 use crate::{
     dropout::Dropout,
     error::{Error, Result},
-    problem::{Mask, Problem},
+    problem::{MAX_EXTENT, Mask, Problem, at_most},
 };
 
 /// Options of a pass in addition to problem, mask and scale.
@@ -41,6 +41,10 @@ impl Settings {
         let scale = scale.unwrap_or_else(|| 1.0 / (problem.head_dim as f32).sqrt());
         if !scale.is_finite() || scale <= 0.0 {
             return Err(Error::Scale { value: scale });
+        }
+        if let Mask::Window { .. } = mask {
+            // Kernels add a bound to a place among the keys.
+            at_most("seqlen_q + seqlen_k", problem.seqlen_q as u128 + problem.seqlen_k as u128, MAX_EXTENT as u128)?;
         }
         let Extra { dist_threshold, dropout } = extra;
         Ok(Settings { problem: *problem, mask, scale, dist_threshold, dropout })

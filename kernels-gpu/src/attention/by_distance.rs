@@ -21,6 +21,7 @@ pub struct ByDistance<M> {
 
 impl<M: Mask> Mask for ByDistance<M> {
     const PAIRS: u32 = 2;
+    const IS_BAND: bool = M::IS_BAND;
     #[cfg(not(target_arch = "nvptx64"))]
     const CONSTANTS: &'static [ConstantPlace] = M::CONSTANTS;
 

@@ -46,6 +46,10 @@ pub trait Mask: Copy {
     #[cfg(not(target_arch = "nvptx64"))]
     const CONSTANTS: &'static [ConstantPlace] = &[];
 
+    /// True if start and end of an interval move by one from row to row, unless they are 0 or beyond all keys, or all
+    /// queries. Then masking finds the interval of one row from that of another.
+    const IS_BAND: bool = false;
+
     /// True if a query may not attend to the first keys.
     fn bounds_left(&self) -> bool;
     /// Returns [`Mask::bounds_left`], read once for each `row`: a loop over rows keeps no register for it.
@@ -110,6 +114,7 @@ impl Window {
 }
 
 impl Mask for Window {
+    const IS_BAND: bool = true;
     #[cfg(not(target_arch = "nvptx64"))]
     const CONSTANTS: &'static [ConstantPlace] = &[
         ConstantPlace { bit: Constants::LEFT, offset: offset_of!(Window, has_left) as u32 },

@@ -41,12 +41,34 @@ pub fn mask_transposed<W: Warpgroup, M: Mask, const M8: usize>(
     s: &mut W::Acc<M8>,
     at: ScorePlace,
 ) {
+    if const { !M::IS_BAND } {
+        return mask_any_transposed(wg, of, mask, s, at);
+    }
     let Some(queries) = QueriesOfKeys::new(of, mask, &at, 8 * M8 as u32) else { return };
     if bounds_left(mask, &at) {
         wg.fill_outside(s, f32::NEG_INFINITY, |r| (queries.start(r), queries.end(r)));
     } else {
         wg.fill_outside(s, f32::NEG_INFINITY, |r| (queries.start(r), i32::MAX));
     }
+}
+
+/// Sets scores to −∞ if their query does not attend to their key, or is padding. Rows of the fragment are keys. It takes
+/// more registers than [`mask_transposed`], but no mask is too irregular for it.
+#[inline(always)]
+pub fn mask_any_transposed<W: Warpgroup, M: Mask, const M8: usize>(
+    wg: &W,
+    of: &Sequence,
+    mask: &M,
+    s: &mut W::Acc<M8>,
+    at: ScorePlace,
+) {
+    wg.fill_outside(s, f32::NEG_INFINITY, |r| {
+        let Interval { start, end } = mask.queries(of, at.pair, at.key + r);
+        let column = |row: u32| row as i32 - at.row as i32;
+        // No query attends to a key of padding.
+        let start = if at.key + r < of.seqlen_k { column(start) } else { i32::MAX };
+        (start, column(end.min(of.seqlen_q)))
+    });
 }
 
 /// Columns of a fragment whose queries attend to the key of a row. From row to row they move by one column.

@@ -34,7 +34,7 @@ use core::f32::consts::LOG2_E;
 use crate::arch::TotalWarpgroup;
 use crate::attention::exponential::exp2_polynomial;
 use crate::attention::mask::Mask;
-use crate::attention::masking::{ScorePlace, mask_transposed};
+use crate::attention::masking::{ScorePlace, mask_any_transposed};
 use crate::attention::shared_tiles::TilePart;
 use crate::attention::total_steps::{TotalTile, TotalTiles};
 use crate::params::TotalParams;
@@ -80,8 +80,7 @@ impl<W: TotalWarpgroup, M: Mask> Mainloop<'_, W, M> {
             let first_key = tile.first_key + wg.own_keys().first_key;
             let first_row = m_block * 8 * M8 as u32;
             let place = ScorePlace { pair: 0, row: first_row, key: first_key };
-            mask_transposed(wg, &p.shape.sequence(), &p.mask, &mut s, place);
-            wg.fill_outside(&mut s, f32::NEG_INFINITY, |_| (0, p.shape.seqlen_q as i32 - first_row as i32));
+            mask_any_transposed(wg, &p.shape.sequence(), &p.mask, &mut s, place);
         }
         let c = p.scale * LOG2_E;
         // Sᵀ → Pᵀ
