@@ -20,14 +20,10 @@ const RECONVERGENCE: &str = "WARPSYNC.ALL";
 /// Registers of a multiprocessor.
 const REGISTER_FILE: u32 = 65536;
 
-/// Returns how often [`RECONVERGENCE`] may occur in a kernel: as often as it did when it was first counted, 2026-11-30.
+/// Returns how often [`RECONVERGENCE`] may occur in a kernel: once where CTAs of a cluster wait for each other, and in
+/// the postprocess kernel.
 fn reconvergences(launch: &Launch) -> usize {
-    match launch.family.name() {
-        "backward_dropout" | "piecewise_backward" | "piecewise_backward_dropout" => 9,
-        "forward_dropout" | "piecewise_dropout" => 5,
-        _ if launch.cluster > 1 || launch.symbol.starts_with("finish_") => 1,
-        _ => 0,
-    }
+    usize::from(launch.cluster > 1 || launch.symbol.starts_with("finish_"))
 }
 
 /// What became of one form of a kernel.
