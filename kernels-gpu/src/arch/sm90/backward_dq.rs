@@ -293,13 +293,7 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
                 loads.k(&keys, dq.k, leader);
             }
             loads.begin(&keys, leader, &blocks, &mut upcoming);
-            // A tile that no query attends to would leave its K in the buffer.
-            is_k_prefetched = smem.k_stages == 2 && !mask.leaves_keys_out() && next.is_some();
-            if is_k_prefetched && let Some(KeyPart { tile, .. }) = next {
-                // Loads into the K buffer of the work tile before, whose dQ is complete.
-                let leader = cta::converged(Leader::of_warpgroup);
-                loads.k(&key_block(&p.shape, smem.block_n, &tile), dq.k ^ 1, leader);
-            }
+            is_k_prefetched = prefetch_k(&loads, mask, &p.shape, smem, next, dq.k ^ 1);
             completion.signal();
             completion.stores = knows_first && first_values::stores(&p.workspace, &p.shape, smem.head_dim, &keys);
             // Called while a product of a query block's dQ is in flight. By then the consumers no longer need the
@@ -335,6 +329,25 @@ fn keys_of<F: Features>(
     let tile = (smem.block_m, smem.block_n);
     let blocks = QueryBlocks::new(&shape.sequence(), *params.features.mask(), p.sharing.heads, tile, &keys);
     (keys, blocks.part(&p.sharing, at.part))
+}
+
+/// Loads K of the next work tile into the buffer of the work tile before, whose dQ is complete, if there are two buffers.
+/// Returns true if it does. A tile that no query attends to would leave its K in the buffer.
+#[inline(always)]
+fn prefetch_k<M: Mask>(
+    loads: &Loads,
+    mask: &M,
+    shape: &Shape,
+    smem: &BackwardSmem,
+    next: Option<KeyPart>,
+    buffer: u32,
+) -> bool {
+    let prefetches = smem.k_stages == 2 && !mask.leaves_keys_out() && next.is_some();
+    if prefetches && let Some(KeyPart { tile, .. }) = next {
+        let leader = cta::converged(Leader::of_warpgroup);
+        loads.k(&key_block(shape, smem.block_n, &tile), buffer, leader);
+    }
+    prefetches
 }
 
 /// Returns the leader that loads while the product of tile `loads_at` is in flight. Right after the first product ptxas
