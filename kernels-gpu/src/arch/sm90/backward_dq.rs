@@ -282,6 +282,7 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
             pairs_left -= 1;
             let (keys, blocks) = keys_of(params, smem, &at, pairs_left);
             if blocks.count() == 0 {
+                // No loads of this tile follow, after which the tile before would be signalled.
                 completion.signal();
                 continue;
             }
@@ -331,7 +332,7 @@ fn keys_of<F: Features>(
     (keys, blocks.part(&p.sharing, at.part))
 }
 
-/// Loads K of the next work tile into the buffer of the work tile before, whose dQ is complete, if there are two buffers.
+/// If there are two buffers, loads K of the next work tile into that of the work tile before, whose dQ is complete.
 /// Returns true if it does. A tile that no query attends to would leave its K in the buffer.
 #[inline(always)]
 fn prefetch_k<M: Mask>(
