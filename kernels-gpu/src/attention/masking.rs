@@ -83,8 +83,8 @@ struct QueriesOfKeys {
 impl QueriesOfKeys {
     /// Computes them for a fragment of `width` columns. Returns `None` if every query attends to every key.
     ///
-    /// Start and end of a mask's interval grow by one from key to key, unless they are 0 or beyond all queries. So those
-    /// of the last key tell those of all keys.
+    /// Start and end of a mask's interval grow by one from key to key, unless they are 0 or beyond all queries. So the
+    /// last key's tell those of all keys.
     #[inline(always)]
     fn new<M: Mask>(of: &Sequence, mask: &M, at: &ScorePlace, width: u32) -> Option<Self> {
         let last = WARPGROUP_ROWS - 1;

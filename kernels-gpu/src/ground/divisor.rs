@@ -24,8 +24,8 @@ impl Divisor {
     /// Returns quotient and remainder of a dividend below 2³¹.
     #[inline(always)]
     pub fn divide(self, dividend: u32) -> (u32, u32) {
-        // SAFETY: ⌈log₂ value⌉ of a value up to 2³¹ is less than 32. A shift by a number that might be more would need a
-        // mask, which takes a register.
+        // SAFETY: ⌈log₂ value⌉ of a value up to 2³¹ is less than 32. A shift by a number that might be more would need
+        // a mask, which takes a register.
         unsafe { core::hint::assert_unchecked(self.shift < u32::BITS) };
         let quotient = (((2 * dividend) as u64 * self.multiplier as u64) >> 32) as u32 >> self.shift;
         (quotient, dividend - quotient * self.value)

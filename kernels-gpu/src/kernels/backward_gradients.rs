@@ -34,6 +34,7 @@ pub struct Dv<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
 impl<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize> Accumulate<W, F, D8, M8> for Dv<W, D8, M8> {
     const HAS_DK: bool = false;
     const HAS_DV: bool = true;
+
     /// Processes the first query block up to P.
     #[inline(always)]
     fn start(wg: &mut W, keys: &KeyTile<W::Tensor, F>, at: &QueryBlock, dv: W::Acc<D8>) -> Self {
@@ -82,6 +83,7 @@ pub struct Dk<W: BackwardWarpgroup, const D8: usize, const M8: usize> {
 impl<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize> Accumulate<W, F, D8, M8> for Dk<W, D8, M8> {
     const HAS_DK: bool = true;
     const HAS_DV: bool = false;
+
     /// Processes the first query block up to dS.
     #[inline(always)]
     fn start(wg: &mut W, keys: &KeyTile<W::Tensor, F>, at: &QueryBlock, _: W::Acc<D8>) -> Self {

@@ -133,7 +133,8 @@ impl<const M8: usize> Columns<M8> {
 }
 
 impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
-    /// Ordinal of the query block, counted from the first. Slots of the rings and phase parities follow from it.
+    /// Ordinal of the query block, counted from the first, with the top two bits of [`BackwardPipe::count`]. Slots of
+    /// the rings and phase parities follow from it.
     type Slot = u32;
     type Columns<const M8: usize> = Columns<M8>;
 

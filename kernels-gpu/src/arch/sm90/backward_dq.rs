@@ -5,6 +5,8 @@
 //! consumers write. In the workspace, 64 rows of dQ have the accumulator layout: one n8 column group after another,
 //! with sixteen bytes of each thread in order.
 
+use core::num::NonZeroU32;
+
 use super::backward_loads::Loads;
 use super::barrier::{Mbarrier, sync_warp};
 use super::cta::{self, Leader, smem_base, thread_of_warpgroup};
@@ -33,7 +35,7 @@ use crate::tuning;
 
 /// Consumer's end of the ring of dSᵀ: computes dS·K and accumulates dQ, 8·N8 columns at a time. The columns are few
 /// because the two consumer warpgroups need the registers.
-struct Dq<'a, const N8: usize> {
+struct DqAccumulator<'a, const N8: usize> {
     workspace: &'a Workspace,
     smem: &'a BackwardSmem,
     /// Number of query blocks so far; a slot and its phase parity follow from it.
@@ -52,29 +54,42 @@ struct Dq<'a, const N8: usize> {
     k: u32,
 }
 
-impl<const N8: usize> Dq<'_, N8> {
-    /// Accumulates dQ of all query blocks of a work tile. Calls `beside` once per query block, with its number,
+impl<'a, const N8: usize> DqAccumulator<'a, N8> {
+    #[inline(always)]
+    fn new(workspace: &'a Workspace, smem: &'a BackwardSmem, loads_at: u32) -> Self {
+        let address = workspace.dq + 16 * thread_of_warpgroup() as u64;
+        DqAccumulator { workspace, smem, loads_at, count: 0, address, row: 0, semaphore: 0, k: 0 }
+    }
+
+    /// Accumulates dQ of all query blocks of a work tile. Calls `refill` once per query block, with its number,
     /// while a product of it is in flight.
     #[inline(always)]
-    fn add_all<E: Packed, M: Mask, const STORES: bool>(
+    fn run<E: Packed, M: Mask, const STORES: bool>(
         &mut self,
         shape: &Shape,
         blocks: &QueryBlocks<M>,
         n_block: u32,
-        mut beside: impl FnMut(u32),
+        mut refill: impl FnMut(u32),
     ) {
         let smem = self.smem;
         let mut at = blocks.first();
         for step in 0..blocks.count() {
             let (shared, tile) = (blocks_per_semaphore(smem.head_dim), (smem.block_m, smem.block_n));
             let earlier = blocks.earlier(&shape.sequence(), &at, n_block, shared, tile);
-            self.add::<E, STORES>(shape, &QueryBlock { batch: fresh(at.batch), ..at }, earlier, || beside(step));
+            self.add::<E, STORES>(shape, &QueryBlock { batch: fresh(at.batch), ..at }, earlier, || refill(step));
             at = blocks.after(&at);
         }
     }
 
+    /// Ends a work tile: signals the last dQ semaphore, and moves on to the next buffer of K.
+    #[inline(always)]
+    fn end_tile(&mut self) {
+        self.signal_semaphore();
+        self.k = (self.k + 1) % self.smem.k_stages;
+    }
+
     /// Computes dQ = dQ + dS·K of a query block, or dQ = dS·K if `STORES`. `load` runs while the product of its tile
-    /// [`Dq::loads_at`] is in flight.
+    /// [`DqAccumulator::loads_at`] is in flight.
     #[inline(always)]
     fn add<E: Packed, const STORES: bool>(
         &mut self,
@@ -188,30 +203,42 @@ impl<const N8: usize> Dq<'_, N8> {
         }
     }
 
-    /// Signals that the pending work tile is complete, if there is one. Increments the counter of its key head; the
-    /// postprocess kernel reads dQ when the counter reaches the number of key blocks. If the tile initialised dQ
-    /// (`stored`), also sets the key head's state to READY, so that other tiles may accumulate into it. `head` is one
-    /// more than the key head, or 0 if no tile is pending.
-    #[inline(always)]
-    fn count_tile(&self, head: &mut u32, stored: &mut bool) {
-        if *head != 0 {
-            BackwardBarrier::sync_third();
-            let leader = cta::converged(Leader::of_warpgroup);
-            // SAFETY: I5, the address is a counter of the workspace. All threads have issued their reductions before
-            // the barrier, so the leader's release covers all of them.
-            unsafe { increment_counter(leader, self.workspace.tiles_counter(*head - 1)) };
-            if *stored {
-                first_values::make_ready(self.workspace.first_values_word(*head - 1));
-                *stored = false;
-            }
-            *head = 0;
-        }
-    }
-
     /// Returns the address of the pending dQ semaphore. There must be one.
     #[inline(always)]
     fn semaphore_address(&self) -> u64 {
         self.workspace.dq_semaphores + 4 * (self.semaphore - 1) as u64
+    }
+}
+
+/// Completion of the last finished work tile, which is signalled after the first loads of the next one have been
+/// issued. So these loads do not wait for the reductions to drain.
+struct Completion<'a> {
+    workspace: &'a Workspace,
+    /// One more than the key head of the tile, while its completion is not yet signalled.
+    pending: Option<NonZeroU32>,
+    /// True if the tile, or the current one while it runs, initialises dQ.
+    stores: bool,
+}
+
+impl Completion<'_> {
+    /// Signals that the pending work tile is complete, if there is one. Increments the counter of its key head; the
+    /// postprocess kernel reads dQ when the counter reaches the number of key blocks. If the tile initialised dQ, also
+    /// sets the key head's state to READY, so that other tiles may accumulate into it.
+    #[inline(always)]
+    fn signal(&mut self) {
+        if let Some(pending) = self.pending {
+            let head = pending.get() - 1;
+            BackwardBarrier::sync_third();
+            let leader = cta::converged(Leader::of_warpgroup);
+            // SAFETY: I5, the address is a counter of the workspace. All threads have issued their reductions before
+            // the barrier, so the leader's release covers all of them.
+            unsafe { increment_counter(leader, self.workspace.tiles_counter(head)) };
+            if self.stores {
+                first_values::make_ready(self.workspace.first_values_word(head));
+                self.stores = false;
+            }
+            self.pending = None;
+        }
     }
 }
 
@@ -239,84 +266,97 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
 ) {
     let (p, mask) = (&params.base, params.features.mask());
     let mut loads = Loads::new(p, parameters, smem);
-    let loads_at = loads_at::<F::Mask>(smem);
-    let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
-    let mut dq = Dq::<N8> { workspace: &p.workspace, smem, loads_at, count: 0, address, row: 0, semaphore: 0, k: 0 };
+    let mut dq = DqAccumulator::<N8>::new(&p.workspace, smem, loads_at::<F::Mask>(smem));
+    let mut completion = Completion { workspace: &p.workspace, pending: None, stores: false };
     let warp = cta::warp_of_warpgroup();
-    // One more than the key head of the last finished tile while its completion is not yet signalled; 0 for none.
-    // It is signalled after the first loads of the next tile have been issued, so that these loads do not wait for the
-    // reductions to drain.
-    let mut counted = 0;
-    let mut stored = false;
     let knows_first = FirstTiles::is_for::<F::Mask, F::Weights>(smem.head_dim);
     let mut tiles = tiles;
-    // Each work tile is taken from the iterator one iteration ahead. Such a tile lives in uniform registers, while a tile
-    // that is computed in its own iteration takes registers of each thread.
+    // Each work tile is taken from the iterator one iteration ahead. Such a tile lives in uniform registers, while a
+    // tile that is computed in its own iteration takes registers of each thread.
     let mut next = tiles.next();
-    // True if the load of this work tile's K has been issued already.
-    let mut k_loaded = false;
-    while let Some(KeyPart { tile: work_tile, part }) = next {
+    let mut is_k_prefetched = false;
+    while let Some(at) = next {
         next = tiles.next();
         let mut pairs_left = if const { F::Mask::PAIRS == 1 } { 1 } else { p.last_pair + 1 };
         while pairs_left > 0 {
             pairs_left -= 1;
-            // Rematerialised for each pair, because few registers are left to keep what follows from the shape.
-            let shape = Shape { seqlen_q: fresh(p.shape.seqlen_q), seqlen_k: fresh(p.shape.seqlen_k), ..p.shape };
-            let keys = KvBlock { pair: pairs_left, ..key_block(&shape, smem.block_n, &work_tile) };
-            let blocks =
-                QueryBlocks::new(&shape.sequence(), *mask, p.sharing.heads, (smem.block_m, smem.block_n), &keys);
-            let blocks = blocks.part(&p.sharing, part);
+            let (keys, blocks) = keys_of(params, smem, &at, pairs_left);
             if blocks.count() == 0 {
-                // No loads follow, after which the work tile before would be signalled.
-                dq.count_tile(&mut counted, &mut stored);
+                // No loads of this tile follow, after which the tile before would be signalled.
+                completion.signal();
                 continue;
             }
             // All dS of the work tile before has arrived and has been multiplied. So neither its consumers nor its dQ
             // still need its K and V.
+            let mut upcoming = blocks.first();
             let leader = cta::converged(Leader::of_warpgroup);
-            if !k_loaded {
+            if !is_k_prefetched {
                 loads.k(&keys, dq.k, leader);
             }
-            loads.v(&keys, leader);
-            let mut upcoming = blocks.first();
-            let mut load = |loads: &mut Loads, leader: Leader| {
-                loads.queries(&upcoming, leader);
-                upcoming = blocks.after(&upcoming);
-            };
-            for _ in 0..smem.stages().min(blocks.count()) {
-                load(&mut loads, cta::converged(Leader::of_warpgroup));
-            }
-            // A tile that no query attends to would leave its K in the buffer.
-            k_loaded = smem.k_stages == 2 && !mask.leaves_keys_out() && next.is_some();
-            if k_loaded && let Some(KeyPart { tile, .. }) = next {
-                // Loads into the K buffer of the work tile before, whose dQ is complete.
-                let leader = cta::converged(Leader::of_warpgroup);
-                loads.k(&key_block(&p.shape, smem.block_n, &tile), dq.k ^ 1, leader);
-            }
-            dq.count_tile(&mut counted, &mut stored);
+            loads.begin(&keys, leader, &blocks, &mut upcoming);
+            is_k_prefetched = prefetch_k(&loads, mask, &p.shape, smem, next, dq.k ^ 1);
+            completion.signal();
+            completion.stores = knows_first && first_values::stores(&p.workspace, &p.shape, smem.head_dim, &keys);
             // Called while a product of a query block's dQ is in flight. By then the consumers no longer need the
             // block's slot for anything else.
-            let mut beside = |step| {
+            let mut refill = |step| {
                 if step + smem.stages() < blocks.count() {
-                    // Right after the first product ptxas knows without a barrier that the warp is converged, but this
-                    // takes registers.
-                    let leader = match loads_at {
-                        0 => Leader::of_first_warp(warp),
-                        _ => cta::converged(Leader::of_warpgroup),
-                    };
-                    load(&mut loads, leader);
+                    loads.next_queries(&blocks, &mut upcoming, dq_leader(loads_at::<F::Mask>(smem), warp));
                 }
             };
-            stored = knows_first && first_values::stores(&p.workspace, &p.shape, smem.head_dim, &keys);
-            if stored {
-                dq.add_all::<E, F::Mask, true>(&p.shape, &blocks, keys.n_block, &mut beside);
-            } else {
-                dq.add_all::<E, F::Mask, false>(&p.shape, &blocks, keys.n_block, &mut beside);
+            match completion.stores {
+                true => dq.run::<E, F::Mask, true>(&p.shape, &blocks, keys.n_block, &mut refill),
+                false => dq.run::<E, F::Mask, false>(&p.shape, &blocks, keys.n_block, &mut refill),
             }
-            dq.signal_semaphore();
-            dq.k = (dq.k + 1) % smem.k_stages;
+            dq.end_tile();
         }
-        counted = 1 + p.shape.key_head(work_tile.batch, work_tile.head);
+        completion.pending = NonZeroU32::new(1 + p.shape.key_head(at.tile.batch, at.tile.head));
     }
-    dq.count_tile(&mut counted, &mut stored);
+    completion.signal();
+}
+
+/// Returns the keys of a work tile or part, and the query blocks that attend to them through a pair. What follows from
+/// the shape is rematerialised for each pair, because few registers are left to keep it.
+#[inline(always)]
+fn keys_of<F: Features>(
+    params: &BackwardParams<TensorMap, F>,
+    smem: &BackwardSmem,
+    at: &KeyPart,
+    pair: u32,
+) -> (KvBlock, QueryBlocks<F::Mask>) {
+    let p = &params.base;
+    let shape = Shape { seqlen_q: fresh(p.shape.seqlen_q), seqlen_k: fresh(p.shape.seqlen_k), ..p.shape };
+    let keys = KvBlock { pair, ..key_block(&shape, smem.block_n, &at.tile) };
+    let tile = (smem.block_m, smem.block_n);
+    let blocks = QueryBlocks::new(&shape.sequence(), *params.features.mask(), p.sharing.heads, tile, &keys);
+    (keys, blocks.part(&p.sharing, at.part))
+}
+
+/// If there are two buffers, loads K of the next work tile into that of the work tile before, whose dQ is complete.
+/// Returns true if it does. A tile that no query attends to would leave its K in the buffer.
+#[inline(always)]
+fn prefetch_k<M: Mask>(
+    loads: &Loads,
+    mask: &M,
+    shape: &Shape,
+    smem: &BackwardSmem,
+    next: Option<KeyPart>,
+    buffer: u32,
+) -> bool {
+    let prefetches = smem.k_stages == 2 && !mask.leaves_keys_out() && next.is_some();
+    if prefetches && let Some(KeyPart { tile, .. }) = next {
+        let leader = cta::converged(Leader::of_warpgroup);
+        loads.k(&key_block(shape, smem.block_n, &tile), buffer, leader);
+    }
+    prefetches
+}
+
+/// Returns the leader that loads while the product of tile `loads_at` is in flight. Right after the first product ptxas
+/// knows without a barrier that the warp is converged, but this takes registers.
+#[inline(always)]
+fn dq_leader(loads_at: u32, warp: u32) -> Leader {
+    match loads_at {
+        0 => Leader::of_first_warp(warp),
+        _ => cta::converged(Leader::of_warpgroup),
+    }
 }

@@ -7,6 +7,8 @@ use super::cta::{self, Leader, smem_base};
 use super::load::load_bytes;
 use super::math::fresh;
 use super::tma::{BoxOrigin, MapAddress, load_box};
+use crate::attention::mask::Mask;
+use crate::attention::query_blocks::QueryBlocks;
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::tensor::TensorMap;
@@ -68,10 +70,33 @@ impl<'a> Loads<'a> {
         self.tile(leader, tensor, self.smem.block_n, at, to, full);
     }
 
+    /// Starts loading V of a work tile, and as many query blocks as the rings have slots. `upcoming` is the first query
+    /// block; it becomes the first that is not loaded.
+    #[inline(always)]
+    pub fn begin<M: Mask>(
+        &mut self,
+        keys: &KvBlock,
+        leader: Leader,
+        blocks: &QueryBlocks<M>,
+        upcoming: &mut QueryBlock,
+    ) {
+        self.v(keys, leader);
+        for _ in 0..self.smem.stages().min(blocks.count()) {
+            self.next_queries(blocks, upcoming, cta::converged(Leader::of_warpgroup));
+        }
+    }
+
+    /// Loads the upcoming query block, as [`Loads::queries`] does, and moves on to the one after it.
+    #[inline(always)]
+    pub fn next_queries<M: Mask>(&mut self, blocks: &QueryBlocks<M>, upcoming: &mut QueryBlock, leader: Leader) {
+        self.queries(upcoming, leader);
+        *upcoming = blocks.after(upcoming);
+    }
+
     /// Loads Q, dO, `neg_lse_log2` and δ of a query block into the next slots, once they are empty. The leader is one
     /// thread of the warpgroup.
     #[inline(always)]
-    pub fn queries(&mut self, block: &QueryBlock, leader: Leader) {
+    fn queries(&mut self, block: &QueryBlock, leader: Leader) {
         let (p, smem, base) = (self.p, self.smem, fresh(smem_base()));
         let QueryBlock { batch, head, m_block, pair } = *block;
         let batch = fresh(batch);
