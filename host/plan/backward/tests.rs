@@ -20,7 +20,7 @@ fn prints_what_will_run() {
         plan.to_string(),
         format!(
             "backward bf16: batch 2, heads 6/2, seqlen 1000 × 300, head_dim 64, mask causal, scale 0.125, exact\n\
-             kernels prepare_bf16, backward_bf16_d64_causal, finish_bf16_d64: tiles 128 × 128, head_dim 64\n\
+             kernels prepare_bf16, backward_bf16_d64, finish_bf16_d64: tiles 128 × 128, head_dim 64\n\
              launch: 12 work tiles on 5 CTAs of 384 threads, {smem} bytes of shared memory, {workspace} bytes of \
              workspace"
         )

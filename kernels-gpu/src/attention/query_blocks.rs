@@ -125,6 +125,12 @@ impl<M: Mask> QueryBlocks<M> {
         }
     }
 
+    /// True if every query of the block attends to every key.
+    #[inline(always)]
+    pub fn is_full(&self, block: &QueryBlock) -> bool {
+        self.blocks.full_start <= block.m_block && block.m_block < self.blocks.full_end
+    }
+
     /// Returns how many blocks of keys precede block `n_block` at the dQ semaphore in an exact pass, of those that
     /// visit a query block with the same semaphore. `shared` is [`blocks_per_semaphore`].
     #[inline(always)]

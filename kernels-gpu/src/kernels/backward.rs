@@ -232,7 +232,10 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
     ) -> W::Acc<M8> {
         let (base, features, first_row) = (&self.p.base, &self.p.features, at.m_block * self.block_m);
         let place = ScorePlace { pair: at.pair, row: first_row, key: self.first_key };
-        mask_transposed(wg, &base.shape.sequence(), features.mask(), &mut s, place);
+        // For a band, masking itself finds out whether the block is full.
+        if const { F::Mask::IS_BAND } || !self.blocks.is_full(at) {
+            mask_transposed(wg, &base.shape.sequence(), features.mask(), &mut s, place);
+        }
         let c = base.scale * LOG2_E;
         wg.map_columns(&mut s, neg_lse_log2, |s, neg_lse_log2| W::exp2(W::fma(s, c, neg_lse_log2)));
         let keep = features.weights().keep::<W, M8>(wg, |_| Place {
