@@ -19,7 +19,8 @@ const PROBLEM: Problem =
 struct Memory {
     cuda: Cuda,
     elements: DeviceBuffer<bf16>,
-    rows: DeviceBuffer<f32>,
+    lse: DeviceBuffer<f32>,
+    total: DeviceBuffer<f32>,
     /// Operand that claims to lie elsewhere.
     elsewhere: Operand,
 }
@@ -45,11 +46,12 @@ impl Memory {
         Tensor::bhsd(DeviceSliceMut { home: self.home(operand), ..slice }, Self::shape(operand))
     }
     fn line(&self, operand: Operand) -> DeviceSlice<'_, f32> {
-        DeviceSlice { home: self.home(operand), ..self.rows.as_slice() }
+        DeviceSlice { home: self.home(operand), ..self.lse.as_slice() }
     }
     fn line_mut(&self, operand: Operand) -> DeviceSliceMut<'_, f32> {
+        let buffer = if operand == Operand::Total { &self.total } else { &self.lse };
         // SAFETY: refused before anything is written.
-        let slice = unsafe { DeviceSliceMut::from_raw(&self.cuda, self.rows.address(), self.rows.len()) };
+        let slice = unsafe { DeviceSliceMut::from_raw(&self.cuda, buffer.address(), buffer.len()) };
         DeviceSliceMut { home: self.home(operand), ..slice }
     }
     fn pair(&self) -> Pair<Tensor<DeviceSlice<'_, bf16>>> {
@@ -117,7 +119,8 @@ fn every_operand_of_another_device_is_refused() {
         let memory = Memory {
             cuda: cuda.clone(),
             elements: cuda.allocate(Operand::Q, 2 * 30 * 64).unwrap(),
-            rows: cuda.allocate(Operand::Lse, 2 * 30).unwrap(),
+            lse: cuda.allocate(Operand::Lse, PROBLEM.lse_len()).unwrap(),
+            total: cuda.allocate(Operand::Total, PROBLEM.total_len()).unwrap(),
             elsewhere,
         };
         let expected = Error::WrongDevice { operand: elsewhere, found: 1, expected: 0 };
