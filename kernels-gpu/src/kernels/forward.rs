@@ -69,7 +69,7 @@ struct Context<'a, T, F> {
 /// Work tile and its visits.
 #[derive(Clone, Copy)]
 struct QueryTile {
-    at: WorkTile,
+    at: Packed,
     visits: Visits,
 }
 
@@ -88,7 +88,7 @@ impl QueryTile {
     /// Returns the block of visit `u`.
     #[inline(always)]
     fn block(&self, u: u32) -> BlockAt {
-        BlockAt { tile: self.at, visit: self.visits.at(u), later: u, is_full: self.visits.is_full(u) }
+        BlockAt { tile: self.at.tile(), visit: self.visits.at(u), later: u, is_full: self.visits.is_full(u) }
     }
 
     /// Returns the first block that is visited.
@@ -100,8 +100,8 @@ impl QueryTile {
 
 impl<T, F: Features> Context<'_, T, F> {
     #[inline(always)]
-    fn query_tile(&self, at: WorkTile) -> QueryTile {
-        let (of, first_row) = (self.p.base.shape.sequence(), at.m_block * self.block_m);
+    fn query_tile(&self, at: Packed) -> QueryTile {
+        let (of, first_row) = (self.p.base.shape.sequence(), at.tile().m_block * self.block_m);
         QueryTile { at, visits: Visits::new(&of, self.p.features.mask(), first_row, self.block_m, self.block_n) }
     }
 
@@ -350,19 +350,40 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
     }
 }
 
+/// Work tile with head and m_block in one value. From work tile to work tile they must be one 64-bit value: otherwise ptxas
+/// takes the warp for diverged in the mainloop, and synchronises it in every step (measured, cause unknown; notebook
+/// 139).
+#[derive(Clone, Copy)]
+struct Packed {
+    head_and_block: u64,
+    batch: u32,
+}
+
+impl Packed {
+    #[inline(always)]
+    fn new(tile: WorkTile) -> Self {
+        Packed { head_and_block: (tile.m_block as u64) << 32 | tile.head as u64, batch: tile.batch }
+    }
+    #[inline(always)]
+    fn tile(self) -> WorkTile {
+        let Packed { head_and_block, batch } = self;
+        WorkTile { batch, head: head_and_block as u32, m_block: (head_and_block >> 32) as u32 }
+    }
+}
+
 /// Work tiles that the CTA has not begun, and the one whose query rows are being loaded.
 struct QueryQueue<I> {
     tiles: I,
-    loading: Option<WorkTile>,
+    loading: Option<Packed>,
 }
 
 impl<I: Iterator<Item = WorkTile>> QueryQueue<I> {
     /// Starts loading the query rows of the next work tile.
     #[inline(always)]
     fn load<W: ForwardWarpgroup>(&mut self, wg: &mut W) {
-        self.loading = self.tiles.next();
-        if let Some(tile) = &self.loading {
-            wg.load_q(tile);
+        self.loading = self.tiles.next().map(Packed::new);
+        if let Some(tile) = self.loading {
+            wg.load_q(&tile.tile());
         }
     }
 
@@ -407,9 +428,9 @@ pub fn consume<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usiz
         }
         let Some(next) = queries.wait(wg, cx) else { break };
         let (o, softmax) = state.turn_over(wg, cx, next.first_block(), queries); // overlaps the last P·V
-        epilogue::store(wg, p, &tile.at, o, softmax);
+        epilogue::store(wg, p, &tile.at.tile(), o, softmax);
         tile = next;
     }
     let (o, softmax) = state.last(wg);
-    epilogue::store(wg, p, &tile.at, o, softmax);
+    epilogue::store(wg, p, &tile.at.tile(), o, softmax);
 }
