@@ -128,7 +128,7 @@ mod tests {
             plan.to_string(),
             format!(
                 "total attention bf16: batch 2, heads 6/2, seqlen 1000 × 300, head_dim 64, mask causal, scale 0.125\n\
-                 kernel total_bf16_d64_causal: tiles 128 × 256, head_dim 64, 6 stages\n\
+                 kernel total_bf16_d64: tiles 128 × 256, head_dim 64, 6 stages\n\
                  launch: 24 work tiles on 5 CTAs of 640 threads, {smem} bytes of shared memory"
             )
         );

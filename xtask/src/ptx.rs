@@ -26,8 +26,8 @@ fn reconvergences(launch: &Launch) -> usize {
     usize::from(launch.cluster > 1 || launch.symbol.starts_with("finish_"))
 }
 
-/// Returns the bytes of local memory that a form may have. In the general form of one backward kernel, which has two pairs
-/// and dropout, ptxas keeps two values there. It stores them before the loops and loads them once a work tile.
+/// Returns the bytes of local memory that a form may have. In the general form of one backward kernel, which has two
+/// pairs and dropout, ptxas keeps two values there. It stores them before the loops and loads them once a work tile.
 fn spills(form: &str) -> u32 {
     let known = ["backward_bf16_d128_piecewise_dropout_general", "backward_f16_d128_piecewise_dropout_general"];
     if known.contains(&form) { 8 } else { 0 }

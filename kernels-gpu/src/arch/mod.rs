@@ -9,6 +9,7 @@
 //! [`Pending`] fragment. It has no readable element until [`Warpgroup::wait`] returns the fragment itself.
 
 pub mod bytes;
+pub mod constant;
 #[cfg(all(feature = "cpu", not(target_arch = "nvptx64")))]
 pub mod cpu;
 #[cfg(target_arch = "nvptx64")]

@@ -6,9 +6,10 @@
 #[cfg(not(target_arch = "nvptx64"))]
 use core::mem::offset_of;
 
+use crate::arch::constant::Constant;
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::ground::constants::ConstantPlace;
-use crate::ground::constants::{Constant, Constants};
+use crate::ground::constants::Constants;
 use crate::ground::sequence::Sequence;
 
 /// Consecutive keys, or query rows, from `start` up to but not `end`. There are none if `end` is at most `start`.
@@ -103,8 +104,8 @@ impl Window {
         Window { left, right, has_left: Constant::new(has_left), has_right: Constant::new(has_right) }
     }
 
-    /// Makes a window from its bounds, for sequences of up to `longest` queries and keys; `None` is no bound. Bounds that
-    /// no key lies beyond are none. So the sums in [`Mask::keys`] can't overflow for up to 2³⁰ queries and keys.
+    /// Makes a window from its bounds, for sequences of up to `longest` queries and keys; `None` is no bound. Bounds
+    /// that no key lies beyond are none. So the sums in [`Mask::keys`] can't overflow for up to 2³⁰ queries and keys.
     pub fn new(left: Option<u32>, right: Option<u32>, longest: &Sequence) -> Self {
         // The first key is seqlen_k − 1 before the last place, the last one seqlen_q − 1 behind the first place.
         let left = left.filter(|&left| left < longest.seqlen_k);

@@ -52,8 +52,8 @@ pub fn mask_transposed<W: Warpgroup, M: Mask, const M8: usize>(
     }
 }
 
-/// Sets scores to −∞ if their query does not attend to their key, or is padding. Rows of the fragment are keys. It takes
-/// more registers than [`mask_transposed`], but no mask is too irregular for it.
+/// Sets scores to −∞ if their query does not attend to their key, or is padding. Rows of the fragment are keys. It
+/// takes more registers than [`mask_transposed`], but no mask is too irregular for it.
 #[inline(always)]
 pub fn mask_any_transposed<W: Warpgroup, M: Mask, const M8: usize>(
     wg: &W,

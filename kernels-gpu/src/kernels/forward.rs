@@ -350,9 +350,9 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
     }
 }
 
-/// Work tile with head and m_block in one value. From work tile to work tile they must be one 64-bit value: otherwise ptxas
-/// takes the warp for diverged in the mainloop, and synchronises it in every step (measured, cause unknown; notebook
-/// 139).
+/// Work tile with head and m_block in one value. From work tile to work tile they must be one 64-bit value: otherwise
+/// ptxas takes the warp for diverged in the mainloop, and synchronises it in every step (measured, cause unknown;
+/// notebook 139).
 #[derive(Clone, Copy)]
 struct Packed {
     head_and_block: u64,

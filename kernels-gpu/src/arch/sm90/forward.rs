@@ -29,10 +29,10 @@ pub struct ForwardPipe<'a> {
     position: Position,
 }
 
-/// Returns the work tile. If O is not staged, or if there are two pairs, also tells ptxas that all lanes of the warp have
-/// the same tile. Without this ptxas takes the warp for diverged in the mainloop of those kernels, and synchronises it in
-/// every step (measured, cause unknown). The others do without, because it takes 3 % of the time of short causal
-/// sequences (notebook 139).
+/// Returns the work tile. If O is not staged, or if there are two pairs, also tells ptxas that all lanes of the warp
+/// have the same tile. Without this ptxas takes the warp for diverged in the mainloop of those kernels, and
+/// synchronises it in every step (measured, cause unknown). The others do without, because it takes 3 % of the time of
+/// short causal sequences (notebook 139).
 #[inline(always)]
 fn uniform_tile(smem: &ForwardSmem, tile: &WorkTile) -> WorkTile {
     let WorkTile { batch, head, m_block } = *tile;
