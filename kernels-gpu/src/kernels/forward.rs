@@ -52,7 +52,7 @@ use crate::attention::mask::Mask;
 use crate::attention::masking::{ScorePlace, mask_scores};
 use crate::attention::softmax::Softmax;
 use crate::attention::visits::{Visit, Visits};
-use crate::ground::places::WorkTile;
+use crate::ground::places::{PackedTile, WorkTile};
 use crate::params::ForwardParams;
 use crate::tuning;
 
@@ -69,7 +69,7 @@ struct Context<'a, T, F> {
 /// Work tile and its visits.
 #[derive(Clone, Copy)]
 struct QueryTile {
-    at: Packed,
+    at: PackedTile,
     visits: Visits,
 }
 
@@ -100,7 +100,7 @@ impl QueryTile {
 
 impl<T, F: Features> Context<'_, T, F> {
     #[inline(always)]
-    fn query_tile(&self, at: Packed) -> QueryTile {
+    fn query_tile(&self, at: PackedTile) -> QueryTile {
         let (of, first_row) = (self.p.base.shape.sequence(), at.tile().m_block * self.block_m);
         QueryTile { at, visits: Visits::new(&of, self.p.features.mask(), first_row, self.block_m, self.block_n) }
     }
@@ -350,38 +350,17 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
     }
 }
 
-/// Work tile with head and m_block in one value. From work tile to work tile they must be one 64-bit value: otherwise
-/// ptxas takes the warp for diverged in the mainloop, and synchronises it in every step (measured, cause unknown;
-/// notebook 139).
-#[derive(Clone, Copy)]
-struct Packed {
-    head_and_block: u64,
-    batch: u32,
-}
-
-impl Packed {
-    #[inline(always)]
-    fn new(tile: WorkTile) -> Self {
-        Packed { head_and_block: (tile.m_block as u64) << 32 | tile.head as u64, batch: tile.batch }
-    }
-    #[inline(always)]
-    fn tile(self) -> WorkTile {
-        let Packed { head_and_block, batch } = self;
-        WorkTile { batch, head: head_and_block as u32, m_block: (head_and_block >> 32) as u32 }
-    }
-}
-
 /// Work tiles that the CTA has not begun, and the one whose query rows are being loaded.
 struct QueryQueue<I> {
     tiles: I,
-    loading: Option<Packed>,
+    loading: Option<PackedTile>,
 }
 
 impl<I: Iterator<Item = WorkTile>> QueryQueue<I> {
     /// Starts loading the query rows of the next work tile.
     #[inline(always)]
     fn load<W: ForwardWarpgroup>(&mut self, wg: &mut W) {
-        self.loading = self.tiles.next().map(Packed::new);
+        self.loading = self.tiles.next().map(PackedTile::new);
         if let Some(tile) = self.loading {
             wg.load_q(&tile.tile());
         }
