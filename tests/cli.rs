@@ -79,9 +79,10 @@ fn dropout_is_checked_and_measured() {
         assert_eq!(output.status.code(), Some(2), "{command} {p}: {output:?}");
         assert!(text(&output.stderr).contains("dropout"), "{output:?}");
     }
-    let output = ferroflash(&["check", "--device", "cpu", "--op", "piecewise", "--dropout", "0.1"]);
-    assert_eq!(output.status.code(), Some(2), "{output:?}");
-    assert!(text(&output.stderr).contains("not available with piecewise attention"), "{output:?}");
+    let piecewise = ["check", "--device", "cpu", "--op", "piecewise,piecewise-backward", "--dropout", "0.1"];
+    let output = ferroflash(&[&piecewise[..], &["--cases", "2", "--seed", "5"]].concat());
+    assert!(output.status.success(), "{output:?}");
+    assert!(text(&output.stdout).contains("4 passed, 0 failed"), "{output:?}");
     let json = std::env::temp_dir().join(format!("ferroflash-dropout-{}.json", std::process::id()));
     let small = ["--head-dims", "64", "--seqlens", "64", "--mask", "none", "--tokens", "64", "--hidden", "64"];
     let flags = ["bench", "--device", "cpu", "--dropout", "0.5", "--budget-ms", "1", "--json"];
