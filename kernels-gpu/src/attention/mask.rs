@@ -37,8 +37,8 @@ impl Interval {
 
 /// Rule that says which keys a query attends to. It is a value in the launch parameters.
 ///
-/// A wrong rule gives wrong results, but never an access outside the tensors. An exact backward pass may wait for ever if
-/// the two directions of the rule disagree.
+/// A wrong rule gives wrong results, but never an access outside the tensors. An exact backward pass may wait for ever
+/// if the two directions of the rule disagree.
 pub trait Mask: Copy {
     /// Number of pairs of Q and K that scores come from. Each pair has an interval of its own; see
     /// [`ByDistance`](super::by_distance::ByDistance).

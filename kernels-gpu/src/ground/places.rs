@@ -10,9 +10,9 @@ pub struct WorkTile {
     pub m_block: u32,
 }
 
-/// Work tile with head and m_block in one 64-bit value. The forward mainloop carries it from tile to tile. If it carried a
-/// [`WorkTile`], ptxas would take the warp for diverged, and synchronise it in every step (measured, cause unknown;
-/// notebook 139).
+/// Work tile with head and m_block in one 64-bit value. The forward mainloop carries it from tile to tile. If it
+/// carried a [`WorkTile`], ptxas would take the warp for diverged, and synchronise it in every step (measured, cause
+/// unknown; notebook 139).
 #[derive(Clone, Copy)]
 pub struct PackedTile {
     head_and_block: u64,
