@@ -24,8 +24,12 @@ mod total;
 pub use crate::element::Dtype;
 pub use crate::params::{PREPARE_ROWS, ROW_KERNEL_THREADS};
 pub use crate::tile::lane::{WARP_ROWS, WARP_THREADS, WARPGROUP_ROWS, WARPGROUP_THREADS};
+#[cfg(feature = "cpu")]
+pub use backward::CpuBackward;
 pub use backward::{BACKWARD_VARIANTS, BackwardVariant, backward};
 pub use launches::{Family, Launch, launches};
+#[cfg(feature = "cpu")]
+pub use total::CpuTotal;
 pub use total::{TOTAL_VARIANTS, TotalVariant, total};
 
 /// Operator that a kernel computes.
