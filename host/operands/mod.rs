@@ -57,7 +57,8 @@ impl RawTensor {
     /// // Rows of 64 elements that are 65 elements apart.
     /// let padded = RawTensor { address: 0x1000, layout: Layout::strided([2, 4, 10, 64], [2600, 650, 65]) };
     /// let error = padded.check(Operand::Q, AddressSpace::Device).unwrap_err();
-    /// assert_eq!(error.to_string(), "q.strides: the heads stride is 650 elements; a multiple of 8 (16 bytes) is needed");
+    /// let rule = "a multiple of 8 (16 bytes) is needed";
+    /// assert_eq!(error.to_string(), format!("q.strides: the heads stride is 650 elements; {rule}"));
     /// ```
     ///
     /// # Errors
