@@ -7,6 +7,7 @@ the inputs to copy. This costs nothing when there is none.
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
@@ -19,6 +20,14 @@ _NAMES = ("q", "k", "v", "q2", "k2", "o", "d_o")
 _CALLERS = frozenset(("q", "k", "v", "q2", "k2"))
 
 _warned = False
+
+
+def _caller():
+    """Returns the stack level, seen from the function that warns, of the first caller outside this package."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _copied(bits, tensors):
@@ -34,7 +43,7 @@ def _copied(bits, tensors):
                     "head_dim, other strides that are multiples of 8 elements, and memory at a multiple of 16 bytes. "
                     "Later copies do not warn.",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=_caller(),
                 )
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         result.append(tensor)
