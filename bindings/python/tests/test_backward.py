@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from reference import assert_close, attention, gradients, tensors
 
 import ferroflash
+from reference import assert_close, attention, gradients, tensors
 
 NAMES = ("dq", "dk", "dv", "dq2", "dk2")
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from reference import assert_close, attention, gradients, tensors
 
 import ferroflash
+from reference import assert_close, attention, gradients, tensors
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -22,9 +22,7 @@ def test_both_passes_use_the_mask(device, p):
     options = {"causal": True, "dropout_p": p, "seed_offset": seed_offset, "return_lse": True}
     found = both(ferroflash.attention(*inputs, **options), inputs)
     copies = [[x.detach().to(dtype).requires_grad_() for x in inputs] for dtype in (torch.float64, torch.bfloat16)]
-    exact, plain = (
-        both(attention(*x, right=0, kept=kept, p=used, dtype=x[0].dtype)[:2], x) for x in copies
-    )
+    exact, plain = (both(attention(*x, right=0, kept=kept, p=used, dtype=x[0].dtype)[:2], x) for x in copies)
     for name, *three in zip(("o", "lse", "dq", "dk", "dv"), found, exact, plain, strict=True):
         assert_close(*three, name)
 
@@ -84,7 +82,9 @@ def test_gpu_offsets_count_in_fours(gpu):
 
 def test_compiled_graphs_draw_a_mask_in_every_run(device):
     q, k, v = tensors((1, 50, 2, 64), (1, 50, 2, 64), device=device)
-    run = torch.compile(lambda q, k, v: ferroflash.attention(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    run = torch.compile(
+        lambda q, k, v: ferroflash.attention(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager"
+    )
     first, second = run(q, k, v), run(q, k, v)
     assert not first.equal(second)
     given = torch.compile(

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from reference import tensors
 
 import ferroflash
+from reference import tensors
 
 
 def inputs(shape_q=(1, 20, 4, 64), shape_k=(1, 30, 2, 64), dtype=torch.bfloat16):
@@ -92,5 +92,8 @@ def test_dropout_in_a_graph(gpu):
     q, k, v = (x.to(gpu) for x in inputs())
     ferroflash.attention(q, k, v, dropout_p=0.5)
     torch.cuda.synchronize()
-    with pytest.raises(RuntimeError, match="dropout_p is above 0 in a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        pytest.raises(RuntimeError, match="dropout_p is above 0 in a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         ferroflash.attention(q, k, v, dropout_p=0.5)

@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 import torch
-from reference import assert_close, attention, tensors
 
 import ferroflash
+from reference import assert_close, attention, tensors
 
 REST = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
@@ -20,9 +20,7 @@ SIGNATURES = {
         f"(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {REST}, block_table=None)"
     ),
     "flash_attn_varlen_qkvpacked_func": f"(qkv, cu_seqlens, max_seqlen, {REST})",
-    "flash_attn_varlen_kvpacked_func": (
-        f"(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {REST})"
-    ),
+    "flash_attn_varlen_kvpacked_func": (f"(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {REST})"),
     "flash_attn_with_kvcache": (
         "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
         "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
@@ -49,9 +47,7 @@ def test_flash_attn_func(device, causal):
     assert ferroflash.flash_attn_func(q, k, v, 0.0, None, causal).equal(out)
     window = ferroflash.flash_attn_func(q, k, v, causal=causal, window_size=(10, 20))
     right = 0 if causal else 20
-    exact, plain = (
-        attention(q, k, v, left=10, right=right, dtype=dtype)[0] for dtype in (torch.float64, q.dtype)
-    )
+    exact, plain = (attention(q, k, v, left=10, right=right, dtype=dtype)[0] for dtype in (torch.float64, q.dtype))
     assert_close(window, exact, plain)
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from reference import assert_close, attention, tensors
 
 import ferroflash
+from reference import assert_close, attention, tensors
 
 SHAPES = [
     # batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from reference import tensors
 
 import ferroflash
 from ferroflash import _launch
+from reference import tensors
 
 TAKEN = {
     "rows first": lambda make: make(2, 40, 4, 64),

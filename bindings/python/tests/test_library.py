@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from reference import tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ferroflash
+from reference import tensors
 
 OPS = torch.ops.ferroflash
 
@@ -62,9 +62,7 @@ FUNCTIONS = {
     "qkvpacked": lambda q, k, v: ferroflash.flash_attn_qkvpacked_func(torch.stack((k, k, v), 2), causal=True),
     "kvpacked": lambda q, k, v: ferroflash.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=True),
     "piecewise": lambda q, k, v: ferroflash.piecewise(q, k, q * 0.5, k * 2, v, 8, causal=True),
-    "total": lambda q, k, v: ferroflash.total_attention(
-        q, k, ferroflash.attention(q, k, v, return_lse=True)[1]
-    ),
+    "total": lambda q, k, v: ferroflash.total_attention(q, k, ferroflash.attention(q, k, v, return_lse=True)[1]),
 }
 
 

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-def register_transformers():
+def register_transformers() -> None:
     """Makes `attn_implementation="ferroflash"` known to transformers, version 5 or newer."""
     from .transformers import register
 

@@ -72,18 +72,14 @@ def backward(q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale,
         d_o = torch.zeros_like(o)
     if d_lse is not None:
         d_lse = d_lse.contiguous()
-    done = _native.backward(
-        q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale, dropout, deterministic
-    )
+    done = _native.backward(q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale, dropout, deterministic)
     if type(done) is not int:
         return done
     q2, k2 = (None, None) if second is None else second[:2]
     q, k, v, q2, k2, o, d_o = _copied(done, (q, k, v, q2, k2, o, d_o))
     if second is not None:
         second = (q2, k2, second[2])
-    return _native.backward(
-        q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale, dropout, deterministic
-    )
+    return _native.backward(q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale, dropout, deterministic)
 
 
 def total_attention(q, k, lse, left, right, scale):

@@ -22,18 +22,18 @@ _is_plain = _eager.is_plain
 
 
 def attention(
-    q,
-    k,
-    v,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     *,
-    causal=False,
-    window_size=(-1, -1),
-    softmax_scale=None,
-    dropout_p=0.0,
-    deterministic=False,
-    return_lse=False,
-    seed_offset=None,
-):
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    seed_offset: tuple[int, int] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Computes softmax(softmax_scale * Q @ K^T + mask) @ V.
 
     Args:
@@ -55,9 +55,7 @@ def attention(
         scaled scores, float32 (batch, heads_q, seqlen_q).
     """
     left, right = window_size
-    return run(
-        q, k, v, left, 0 if causal else right, softmax_scale, dropout_p, deterministic, return_lse, seed_offset
-    )
+    return run(q, k, v, left, 0 if causal else right, softmax_scale, dropout_p, deterministic, return_lse, seed_offset)
 
 
 def run(q, k, v, left, right, scale, dropout_p, deterministic, return_lse, seed_offset=None):
@@ -65,9 +63,7 @@ def run(q, k, v, left, right, scale, dropout_p, deterministic, return_lse, seed_
     head_dim = q.size(-1)
     if head_dim % 8:
         return _padded(
-            lambda q, k, v, scale: run(
-                q, k, v, left, right, scale, dropout_p, deterministic, return_lse, seed_offset
-            ),
+            lambda q, k, v, scale: run(q, k, v, left, right, scale, dropout_p, deterministic, return_lse, seed_offset),
             (q, k, v),
             head_dim,
             scale,
@@ -77,27 +73,25 @@ def run(q, k, v, left, right, scale, dropout_p, deterministic, return_lse, seed_
         return _eager.attention(q, k, v, (left, right, scale, dropout, deterministic), return_lse)
     needs_lse = return_lse or _needs_gradient(q, k, v)
     seed_offset = None if dropout_p == 0.0 else _traced_seed_offset(seed_offset)
-    o, lse = torch.ops.ferroflash.forward(
-        q, k, v, left, right, scale, dropout_p, seed_offset, deterministic, needs_lse
-    )
+    o, lse = torch.ops.ferroflash.forward(q, k, v, left, right, scale, dropout_p, seed_offset, deterministic, needs_lse)
     return (o, lse) if return_lse else o
 
 
 def piecewise(
-    q1,
-    k1,
-    q2,
-    k2,
-    v,
-    dist_threshold,
+    q1: torch.Tensor,
+    k1: torch.Tensor,
+    q2: torch.Tensor,
+    k2: torch.Tensor,
+    v: torch.Tensor,
+    dist_threshold: int,
     *,
-    causal=False,
-    softmax_scale=None,
-    dropout_p=0.0,
-    deterministic=False,
-    return_lse=False,
-    seed_offset=None,
-):
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    seed_offset: tuple[int, int] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Computes attention whose scores come from one of two pairs of queries and keys, by distance.
 
     The score of query i and key j is q2 @ k2 if i + seqlen_k - seqlen_q - j is at least `dist_threshold`, an integer,
@@ -136,7 +130,15 @@ def piecewise(
     return (o, lse) if return_lse else o
 
 
-def total_attention(q, k, lse, *, causal=False, window_size=(-1, -1), softmax_scale=None):
+def total_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
     """Computes the weight that each key got from all queries: the column sums of softmax(scores).
 
     Dropout does not change it, and it has no gradient.
@@ -168,7 +170,9 @@ def total_attention(q, k, lse, *, causal=False, window_size=(-1, -1), softmax_sc
     return torch.ops.ferroflash.total_attention(q, k, lse, left, right, softmax_scale)
 
 
-def dropout_mask(batch, heads_q, seqlen_q, seqlen_k, dropout_p, seed_offset):
+def dropout_mask(
+    batch: int, heads_q: int, seqlen_q: int, seqlen_k: int, dropout_p: float, seed_offset: tuple[int, int]
+) -> torch.Tensor:
     """Returns the dropout mask of `seed_offset`: bool (batch, heads_q, seqlen_q, seqlen_k) on the CPU, True for kept.
 
     Both passes use it on every device. It is for tests: it takes memory that neither pass needs.
@@ -181,7 +185,7 @@ def dropout_mask(batch, heads_q, seqlen_q, seqlen_k, dropout_p, seed_offset):
     return torch.frombuffer(kept, dtype=torch.bool).view(shape)
 
 
-def dropout_probability(dropout_p):
+def dropout_probability(dropout_p: float) -> float:
     """Returns the probability that is used for `dropout_p`: a multiple of 1/256, at most 255/256."""
     return _native.dropout_probability(dropout_p)
 
