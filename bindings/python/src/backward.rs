@@ -1,17 +1,14 @@
 //! The backward pass of torch tensors, with one pair of queries and keys or two.
 
 use ferroflash::{BackwardPair, Pair, Piecewise, RawBackward};
-use pyo3::{
-    Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction,
-    types::{PyAnyMethods, PyTuple},
-};
+use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction, types::PyTuple};
 
 use crate::{
     error::{exception, is_layout},
     forward::{Inputs, Second, allocate, refused},
     machine::PLANS,
     settings::Settings,
-    tensor::{Tensor, read_float32},
+    tensor::{Tensor, address, read_float32},
     torch::Torch,
 };
 
@@ -86,10 +83,6 @@ pub fn backward(
         true => Some(torch.empty_bytes(q, plan.workspace_bytes())?),
         false => None,
     };
-    let address = match &workspace {
-        None => 0,
-        Some(workspace) => workspace.call_method0("data_ptr")?.extract()?,
-    };
     let raw = |i: usize| outputs.get(i).map_or(inputs.q.raw, |(_, tensor)| tensor.raw);
     let args = RawBackward {
         q: inputs.q.raw,
@@ -106,7 +99,7 @@ pub fn backward(
         dq: raw(0),
         dk: raw(1),
         dv: raw(2),
-        workspace: address,
+        workspace: workspace.as_ref().map(address).transpose()?.unwrap_or(0),
         workspace_bytes: plan.workspace_bytes(),
     };
     match machine.backward(py, &plan, &args) {

@@ -7,7 +7,7 @@ use crate::{
     error::{exception, is_layout},
     machine::PLANS,
     settings::Settings,
-    tensor::{Tensor, read_float32},
+    tensor::{Tensor, address},
     torch::Torch,
 };
 
@@ -57,14 +57,14 @@ pub fn refused<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> u32 {
 /// Allocates a result of the shape of `like`, which is `read`.
 pub fn allocate<'py>(torch: &Torch, like: &Bound<'py, PyAny>, read: &Tensor) -> PyResult<(Bound<'py, PyAny>, Tensor)> {
     let result = torch.empty_like(like)?;
-    let tensor = read.another(torch, &result, "result", "its input")?;
+    let tensor = read.allocated(&result)?;
     if tensor.is_packed() {
         return Ok((result, tensor));
     }
     // Torch has no order of strides for a tensor that repeats elements.
     let [batch, heads, seqlen, head_dim] = read.raw.layout.shape;
     let result = torch.empty(like, [batch, seqlen, heads, head_dim])?;
-    let tensor = read.another(torch, &result, "result", "its input")?;
+    let tensor = read.allocated(&result)?;
     Ok((result, tensor))
 }
 
@@ -102,10 +102,7 @@ pub fn forward(
         false => None,
         true => {
             let [batch, heads, seqlen, _] = inputs.q.raw.layout.shape;
-            let shape = [batch, heads, seqlen];
-            let lse = torch.empty_float32(q, shape)?;
-            let address = read_float32(torch, &lse, "lse", shape, &inputs.q)?;
-            Some((lse, address))
+            Some(torch.empty_float32(q, [batch, heads, seqlen])?)
         }
     };
     let args = RawForward {
@@ -114,10 +111,10 @@ pub fn forward(
         v: inputs.v.raw,
         second: inputs.second.as_ref().map(|pair| Pair { q: pair.q.raw, k: pair.k.raw }),
         o: raw_o.raw,
-        lse: lse.as_ref().map(|(_, address)| *address),
+        lse: lse.as_ref().map(address).transpose()?,
     };
     match machine.forward(py, &plan, &args) {
-        Ok(()) => (o, lse.map(|(lse, _)| lse)).into_py_any(py),
+        Ok(()) => (o, lse).into_py_any(py),
         Err(error) => match refused(inputs.iter()) {
             bits if bits != 0 && is_layout(&error) => bits.into_py_any(py),
             _ => Err(exception(error)),

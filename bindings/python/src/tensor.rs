@@ -35,21 +35,26 @@ impl Tensor {
         };
         let device = Device::of(object, name)?;
         let shape = object.getattr(intern!(py, "shape"))?.cast_into::<PyTuple>()?;
-        let strides = object.call_method0(intern!(py, "stride"))?.cast_into::<PyTuple>()?;
         if shape.len() != 4 {
             let text = format!("{name} has the shape {shape}; (batch, seqlen, heads, head_dim) is needed");
             return Err(PyValueError::new_err(text));
         }
-        let numbers = |tuple: &Bound<'_, PyTuple>| -> PyResult<[usize; 4]> {
-            let at = |i| tuple.get_borrowed_item(i)?.extract();
-            Ok([at(0)?, at(1)?, at(2)?, at(3)?])
-        };
-        let ([batch, seqlen, heads, head_dim], [per_batch, per_row, per_head, per_element]) =
-            (numbers(&shape)?, numbers(&strides)?);
-        let address = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
-        let layout = Layout::strided([batch, heads, seqlen, head_dim], [per_batch, per_head, per_row]);
-        let packed = per_element == 1 || head_dim <= 1 || layout.is_empty();
-        Ok(Tensor { raw: RawTensor { address, layout }, dtype, device, packed })
+        let [batch, seqlen, heads, head_dim] = numbers(&shape)?;
+        Tensor::of(object, [batch, heads, seqlen, head_dim], dtype, device)
+    }
+
+    /// Reads a tensor that torch has just allocated with the shape, dtype and device of `self`.
+    pub fn allocated(&self, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Tensor::of(object, self.raw.layout.shape, self.dtype, self.device)
+    }
+
+    /// Reads strides and address. The shape has the library's order.
+    fn of(object: &Bound<'_, PyAny>, shape: [usize; 4], dtype: Dtype, device: Device) -> PyResult<Self> {
+        let strides = object.call_method0(intern!(object.py(), "stride"))?.cast_into::<PyTuple>()?;
+        let [per_batch, per_row, per_head, per_element] = numbers(&strides)?;
+        let layout = Layout::strided(shape, [per_batch, per_head, per_row]);
+        let packed = per_element == 1 || shape[3] <= 1 || layout.is_empty();
+        Ok(Tensor { raw: RawTensor { address: address(object)?, layout }, dtype, device, packed })
     }
 
     /// Reads another tensor of the same call, which must have the dtype and the device of `self`, called `first`.
@@ -106,7 +111,18 @@ pub fn read_float32(
     if !object.call_method0(intern!(py, "is_contiguous"))?.extract::<bool>()? {
         return Err(PyValueError::new_err(format!("{name} is not contiguous")));
     }
-    object.call_method0(intern!(py, "data_ptr"))?.extract()
+    address(object)
+}
+
+/// Reads the address of a tensor's first element.
+pub fn address(object: &Bound<'_, PyAny>) -> PyResult<u64> {
+    object.call_method0(intern!(object.py(), "data_ptr"))?.extract()
+}
+
+/// Returns the four numbers of a tuple.
+fn numbers(tuple: &Bound<'_, PyTuple>) -> PyResult<[usize; 4]> {
+    let at = |i| tuple.get_borrowed_item(i)?.extract();
+    Ok([at(0)?, at(1)?, at(2)?, at(3)?])
 }
 
 fn no_tensor(object: &Bound<'_, PyAny>, name: &str) -> pyo3::PyErr {

@@ -8,7 +8,7 @@ use crate::{
     forward::refused,
     machine::PLANS,
     settings::Settings,
-    tensor::{Tensor, read_float32},
+    tensor::{Tensor, address, read_float32},
     torch::Torch,
 };
 
@@ -36,10 +36,8 @@ pub fn total_attention(
     let settings = Settings { window: (left, right), scale, dropout: None, deterministic: false };
     let machine = queries.device.open(py, torch)?;
     let plan = PLANS.total_attention(&settings.attention(queries, keys), machine.sm_count()).map_err(exception)?;
-    let shape = [batch, heads, seqlen_k];
-    let total = torch.empty_float32(q, shape)?;
-    let address = read_float32(torch, &total, "total", shape, queries)?;
-    let args = RawTotalAttention { q: queries.raw, k: keys.raw, lse, total: address };
+    let total = torch.empty_float32(q, [batch, heads, seqlen_k])?;
+    let args = RawTotalAttention { q: queries.raw, k: keys.raw, lse, total: address(&total)? };
     match machine.total_attention(py, &plan, &args) {
         Ok(()) => total.into_py_any(py),
         Err(error) => match all() {
