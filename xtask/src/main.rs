@@ -10,6 +10,7 @@ mod ptx;
 mod setup;
 mod shell;
 mod times;
+mod wheel;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,7 @@ cargo xtask <command>
   times [WHAT…]  measure how long builds take and how large their parts are, in a folder of their own
   compare DIR    compare the machine code of every kernel with the cubins in DIR, byte for byte
   f16            compile the kernels of f16 too, and compare them with those that the build makes from bf16
+  wheel          build the Python package with its kernels, and run its tests in a fresh virtual environment
   bundle [DIR]   collect the GPU tests and the command line in DIR (gpu-bundle), to run where there is no Rust";
 
 fn main() -> ExitCode {
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         ["times", ref what @ ..] => times::measure(what),
         ["compare", folder] => ptx::compare(folder),
         ["f16"] => ptx::f16(),
+        ["wheel"] => wheel::check(),
         ["bundle"] => bundle::collect("gpu-bundle"),
         ["bundle", directory] => bundle::collect(directory),
         ["help" | "--help" | "-h"] => {

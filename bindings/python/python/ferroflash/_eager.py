@@ -1,0 +1,201 @@
+"""Plain eager calls: native functions without the dispatcher, and lean autograd functions around them.
+
+A call is plain if nothing watches operators: tensors of torch's own types, no dispatch mode, no functorch transform and
+no compiler. Every other call takes the operators of `_library.py`, which compute the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _launch, _library  # noqa: F401  The second defines the operators.
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+
+
+def is_plain(q, k, v):
+    """True if a call of these tensors is plain."""
+    return (
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and not _dispatch_modes()
+        and not _transforms_active()
+    )
+
+
+def _apply(function):
+    """Returns `function.apply` without its care for functorch and default arguments, which cost microseconds."""
+    return super(torch.autograd.Function, function).apply
+
+
+def _op_options(left, right, scale, dropout, deterministic):
+    """Returns the options as operators take them."""
+    if dropout is None:
+        return left, right, scale, 0.0, None, deterministic
+    p, seed, offset = dropout
+    return left, right, scale, p, seed_offset_tensor(seed, offset), deterministic
+
+
+def seed_offset_tensor(seed, offset):
+    """Returns two numbers of 64 bits as operators take them."""
+    signed = [(number + 2**63) % 2**64 - 2**63 for number in (seed, offset)]
+    return torch.tensor(signed, dtype=torch.int64, device="cpu")
+
+
+def _watched(d_o, d_lse):
+    """True if the backward pass is recorded or compiled, so that it takes the operators."""
+    first, second = (d_lse if d_o is None else d_o), (d_o if d_lse is None else d_lse)
+    return _is_compiling() or _is_grad_enabled() or not is_plain(first, first, second)
+
+
+def _gradients(ctx, d_o, d_lse, q, k, v, o, lse, given=None):
+    """Returns dQ, dK and dV; writes them to `given` if the pass is plain."""
+    if _watched(d_o, d_lse):
+        if d_o is None:
+            d_o = torch.zeros_like(o)
+        return torch.ops.ferroflash.backward(q, k, v, o, lse, d_o, d_lse, *_op_options(*ctx.options))
+    gradients = None if given is None else given()
+    return _launch.backward(q, k, v, None, o, lse, d_o, d_lse, gradients, *ctx.options)
+
+
+def _save(ctx, inputs, q, k, v, options, return_lse):
+    """Runs the forward pass, and keeps what the backward pass needs."""
+    o, lse = _launch.forward(q, k, v, None, *options[:4], True)
+    ctx.save_for_backward(*inputs, o, lse)
+    ctx.options = options
+    if return_lse:
+        ctx.set_materialize_grads(False)
+        return o, lse
+    return o
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, options, return_lse):
+        return _save(ctx, (q, k, v), q, k, v, options, return_lse)
+
+    @staticmethod
+    def backward(ctx, d_o, d_lse=None):
+        if d_o is None and d_lse is None:
+            return None, None, None, None, None
+        return *_gradients(ctx, d_o, d_lse, *ctx.saved_tensors), None, None
+
+
+class _QkvPacked(torch.autograd.Function):
+    """Attention over one tensor (batch, seqlen, 3, heads, head_dim), whose gradient is one tensor."""
+
+    @staticmethod
+    def forward(ctx, qkv, options, return_lse):
+        return _save(ctx, (qkv,), *qkv.unbind(2), options, return_lse)
+
+    @staticmethod
+    def backward(ctx, d_o, d_lse=None):
+        if d_o is None and d_lse is None:
+            return None, None, None
+        qkv, o, lse = ctx.saved_tensors
+        packed = None
+
+        def given():
+            nonlocal packed
+            packed = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+            return packed.unbind(2)
+
+        gradients = _gradients(ctx, d_o, d_lse, *qkv.unbind(2), o, lse, given)
+        return torch.stack(gradients, 2) if packed is None else packed, None, None
+
+
+class _KvPacked(torch.autograd.Function):
+    """Attention over q and one tensor (batch, seqlen_k, 2, heads_kv, head_dim), whose gradient is one tensor."""
+
+    @staticmethod
+    def forward(ctx, q, kv, options, return_lse):
+        return _save(ctx, (q, kv), q, *kv.unbind(2), options, return_lse)
+
+    @staticmethod
+    def backward(ctx, d_o, d_lse=None):
+        if d_o is None and d_lse is None:
+            return None, None, None, None
+        q, kv, o, lse = ctx.saved_tensors
+        packed = None
+
+        def given():
+            nonlocal packed
+            packed = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+            return torch.empty(q.shape, dtype=q.dtype, device=q.device), *packed.unbind(2)
+
+        dq, dk, dv = _gradients(ctx, d_o, d_lse, q, *kv.unbind(2), o, lse, given)
+        return dq, torch.stack((dk, dv), 2) if packed is None else packed, None, None
+
+
+class _Piecewise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q1, k1, q2, k2, v, dist_threshold, options, return_lse):
+        o, lse = _launch.forward(q1, k1, v, (q2, k2, dist_threshold), *options[:4], True)
+        ctx.save_for_backward(q1, k1, q2, k2, v, o, lse)
+        ctx.dist_threshold, ctx.options = dist_threshold, options
+        if return_lse:
+            ctx.set_materialize_grads(False)
+            return o, lse
+        return o
+
+    @staticmethod
+    def backward(ctx, d_o, d_lse=None):
+        if d_o is None and d_lse is None:
+            return (None,) * 8
+        q1, k1, q2, k2, v, o, lse = ctx.saved_tensors
+        if _watched(d_o, d_lse):
+            if d_o is None:
+                d_o = torch.zeros_like(o)
+            gradients = torch.ops.ferroflash.piecewise_backward(
+                q1, k1, q2, k2, v, o, lse, d_o, d_lse, ctx.dist_threshold, *_op_options(*ctx.options)
+            )
+            return *gradients, None, None, None
+        second = (q2, k2, ctx.dist_threshold)
+        dq1, dk1, dv, dq2, dk2 = _launch.backward(q1, k1, v, second, o, lse, d_o, d_lse, None, *ctx.options)
+        return dq1, dk1, dq2, dk2, dv, None, None, None
+
+
+_apply_attention = _apply(_Attention)
+_apply_qkv_packed = _apply(_QkvPacked)
+_apply_kv_packed = _apply(_KvPacked)
+_apply_piecewise = _apply(_Piecewise)
+
+
+def attention(q, k, v, options, return_lse):
+    """Returns O, or (O, LSE). `options` are (left, right, scale, dropout, deterministic)."""
+    if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _apply_attention(q, k, v, options, return_lse)
+    o, lse = _launch.forward(q, k, v, None, *options[:4], return_lse)
+    return (o, lse) if return_lse else o
+
+
+def qkv_packed(qkv, options, return_lse):
+    """Attention over one packed tensor."""
+    if _is_grad_enabled() and qkv.requires_grad:
+        return _apply_qkv_packed(qkv, options, return_lse)
+    return attention(*qkv.unbind(2), options, return_lse)
+
+
+def kv_packed(q, kv, options, return_lse):
+    """Attention over queries, and keys and values in one packed tensor."""
+    if _is_grad_enabled() and kv.requires_grad:
+        return _apply_kv_packed(q, kv, options, return_lse)
+    return attention(q, *kv.unbind(2), options, return_lse)
+
+
+def piecewise(q1, k1, q2, k2, v, dist_threshold, options, return_lse):
+    """Piecewise attention."""
+    if _is_grad_enabled() and any(x.requires_grad for x in (q1, k1, q2, k2, v)):
+        return _apply_piecewise(q1, k1, q2, k2, v, dist_threshold, options, return_lse)
+    o, lse = _launch.forward(q1, k1, v, (q2, k2, dist_threshold), *options[:4], return_lse)
+    return (o, lse) if return_lse else o
+
+
+def total_attention(q, k, lse, left, right, scale):
+    """Total attention, which has no gradient."""
+    return _launch.total_attention(q, k, lse, left, right, scale)

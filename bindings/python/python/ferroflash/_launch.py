@@ -1,0 +1,92 @@
+"""Calls of the native functions, with copies of the inputs that kernels do not take.
+
+Kernels take every layout with a contiguous head_dim whose other strides are multiples of 8 elements, at an address
+that is a multiple of 16 bytes on a GPU. A native function that meets another input returns an integer, whose bits name
+the inputs to copy. This costs nothing when there is none.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+
+from . import _native
+
+# The order of the bits.
+_NAMES = ("q", "k", "v", "q2", "k2", "o", "d_o")
+# The inputs whose layout the caller has chosen.
+_CALLERS = frozenset(("q", "k", "v", "q2", "k2"))
+
+_warned = False
+
+
+def _caller():
+    """Returns the stack level, seen from the function that warns, of the first caller outside this package."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _copied(bits, tensors):
+    """Returns the tensors, those of `bits` as contiguous copies. The first copy of a caller's tensor warns."""
+    global _warned
+    result = []
+    for i, (name, tensor) in enumerate(zip(_NAMES, tensors, strict=False)):
+        if bits >> i & 1:
+            if name in _CALLERS and not _warned:
+                _warned = True
+                warnings.warn(
+                    f"ferroflash copies {name}, whose strides are {tuple(tensor.stride())}: kernels take a contiguous "
+                    "head_dim, other strides that are multiples of 8 elements, and memory at a multiple of 16 bytes. "
+                    "Later copies do not warn.",
+                    UserWarning,
+                    stacklevel=_caller(),
+                )
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        result.append(tensor)
+    return result
+
+
+def forward(q, k, v, second, left, right, scale, dropout, return_lse):
+    """Returns (O, LSE or None). `second` is None or (q2, k2, dist_threshold), `dropout` None or (p, seed, offset)."""
+    done = _native.forward(q, k, v, second, left, right, scale, dropout, return_lse)
+    if type(done) is not int:
+        return done
+    if second is None:
+        q, k, v = _copied(done, (q, k, v))
+    else:
+        q, k, v, q2, k2 = _copied(done, (q, k, v, *second[:2]))
+        second = (q2, k2, second[2])
+    return _native.forward(q, k, v, second, left, right, scale, dropout, return_lse)
+
+
+def backward(q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale, dropout, deterministic):
+    """Returns (dQ, dK, dV), and with a second pair also dQ2 and dK2. `gradients` are tensors to write, or None.
+
+    The gradient of a result may be None, which is zero.
+    """
+    if d_o is None:
+        d_o = torch.zeros_like(o)
+    if d_lse is not None:
+        d_lse = d_lse.contiguous()
+    done = _native.backward(q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale, dropout, deterministic)
+    if type(done) is not int:
+        return done
+    q2, k2 = (None, None) if second is None else second[:2]
+    q, k, v, q2, k2, o, d_o = _copied(done, (q, k, v, q2, k2, o, d_o))
+    if second is not None:
+        second = (q2, k2, second[2])
+    return _native.backward(q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale, dropout, deterministic)
+
+
+def total_attention(q, k, lse, left, right, scale):
+    """Returns the total attention, f32 (batch, heads_q, seqlen_k)."""
+    lse = lse.contiguous()
+    done = _native.total_attention(q, k, lse, left, right, scale)
+    if type(done) is not int:
+        return done
+    q, k = _copied(done, (q, k))
+    return _native.total_attention(q, k, lse, left, right, scale)

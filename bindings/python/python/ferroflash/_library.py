@@ -1,0 +1,166 @@
+"""The operators of torch.library, namespace `ferroflash`, which torch.compile, torch.export and dispatch modes see.
+
+They are defined for the CPU and for CUDA, with fake kernels and gradients. Plain eager calls go around them
+(`_eager.py`), because an operator in Python costs tens of microseconds.
+
+`seed_offset` is an int64 tensor of two elements on the CPU, so that a compiled graph can draw it anew in every run; it
+is None without dropout. A negative `left` or `right` is no bound. Without `return_lse` the LSE has no elements.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _launch
+
+_OPTIONS = "SymInt left, SymInt right, float? scale, float dropout_p, Tensor? seed_offset, bool deterministic"
+_RESULTS = "Tensor o, Tensor lse, Tensor d_o, Tensor? d_lse"
+_SCHEMAS = {
+    "forward": f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse) -> (Tensor, Tensor)",
+    "backward": f"(Tensor q, Tensor k, Tensor v, {_RESULTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "piecewise_forward": (
+        f"(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, SymInt dist_threshold, {_OPTIONS}, bool return_lse)"
+        " -> (Tensor, Tensor)"
+    ),
+    "piecewise_backward": (
+        f"(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, {_RESULTS}, SymInt dist_threshold, {_OPTIONS})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "total_attention": "(Tensor q, Tensor k, Tensor lse, SymInt left, SymInt right, float? scale) -> Tensor",
+}
+
+
+def _dropout(p, seed_offset):
+    """Returns the native form of dropout."""
+    if p == 0.0:
+        return None
+    if seed_offset is None:
+        raise ValueError("seed_offset is None; dropout needs an int64 tensor of a seed and an offset")
+    seed, offset = seed_offset.tolist()
+    return p, seed % 2**64, offset % 2**64
+
+
+def _lse(q, lse):
+    return q.new_empty((0,), dtype=torch.float32) if lse is None else lse
+
+
+def forward(q, k, v, left, right, scale, dropout_p, seed_offset, deterministic, return_lse):
+    dropout = _dropout(dropout_p, seed_offset)
+    o, lse = _launch.forward(q, k, v, None, left, right, scale, dropout, return_lse)
+    return o, _lse(q, lse)
+
+
+def backward(q, k, v, o, lse, d_o, d_lse, left, right, scale, dropout_p, seed_offset, deterministic):
+    dropout = _dropout(dropout_p, seed_offset)
+    return _launch.backward(q, k, v, None, o, lse, d_o, d_lse, None, left, right, scale, dropout, deterministic)
+
+
+def piecewise_forward(
+    q1, k1, q2, k2, v, dist_threshold, left, right, scale, dropout_p, seed_offset, deterministic, return_lse
+):
+    dropout, second = _dropout(dropout_p, seed_offset), (q2, k2, dist_threshold)
+    o, lse = _launch.forward(q1, k1, v, second, left, right, scale, dropout, return_lse)
+    return o, _lse(q1, lse)
+
+
+def piecewise_backward(
+    q1, k1, q2, k2, v, o, lse, d_o, d_lse, dist_threshold, left, right, scale, dropout_p, seed_offset, deterministic
+):
+    dropout, second = _dropout(dropout_p, seed_offset), (q2, k2, dist_threshold)
+    dq1, dk1, dv, dq2, dk2 = _launch.backward(
+        q1, k1, v, second, o, lse, d_o, d_lse, None, left, right, scale, dropout, deterministic
+    )
+    return dq1, dk1, dq2, dk2, dv
+
+
+def total_attention(q, k, lse, left, right, scale):
+    return _launch.total_attention(q, k, lse, left, right, scale)
+
+
+def _result_like(x):
+    """Returns a tensor with the strides that the native functions give a result of the shape of `x`."""
+    result = torch.empty_like(x)
+    return result if result.stride(-1) == 1 else x.new_empty(x.shape)
+
+
+def _fake_forward(q, return_lse):
+    batch, seqlen_q, heads_q, _ = q.shape
+    shape = (batch, heads_q, seqlen_q) if return_lse else (0,)
+    return _result_like(q), q.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_total_attention(q, k, lse, left, right, scale):
+    return q.new_empty((q.shape[0], q.shape[2], k.shape[1]), dtype=torch.float32)
+
+
+def _save(ctx, inputs, output, count):
+    """Saves `count` tensors of the inputs, and the results."""
+    # Before the last, `return_lse`, are the options, and with two pairs the threshold.
+    *rest, seed_offset, deterministic, return_lse = inputs[count:]
+    if not return_lse:
+        raise RuntimeError("return_lse is False; gradients need the LSE: pass True")
+    ctx.save_for_backward(*inputs[:count], *output, seed_offset)
+    ctx.rest, ctx.deterministic = rest, deterministic
+    ctx.set_materialize_grads(False)
+
+
+def _setup_context(ctx, inputs, output):
+    _save(ctx, inputs, output, 3)
+
+
+def _setup_piecewise_context(ctx, inputs, output):
+    _save(ctx, inputs, output, 5)
+
+
+def _gradients(op, ctx, d_o, d_lse):
+    *tensors, o, lse, seed_offset = ctx.saved_tensors
+    if d_o is None:
+        d_o = torch.zeros_like(o)
+    gradients = op(*tensors, o, lse, d_o, d_lse, *ctx.rest, seed_offset, ctx.deterministic)
+    return *gradients, *(None for _ in ctx.rest), None, None, None
+
+
+def _backward(ctx, d_o, d_lse):
+    return _gradients(torch.ops.ferroflash.backward, ctx, d_o, d_lse)
+
+
+def _backward_piecewise(ctx, d_o, d_lse):
+    return _gradients(torch.ops.ferroflash.piecewise_backward, ctx, d_o, d_lse)
+
+
+def _no_second_derivative(ctx, *gradients):
+    raise NotImplementedError("attention has no second derivative")
+
+
+def _no_derivative(ctx, *gradients):
+    raise NotImplementedError("total_attention has no gradient")
+
+
+def _register():
+    """Defines the operators. The tags promise what torch.compile needs, and ask it for inputs strided as traced."""
+    kernels = {
+        "forward": (forward, lambda q, *rest: _fake_forward(q, rest[-1])),
+        "backward": (backward, lambda q, k, v, *rest: tuple(map(_result_like, (q, k, v)))),
+        "piecewise_forward": (piecewise_forward, lambda q1, *rest: _fake_forward(q1, rest[-1])),
+        "piecewise_backward": (piecewise_backward, lambda *inputs: tuple(map(_result_like, inputs[:5]))),
+        "total_attention": (total_attention, _fake_total_attention),
+    }
+    gradients = {
+        "forward": (_backward, _setup_context),
+        "backward": (_no_second_derivative, None),
+        "piecewise_forward": (_backward_piecewise, _setup_piecewise_context),
+        "piecewise_backward": (_no_second_derivative, None),
+        "total_attention": (_no_derivative, None),
+    }
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    for name, schema in _SCHEMAS.items():
+        operator = f"ferroflash::{name}"
+        torch.library.define(operator, schema, tags=tags)
+        kernel, fake = kernels[name]
+        torch.library.impl(operator, ("cpu", "cuda"), kernel)
+        torch.library.register_fake(operator, fake)
+        gradient, setup = gradients[name]
+        torch.library.register_autograd(operator, gradient, setup_context=setup)
+
+
+_register()

@@ -1,0 +1,232 @@
+"""Attention, piecewise attention and total attention of torch tensors.
+
+Tensors are (batch, seqlen, heads, head_dim) in float16 or bfloat16, on the CPU or on a CUDA device, where work runs on
+torch's current stream. Any strides with a contiguous head_dim are taken without a copy if they are multiples of 8
+elements; other tensors are copied, and the first copy warns. Head dims up to 256 that are no multiple of 8 are padded.
+
+Heads may be grouped: query head h reads key head h // (heads_q // heads_kv). A causal mask and windows are aligned to
+the bottom right: query i stands at key i + seqlen_k - seqlen_q. A query that attends to no key gets O = 0 and
+LSE = -inf. Wrong input raises ValueError or TypeError, and what a machine can't do RuntimeError or MemoryError.
+
+Results have gradients, and work under torch.compile, torch.export and CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _eager, _native
+
+_is_compiling = torch.compiler.is_compiling
+_is_plain = _eager.is_plain
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    seed_offset: tuple[int, int] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Computes softmax(softmax_scale * Q @ K^T + mask) @ V.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim).
+        k: (batch, seqlen_k, heads_kv, head_dim).
+        v: Like k.
+        causal: Lets a query attend to the keys up to its place.
+        window_size: Keys before and behind its place that a query attends to; -1 is no bound. With `causal` none are
+            behind.
+        softmax_scale: Above 0; 1 / sqrt(head_dim) by default.
+        dropout_p: Probability that a weight is dropped, at least 0 and below 1, rounded to a multiple of 1/256.
+        deterministic: Gives dQ the same bits in every run. dK, dV and O always have the same bits.
+        return_lse: Returns the LSE too. Gradients also flow through it.
+        seed_offset: Two integers that the dropout mask is a function of. By default they come from torch's generator of
+            the device, so that torch.manual_seed repeats them.
+
+    Returns:
+        O, like q; with `return_lse` (O, LSE). The LSE is the natural logarithm of the sum of the exponentials of the
+        scaled scores, float32 (batch, heads_q, seqlen_q).
+    """
+    left, right = window_size
+    return run(q, k, v, left, 0 if causal else right, softmax_scale, dropout_p, deterministic, return_lse, seed_offset)
+
+
+def run(q, k, v, left, right, scale, dropout_p, deterministic, return_lse, seed_offset=None):
+    """Runs attention with positional arguments, for the functions of this package."""
+    head_dim = q.size(-1)
+    if head_dim % 8:
+        return _padded(
+            lambda q, k, v, scale: run(q, k, v, left, right, scale, dropout_p, deterministic, return_lse, seed_offset),
+            (q, k, v),
+            head_dim,
+            scale,
+        )
+    if not _is_compiling() and _is_plain(q, k, v):
+        dropout = None if dropout_p == 0.0 else (dropout_p, *draw(q, seed_offset))
+        return _eager.attention(q, k, v, (left, right, scale, dropout, deterministic), return_lse)
+    needs_lse = return_lse or _needs_gradient(q, k, v)
+    seed_offset = None if dropout_p == 0.0 else _traced_seed_offset(seed_offset)
+    o, lse = torch.ops.ferroflash.forward(q, k, v, left, right, scale, dropout_p, seed_offset, deterministic, needs_lse)
+    return (o, lse) if return_lse else o
+
+
+def piecewise(
+    q1: torch.Tensor,
+    k1: torch.Tensor,
+    q2: torch.Tensor,
+    k2: torch.Tensor,
+    v: torch.Tensor,
+    dist_threshold: int,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    seed_offset: tuple[int, int] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Computes attention whose scores come from one of two pairs of queries and keys, by distance.
+
+    The score of query i and key j is q2 @ k2 if i + seqlen_k - seqlen_q - j is at least `dist_threshold`, an integer,
+    and q1 @ k1 otherwise. `q2` is like `q1` and `k2` like `k1`; see `attention` for everything else.
+    """
+    right = 0 if causal else -1
+    head_dim = q1.size(-1)
+    if head_dim % 8:
+        return _padded(
+            lambda q1, k1, q2, k2, v, scale: piecewise(
+                q1,
+                k1,
+                q2,
+                k2,
+                v,
+                dist_threshold,
+                causal=causal,
+                softmax_scale=scale,
+                dropout_p=dropout_p,
+                deterministic=deterministic,
+                return_lse=return_lse,
+                seed_offset=seed_offset,
+            ),
+            (q1, k1, q2, k2, v),
+            head_dim,
+            softmax_scale,
+        )
+    if not _is_compiling() and _is_plain(q1, k1, v) and _is_plain(q2, k2, v):
+        dropout = None if dropout_p == 0.0 else (dropout_p, *draw(q1, seed_offset))
+        options = (-1, right, softmax_scale, dropout, deterministic)
+        return _eager.piecewise(q1, k1, q2, k2, v, dist_threshold, options, return_lse)
+    needs_lse = return_lse or _needs_gradient(q1, k1, q2, k2, v)
+    seed_offset = None if dropout_p == 0.0 else _traced_seed_offset(seed_offset)
+    options = (-1, right, softmax_scale, dropout_p, seed_offset, deterministic, needs_lse)
+    o, lse = torch.ops.ferroflash.piecewise_forward(q1, k1, q2, k2, v, dist_threshold, *options)
+    return (o, lse) if return_lse else o
+
+
+def total_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
+    """Computes the weight that each key got from all queries: the column sums of softmax(scores).
+
+    Dropout does not change it, and it has no gradient.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim).
+        k: (batch, seqlen_k, heads_kv, head_dim).
+        lse: LSE of the forward pass with the same mask and scale, float32 (batch, heads_q, seqlen_q).
+        causal: As in `attention`.
+        window_size: As in `attention`.
+        softmax_scale: As in `attention`.
+
+    Returns:
+        float32 (batch, heads_q, seqlen_k).
+    """
+    left, right = window_size
+    right = 0 if causal else right
+    q, k, lse = q.detach(), k.detach(), lse.detach()
+    head_dim = q.size(-1)
+    if head_dim % 8:
+        return _padded(
+            lambda q, k, scale: total_attention(q, k, lse, window_size=(left, right), softmax_scale=scale),
+            (q, k),
+            head_dim,
+            softmax_scale,
+        )
+    if not _is_compiling() and _is_plain(q, k, lse):
+        return _eager.total_attention(q, k, lse, left, right, softmax_scale)
+    return torch.ops.ferroflash.total_attention(q, k, lse, left, right, softmax_scale)
+
+
+def dropout_mask(
+    batch: int, heads_q: int, seqlen_q: int, seqlen_k: int, dropout_p: float, seed_offset: tuple[int, int]
+) -> torch.Tensor:
+    """Returns the dropout mask of `seed_offset`: bool (batch, heads_q, seqlen_q, seqlen_k) on the CPU, True for kept.
+
+    Both passes use it on every device. It is for tests: it takes memory that neither pass needs.
+    """
+    shape = (batch, heads_q, seqlen_q, seqlen_k)
+    seed, offset = seed_offset
+    kept = _native.dropout_mask(shape, (dropout_p, seed % 2**64, offset % 2**64))
+    if not kept:
+        return torch.empty(shape, dtype=torch.bool, device="cpu")
+    return torch.frombuffer(kept, dtype=torch.bool).view(shape)
+
+
+def dropout_probability(dropout_p: float) -> float:
+    """Returns the probability that is used for `dropout_p`: a multiple of 1/256, at most 255/256."""
+    return _native.dropout_probability(dropout_p)
+
+
+def _padded(function, tensors, head_dim, scale):
+    """Runs a function of the tensors and the scale with zeros behind every head, and cuts them off the result."""
+    if scale is None:
+        scale = head_dim**-0.5
+    extra = -head_dim % 8
+    result = function(*(torch.nn.functional.pad(tensor, (0, extra)) for tensor in tensors), scale)
+    if isinstance(result, tuple):
+        return result[0][..., :head_dim], result[1]
+    # Total attention has no head_dim.
+    return result[..., :head_dim] if result.dim() == 4 else result
+
+
+def _needs_gradient(*tensors):
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def draw(q, seed_offset):
+    """Returns a seed and an offset for the dropout of an eager call, from torch's generator unless they are given."""
+    if seed_offset is not None:
+        seed, offset = seed_offset
+        return seed % 2**64, offset % 2**64
+    if not q.is_cuda:
+        return torch.randint(1 << 62, (2,), dtype=torch.int64, device="cpu").tolist()
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dropout_p is above 0 in a CUDA graph, which would replay one mask for ever: pass seed_offset if that is "
+            "wanted"
+        )
+    generator = torch.cuda.default_generators[q.get_device()]
+    seed, offset = generator.initial_seed(), generator.get_offset()
+    # Torch counts offsets in fours.
+    generator.set_offset(offset + 4)
+    return seed % 2**64, offset
+
+
+def _traced_seed_offset(seed_offset):
+    """Returns a tensor of seed and offset, which a compiled graph draws anew in every run."""
+    if seed_offset is None:
+        return torch.randint(1 << 62, (2,), dtype=torch.int64, device="cpu")
+    return _eager.seed_offset_tensor(*seed_offset)

@@ -1,0 +1,95 @@
+"""Dropout: the mask of `dropout_mask`, the probability, and where the seed comes from."""
+
+import pytest
+import torch
+
+import ferroflash
+from reference import assert_close, attention, gradients, tensors
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_both_passes_use_the_mask(device, p):
+    inputs = tensors((2, 60, 4, 64), (2, 90, 2, 64), device=device)
+    seed_offset = (-5, 2**64 - 4)
+    used = ferroflash.dropout_probability(p)
+    kept = ferroflash.dropout_mask(2, 4, 60, 90, p, seed_offset).to(device)
+    assert kept.shape == (2, 4, 60, 90) and kept.dtype == torch.bool
+    weights = [torch.randn(2, 60, 4, 64, device=device), torch.randn(2, 4, 60, device=device)]
+
+    def both(results, inputs):
+        return [*results, *gradients(results, inputs, weights)]
+
+    options = {"causal": True, "dropout_p": p, "seed_offset": seed_offset, "return_lse": True}
+    found = both(ferroflash.attention(*inputs, **options), inputs)
+    copies = [[x.detach().to(dtype).requires_grad_() for x in inputs] for dtype in (torch.float64, torch.bfloat16)]
+    exact, plain = (both(attention(*x, right=0, kept=kept, p=used, dtype=x[0].dtype)[:2], x) for x in copies)
+    for name, *three in zip(("o", "lse", "dq", "dk", "dv"), found, exact, plain, strict=True):
+        assert_close(*three, name)
+
+
+def test_piecewise(device):
+    q1, k1, v, q2, k2 = tensors((1, 60, 2, 64), (1, 60, 2, 64), device=device, count=5)
+    kept = ferroflash.dropout_mask(1, 2, 60, 60, 0.5, (3, 8)).to(device)
+    o = ferroflash.piecewise(q1, k1, q2, k2, v, 11, dropout_p=0.5, seed_offset=(3, 8))
+    exact, plain = (
+        attention(q1, k1, v, second=(q2, k2, 11), kept=kept, p=0.5, dtype=dtype)[0]
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    assert_close(o, exact, plain)
+
+
+def test_probability():
+    assert ferroflash.dropout_probability(0.1) == 26 / 256
+    assert ferroflash.dropout_probability(0.999) == 255 / 256
+    share = ferroflash.dropout_mask(1, 2, 100, 200, 0.25, (7, 0)).float().mean().item()
+    assert abs(share - 0.75) < 0.02
+    assert ferroflash.dropout_mask(0, 2, 100, 200, 0.25, (7, 0)).shape == (0, 2, 100, 200)
+
+
+def test_the_generator_gives_the_mask(device):
+    q, k, v = tensors((1, 50, 2, 64), (1, 50, 2, 64), device=device)
+
+    def run():
+        return ferroflash.attention(q, k, v, dropout_p=0.5)
+
+    torch.manual_seed(1)
+    first, second = run(), run()
+    torch.manual_seed(1)
+    assert run().equal(first)
+    assert run().equal(second) and not second.equal(first)
+    state = torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
+    third = run()
+    (torch.set_rng_state if device == "cpu" else torch.cuda.set_rng_state)(state)
+    assert run().equal(third)
+
+
+def test_the_generator_is_left_alone_without_dropout(device):
+    q, k, v = tensors((1, 50, 2, 64), (1, 50, 2, 64), device=device)
+    get = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
+    state = get()
+    ferroflash.attention(q, k, v)
+    ferroflash.attention(q, k, v, dropout_p=0.5, seed_offset=(1, 2))
+    assert get().equal(state)
+
+
+def test_gpu_offsets_count_in_fours(gpu):
+    q, k, v = tensors((1, 50, 2, 64), (1, 50, 2, 64), device=gpu)
+    generator = torch.cuda.default_generators[q.get_device()]
+    before = generator.get_offset()
+    ferroflash.attention(q, k, v, dropout_p=0.5)
+    assert generator.get_offset() == before + 4
+
+
+def test_compiled_graphs_draw_a_mask_in_every_run(device):
+    q, k, v = tensors((1, 50, 2, 64), (1, 50, 2, 64), device=device)
+    run = torch.compile(
+        lambda q, k, v: ferroflash.attention(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager"
+    )
+    first, second = run(q, k, v), run(q, k, v)
+    assert not first.equal(second)
+    given = torch.compile(
+        lambda q, k, v: ferroflash.attention(q, k, v, dropout_p=0.5, seed_offset=(2**63 + 1, 8)),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert given(q, k, v).equal(ferroflash.attention(q, k, v, dropout_p=0.5, seed_offset=(2**63 + 1, 8)))

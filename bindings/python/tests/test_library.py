@@ -1,0 +1,171 @@
+"""The operators of torch.library: opcheck, torch.compile, torch.export and dispatch modes."""
+
+import shutil
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ferroflash
+from reference import tensors
+
+OPS = torch.ops.ferroflash
+
+
+def small(count=3, dtype=torch.float16, device="cpu"):
+    return tensors((2, 20, 4, 32), (2, 30, 2, 32), dtype, device, count)
+
+
+def seed_offset():
+    return torch.tensor([3, 4])
+
+
+def test_opcheck_forward_and_backward(device):
+    q, k, v = small(device=device)
+    for options in [(-1, -1, None, 0.0, None, False), (5, 0, 0.2, 0.25, seed_offset(), True)]:
+        torch.library.opcheck(OPS.forward, (q, k, v, *options, True))
+        with torch.no_grad():
+            o, lse = OPS.forward(q, k, v, *options, True)
+            torch.library.opcheck(OPS.forward, (q.detach(), k.detach(), v.detach(), *options, False))
+        inputs = [x.detach() for x in (q, k, v, o, lse)]
+        d_o, d_lse = torch.randn_like(o), torch.randn_like(lse)
+        torch.library.opcheck(OPS.backward, (*inputs, d_o, d_lse, *options))
+        torch.library.opcheck(OPS.backward, (*inputs, d_o, None, *options))
+
+
+def test_opcheck_piecewise(device):
+    q1, k1, v, q2, k2 = small(5, device=device)
+    options = (7, -1, 0, None, 0.0, None, False)
+    torch.library.opcheck(OPS.piecewise_forward, (q1, k1, q2, k2, v, *options, True))
+    with torch.no_grad():
+        o, lse = OPS.piecewise_forward(q1, k1, q2, k2, v, *options, True)
+    inputs = [x.detach() for x in (q1, k1, q2, k2, v, o, lse)]
+    torch.library.opcheck(OPS.piecewise_backward, (*inputs, torch.randn_like(o), None, *options))
+
+
+def test_opcheck_total_attention(device):
+    q, k, v = small(device=device)
+    _, lse = ferroflash.attention(q, k, v, return_lse=True)
+    torch.library.opcheck(OPS.total_attention, (q.detach(), k.detach(), lse.detach(), -1, -1, None))
+
+
+def test_opcheck_strided(device):
+    qkv = torch.randn(2, 20, 3, 4, 32, device=device).to(torch.float16).requires_grad_()
+    torch.library.opcheck(OPS.forward, (*qkv.unbind(2), -1, 0, None, 0.0, None, False, True))
+    heads_first = [torch.randn(2, 4, 20, 32, device=device).half().transpose(1, 2).requires_grad_() for _ in range(3)]
+    torch.library.opcheck(OPS.forward, (*heads_first, -1, 0, None, 0.0, None, False, True))
+
+
+FUNCTIONS = {
+    "attention": lambda q, k, v: ferroflash.attention(q, k, v, causal=True, window_size=(9, 4)),
+    "lse": lambda q, k, v: ferroflash.attention(q, k, v, return_lse=True),
+    "padded": lambda q, k, v: ferroflash.attention(q[..., :27], k[..., :27], v[..., :27], causal=True),
+    "flash_attn_func": lambda q, k, v: ferroflash.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[:2],
+    "qkvpacked": lambda q, k, v: ferroflash.flash_attn_qkvpacked_func(torch.stack((k, k, v), 2), causal=True),
+    "kvpacked": lambda q, k, v: ferroflash.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=True),
+    "piecewise": lambda q, k, v: ferroflash.piecewise(q, k, q * 0.5, k * 2, v, 8, causal=True),
+    "total": lambda q, k, v: ferroflash.total_attention(q, k, ferroflash.attention(q, k, v, return_lse=True)[1]),
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compile(device, name, backend):
+    few = ("attention",) if device == "cpu" else ("attention", "padded", "piecewise")
+    if backend == "inductor" and name not in few:
+        pytest.skip("slow to compile, and the same operators as others")
+    if backend == "inductor" and device == "cpu" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    inputs = small(device=device)
+    torch._dynamo.reset()
+
+    def run(function):
+        results = function(*inputs)
+        results = results if isinstance(results, tuple) else (results,)
+        if not results[0].requires_grad:
+            return results
+        torch.manual_seed(4)
+        weights = [torch.randn(result.shape, device=device).to(result.dtype) for result in results]
+        return *results, *torch.autograd.grad(results, inputs, weights, allow_unused=True)
+
+    found = run(torch.compile(FUNCTIONS[name], fullgraph=True, backend=backend))
+    for a, b in zip(found, run(FUNCTIONS[name]), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, atol=4e-3, rtol=4e-3)
+
+
+def test_compile_with_dynamic_shapes(device):
+    torch._dynamo.reset()
+    run = torch.compile(lambda q, k, v: ferroflash.attention(q, k, v, causal=True), fullgraph=True, dynamic=True)
+    for seqlen in (20, 33, 50):
+        q, k, v = tensors((2, seqlen, 4, 32), (2, seqlen + 3, 2, 32), device=device)
+        assert run(q, k, v).equal(ferroflash.attention(q, k, v, causal=True))
+
+
+def test_export(device):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return ferroflash.attention(q, k, v, causal=True)
+
+    inputs = tuple(x.detach() for x in small(device=device))
+    exported = torch.export.export(Module(), inputs)
+    assert any("ferroflash" in str(node.target) for node in exported.graph.nodes)
+    assert exported.module()(*inputs).equal(ferroflash.attention(*inputs, causal=True))
+
+
+def test_dispatch_modes_see_the_operators(device):
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    q, k, v = small(device=device)
+    with Watch():
+        watched = ferroflash.attention(q, k, v)
+        watched.sum().backward()
+    assert "ferroflash.forward.default" in seen and "ferroflash.backward.default" in seen
+    assert watched.equal(ferroflash.attention(q, k, v))
+
+
+def test_subclasses_take_the_operators(device):
+    class Subclass(torch.Tensor):
+        pass
+
+    q, k, v = (x.detach() for x in small(device=device))
+    found = ferroflash.attention(q.as_subclass(Subclass), k, v)
+    assert torch.Tensor(found).equal(ferroflash.attention(q, k, v))
+
+
+def test_fake_tensors_have_the_strides_of_real_ones(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layouts = {
+        "rows first": lambda: torch.randn(2, 20, 4, 32, device=device),
+        "heads first": lambda: torch.randn(2, 4, 20, 32, device=device).transpose(1, 2),
+        "packed": lambda: torch.randn(2, 20, 3, 4, 32, device=device)[:, :, 1],
+        "repeated": lambda: torch.randn(2, 20, 1, 32, device=device).expand(2, 20, 4, 32),
+        "one batch item": lambda: torch.randn(20, 4, 32, device=device).expand(2, 20, 4, 32),
+    }
+    for name, make in layouts.items():
+        x = make().half()
+        real = ferroflash.attention(x, x, x)
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(x)
+            result = ferroflash.attention(fake, fake, fake)
+        assert result.stride() == real.stride(), name
+        assert result.dtype == real.dtype and result.device.type == real.device.type
+
+
+def test_gradients_need_the_lse(device):
+    q, k, v = small(device=device)
+    with pytest.raises(RuntimeError, match="return_lse is False"):
+        OPS.forward(q, k, v, -1, -1, None, 0.0, None, False, False)
+
+
+def test_total_attention_has_no_gradient(device):
+    q, k, v = small(device=device)
+    _, lse = ferroflash.attention(q, k, v, return_lse=True)
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        OPS.total_attention(q, k, lse.detach(), -1, -1, None).sum().backward()
