@@ -73,7 +73,7 @@ def piecewise_attention(q1, k1, q2, k2, v, dist_threshold, causal=False, sm_scal
 
 
 def flash_attention_split_kv(q, k, v, causal=False, sm_scale=None):
-    """Not there yet: keys split over several thread blocks come with decoding. `flash_attention` has the same result."""
+    """Not there yet: keys split over several thread blocks come with decoding. `flash_attention` gives the same."""
     raise NotImplementedError("split-KV comes with decoding; flash_attention has the same result")
 
 

@@ -83,7 +83,9 @@ def attention(
         ("a position bias", kwargs.get("position_bias") is not None),
     ):
         if wanted:
-            raise NotImplementedError(f'ferroflash has no {feature} yet; use attn_implementation="eager" for this model')
+            raise NotImplementedError(
+                f'ferroflash has no {feature} yet; use attn_implementation="eager" for this model'
+            )
     if kwargs.get("output_attentions", False):
         logger.warning_once('ferroflash returns no attention weights; use attn_implementation="eager" for them.')
     if attention_mask is not None:

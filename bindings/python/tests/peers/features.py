@@ -1,26 +1,29 @@
-"""Features that flash-attention's tests use and ferroflash does not have yet.
+"""Features that the peers' tests use and ferroflash does not have yet.
 
-Their cases are left out of the selection, except for one case of each, which shows that ferroflash says
-`NotImplementedError`. A feature that arrives is deleted here, and its tests then take part.
+Such a case has to raise `NotImplementedError`, and is reported as skipped. Of flash-attention's, one case of each
+feature is kept in the selection. A feature that arrives is deleted here, and its tests then take part.
 """
 
-# Parameter of a test: values that need the feature.
+# For each peer: parameter of a test, and which of its values need the feature.
 PARAMETERS = {
-    "alibi": lambda value: value,
-    "softcap": lambda value: value > 0.0,
-    # The tests take the dropout mask from the attention probabilities that flash-attention returns.
-    "dropout_p": lambda value: value > 0.0,
+    "flag-attn": {},
+    "flash-attn": {
+        "alibi": lambda value: value,
+        "softcap": lambda value: value > 0.0,
+        # The tests take the dropout mask from the attention probabilities that flash-attention returns.
+        "dropout_p": lambda value: value > 0.0,
+    },
 }
 
-# Part of the name of a test function that needs the feature as a whole.
-FUNCTIONS = ("varlen", "kvcache", "generator_arg")
+# For each peer: part of the name of a test function that needs the feature as a whole.
+FUNCTIONS = {"flag-attn": ("paged",), "flash-attn": ("varlen", "kvcache", "generator_arg")}
 
 
-def needs_missing_function(function):
+def missing_function(peer, function):
     """Returns whether a test function as a whole needs a missing feature."""
-    return any(part in function for part in FUNCTIONS)
+    return any(part in function for part in FUNCTIONS[peer])
 
 
-def needs_missing_feature(name, value):
+def missing_value(peer, name, value):
     """Returns whether the value of a test's parameter needs a missing feature."""
-    return name in PARAMETERS and bool(PARAMETERS[name](value))
+    return name in PARAMETERS[peer] and bool(PARAMETERS[peer][name](value))

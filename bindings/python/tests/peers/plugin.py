@@ -5,7 +5,7 @@ order, turns `NotImplementedError` into a skip, and writes one line of JSON per 
 """
 
 import gc
-import json
+import math
 import os
 import random
 import sys
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import alias  # noqa: E402
 import features  # noqa: E402
+import record  # noqa: E402
 import selection  # noqa: E402
 
 # Exit status of a process whose CUDA context is lost. The runner starts another for the cases that are left.
@@ -33,7 +34,9 @@ def pytest_addoption(parser):
     group.addoption("--peer", choices=["flag-attn", "flash-attn"], help="whose tests these are")
     group.addoption("--checkout", help="root of the peer's source tree")
     group.addoption("--own", action="store_true", help="run over the peer's own kernels instead of ferroflash's")
-    group.addoption("--select", type=int, help="a pairwise cover of the parameters, and this many random cases per test")
+    group.addoption(
+        "--select-random", type=int, help="a pairwise cover of the parameters, and this many random cases per test"
+    )
     group.addoption("--selection-seed", type=int, default=0, help="seed of the random cases")
     group.addoption("--only", help="file with names of cases, one per line: run no others")
     group.addoption("--shard", default="0/1", help="i/n: every n-th case in shuffled order, from the i-th on")
@@ -52,7 +55,8 @@ class Peers:
 
     def __init__(self, config):
         self.config = config
-        self.selects = config.getoption("peer") == "flash-attn" and config.getoption("select") is not None
+        self.peer = config.getoption("peer")
+        self.selects = self.peer == "flash-attn" and config.getoption("select_random") is not None
         self.record_file = config.getoption("record")
         self.possible = {}
 
@@ -82,7 +86,9 @@ class Peers:
         keep = keep[shard::shards]
         for item in keep:
             self.record(case=case(item.nodeid), outcome="collected", possible=self.possible.get(item.originalname))
-        done = {line["case"] for line in read(self.record_file) if line["outcome"] not in ("collected", "repeated")}
+        done = {
+            line["case"] for line in record.read(self.record_file) if line["outcome"] not in ("collected", "started")
+        }
         items[:] = [item for item in keep if case(item.nodeid) not in done]
 
     @pytest.hookimpl(wrapper=True)
@@ -106,9 +112,10 @@ class Peers:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        if report.when == "call" and call.excinfo is not None and call.excinfo.errisinstance(NotImplementedError):
+        missing = report.when == "call" and report.failed and self.may_be_missing(item)
+        if missing and (missing := not_implemented(call.excinfo.value)):
             report.outcome = "skipped"
-            report.longrepr = (str(item.path), 0, f"NotImplementedError: {call.excinfo.value}")
+            report.longrepr = (str(item.path), 0, f"NotImplementedError: {missing}")
         if report.when == "call" or report.outcome != "passed":
             text = report.longreprtext if report.failed else ""
             first = ""
@@ -117,16 +124,28 @@ class Peers:
             elif call.excinfo is not None:
                 first = call.excinfo.exconly()
             self.record(
-                case=case(item.nodeid), outcome=report.outcome, seconds=round(call.duration, 3), first=first, text=text[-3000:]
+                case=case(item.nodeid),
+                outcome=report.outcome,
+                seconds=round(call.duration, 3),
+                first=first,
+                text=text[-3000:],
             )
             if "CUDA error" in first or "CUDA_ERROR" in first:
                 os._exit(CONTEXT_LOST)
         return report
 
+    def may_be_missing(self, item):
+        """Returns whether a case needs a feature that ferroflash lacks. torch's copy of a peer may lack any."""
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return (
+            self.config.getoption("own")
+            or features.missing_function(self.peer, item.originalname)
+            or any(features.missing_value(self.peer, name, value) for name, value in parameters.items())
+        )
+
     def record(self, **line):
         if self.record_file:
-            with open(self.record_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            record.append(self.record_file, line)
 
 
 class Group:
@@ -135,30 +154,38 @@ class Group:
     def __init__(self, names, values):
         self.names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
         self.values = [tuple(value) if len(self.names) > 1 else (value,) for value in values]
-        self.ids = ["-".join(name_of(n, v, at) for n, v in zip(self.names, value)) for at, value in enumerate(self.values)]
+        self.ids = [
+            "-".join(name_of(n, v, at) for n, v in zip(self.names, value)) for at, value in enumerate(self.values)
+        ]
 
-    def missing(self, at):
+    def missing(self, peer, at):
         """Returns whether a value needs a feature that ferroflash lacks."""
-        return any(features.needs_missing_feature(n, v) for n, v in zip(self.names, self.values[at]))
+        return any(features.missing_value(peer, n, v) for n, v in zip(self.names, self.values[at]))
 
 
 def select(function, groups, config):
     """Returns rows of indices into the groups, and the number of rows that can be run today."""
-    allowed = [[at for at in range(len(group.values)) if not group.missing(at)] for group in groups]
-    if features.needs_missing_function(function):
+    peer = config.getoption("peer")
+    missing = [[at for at in range(len(group.values)) if group.missing(peer, at)] for group in groups]
+    allowed = [[at for at in range(len(group.values)) if at not in missing[g]] for g, group in enumerate(groups)]
+    if features.missing_function(peer, function):
         return [tuple(indices[0] for indices in allowed)], 0
     sizes = [len(indices) for indices in allowed]
     rows = selection.pairwise_cover(sizes)
-    rows += selection.random_rows(sizes, config.getoption("select"), f"{config.getoption('selection_seed')} {function}", rows)
+    seed = f"{config.getoption('selection_seed')} {function}"
+    rows += selection.random_rows(sizes, config.getoption("select_random"), seed, rows)
     rows = [tuple(allowed[g][i] for g, i in enumerate(row)) for row in rows]
-    for g, group in enumerate(groups):
-        # One case of each missing feature, which must say so.
-        for at in [at for at in range(len(group.values)) if group.missing(at)][:1]:
-            rows.append(tuple(at if g == other else indices[0] for other, indices in enumerate(allowed)))
-    possible = 1
-    for size in sizes:
-        possible *= size
-    return rows, possible
+    # One case of each missing feature, which has to say so.
+    for g, indices in enumerate(missing):
+        rows += [tuple(at if g == other else allowed[other][0] for other in range(len(groups))) for at in indices[:1]]
+    return rows, math.prod(sizes)
+
+
+def not_implemented(error):
+    """Returns the NotImplementedError from which an exception comes. `pytest.raises(RuntimeError)` can hide it."""
+    while error is not None and not isinstance(error, NotImplementedError):
+        error = error.__context__
+    return error
 
 
 def name_of(name, value, at):
@@ -171,17 +198,3 @@ def name_of(name, value, at):
 def case(nodeid):
     """Returns a case's name without the path of its file."""
     return nodeid.rsplit("/", 1)[-1]
-
-
-def read(path):
-    """Reads a record; a process that was killed can leave half a line."""
-    if not path or not os.path.exists(path):
-        return []
-    lines = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                pass
-    return lines

@@ -6,6 +6,7 @@ tests; a pairwise cover has little more than the product of the two largest grou
 """
 
 import itertools
+import math
 import random
 
 
@@ -45,11 +46,8 @@ def pairwise_cover(sizes):
 
 def random_rows(sizes, count, seed, without=()):
     """Returns up to `count` different random rows that are not in `without`."""
-    total = 1
-    for size in sizes:
-        total *= size
     seen = set(without)
-    count = min(count, total - len(seen))
+    count = min(count, math.prod(sizes) - len(seen))
     generator = random.Random(seed)
     rows = []
     while len(rows) < count:
