@@ -126,38 +126,40 @@ def attention(
 
 def mask(
     batch_size,
-    q_length,
     kv_length,
-    q_offset=0,
     kv_offset=0,
     attention_mask=None,
     local_size=None,
     allow_is_causal_skip=True,
     allow_is_bidirectional_skip=False,
     config=None,
-    **kwargs,
+    **queries,
 ):
-    """Returns None if ferroflash computes the mask by itself, otherwise a boolean mask, (batch, 1, queries, keys)."""
-    skip = False
+    """Returns None if ferroflash computes the mask by itself, otherwise a boolean mask, (batch, 1, queries, keys).
+
+    transformers passes parameters by name. `queries` are those that say where the queries are: their number and the
+    first one's position, or in the first versions 5 the tensor of their positions; and others of `sdpa_mask`.
+    """
     if allow_is_causal_skip and not is_torchdynamo_compiling():
+        if "cache_position" in queries:
+            end = int(queries["cache_position"][-1]) + 1
+        else:
+            end = int(queries.get("q_offset", 0)) + queries["q_length"]
         # Causal attention is aligned to the last query and the last key. A static cache has unused keys behind them.
-        aligned = int(q_offset) + q_length == kv_offset + kv_length
+        aligned = end == kv_offset + kv_length
         # A local mask is a sliding window or, in a few models, chunks. Chunks larger than the keys are no restriction.
         causal = local_size is None or kv_length < local_size or _slides(config, local_size)
-        skip = aligned and causal and not _padded(attention_mask, kv_length, kv_offset)
-    if skip:
-        return None
+        if aligned and causal and not _padded(attention_mask, kv_length, kv_offset):
+            return None
     return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset=q_offset,
+        batch_size=batch_size,
+        kv_length=kv_length,
         kv_offset=kv_offset,
         attention_mask=attention_mask,
         local_size=local_size,
         allow_is_causal_skip=False,
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-        **kwargs,
+        **queries,
     )
 
 
