@@ -51,7 +51,9 @@ def _announce_functions():
             return original(implementation, *args, **kwargs)
         import ferroflash
 
-        functions = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+        functions = ["flash_attn_func", "flash_attn_varlen_func"]
+        # The first versions 5 know no cache.
+        functions += ["flash_attn_with_kvcache"] if hasattr(flash_utils, "_flash_with_kvcache_fn") else []
         padding = (flash_utils._pad_input, flash_utils._unpad_input)
         return *(getattr(ferroflash, function) for function in functions), *padding
 
