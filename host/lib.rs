@@ -79,7 +79,7 @@ mod problem;
 pub mod reference;
 mod tensor;
 
-pub use attention::{Attention, Lse, Output, Piecewise, PiecewiseGradients};
+pub use attention::{Attention, Lse, Output, Piecewise, PiecewiseGradients, Plans};
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{self, Cuda};
 pub use backend::{Backend, Workspace, cpu::Cpu};
@@ -92,8 +92,8 @@ pub use kernels_gpu::variants::{
     BACKWARD_VARIANTS, BackwardVariant, Dtype, Op, TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
 };
 pub use operands::{
-    BackwardInputs, BackwardPair, BackwardTensors, ForwardInputs, ForwardTensors, Gradients, Pair, RawBackward,
-    RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, TotalTensors,
+    AddressSpace, BackwardInputs, BackwardPair, BackwardTensors, ForwardInputs, ForwardTensors, Gradients, Pair,
+    RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, TotalTensors,
 };
 pub use plan::{BackwardPlan, Determinism, Needs, PassKind, Plan, TotalPlan};
 pub use problem::{Mask, Problem};

@@ -91,7 +91,7 @@ fn errors_come_before_results() {
     assert!(error(&attention, q, q, &lse, &mut total).starts_with("k.shape is [1, 4, 10, 16]"));
     let short = Tensor { data: &data[..100], ..q };
     assert!(error(&attention, short, k, &lse, &mut total).starts_with("q has 100 elements"));
-    assert!(error(&attention.clone().scale(-1.0), q, k, &lse, &mut total).starts_with("scale is -1"));
+    assert!(error(&attention.scale(-1.0), q, k, &lse, &mut total).starts_with("scale is -1"));
     let f16 = Attention::new(Problem { dtype: Dtype::F16, ..problem });
     assert!(error(&f16, q, k, &lse, &mut total).starts_with("the tensors' elements are bf16"));
     // The call that allocates checks first.

@@ -192,7 +192,7 @@ fn both_forms_and_both_orders_give_the_same() {
     let (o, lse) = (Tensor::bhsd(&out.o[..], PROBLEM.q_shape()), out.lse.unwrap());
     let inputs = BackwardInputs { q, k, v: k, o, d_o: q, lse: &lse[..], d_lse: Some(&lse[..]) };
     let fast = attention.backward(&Cpu, inputs).unwrap();
-    assert_eq!(attention.clone().determinism(Determinism::Exact).backward(&Cpu, inputs).unwrap(), fast);
+    assert_eq!(attention.determinism(Determinism::Exact).backward(&Cpu, inputs).unwrap(), fast);
     let mut into = [fast.dq.len(), fast.dk.len(), fast.dv.len()].map(|len| vec![bf16::NAN; len]);
     let [dq, dk, dv] = &mut into;
     let outputs = Gradients {

@@ -14,10 +14,12 @@ use crate::{
 
 mod backward;
 mod piecewise;
+mod plans;
 mod results;
 mod total_attention;
 
 pub use piecewise::{Piecewise, PiecewiseGradients};
+pub use plans::Plans;
 use results::{Allocate, View};
 
 /// Choice of a forward pass that allocates its results: return the LSE or omit it.
@@ -46,7 +48,7 @@ pub enum Lse {
 /// println!("{}", attention.plan(132)?);
 /// # Ok::<(), ferroflash::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Attention {
     problem: Problem,
     mask: Mask,
@@ -95,7 +97,7 @@ impl Attention {
     }
 
     /// Sets the dropout of attention weights. A backward pass must have the dropout of its forward pass. Total
-    /// attention counts weights before dropout, and [`Piecewise`] refuses dropout.
+    /// attention counts weights before dropout.
     pub fn dropout(mut self, dropout: Dropout) -> Self {
         self.dropout = dropout;
         self

@@ -36,10 +36,10 @@ use crate::{
 /// assert_eq!(out.o.len(), 4 * 50 * 64); // (batch, heads_q, seqlen_q, head_dim)
 /// # Ok::<(), ferroflash::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Piecewise {
-    attention: Attention,
-    dist_threshold: i32,
+    pub(super) attention: Attention,
+    pub(super) dist_threshold: i32,
 }
 
 /// Gradients of piecewise attention: memory that a backward pass returns, or tensors that it is to write.

@@ -117,7 +117,7 @@ fn compiled(_: &str) -> (String, String) {
 fn load_times(machine: &Machine) -> Result<()> {
     use std::time::Duration;
 
-    use ferroflash::{Attention, Backend, Dtype, Problem};
+    use ferroflash::{Attention, Dtype, Problem};
     let Machine::Cuda(cuda) = machine else { return Ok(()) };
     let attention = |head_dim| {
         Attention::new(Problem {

@@ -63,7 +63,7 @@ impl OpName {
     /// Those of the plan: shapes that can't be.
     pub fn workspace_bytes(self, attention: &Attention) -> Result<usize> {
         // Any threshold has the same.
-        let piecewise = Piecewise::new(attention.clone(), 0);
+        let piecewise = Piecewise::new(*attention, 0);
         Ok(match self {
             OpName::Forward => attention.plan(1)?.workspace_bytes(),
             OpName::Backward => attention.plan_backward(1)?.workspace_bytes(),

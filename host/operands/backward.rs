@@ -197,7 +197,7 @@ impl RawBackward {
             return Ok(());
         }
         check_span(Operand::Workspace, self.workspace, required as u128)?;
-        check_address(Operand::Workspace, self.workspace, WORKSPACE_ALIGNMENT, AddressSpace::Device)
+        check_address(Operand::Workspace, self.workspace, WORKSPACE_ALIGNMENT)
     }
 }
 

@@ -16,16 +16,28 @@ use crate::{
 
 /// Unit of TMA's addresses and strides, in bytes.
 const GRAIN_BYTES: usize = 16;
+/// Elements of a TMA unit.
+const GRAIN: usize = GRAIN_BYTES / ELEMENT_BYTES;
 /// Exclusive limit of TMA's strides, in bytes.
 const STRIDE_LIMIT_BYTES: u64 = 1 << 40;
 
-/// Rules for addresses: the host's or the device's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum AddressSpace {
-    /// The host's memory: any address that Rust's own slices have.
+/// Memory that a tensor is in, which decides on the alignment of its address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AddressSpace {
+    /// The host's memory, for the CPU backend: aligned as the element type.
     Host,
-    /// Device memory: not null, aligned for TMA.
+    /// Device memory: tensors begin at a multiple of 16 bytes, because the copy engine moves units of 16 bytes.
     Device,
+}
+
+impl AddressSpace {
+    /// Alignment of a strided tensor, in bytes.
+    fn tensor_alignment(self) -> usize {
+        match self {
+            AddressSpace::Host => ELEMENT_BYTES,
+            AddressSpace::Device => GRAIN_BYTES,
+        }
+    }
 }
 
 /// Memory that a tensor of the call occupies.
@@ -95,7 +107,7 @@ impl<L: LinePlace> Lines<L> for Check<'_> {
     fn line(&mut self, row: LineRow, role: Role, from: L) -> Result<L::Raw> {
         let (raw, memory) = from.lower();
         if let Some(memory) = memory {
-            check_line(self.problem, row, memory, self.space)?;
+            check_line(self.problem, row, memory)?;
             self.occupy(row.operand, role, Region::of_bytes(memory.address, line_bytes(self.problem, row)));
         }
         Ok(raw)
@@ -121,10 +133,15 @@ pub(super) fn check_second(op: Op, given: bool) -> Result<()> {
 /// Checks one tensor alone.
 fn check_tensor(problem: &Problem, row: TensorRow, tensor: &Tensor<Memory>, space: AddressSpace) -> Result<()> {
     let (operand, expected) = (row.operand, (row.shape)(problem));
-    let Tensor { data: Memory { address, len }, layout } = tensor;
-    if layout.shape != expected {
-        return Err(Error::ShapeMismatch { operand, shape: layout.shape, expected });
+    if tensor.layout.shape != expected {
+        return Err(Error::ShapeMismatch { operand, shape: tensor.layout.shape, expected });
     }
+    check_memory(operand, tensor, space)
+}
+
+/// Checks strides, length and address of one tensor, whatever its shape.
+pub(super) fn check_memory(operand: Operand, tensor: &Tensor<Memory>, space: AddressSpace) -> Result<()> {
+    let Tensor { data: Memory { address, len }, layout } = tensor;
     if layout.is_empty() {
         return Ok(());
     }
@@ -136,11 +153,11 @@ fn check_tensor(problem: &Problem, row: TensorRow, tensor: &Tensor<Memory>, spac
         return Err(Error::BufferTooSmall { operand, len, required: layout.span() });
     }
     check_span(operand, *address, bytes)?;
-    check_address(operand, *address, GRAIN_BYTES, space)
+    check_address(operand, *address, space.tensor_alignment())
 }
 
 /// Checks one line alone.
-fn check_line(problem: &Problem, row: LineRow, memory: Memory, space: AddressSpace) -> Result<()> {
+fn check_line(problem: &Problem, row: LineRow, memory: Memory) -> Result<()> {
     let (operand, expected) = (row.operand, (row.len)(problem));
     if let Some(len) = memory.len
         && len != expected
@@ -154,7 +171,7 @@ fn check_line(problem: &Problem, row: LineRow, memory: Memory, space: AddressSpa
         return Ok(());
     }
     check_span(operand, memory.address, line_bytes(problem, row))?;
-    check_address(operand, memory.address, size_of::<f32>(), space)
+    check_address(operand, memory.address, size_of::<f32>())
 }
 
 /// Returns the size of a line.
@@ -170,7 +187,7 @@ fn check_rows_apart(operand: Operand, layout: &Layout) -> Result<()> {
 }
 
 fn check_strides(operand: Operand, layout: &Layout) -> Result<()> {
-    let multiple = GRAIN_BYTES / ELEMENT_BYTES;
+    let multiple = GRAIN;
     let limit = STRIDE_LIMIT_BYTES / ELEMENT_BYTES as u64 - multiple as u64;
     for (dim, stride) in Dim::ALL.into_iter().zip(layout.lowered_strides()) {
         if !stride.is_multiple_of(multiple) {
@@ -192,13 +209,13 @@ pub(super) fn check_span(operand: Operand, address: u64, bytes: u128) -> Result<
     Ok(())
 }
 
-pub(super) fn check_address(operand: Operand, address: u64, alignment: usize, space: AddressSpace) -> Result<()> {
-    match space {
-        AddressSpace::Host => Ok(()),
-        AddressSpace::Device if address == 0 => Err(Error::NullPointer { operand }),
-        AddressSpace::Device if !address.is_multiple_of(alignment as u64) => {
-            Err(Error::Misaligned { operand, address, alignment: alignment as u64 })
-        }
-        AddressSpace::Device => Ok(()),
+/// Checks that an address of something is not null, and aligned.
+pub(super) fn check_address(operand: Operand, address: u64, alignment: usize) -> Result<()> {
+    if address == 0 {
+        return Err(Error::NullPointer { operand });
     }
+    if !address.is_multiple_of(alignment as u64) {
+        return Err(Error::Misaligned { operand, address, alignment: alignment as u64 });
+    }
+    Ok(())
 }

@@ -6,7 +6,8 @@
 
 use kernels_gpu::ground::tensor::Strided;
 
-use crate::tensor::Layout;
+use crate::error::{Operand, Result};
+use crate::tensor::{Layout, Tensor};
 
 mod backward;
 mod check;
@@ -20,16 +21,21 @@ mod total_attention;
 #[cfg(test)]
 mod extremes;
 
+#[cfg(doc)]
+use crate::error::Error;
+
 pub use backward::{BackwardTensors, RawBackward};
-pub(crate) use check::{AddressSpace, Check};
+pub use check::AddressSpace;
+pub(crate) use check::Check;
 pub use forward::{ForwardTensors, RawForward};
 pub use gradients::{BackwardInputs, Gradients};
 pub(crate) use pair::SecondGradients;
 pub use pair::{BackwardPair, ForwardInputs, Pair, RawSecond, SecondTensors};
 pub(crate) use pass::{LineRow, Lines, Pass, Role, TensorRow, Tensors, Visited, rows};
-pub(crate) use place::{LinePlace, Place};
+pub(crate) use place::Memory;
 #[cfg(feature = "cuda")]
-pub(crate) use place::{Memory, Slice};
+pub(crate) use place::Slice;
+pub(crate) use place::{LinePlace, Place};
 pub use total_attention::{RawTotalAttention, TotalTensors};
 
 /// A tensor named by its address.
@@ -42,6 +48,27 @@ pub struct RawTensor {
 }
 
 impl RawTensor {
+    /// Checks whether kernels take this tensor as it is. Its shape is not compared with a problem's. A framework copies
+    /// a tensor that is refused, and passes the copy; errors name the tensor `operand`.
+    ///
+    /// ```
+    /// use ferroflash::{AddressSpace, Layout, Operand, RawTensor};
+    ///
+    /// // Rows of 64 elements that are 65 elements apart.
+    /// let padded = RawTensor { address: 0x1000, layout: Layout::strided([2, 4, 10, 64], [2600, 650, 65]) };
+    /// let error = padded.check(Operand::Q, AddressSpace::Device).unwrap_err();
+    /// let rule = "a multiple of 8 (16 bytes) is needed";
+    /// assert_eq!(error.to_string(), format!("q.strides: the heads stride is 650 elements; {rule}"));
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`], [`Error::NullPointer`],
+    /// [`Error::Misaligned`].
+    pub fn check(&self, operand: Operand, memory: AddressSpace) -> Result<()> {
+        let data = Memory { address: self.address, len: None };
+        check::check_memory(operand, &Tensor { data, layout: self.layout }, memory)
+    }
+
     /// Returns the tensor as kernels that compute addresses take it.
     pub(crate) fn strided(&self) -> Strided {
         let [stride_batch, stride_head, stride_row] = self.layout.lowered_strides().map(|stride| stride as i64);

@@ -118,6 +118,14 @@ macro_rules! accessors_with_extra {
             pub fn dropout(&self) -> Dropout {
                 self.settings.dropout
             }
+
+            /// Returns the plan with another seed and offset. `dropout` has the plan's probability, so that kernel and
+            /// launch stay the same.
+            pub(crate) fn with_random_numbers_of(mut self, dropout: Dropout) -> Result<Self> {
+                self.settings.dropout = dropout;
+                self.features.dropout = dropout.launched()?;
+                Ok(self)
+            }
         }
     };
 }

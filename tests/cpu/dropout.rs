@@ -71,9 +71,9 @@ fn no_dropout_changes_nothing() {
     };
     let without = Attention::new(PROBLEM).mask(Mask::Causal);
     for p in [0.0, -0.0, 0.5 / 256.0 - 1e-6] {
-        assert!(run(without.clone()) == run(without.clone().dropout(Dropout { p, seed: 3, offset: 4 })), "{p}");
+        assert!(run(without) == run(without.dropout(Dropout { p, seed: 3, offset: 4 })), "{p}");
     }
-    let with = run(without.clone().dropout(Dropout { p: 0.5, seed: 3, offset: 4 }));
+    let with = run(without.dropout(Dropout { p: 0.5, seed: 3, offset: 4 }));
     let (out, gradients, symbols) = run(without);
     assert!(with.0.o != out.o && with.1.dq != gradients.dq && with.1.dk != gradients.dk && with.1.dv != gradients.dv);
     assert!(with.2.0 != symbols.0 && with.2.1 != symbols.1);

@@ -2,7 +2,7 @@
 
 use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
-use ferroflash::{Backend, Determinism, Dtype, Mask, Problem};
+use ferroflash::{Determinism, Dtype, Mask, Problem};
 
 use crate::common;
 

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use ferroflash::cases::{Case, PiecewiseCase};
 use ferroflash::cuda::{Cuda, Specialise};
-use ferroflash::{Backend, Determinism, Dtype, Mask, Piecewise, Problem, bf16};
+use ferroflash::{Determinism, Dtype, Mask, Piecewise, Problem, bf16};
 
 use super::Run;
 

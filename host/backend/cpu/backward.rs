@@ -21,6 +21,11 @@ use crate::{
 /// bits must not. It is small, so that small problems also have both unsplit and split work tiles.
 const SM_COUNT: u32 = 7;
 
+/// Returns the plan that runs here.
+pub(super) fn replan(plan: &BackwardPlan) -> Result<BackwardPlan> {
+    plan.on(SM_COUNT)
+}
+
 /// Checks each input alone.
 pub(super) fn check_inputs<E: Element>(
     plan: &BackwardPlan,
@@ -40,7 +45,7 @@ pub(super) fn run_into<E: Element>(
     second: Option<SecondTensors<&[E], &mut [E]>>,
     workspace: &mut Workspace<Cpu>,
 ) -> Result<()> {
-    let plan = &plan.on(SM_COUNT)?;
+    let plan = &replan(plan)?;
     let mut check = Check::new(plan.problem(), AddressSpace::Host);
     let args = BackwardTensors::new(inputs, second, outputs).lower(plan, E::DTYPE, &mut check)?;
     check.overlaps()?;
@@ -54,7 +59,7 @@ pub(super) fn run_into<E: Element>(
 /// # Safety
 /// The arguments, without a workspace, were checked against the plan. They are valid until this function returns, for
 /// writing the outputs and for reading the inputs.
-unsafe fn run(plan: &BackwardPlan, mut args: RawBackward, workspace: &mut Workspace<Cpu>) -> Result<()> {
+pub(super) unsafe fn run(plan: &BackwardPlan, mut args: RawBackward, workspace: &mut Workspace<Cpu>) -> Result<()> {
     let workspace = workspace.reserve(&Cpu, plan.workspace_bytes())?;
     args.workspace = workspace.as_mut_ptr().expose_provenance() as u64;
     args.workspace_bytes = plan.workspace_bytes();

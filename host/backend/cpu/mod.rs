@@ -20,6 +20,7 @@ use bytemuck::Pod;
 
 mod backward;
 mod pool;
+mod raw;
 mod total_attention;
 
 /// The CPU. Tensors are slices, of any alignment; work tiles run on the current rayon thread pool.
@@ -34,7 +35,7 @@ impl Backend for Cpu {
     type Buffer<T: Pod> = Vec<T>;
 
     fn sm_count(&self) -> u32 {
-        pool::threads()
+        Cpu::sm_count(self)
     }
 
     /// Allocates zeros.

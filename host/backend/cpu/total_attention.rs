@@ -23,25 +23,30 @@ pub(super) fn run_into<E: Element>(
     plan: &TotalPlan,
     tensors: TotalTensors<Tensor<&[E]>, &[f32], &mut [f32]>,
 ) -> Result<()> {
-    let TotalTensors { q, k, lse, total } = tensors;
     let mut check = Check::new(plan.problem(), AddressSpace::Host);
-    let args = TotalTensors { q, k, lse, total: &mut *total }.lower(plan, E::DTYPE, &mut check)?;
+    let args = tensors.lower(plan, E::DTYPE, &mut check)?;
     check.overlaps()?;
-    if plan.work_tiles() == 0 {
-        total.fill(0.0);
-        return Ok(());
-    }
     // SAFETY: the arguments were checked, and come from slices that are borrowed until this function returns, `total`
     // mutably.
     unsafe { run(plan, &args) }
 }
 
-/// Runs every CTA of a plan that has work tiles, in parallel. Stops at the first fault.
+/// Runs every CTA of a plan, in parallel. Stops at the first fault. Without work tiles, which means without queries, it
+/// writes zeros.
 ///
 /// # Safety
 /// The arguments were checked against the plan. They are valid until this function returns, for writing the result and
 /// for reading the rest.
-unsafe fn run(plan: &TotalPlan, args: &RawTotalAttention) -> Result<()> {
+pub(super) unsafe fn run(plan: &TotalPlan, args: &RawTotalAttention) -> Result<()> {
+    if plan.work_tiles() == 0 {
+        let len = plan.problem().total_len();
+        if len > 0 {
+            let total: *mut f32 = std::ptr::with_exposed_provenance_mut(args.total as usize);
+            // SAFETY: the caller promised so many elements for writing.
+            unsafe { total.write_bytes(0, len) };
+        }
+        return Ok(());
+    }
     let ctas = pool::ctas(plan.work_tiles());
     let params = args.params(plan, [args.q.strided(), args.k.strided()]);
     let variant = plan.variant();

@@ -39,9 +39,10 @@ mod tests;
 mod timing;
 mod total_attention;
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
 use kernels_gpu::variants::{WARP_ROWS, WARPGROUP_ROWS};
@@ -98,6 +99,22 @@ impl Cuda {
         Ok(Cuda::on(Stream::default_of(Device::shared(ordinal)?)))
     }
 
+    /// Returns device `ordinal`, which is opened once and stays open until the process ends. It is for bindings, whose
+    /// functions take no context: a later call is a look into a table.
+    ///
+    /// # Errors
+    /// Errors of [`Cuda::new`]. A failure is not remembered.
+    pub fn for_ordinal(ordinal: u32) -> Result<&'static Cuda> {
+        static OPEN: Mutex<BTreeMap<u32, &'static Cuda>> = Mutex::new(BTreeMap::new());
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cuda) = open.get(&ordinal) {
+            return Ok(cuda);
+        }
+        let cuda: &'static Cuda = Box::leak(Box::new(Cuda::new(ordinal)?));
+        open.insert(ordinal, cuda);
+        Ok(cuda)
+    }
+
     /// Returns the backend of a stream.
     fn on(stream: Stream) -> Self {
         Cuda { stream: Arc::new(stream), specialise: Specialise::default() }
@@ -144,6 +161,11 @@ impl Cuda {
     /// Returns the device's name.
     pub fn name(&self) -> &str {
         &self.device().name
+    }
+
+    /// Number of SMs of the device, which plans take.
+    pub fn sm_count(&self) -> u32 {
+        self.device().sm_count
     }
 
     /// Returns the CUDA version that the driver supports, as (major, minor).
@@ -246,7 +268,7 @@ impl Backend for Cuda {
     type Buffer<T: Pod> = DeviceBuffer<T>;
 
     fn sm_count(&self) -> u32 {
-        self.device().sm_count
+        Cuda::sm_count(self)
     }
 
     fn allocate<T: Pod>(&self, operand: Operand, len: usize) -> Result<DeviceBuffer<T>> {

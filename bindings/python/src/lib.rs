@@ -1,0 +1,35 @@
+//! The native half of the Python package: torch tensors in, kernels launched, torch tensors out.
+//!
+//! A function here reads its tensors through their Python attributes, so that no libtorch is linked and any torch
+//! version is served. It checks them, allocates results with torch, plans, and runs on the tensors' device: the CPU, or
+//! a GPU on torch's current stream. The interpreter's lock is released while a pass runs or is launched.
+//!
+//! The functions are the package's own: `python/ferroflash/ops.py` has those for users.
+
+#![deny(unsafe_code)]
+
+mod backward;
+mod error;
+mod forward;
+#[cfg_attr(not(feature = "cuda"), path = "no_gpu.rs")]
+mod gpu;
+mod machine;
+mod settings;
+mod tensor;
+mod torch;
+mod total_attention;
+
+use pyo3::pymodule;
+
+/// Native functions of the package; see `_native.pyi`.
+#[pymodule]
+mod _native {
+    #[pymodule_export]
+    use crate::{
+        backward::backward,
+        forward::forward,
+        machine::{device_count, kernel_count},
+        settings::{dropout_mask, dropout_probability},
+        total_attention::total_attention,
+    };
+}

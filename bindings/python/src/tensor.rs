@@ -1,0 +1,115 @@
+//! A torch tensor (batch, seqlen, heads, head_dim) as the library takes it, read through its Python attributes.
+
+use ferroflash::{AddressSpace, Dtype, Layout, Operand, RawTensor};
+use pyo3::{
+    Bound, PyAny, PyResult,
+    exceptions::{PyTypeError, PyValueError},
+    intern,
+    types::{PyAnyMethods, PyTuple, PyTupleMethods},
+};
+
+use crate::{machine::Device, torch::Torch};
+
+/// A 16-bit tensor in memory.
+pub struct Tensor {
+    /// Address and layout, which has the library's order of dimensions: (batch, heads, seqlen, head_dim).
+    pub raw: RawTensor,
+    pub dtype: Dtype,
+    pub device: Device,
+    /// True if neighbours along head_dim are neighbours in memory. Otherwise `raw` is not the tensor.
+    packed: bool,
+}
+
+impl Tensor {
+    /// Reads a tensor. `name` is its name in errors.
+    ///
+    /// # Errors
+    /// `TypeError` for an object that is no tensor of 16-bit floats, `ValueError` for another number of dimensions or
+    /// another kind of device.
+    pub fn read(torch: &Torch, object: &Bound<'_, PyAny>, name: &str) -> PyResult<Self> {
+        let py = object.py();
+        let dtype = object.getattr(intern!(py, "dtype")).map_err(|_| no_tensor(object, name))?;
+        let Some(dtype) = torch.dtype(&dtype) else {
+            let text = format!("{name} is {dtype}; torch.float16 or torch.bfloat16 is needed: cast it with .to()");
+            return Err(PyTypeError::new_err(text));
+        };
+        let device = Device::of(object, name)?;
+        let shape = object.getattr(intern!(py, "shape"))?.cast_into::<PyTuple>()?;
+        let strides = object.call_method0(intern!(py, "stride"))?.cast_into::<PyTuple>()?;
+        if shape.len() != 4 {
+            let text = format!("{name} has the shape {shape}; (batch, seqlen, heads, head_dim) is needed");
+            return Err(PyValueError::new_err(text));
+        }
+        let numbers = |tuple: &Bound<'_, PyTuple>| -> PyResult<[usize; 4]> {
+            let at = |i| tuple.get_borrowed_item(i)?.extract();
+            Ok([at(0)?, at(1)?, at(2)?, at(3)?])
+        };
+        let ([batch, seqlen, heads, head_dim], [per_batch, per_row, per_head, per_element]) =
+            (numbers(&shape)?, numbers(&strides)?);
+        let address = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let layout = Layout::strided([batch, heads, seqlen, head_dim], [per_batch, per_head, per_row]);
+        let packed = per_element == 1 || head_dim <= 1 || layout.is_empty();
+        Ok(Tensor { raw: RawTensor { address, layout }, dtype, device, packed })
+    }
+
+    /// Reads another tensor of the same call, which must have the dtype and the device of `self`, called `first`.
+    ///
+    /// # Errors
+    /// Errors of [`Tensor::read`]; `TypeError` for another dtype, `ValueError` for another device.
+    pub fn another(&self, torch: &Torch, object: &Bound<'_, PyAny>, name: &str, first: &str) -> PyResult<Self> {
+        let tensor = Tensor::read(torch, object, name)?;
+        if tensor.dtype != self.dtype {
+            let (found, expected) = (tensor.dtype.name(), self.dtype.name());
+            return Err(PyTypeError::new_err(format!("{name} is {found}; {first} is {expected}")));
+        }
+        self.device.check_same(tensor.device, name, first)?;
+        Ok(tensor)
+    }
+
+    /// True if kernels take the tensor as it is. A contiguous copy is taken otherwise.
+    pub fn is_taken(&self) -> bool {
+        let space = match self.device {
+            Device::Cpu => AddressSpace::Host,
+            Device::Cuda(_) => AddressSpace::Device,
+        };
+        self.packed && self.raw.check(Operand::Foreign, space).is_ok()
+    }
+
+    /// True if neighbours along head_dim are neighbours in memory.
+    pub fn is_packed(&self) -> bool {
+        self.packed
+    }
+}
+
+/// Reads the address of a contiguous f32 tensor of a given shape, on the device of `like`, which is called `first`.
+///
+/// # Errors
+/// `TypeError` for an object that is no f32 tensor, `ValueError` for another shape, strides or device.
+pub fn read_float32(
+    torch: &Torch,
+    object: &Bound<'_, PyAny>,
+    name: &str,
+    shape: [usize; 3],
+    like: &Tensor,
+) -> PyResult<u64> {
+    let py = object.py();
+    let dtype = object.getattr(intern!(py, "dtype")).map_err(|_| no_tensor(object, name))?;
+    if !torch.is_float32(&dtype) {
+        return Err(PyTypeError::new_err(format!("{name} is {dtype}; torch.float32 is needed")));
+    }
+    like.device.check_same(Device::of(object, name)?, name, "q")?;
+    let found = object.getattr(intern!(py, "shape"))?.cast_into::<PyTuple>()?;
+    if !found.extract::<[usize; 3]>().is_ok_and(|found| found == shape) {
+        let text = format!("{name} has the shape {found}; {shape:?} (batch, heads, seqlen) is needed");
+        return Err(PyValueError::new_err(text));
+    }
+    if !object.call_method0(intern!(py, "is_contiguous"))?.extract::<bool>()? {
+        return Err(PyValueError::new_err(format!("{name} is not contiguous")));
+    }
+    object.call_method0(intern!(py, "data_ptr"))?.extract()
+}
+
+fn no_tensor(object: &Bound<'_, PyAny>, name: &str) -> pyo3::PyErr {
+    let kind = object.get_type().to_string();
+    PyTypeError::new_err(format!("{name} is {kind}; a torch.Tensor is needed"))
+}

@@ -1,0 +1,50 @@
+//! Total attention of torch tensors.
+
+use ferroflash::RawTotalAttention;
+use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction};
+
+use crate::{
+    error::{exception, is_layout},
+    forward::refused,
+    machine::PLANS,
+    settings::Settings,
+    tensor::{Tensor, read_float32},
+    torch::Torch,
+};
+
+/// Returns the total attention, f32 (batch, heads_q, seqlen_k), or an integer whose bit i tells that input i (q, k) has
+/// to be copied first.
+#[pyfunction]
+pub fn total_attention(
+    py: Python<'_>,
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    lse: &Bound<'_, PyAny>,
+    left: i64,
+    right: i64,
+    scale: Option<f32>,
+) -> PyResult<Py<PyAny>> {
+    let torch = Torch::get(py)?;
+    let queries = &Tensor::read(torch, q, "q")?;
+    let keys = &queries.another(torch, k, "k", "q")?;
+    let all = || refused([queries, keys].into_iter());
+    if !(queries.is_packed() && keys.is_packed()) {
+        return all().into_py_any(py);
+    }
+    let ([batch, heads, seqlen_q, _], [_, _, seqlen_k, _]) = (queries.raw.layout.shape, keys.raw.layout.shape);
+    let lse = read_float32(torch, lse, "lse", [batch, heads, seqlen_q], queries)?;
+    let settings = Settings { window: (left, right), scale, dropout: None, deterministic: false };
+    let machine = queries.device.open(py, torch)?;
+    let plan = PLANS.total_attention(&settings.attention(queries, keys), machine.sm_count()).map_err(exception)?;
+    let shape = [batch, heads, seqlen_k];
+    let total = torch.empty_float32(q, shape)?;
+    let address = read_float32(torch, &total, "total", shape, queries)?;
+    let args = RawTotalAttention { q: queries.raw, k: keys.raw, lse, total: address };
+    match machine.total_attention(py, &plan, &args) {
+        Ok(()) => total.into_py_any(py),
+        Err(error) => match all() {
+            bits if bits != 0 && is_layout(&error) => bits.into_py_any(py),
+            _ => Err(exception(error)),
+        },
+    }
+}
