@@ -124,7 +124,7 @@ def test_dropout(device):
     (do,) = tensors(device, (B, H, M, D), dtype=torch.bfloat16)
     o, lse, total, seed, offset = flag_attn.flash_attention(*inputs, dropout_p=p, return_seed_offset=True)
     assert lse is None and total is None and isinstance(seed, int) and isinstance(offset, int)
-    mask = ferroflash.dropout_mask(*shape[:4], p, seed, offset, device=device)
+    mask = ferroflash.dropout_mask(*shape[:4], p, (seed, offset)).to(device)
     ours = [o, *torch.autograd.grad(o, inputs, do)]
     plain, exact = (
         with_gradients(lambda *x: reference(*x, mask=mask, p=p)[0], x, do) for x in (inputs, exactly(inputs))

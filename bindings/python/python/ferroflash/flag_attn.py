@@ -7,8 +7,6 @@ Instead of FlagAttention's head dims (16, 32, 64, 128) every multiple of 8 up to
 takes fewer key heads than query heads, too.
 """
 
-import torch
-
 from . import ops
 
 __all__ = ["flash_attention", "piecewise_attention", "flash_attention_split_kv", "paged_attention"]
@@ -33,10 +31,8 @@ def flash_attention(
     (batch, heads_q, seqlen_k), is the sum of each key's weights over all queries, before dropout. Gradients do not flow
     through these two. Seed and offset are those of the dropout mask (`ferroflash.dropout_mask`), None without dropout.
     """
-    seed_offset = None
-    if dropout_p > 0.0:
-        # From torch's default generator on the host, so that torch.manual_seed decides on the mask.
-        seed_offset = tuple(torch.randint(0, 2**62, (2,), dtype=torch.int64).tolist())
+    # Drawn here only to be returned: attention draws by itself.
+    seed_offset = ops.draw(q, None) if dropout_p > 0.0 and return_seed_offset else None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     wants_lse = return_log_normalizer or return_total_attention
     o = ops.attention(
@@ -54,12 +50,11 @@ def flash_attention(
         o, lse = o
         lse = lse.detach()
     if return_total_attention:
-        with torch.no_grad():
-            total = ops.total_attention(q, k, lse, causal=causal, softmax_scale=sm_scale)
+        total = ops.total_attention(q, k, lse, causal=causal, softmax_scale=sm_scale)
     o = o.transpose(1, 2)
     if not (wants_lse or return_seed_offset):
         return o
-    seed, offset = seed_offset if seed_offset and return_seed_offset else (None, None)
+    seed, offset = (None, None) if seed_offset is None else seed_offset
     return o, lse if return_log_normalizer else None, total, seed, offset
 
 

@@ -32,7 +32,7 @@ def flag_attn(checkout, own):
 
     # Their mask belongs to their generator of random numbers; the reference has to drop what ferroflash drops.
     def recompute_mask(B, H, M, N, dropout_p, seed, offset, device):
-        return ferroflash.dropout_mask(B, H, M, N, dropout_p, seed, offset, device=device)
+        return ferroflash.dropout_mask(B, H, M, N, dropout_p, (seed, offset)).to(device)
 
     package.testing.recompute_mask = recompute_mask
 
