@@ -178,6 +178,16 @@ def test_other_masks_are_right(case, device, monkeypatch):
     assert len(calls) == (6 if case == "cached chunk" else 0)
 
 
+def test_compiled_models_are_right(device):
+    """Without a graph break. Their masks are tensors, so torch computes the attention."""
+    model = build("llama", "ferroflash", device)
+    ids = tokens(device)
+    expected = model(ids, labels=ids).loss
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=0.02, rtol=0)
+
+
 def test_a_window_of_w_tokens_has_w_keys(device):
     """The sliding window counts the query's own token."""
     model = build("mistral", "ferroflash", device)

@@ -9,6 +9,9 @@ function here returns None for the masks that ferroflash's kernels compute by th
 a sliding window. For every other mask (padded batches, packed sequences, static caches, custom masks) it returns
 transformers' boolean mask, and the attention function hands such a call to torch's `scaled_dot_product_attention`,
 which is right but slower. It says so once.
+
+Under torch.compile every call has a mask, because transformers cannot tell there whether sequences are packed. So
+compiled models are right, but do not use ferroflash's kernels.
 """
 
 import functools
@@ -91,11 +94,12 @@ def attention(
     if kwargs.get("output_attentions", False):
         logger.warning_once('ferroflash returns no attention weights; use attn_implementation="eager" for them.')
     if attention_mask is not None:
-        logger.warning_once(
-            "ferroflash computes full, causal and sliding-window attention without a mask. This batch needs a mask "
-            "(padding, packed sequences, a static cache, or a custom one), so torch's scaled_dot_product_attention "
-            "computes it, which is slower."
-        )
+        if not is_torchdynamo_compiling():
+            logger.warning_once(
+                "ferroflash computes full, causal and sliding-window attention without a mask. This batch needs a mask "
+                "(padding, packed sequences, a static cache, or a custom one), so torch's scaled_dot_product_attention "
+                "computes it, which is slower."
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
