@@ -1,0 +1,232 @@
+"""ferroflash under transformers: small random models give the loss, gradients and tokens that eager attention gives."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+import ferroflash  # noqa: E402
+from ferroflash import transformers as integration  # noqa: E402
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=7),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **SMALL,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    ferroflash.register_transformers()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+def build(kind, implementation, device):
+    """Returns a bf16 model of the configuration. Its weights do not depend on the implementation."""
+    torch.manual_seed(0)
+    config = CONFIGS[kind]()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=implementation, dtype=torch.bfloat16
+    )
+    return model.to(device).eval()
+
+
+def tokens(device, batch=2, length=29, seed=1):
+    torch.manual_seed(seed)
+    return torch.randint(2, 97, (batch, length)).to(device)
+
+
+def kernel_calls(monkeypatch):
+    """Counts how often ferroflash's own kernels compute attention."""
+    calls = []
+    original = integration.ops.attention
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(integration.ops, "attention", counted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_losses_are_those_of_eager(kind, device, monkeypatch):
+    """The bar: twice the error of transformers' own implementations in bf16, over some batches, by root mean square."""
+    calls = kernel_calls(monkeypatch)
+    losses = {}
+    for name in ("exact", "eager", "sdpa", "ferroflash"):
+        # The same weights: those of bf16.
+        model = build(kind, "eager" if name == "exact" else name, device)
+        model = model.float() if name == "exact" else model
+        with torch.no_grad():
+            ids = [tokens(device, seed=seed) for seed in range(8)]
+            losses[name] = torch.stack([model(x, labels=x).loss.float() for x in ids])
+    assert len(calls) == 3 * 8
+    assert all(call["causal"] for call in calls)
+    error = {name: (losses[name] - losses["exact"]).square().mean().sqrt() for name in losses}
+    assert error["ferroflash"] <= 2 * max(error["eager"], error["sdpa"])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_gradients_are_those_of_eager(kind, device):
+    gradients = {}
+    ids = tokens(device)
+    for name in ("exact", "eager", "ferroflash"):
+        model = build(kind, "eager" if name == "exact" else name, device)
+        model = model.float() if name == "exact" else model
+        model(ids, labels=ids).loss.backward()
+        gradients[name] = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    error = {name: (x - gradients["exact"]).norm() for name, x in gradients.items()}
+    assert error["ferroflash"] <= 2 * error["eager"]
+    assert error["eager"] <= 0.1 * gradients["exact"].norm()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_generation_is_that_of_eager(kind, device, monkeypatch):
+    """Greedy tokens, up to steps at which bf16 cannot tell the two best ones apart."""
+    calls = kernel_calls(monkeypatch)
+    ids = tokens(device, batch=1, length=11)
+    settings = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    eager = build(kind, "eager", device).generate(ids, **settings)
+    ours = build(kind, "ferroflash", device).generate(ids, **settings)
+    assert len(calls) == 3 * 20
+    for step, (a, b) in enumerate(zip(eager.logits, ours.logits)):
+        torch.testing.assert_close(a.float(), b.float(), atol=0.06 * a.abs().max().item(), rtol=0)
+        if eager.sequences[0, 11 + step] != ours.sequences[0, 11 + step]:
+            best = a.float().topk(2).values[0]
+            assert best[0] - best[1] <= (a.float() - b.float()).abs().max() * 2, f"step {step}"
+            break
+    else:
+        assert torch.equal(eager.sequences, ours.sequences)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_are_right(kind, side, device, monkeypatch):
+    calls = kernel_calls(monkeypatch)
+    ids = tokens(device, batch=2, length=16)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[1, slice(0, 5) if side == "left" else slice(-5, None)] = 0
+    logits = {}
+    for implementation in ("eager", "ferroflash"):
+        with torch.no_grad():
+            logits[implementation] = build(kind, implementation, device)(ids, attention_mask=attention_mask).logits
+    assert not calls
+    seen = attention_mask.bool()
+    a, b = (logits[name].float()[seen] for name in ("eager", "ferroflash"))
+    torch.testing.assert_close(a, b, atol=0.06 * a.abs().max().item(), rtol=0)
+
+
+def test_padded_generation_is_right(device):
+    ids = tokens(device, batch=2, length=8)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[1, :3] = 0
+    settings = {"attention_mask": attention_mask, "max_new_tokens": 6, "do_sample": False}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    eager = build("llama", "eager", device).generate(ids, **settings)
+    ours = build("llama", "ferroflash", device).generate(ids, **settings)
+    torch.testing.assert_close(
+        eager.logits[0].float(), ours.logits[0].float(), atol=0.06 * eager.logits[0].abs().max().item(), rtol=0
+    )
+
+
+@pytest.mark.parametrize("case", ["packed", "static cache", "cached chunk"])
+def test_other_masks_are_right(case, device, monkeypatch):
+    calls = kernel_calls(monkeypatch)
+    ids = tokens(device, batch=1, length=12)
+    logits = {}
+    for implementation in ("eager", "ferroflash"):
+        model = build("llama", implementation, device)
+        with torch.no_grad():
+            if case == "packed":
+                positions = torch.cat([torch.arange(7), torch.arange(5)])[None].to(device)
+                out = model(ids, position_ids=positions, use_cache=False)
+            elif case == "static cache":
+                cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+                model(ids[:, :9], past_key_values=cache)
+                out = model(ids[:, 9:], past_key_values=cache, position_ids=torch.arange(9, 12, device=device)[None])
+            else:
+                cache = model(ids[:, :9]).past_key_values
+                out = model(ids[:, 9:], past_key_values=cache)
+        logits[implementation] = out.logits.float()
+    a, b = logits["eager"], logits["ferroflash"]
+    torch.testing.assert_close(a, b, atol=0.06 * a.abs().max().item(), rtol=0)
+    # Several queries behind a cache need no mask: a causal mask is aligned to the last query and the last key.
+    assert len(calls) == (6 if case == "cached chunk" else 0)
+
+
+def test_compiled_models_are_right(device):
+    """Without a graph break. Their masks are tensors, so torch computes the attention."""
+    model = build("llama", "ferroflash", device)
+    ids = tokens(device)
+    expected = model(ids, labels=ids).loss
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=0.02, rtol=0)
+
+
+def test_a_window_of_w_tokens_has_w_keys(device):
+    """The sliding window counts the query's own token."""
+    model = build("mistral", "ferroflash", device)
+    ids = tokens(device, batch=1, length=20)
+    layer = model.model.layers[0].self_attn
+    x = torch.randn(1, 20, 64, dtype=torch.bfloat16, device=device)
+    rotary = model.model.rotary_emb(x, torch.arange(20, device=device)[None])
+    with torch.no_grad():
+        before = layer(x, rotary, None)[0]
+        x[:, 3] += 1.0
+        after = layer(x, rotary, None)[0]
+    changed = (before != after).any(-1)[0].nonzero().flatten().tolist()
+    assert ids.shape[1] == 20
+    assert changed == list(range(3, 3 + 7))
+
+
+def test_refusals(device):
+    module = torch.nn.Module()
+    q = torch.randn(1, 2, 5, 8, dtype=torch.bfloat16, device=device)
+    for feature in ({"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"position_bias": q}):
+        with pytest.raises(NotImplementedError):
+            integration.attention(module, q, q, q, None, **feature)
+    with pytest.raises(ValueError, match="float32"):
+        integration.attention(module, q.float(), q, q, None)
+    # A model that has a window, but applies it by the mask alone.
+    module.config = transformers.MistralConfig(**SMALL, sliding_window=3)
+    with pytest.raises(NotImplementedError, match="sliding window"):
+        integration.attention(module, q, q, q, None)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out, _ = integration.attention(module, q.float(), q.float(), q, None, sliding_window=3)
+    assert out.dtype == torch.bfloat16
+
+
+def test_values_with_their_own_head_dim(device):
+    torch.manual_seed(2)
+    module = torch.nn.Module()
+    for dims in ((32, 16), (16, 32)):
+        q, k = (torch.randn(2, 4, 9, dims[0], dtype=torch.bfloat16, device=device) for _ in range(2))
+        v = torch.randn(2, 4, 9, dims[1], dtype=torch.bfloat16, device=device)
+        out, _ = integration.attention(module, q, k, v, None, is_causal=True)
+        expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+        torch.testing.assert_close(out.transpose(1, 2).float(), expected, atol=0.03, rtol=0.02)
