@@ -15,7 +15,7 @@ use crate::shell::{Result, output, root, run, step, target, works};
 /// Builds wheels; zig links against the oldest C library that [`PLATFORM`] allows.
 const BUILD_TOOLS: [&str; 2] = ["maturin==1.16.0", "ziglang==0.15.2"];
 /// What tests need, torch aside.
-const TEST_TOOLS: [&str; 2] = ["pytest==9.2.0", "numpy"];
+const TEST_TOOLS: [&str; 3] = ["pytest==9.2.0", "numpy", "transformers==5.24.0"];
 /// The version of torch that tests run with, unless `FERROFLASH_TORCH` names another.
 const TORCH: &str = "torch==2.11.0";
 /// Linux with glibc 2.28 or newer, as torch's own wheels.
@@ -80,7 +80,7 @@ fn test_environment() -> Result<PathBuf> {
     let folder = target("wheel").join(torch.replace(|c: char| !c.is_ascii_alphanumeric() && c != '.', "-"));
     environment(&folder, false)?;
     let python = folder.join("bin/python");
-    if !works(&text(&python), &["-c", "import torch, pytest, numpy"]) {
+    if !works(&text(&python), &["-c", "import torch, pytest, numpy, transformers"]) {
         run(pip(&python).arg("install").arg(&torch).args(TEST_TOOLS))?;
     }
     site_packages(&python)
