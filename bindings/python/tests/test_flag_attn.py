@@ -13,13 +13,6 @@ import torch
 import ferroflash
 from ferroflash import flag_attn
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
-
 
 def tensors(device, *shapes, dtype, order="BHTD", grad=False):
     """Returns normal random tensors of (B, H, T, D), whose memory is in the order given."""

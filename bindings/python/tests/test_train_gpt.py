@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-
 
 @pytest.fixture(scope="module")
 def example():
@@ -18,7 +16,6 @@ def example():
     return module
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_losses_are_those_of_eager(example, device):
     exact = torch.tensor(example.train("eager", device=device, dtype=torch.float32))
     eager = torch.tensor(example.train("eager", device=device))

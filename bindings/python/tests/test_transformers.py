@@ -8,7 +8,6 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 import ferroflash  # noqa: E402
 from ferroflash import transformers as integration  # noqa: E402
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -37,11 +36,6 @@ CONFIGS = {
 @pytest.fixture(autouse=True)
 def registered():
     ferroflash.register_transformers()
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
 
 
 def build(kind, implementation, device):
