@@ -15,8 +15,8 @@ use crate::{
 /// Names of the gradients, in the order of [`Inputs::iter`].
 const GRADIENTS: [&str; 5] = ["dq", "dk", "dv", "dq2", "dk2"];
 
-/// Returns the gradients (dQ, dK, dV), with a second pair also dQ2 and dK2, or an integer whose bit i tells that input i
-/// (q, k, v, q2, k2, then o and d_o) has to be copied first. `gradients` are tensors to write; `None` allocates them.
+/// Returns the gradients (dQ, dK, dV), with a second pair also dQ2 and dK2, or an integer whose bit i tells that input
+/// i (q, k, v, q2, k2, then o and d_o) has to be copied first. `gradients` are tensors to write; `None` allocates them.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "a call with a few positional arguments is the fastest there is")]
 pub fn backward(
