@@ -32,10 +32,9 @@ impl Settings {
     /// Returns the mask. A bound that no query reaches is none, so that the fastest kernel serves.
     fn mask(&self, problem: &Problem) -> Mask {
         let bound = |keys: i64, reach: usize| match u32::try_from(keys) {
-            Ok(bound) if (keys as u64) < reach as u64 => Some(bound),
-            Ok(_) => None,
+            Ok(bound) if (bound as usize) < reach => Some(bound),
             // Negative numbers are no bound, and numbers beyond 32 bits are beyond any length.
-            Err(_) => None,
+            _ => None,
         };
         match (bound(self.window.0, problem.seqlen_k), bound(self.window.1, problem.seqlen_q)) {
             (None, None) => Mask::None,

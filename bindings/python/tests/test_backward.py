@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import ferroflash
 from reference import assert_close, attention, gradients, tensors

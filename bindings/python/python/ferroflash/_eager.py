@@ -11,8 +11,9 @@ import torch
 from . import _launch, _library  # noqa: F401  The second defines the operators.
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_transforms_active = torch._C._are_functorch_transforms_active
+# Functions of torch's that have no stable name. Without them no call is plain.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 
