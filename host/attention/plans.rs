@@ -1,4 +1,4 @@
-//! Plans that are kept between calls, for callers who hold none themselves.
+//! Plans that are kept between calls, for callers that hold none themselves.
 //!
 //! A plan is a pure function of the attention and the machine's size, so a call that was planned before has the same
 //! plan. Only the random numbers of dropout differ from call to call, and they are no reason to plan again.

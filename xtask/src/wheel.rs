@@ -1,7 +1,7 @@
 //! The Python package: a wheel with its kernels, tried in a fresh virtual environment.
 //!
 //! Everything is under target/wheel: the tools that build it, torch with the tools that test it, both installed once,
-//! and the environment that the wheel is installed in, made anew in every run. That environment sees torch by a path
+//! and the environment that the wheel is installed in, made again in every run. That environment sees torch by a path
 //! and nothing else of the machine.
 
 use std::path::{Path, PathBuf};

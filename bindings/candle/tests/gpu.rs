@@ -1,4 +1,4 @@
-//! What the tests on the CPU check, on a GPU; and the speed beside candle's own operations. Prints a table last.
+//! What the tests on the CPU check, on a GPU; and the speed compared with candle's own operations. Prints a table last.
 //!
 //! With a number as its argument it uses that device, and otherwise device 0.
 

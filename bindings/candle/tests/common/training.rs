@@ -24,7 +24,7 @@ pub enum Kind {
     Eager,
 }
 
-/// A model of one block: attention and a perceptron, each behind a norm and beside a residual.
+/// A model of one block: attention and a perceptron, each after a norm and with a residual.
 struct Model {
     embedding: Var,
     position: Var,
