@@ -13,7 +13,7 @@ use crate::plan::{BackwardPlan, Plan, TotalPlan};
 /// Number of plans of each pass that are kept.
 const CAPACITY: usize = 128;
 
-/// The last 128 plans of each pass. They are found in well below a microsecond, where planning takes several.
+/// The last 128 plans of each pass, found by comparison with what was asked for before.
 ///
 /// It is for bindings, whose functions are called with tensors alone. It can be a static, and threads may share it.
 ///
