@@ -16,7 +16,8 @@
 use std::time::Instant;
 
 use ferroflash::{
-    Attention, Backend, BackwardInputs, Cpu, Dtype, Gradients, Mask, Operand, Problem, Result, Tensor, bf16,
+    Attention, Backend, BackwardInputs, Cpu, Dtype, Gradients, Mask, Operand, OptionalInputs, Problem, Result, Tensor,
+    bf16,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
@@ -202,8 +203,8 @@ impl Layer {
 
         let (o, d_o) = (Tensor::bhsd(B::slice(&out.o), of_q), Tensor::bshd(B::slice(&d_o), of_q));
         let lse = B::slice(out.lse.as_ref().expect("returned unless omitted"));
-        let inputs = BackwardInputs { q, k, v, o, d_o, lse, d_lse: None };
-        let Gradients { dq, dk, dv } = attention.backward(backend, inputs)?;
+        let inputs = BackwardInputs { q, k, v, o, d_o, lse, d_lse: None, optional: OptionalInputs::NONE };
+        let Gradients { dq, dk, dv, .. } = attention.backward(backend, inputs)?;
 
         // x is the input of three projections, so its gradient is the sum of three.
         for (w, gradient, shape) in [(&mut self.wq, dq, of_q), (&mut self.wk, dk, of_kv), (&mut self.wv, dv, of_kv)] {

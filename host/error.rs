@@ -52,6 +52,20 @@ pub enum Error {
         /// The scale asked for.
         value: f32,
     },
+    /// The bound of the scores is zero, negative or not finite.
+    #[error("softcap is {value}; a finite number above 0 is needed")]
+    Softcap {
+        /// The bound asked for.
+        value: f32,
+    },
+    /// Scale and softcap are so far apart, or so small, that f32 does not hold a quotient that kernels multiply by.
+    #[error("{factor} is {value} in f32; a finite number above 0 is needed")]
+    ScoreFactor {
+        /// The quotient.
+        factor: &'static str,
+        /// Its value in f32.
+        value: f32,
+    },
     /// The probability of dropout is negative, 1 or above, or not a number.
     #[error("dropout.p is {value}; at least 0 and below 1 is needed")]
     Dropout {
@@ -78,6 +92,16 @@ pub enum Error {
         op: Op,
         /// True if there was a second pair.
         given: bool,
+    },
+    /// A call has other slopes or sinks than its plan was made for, or the gradient of sinks without sinks.
+    #[error("{operand}: the call has {found}; the plan needs {planned}")]
+    OptionalInput {
+        /// The slopes, the sinks or their gradient.
+        operand: Operand,
+        /// What the call has.
+        found: &'static str,
+        /// What the plan was made for.
+        planned: &'static str,
     },
     /// The tensors' element type is not the problem's.
     #[error("the tensors' elements are {}; the problem's dtype is {}", found.name(), expected.name())]
@@ -160,6 +184,19 @@ pub enum Error {
         len: usize,
         /// Elements that the problem has.
         expected: usize,
+    },
+    /// The buffer of slopes, of sinks or of the sinks' gradient has not exactly one element for each head, or for each
+    /// batch item and head.
+    #[error("{operand} has {len} elements; exactly {expected} are needed ({shape})")]
+    HeadsLength {
+        /// The slopes, the sinks or their gradient.
+        operand: Operand,
+        /// Elements of the buffer.
+        len: usize,
+        /// Elements that the problem has.
+        expected: usize,
+        /// The shape whose elements they are.
+        shape: &'static str,
     },
     /// The workspace is smaller than the plan asks for.
     #[error("workspace has {bytes} bytes; the plan needs {required}")]
@@ -339,6 +376,12 @@ pub enum Operand {
     Dq2,
     /// The gradient of the second pair's keys.
     Dk2,
+    /// Slopes of ALiBi.
+    Slopes,
+    /// Logits without a value in the softmax.
+    Sinks,
+    /// The gradient of the sinks.
+    DSinks,
     /// Memory that the kernels of a backward pass use to pass results to each other.
     Workspace,
     /// The total attention of each key.
@@ -368,6 +411,9 @@ impl fmt::Display for Operand {
             Operand::K2 => "k2",
             Operand::Dq2 => "dq2",
             Operand::Dk2 => "dk2",
+            Operand::Slopes => "slopes",
+            Operand::Sinks => "sinks",
+            Operand::DSinks => "d_sinks",
             Operand::Workspace => "workspace",
             Operand::Total => "total",
             Operand::DropoutMask => "dropout_mask",

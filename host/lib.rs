@@ -39,7 +39,11 @@
 //! - **Grouped heads**: query head h reads key head h / (heads_q / heads_kv).
 //! - **Causal** is aligned to the bottom right: query i attends to key j if j ≤ i + seqlen_k − seqlen_q, so the last
 //!   query attends to every key. PyTorch's `is_causal` is aligned to the top left, which differs if the lengths do.
-//! - **Rows without a key**, by the mask or because seqlen_k is 0, give O = 0 and LSE = −∞, never NaN.
+//! - **Rows without a key**, by the mask or because seqlen_k is 0, give O = 0 and LSE = −∞, never NaN; with
+//!   sinks LSE = sink.
+//! - **Softcap** ([`Attention::softcap`]) bounds scores. **ALiBi** and **sinks** are inputs ([`Inputs::slopes`],
+//!   [`Inputs::sinks`]). The order is scale, softcap, ALiBi, mask, softmax with the sink, dropout. The LSE includes all
+//!   but dropout.
 //! - **Dropout** ([`Attention::dropout`]) drops weights after the softmax. Its random numbers are a function of seed,
 //!   offset, head, query and key, so both passes drop the same weights on every machine. The LSE includes all weights.
 //! - **Gradients** ([`Attention::backward`]) have the inputs' dtype and are accumulated in f32. [`Determinism`] selects
@@ -92,10 +96,11 @@ pub use kernels_gpu::variants::{
     BACKWARD_VARIANTS, BackwardVariant, Dtype, Op, TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
 };
 pub use operands::{
-    AddressSpace, BackwardInputs, BackwardPair, BackwardTensors, ForwardInputs, ForwardTensors, Gradients, Pair,
-    RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, TotalTensors,
+    AddressSpace, BackwardInputs, BackwardPair, BackwardTensors, ForwardTensors, Gradients, Inputs, OptionalInputs,
+    Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, Slopes, TotalInputs,
+    TotalTensors,
 };
-pub use plan::{BackwardPlan, Determinism, Needs, PassKind, Plan, TotalPlan};
+pub use plan::{Alibi, BackwardPlan, Determinism, InputKinds, Needs, Options, PassKind, Plan, Sinks, TotalPlan};
 pub use problem::{Mask, Problem};
 pub use tensor::{Layout, Tensor};
 

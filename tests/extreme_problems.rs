@@ -1,8 +1,8 @@
 //! Problems with extreme extents and not one element: every pass runs on the CPU, or a typed error refuses it.
 
 use ferroflash::{
-    Attention, BackwardInputs, Cpu, Determinism, Dropout, Dtype, Error, Mask, Problem, Result, Tensor, dropout_mask,
-    f16,
+    Attention, BackwardInputs, Cpu, Determinism, Dropout, Dtype, Error, Mask, OptionalInputs, Problem, Result, Tensor,
+    dropout_mask, f16,
 };
 use proptest::prelude::*;
 
@@ -39,7 +39,8 @@ fn run(problem: Problem, mask: Mask, determinism: Determinism, dropout: Dropout)
     let (q, kv) = (Tensor::bhsd(none, problem.q_shape()), Tensor::bhsd(none, problem.kv_shape()));
     let attention = Attention::new(problem).mask(mask).determinism(determinism).dropout(dropout);
     assert_eq!(len(attention.forward(&Cpu, q, kv, kv).map(|out| out.o.len())), 0);
-    let inputs = BackwardInputs { q, k: kv, v: kv, o: q, d_o: q, lse: no_line, d_lse: None };
+    let inputs =
+        BackwardInputs { q, k: kv, v: kv, o: q, d_o: q, lse: no_line, d_lse: None, optional: OptionalInputs::NONE };
     assert_eq!(len(attention.backward(&Cpu, inputs).map(|gradients| gradients.dk.len())), 0);
     assert_eq!(len(attention.total_attention(&Cpu, q, kv, no_line).map(|total| total.len())), 0);
     assert_eq!(len(dropout_mask(&problem, &dropout).map(|kept| kept.len())), 0);

@@ -6,7 +6,9 @@ use std::panic::AssertUnwindSafe;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use ferroflash::{Attention, Backend, BackwardInputs, Cpu, Dtype, Error, Operand, Problem, Tensor, bf16};
+use ferroflash::{
+    Attention, Backend, BackwardInputs, Cpu, Dtype, Error, Operand, OptionalInputs, Problem, Tensor, bf16,
+};
 
 /// Timeout, far longer than the child can take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -21,7 +23,8 @@ fn results() -> Vec<u32> {
     let out = attention.forward(&Cpu, x, x, x).unwrap();
     let lse = out.lse.unwrap();
     let o = Tensor::bhsd(&out.o[..], problem.q_shape());
-    let inputs = BackwardInputs { q: x, k: x, v: x, o, d_o: x, lse: &lse[..], d_lse: None };
+    let inputs =
+        BackwardInputs { q: x, k: x, v: x, o, d_o: x, lse: &lse[..], d_lse: None, optional: OptionalInputs::NONE };
     let dq = attention.backward(&Cpu, inputs).unwrap().dq;
     let total = attention.total_attention(&Cpu, x, x, &lse[..]).unwrap();
     let halves = out.o.iter().chain(&dq).map(|x| x.to_bits() as u32);

@@ -29,7 +29,8 @@ use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
 use ferroflash::reference::Rows;
 use ferroflash::{
-    Attention, Backend, Determinism, Dtype, Layout, Mask, Operand, Problem, RawBackward, RawForward, RawTensor, bf16,
+    Attention, Backend, Determinism, Dtype, Layout, Mask, Operand, OptionalInputs, Problem, RawBackward, RawForward,
+    RawTensor, bf16,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use proptest::prelude::*;
@@ -316,6 +317,8 @@ fn raw_addresses(cuda: &Cuda) {
         q: tensor(q, BIG.q_shape()),
         k: tensor(k, BIG.kv_shape()),
         second: None,
+        optional: OptionalInputs::NONE,
+        optional: OptionalInputs::NONE,
         v: tensor(v, BIG.kv_shape()),
         o: tensor(o.address(), BIG.q_shape()),
         lse: None,
@@ -360,6 +363,8 @@ fn raw_addresses_backward(cuda: &Cuda) {
         q: of_q(q.address()),
         k: of_kv(k.address()),
         second: None,
+        optional: OptionalInputs::NONE,
+        d_sinks: None,
         v: of_kv(v.address()),
         o: of_q(o.address()),
         d_o: of_q(d_o.address()),

@@ -1,7 +1,7 @@
 //! Test that memory is linear in the sequence's length. It is a test binary of its own, because it measures the whole
 //! process's peak.
 
-use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, Problem, Tensor, bf16};
+use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, OptionalInputs, Problem, Tensor, bf16};
 
 /// The peak grows by less than half of the memory that the scores alone would take.
 #[test]
@@ -27,7 +27,8 @@ fn memory_is_linear_in_the_sequence() {
         let kv = vec![bf16::ONE; problem.kv_shape().iter().product()];
         let (q, k) = (Tensor::bhsd(&x[..], problem.q_shape()), Tensor::bhsd(&kv[..], problem.kv_shape()));
         let lse = vec![(problem.seqlen_k as f32).ln() + 8f32.sqrt(); problem.lse_len()];
-        let inputs = BackwardInputs { q, k, v: k, o: q, d_o: q, lse: &lse[..], d_lse: None };
+        let inputs =
+            BackwardInputs { q, k, v: k, o: q, d_o: q, lse: &lse[..], d_lse: None, optional: OptionalInputs::NONE };
         // The peak of earlier work would hide this one.
         let _ = std::fs::write("/proc/self/clear_refs", "5");
         let before = peak_bytes();

@@ -4,7 +4,7 @@
 mod total;
 
 use ferroflash::cases::Case;
-use ferroflash::{Attention, Cpu, Dropout, Dtype, Error, Mask, Problem, Tensor, bf16};
+use ferroflash::{Attention, Cpu, Dropout, Dtype, Error, Mask, Problem, Tensor, TotalInputs, bf16};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
@@ -80,7 +80,7 @@ fn errors_come_before_results() {
     let attention = Attention::new(problem);
     let (lse, mut total) = ([0.0; 40], [7.0; 80]);
     let error = |attention: &Attention, q, k, lse: &[f32], total: &mut [f32]| {
-        let error = attention.total_attention_into(&Cpu, q, k, lse, total).unwrap_err();
+        let error = attention.total_attention_into(&Cpu, TotalInputs::new(q, k, lse), total).unwrap_err();
         assert!(error.is_bad_input() && total.iter().all(|&x| x == 7.0), "{error}");
         error.to_string()
     };
@@ -96,7 +96,7 @@ fn errors_come_before_results() {
     assert!(error(&f16, q, k, &lse, &mut total).starts_with("the tensors' elements are bf16"));
     // The call that allocates checks first.
     assert!(matches!(attention.total_attention(&Cpu, q, k, &lse[1..]), Err(Error::LseLength { .. })));
-    attention.total_attention_into(&Cpu, q, k, &lse, &mut total).unwrap();
+    attention.total_attention_into(&Cpu, TotalInputs::new(q, k, &lse), &mut total).unwrap();
     // There are ten queries, each with exp(16 / √16) for every key.
     let expected = 10.0 * 4.0f32.exp();
     assert!(total.iter().all(|&x| (x - expected).abs() < 1e-3), "{total:?}");

@@ -3,7 +3,7 @@
 //! Every refusal is a typed error that names the field, its value and what is allowed. It comes before anything is
 //! written.
 
-use ferroflash::{Attention, Cpu, Dtype, Error, Layout, Lse, Mask, Problem, Tensor, bf16, f16};
+use ferroflash::{Attention, Cpu, Dtype, Error, Inputs, Layout, Lse, Mask, Problem, Tensor, bf16, f16};
 
 const PROBLEM: Problem =
     Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 9, seqlen_k: 13, head_dim: 16, dtype: Dtype::Bf16 };
@@ -43,9 +43,11 @@ impl Call {
         let mut lse = self.lse.map(|len| vec![POISON; len]);
         let result = self.attention.forward_into(
             &Cpu,
-            Tensor { data: &q[..], layout: self.q.1 },
-            Tensor { data: &k[..], layout: self.k.1 },
-            Tensor { data: &v[..], layout: self.v.1 },
+            Inputs::new(
+                Tensor { data: &q[..], layout: self.q.1 },
+                Tensor { data: &k[..], layout: self.k.1 },
+                Tensor { data: &v[..], layout: self.v.1 },
+            ),
             Tensor { data: &mut o[..], layout: self.o.1 },
             lse.as_deref_mut(),
         );
@@ -83,7 +85,7 @@ fn problems_are_refused_by_every_door() {
         assert_eq!(attention.plan(1).unwrap_err(), refusal);
         assert_eq!(attention.forward(&Cpu, empty, empty, empty).unwrap_err(), refusal);
         let o = Tensor::bhsd(&mut [] as &mut [bf16], [0; 4]);
-        assert_eq!(attention.forward_into(&Cpu, empty, empty, empty, o, None).unwrap_err(), refusal);
+        assert_eq!(attention.forward_into(&Cpu, Inputs::new(empty, empty, empty), o, None).unwrap_err(), refusal);
     }
 }
 

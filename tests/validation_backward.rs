@@ -5,8 +5,8 @@
 //! written. Rules for addresses alone are tested with `RawBackward`.
 
 use ferroflash::{
-    Attention, BackwardInputs, BackwardPlan, Cpu, Determinism, Dtype, Error, Gradients, Layout, Mask, Problem,
-    RawBackward, Tensor, bf16, f16,
+    Attention, BackwardInputs, BackwardPlan, Cpu, Determinism, Dtype, Error, Gradients, Layout, Mask, OptionalInputs,
+    Problem, RawBackward, Tensor, bf16, f16,
 };
 
 const PROBLEM: Problem =
@@ -52,11 +52,12 @@ impl Call {
         let [of_dq, of_dk, of_dv] = self.outputs.map(|(_, layout)| layout);
         let result = self.attention.backward_into(
             &Cpu,
-            BackwardInputs { q, k, v, o, d_o, lse: &lse[..], d_lse: d_lse.as_deref() },
+            BackwardInputs { q, k, v, o, d_o, lse: &lse[..], d_lse: d_lse.as_deref(), optional: OptionalInputs::NONE },
             Gradients {
                 dq: Tensor { data: &mut dq[..], layout: of_dq },
                 dk: Tensor { data: &mut dk[..], layout: of_dk },
                 dv: Tensor { data: &mut dv[..], layout: of_dv },
+                d_sinks: None,
             },
         );
         if result.is_err() {
@@ -86,8 +87,16 @@ fn problems_and_scales_are_refused() {
         let attention = Attention::new(problem);
         assert_eq!(attention.plan_backward(1).unwrap_err(), refusal);
         let empty = Tensor::bhsd(&[] as &[bf16], [0; 4]);
-        let inputs: BackwardInputs<&[bf16], &[f32]> =
-            BackwardInputs { q: empty, k: empty, v: empty, o: empty, d_o: empty, lse: &[], d_lse: None };
+        let inputs: BackwardInputs<&[bf16], &[f32]> = BackwardInputs {
+            q: empty,
+            k: empty,
+            v: empty,
+            o: empty,
+            d_o: empty,
+            lse: &[],
+            d_lse: None,
+            optional: OptionalInputs::NONE,
+        };
         assert_eq!(attention.backward(&Cpu, inputs).unwrap_err(), refusal);
     }
     for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
@@ -126,7 +135,8 @@ fn element_types_are_refused() {
     let x = vec![f16::ZERO; 2000];
     let (q, k) = (Tensor::bhsd(&x[..], PROBLEM.q_shape()), Tensor::bhsd(&x[..], PROBLEM.kv_shape()));
     let lse = vec![0.0; PROBLEM.lse_len()];
-    let inputs = BackwardInputs { q, k, v: k, o: q, d_o: q, lse: &lse[..], d_lse: None };
+    let inputs =
+        BackwardInputs { q, k, v: k, o: q, d_o: q, lse: &lse[..], d_lse: None, optional: OptionalInputs::NONE };
     let error = Attention::new(PROBLEM).backward(&Cpu, inputs).unwrap_err();
     assert_eq!(error.to_string(), "the tensors' elements are f16; the problem's dtype is bf16");
 }
@@ -136,7 +146,8 @@ fn inputs_are_checked_before_memory_is_taken() {
     let problem = Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: i32::MAX as usize, ..PROBLEM };
     let empty: &[bf16] = &[];
     let (q, k) = (Tensor::bhsd(empty, problem.q_shape()), Tensor::bhsd(empty, problem.kv_shape()));
-    let inputs: BackwardInputs<_, &[f32]> = BackwardInputs { q, k, v: k, o: q, d_o: q, lse: &[], d_lse: None };
+    let inputs: BackwardInputs<_, &[f32]> =
+        BackwardInputs { q, k, v: k, o: q, d_o: q, lse: &[], d_lse: None, optional: OptionalInputs::NONE };
     let error = Attention::new(problem).backward(&Cpu, inputs).unwrap_err();
     assert!(error.to_string().starts_with("q has 0 elements; "), "{error}");
 }
@@ -190,7 +201,8 @@ fn both_forms_and_both_orders_give_the_same() {
     let attention = Attention::new(PROBLEM).mask(Mask::Causal);
     let out = attention.forward(&Cpu, q, k, k).unwrap();
     let (o, lse) = (Tensor::bhsd(&out.o[..], PROBLEM.q_shape()), out.lse.unwrap());
-    let inputs = BackwardInputs { q, k, v: k, o, d_o: q, lse: &lse[..], d_lse: Some(&lse[..]) };
+    let inputs =
+        BackwardInputs { q, k, v: k, o, d_o: q, lse: &lse[..], d_lse: Some(&lse[..]), optional: OptionalInputs::NONE };
     let fast = attention.backward(&Cpu, inputs).unwrap();
     assert_eq!(attention.determinism(Determinism::Exact).backward(&Cpu, inputs).unwrap(), fast);
     let mut into = [fast.dq.len(), fast.dk.len(), fast.dv.len()].map(|len| vec![bf16::NAN; len]);
@@ -199,6 +211,7 @@ fn both_forms_and_both_orders_give_the_same() {
         dq: Tensor::bhsd(&mut dq[..], PROBLEM.q_shape()),
         dk: Tensor::bhsd(&mut dk[..], PROBLEM.kv_shape()),
         dv: Tensor::bhsd(&mut dv[..], PROBLEM.kv_shape()),
+        d_sinks: None,
     };
     attention.backward_into(&Cpu, inputs, outputs).unwrap();
     assert_eq!(into, [fast.dq, fast.dk, fast.dv]);
@@ -210,6 +223,6 @@ fn types_are_send_and_sync() {
     shared::<BackwardPlan>();
     shared::<RawBackward>();
     shared::<BackwardInputs<&[bf16], &[f32]>>();
-    shared::<Gradients<Vec<bf16>>>();
+    shared::<Gradients<Vec<bf16>, Vec<f32>>>();
     shared::<Determinism>();
 }

@@ -17,7 +17,7 @@ impl Attention {
     /// # Errors
     /// Errors of [`BackwardPlan::new`].
     pub fn plan_backward(&self, sm_count: u32) -> Result<BackwardPlan> {
-        BackwardPlan::new(&self.problem, self.mask, self.scale, self.dropout, self.determinism, sm_count)
+        BackwardPlan::new(&self.problem, &self.options(), self.determinism, sm_count)
     }
 
     /// Computes dQ, dK and dV into memory that the backend allocates, each contiguous in the order batch, heads,
@@ -29,10 +29,14 @@ impl Attention {
     /// [`BackwardPlan::workspace_bytes`]. Mask, scale and dropout must be those of the forward pass that gave O and the
     /// LSE. A query that attends to no key has dQ = 0 and contributes nothing.
     ///
+    /// With softcap, dS is multiplied by 1 − (s / cap)², where s is the bounded score. The slopes of ALiBi have no
+    /// gradient. A sink's gradient is −Σ exp(sink − LSE)·δ over batch items and queries; its bits are the same on every
+    /// run.
+    ///
     /// With dropout, dV = (P∘Z / (1 − p))ᵀ·dO and dP = (dO·Vᵀ)∘Z / (1 − p); the other formulas stay.
     ///
     /// ```
-    /// use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, Mask, Problem, Tensor, bf16};
+    /// use ferroflash::{Attention, Cpu, Dtype, Inputs, Mask, Problem, Tensor, bf16};
     ///
     /// let problem =
     ///     Problem { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 50, seqlen_k: 70, head_dim: 64, dtype: Dtype::Bf16 };
@@ -44,8 +48,7 @@ impl Attention {
     /// let out = attention.forward(&Cpu, q, kv, kv)?;
     /// let lse = out.lse.expect("returned unless omitted");
     /// let o = Tensor::bhsd(&out.o[..], q_shape);
-    /// let inputs = BackwardInputs { q, k: kv, v: kv, o, d_o: q, lse: &lse[..], d_lse: None };
-    /// let gradients = attention.backward(&Cpu, inputs)?;
+    /// let gradients = attention.backward(&Cpu, Inputs::new(q, kv, kv).backward(o, q, &lse[..]))?;
     ///
     /// assert_eq!(gradients.dq.len(), 4 * 50 * 64); // (batch, heads_q, seqlen_q, head_dim)
     /// assert_eq!(gradients.dk.len(), 2 * 70 * 64); // (batch, heads_kv, seqlen_k, head_dim)
@@ -59,7 +62,7 @@ impl Attention {
         &self,
         backend: &B,
         inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
-    ) -> Result<Gradients<B::Buffer<E>>> {
+    ) -> Result<Gradients<B::Buffer<E>, B::Buffer<f32>>> {
         self.backward_in(backend, &mut Workspace::new(), inputs)
     }
 
@@ -72,10 +75,10 @@ impl Attention {
         backend: &B,
         workspace: &mut Workspace<B>,
         inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
-    ) -> Result<Gradients<B::Buffer<E>>> {
-        let plan = self.plan_backward(backend.sm_count())?;
+    ) -> Result<Gradients<B::Buffer<E>, B::Buffer<f32>>> {
+        let plan = self.for_inputs(inputs.kinds()).plan_backward(backend.sm_count())?;
         backend.check_backward_inputs(&plan, &inputs, None)?;
-        let nothing = Gradients { dq: (), dk: (), dv: () };
+        let nothing = Gradients { dq: (), dk: (), dv: (), d_sinks: inputs.optional.sinks.map(|_| ()) };
         let mut gradients = nothing.visit(&mut Allocate::<B, E>::new(backend, &self.problem))?;
         let views = gradients.as_mut().visit(&mut View::<B, E>::new(&self.problem))?;
         backend.backward_into(&plan, inputs, views, None, workspace)?;
@@ -86,7 +89,7 @@ impl Attention {
     /// caller's.
     ///
     /// `dq` is (batch, heads_q, seqlen_q, head_dim), `dk` and `dv` are (batch, heads_kv, seqlen_k, head_dim). Each may
-    /// have any stride order, but no two rows may share memory. Memory between rows is not written. See
+    /// have any stride order, but no two rows may share memory. `d_sinks` is (heads_q). Memory between rows is not written. See
     /// [`Attention::backward`] for the formulas.
     ///
     /// # Errors
@@ -96,8 +99,9 @@ impl Attention {
         &self,
         backend: &B,
         inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
-        outputs: Gradients<Tensor<B::SliceMut<'_, E>>>,
+        outputs: Gradients<Tensor<B::SliceMut<'_, E>>, B::SliceMut<'_, f32>>,
     ) -> Result<()> {
-        self.plan_backward(backend.sm_count())?.run(backend, inputs, None, outputs, &mut Workspace::new())
+        let plan = self.for_inputs(inputs.kinds()).plan_backward(backend.sm_count())?;
+        plan.run(backend, inputs, None, outputs, &mut Workspace::new())
     }
 }

@@ -6,8 +6,8 @@ use crate::{
     backend::Backend,
     dropout::Dropout,
     error::Result,
-    operands::{ForwardInputs, Lines, Role, Tensors, rows},
-    plan::{Determinism, Plan},
+    operands::{Inputs, Lines, Role, Tensors, rows},
+    plan::{Determinism, InputKinds, Options, Plan},
     problem::{Mask, Problem},
     tensor::Tensor,
 };
@@ -38,6 +38,7 @@ pub enum Lse {
 /// (batch, heads_q, seqlen_q) (FlashAttention-2, arXiv 2307.08691, algorithm 1). Scores, softmax and accumulators are
 /// f32. A query that attends to no key gets O = 0 and LSE = −∞. [`Attention::dropout`] replaces the weights P =
 /// softmax(…) by P∘Z / (1 − p), where Z is 0 for a dropped weight and 1 for a kept one; the LSE does not change.
+/// [`Attention::softcap`] bounds the scores. ALiBi and sinks are inputs ([`Attention::forward_with`]).
 ///
 /// ```
 /// use ferroflash::{Attention, Dtype, Mask, Problem};
@@ -53,6 +54,9 @@ pub struct Attention {
     problem: Problem,
     mask: Mask,
     scale: Option<f32>,
+    softcap: Option<f32>,
+    /// Optional inputs that a plan is made for. Calls that take inputs set it from these.
+    inputs: InputKinds,
     lse: Lse,
     determinism: Determinism,
     dropout: Dropout,
@@ -66,6 +70,8 @@ impl Attention {
             problem,
             mask: Mask::default(),
             scale: None,
+            softcap: None,
+            inputs: InputKinds::default(),
             lse: Lse::default(),
             determinism: Determinism::default(),
             dropout: Dropout::NONE,
@@ -82,6 +88,41 @@ impl Attention {
     pub fn scale(mut self, scale: f32) -> Self {
         self.scale = Some(scale);
         self
+    }
+
+    /// Bounds the scores (softcap): a score is cap·tanh(scale·q·k / cap), as in Gemma 2. `cap` must be finite and above
+    /// 0. ALiBi and the mask apply to the bounded scores.
+    ///
+    /// ```
+    /// use ferroflash::{Attention, Cpu, Dtype, Mask, Problem, Tensor, bf16};
+    ///
+    /// let problem =
+    ///     Problem { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 50, seqlen_k: 70, head_dim: 64, dtype: Dtype::Bf16 };
+    /// let x: Vec<bf16> = (0..4 * 70 * 64).map(|i| bf16::from_f32(20.0 * (i as f32).sin())).collect();
+    /// let (q, kv) = (Tensor::bhsd(&x[..], problem.q_shape()), Tensor::bhsd(&x[..], problem.kv_shape()));
+    ///
+    /// let out = Attention::new(problem).mask(Mask::Causal).softcap(50.0).forward(&Cpu, q, kv, kv)?;
+    /// // No score is above 50, and no query attends to more than 70 keys.
+    /// let largest = 50.0 + 70f32.ln();
+    /// assert!(out.lse.expect("returned unless omitted").iter().all(|lse| *lse <= largest));
+    /// # Ok::<(), ferroflash::Error>(())
+    /// ```
+    pub fn softcap(mut self, cap: f32) -> Self {
+        self.softcap = Some(cap);
+        self
+    }
+
+    /// Sets the optional inputs that a plan is made for ([`Attention::plan`], [`Attention::plan_backward`],
+    /// [`Attention::plan_total_attention`]). Calls that take inputs ignore it: the inputs alone decide.
+    pub fn for_inputs(mut self, kinds: InputKinds) -> Self {
+        self.inputs = kinds;
+        self
+    }
+
+    /// Returns the options of a plan. Piecewise attention adds its distance.
+    pub fn options(&self) -> Options {
+        let Attention { mask, scale, softcap, dropout, inputs, .. } = *self;
+        Options { mask, scale, softcap, dropout, ..Options::default() }.for_inputs(inputs)
     }
 
     /// Sets whether [`Attention::forward`] returns the LSE.
@@ -108,7 +149,7 @@ impl Attention {
     /// # Errors
     /// Errors of [`Plan::forward`].
     pub fn plan(&self, sm_count: u32) -> Result<Plan> {
-        Plan::forward(&self.problem, self.mask, self.scale, self.dropout, sm_count)
+        Plan::forward(&self.problem, &self.options(), sm_count)
     }
 
     /// Computes O, and the LSE unless it is omitted, into memory that the backend allocates.
@@ -126,7 +167,42 @@ impl Attention {
         k: Tensor<B::Slice<'a, E>>,
         v: Tensor<B::Slice<'a, E>>,
     ) -> Result<Output<B::Buffer<E>, B::Buffer<f32>>> {
-        self.run(backend, &self.plan(backend.sm_count())?, ForwardInputs::plain(q, k, v))
+        self.forward_with(backend, Inputs::new(q, k, v))
+    }
+
+    /// Computes O, and the LSE unless it is omitted, as [`Attention::forward`] does, from inputs that may have ALiBi's
+    /// slopes and sinks. Their presence alone decides.
+    ///
+    /// ALiBi (arXiv 2108.12409) subtracts slope·|i + seqlen_k − seqlen_q − j| from the score of query i and key j. A
+    /// slope is of any sign, is not scaled, and has no gradient. The LSE includes the bias.
+    ///
+    /// ```
+    /// use ferroflash::{Attention, Cpu, Dtype, Inputs, Mask, Problem, Tensor, bf16};
+    ///
+    /// let problem =
+    ///     Problem { batch: 1, heads_q: 4, heads_kv: 2, seqlen_q: 50, seqlen_k: 70, head_dim: 64, dtype: Dtype::Bf16 };
+    /// let x: Vec<bf16> = (0..4 * 70 * 64).map(|i| bf16::from_f32((i as f32).sin())).collect();
+    /// let (q, kv) = (Tensor::bhsd(&x[..], problem.q_shape()), Tensor::bhsd(&x[..], problem.kv_shape()));
+    /// let attention = Attention::new(problem).mask(Mask::Causal);
+    ///
+    /// // ALiBi, with one slope for each query head.
+    /// let slopes: Vec<f32> = (1..=4).map(|head| 2f32.powi(-2 * head)).collect();
+    /// let near = attention.forward_with(&Cpu, Inputs::new(q, kv, kv).slopes(&slopes))?;
+    ///
+    /// // A large sink takes all attention: O is nearly 0.
+    /// let sunk = attention.forward_with(&Cpu, Inputs::new(q, kv, kv).sinks(&[1e4; 4]))?;
+    /// assert!(near.o.iter().any(|o| o.to_f32() != 0.0) && sunk.o.iter().all(|o| o.to_f32() == 0.0));
+    /// # Ok::<(), ferroflash::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Errors of [`Attention::forward`]; [`Error::HeadsLength`](crate::Error::HeadsLength).
+    pub fn forward_with<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: Inputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+    ) -> Result<Output<B::Buffer<E>, B::Buffer<f32>>> {
+        self.run(backend, &self.for_inputs(inputs.kinds()).plan(backend.sm_count())?, inputs)
     }
 
     /// Runs a forward plan into memory that the backend allocates.
@@ -134,7 +210,7 @@ impl Attention {
         &self,
         backend: &B,
         plan: &Plan,
-        inputs: ForwardInputs<B::Slice<'_, E>>,
+        inputs: Inputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
     ) -> Result<Output<B::Buffer<E>, B::Buffer<f32>>> {
         backend.check_inputs(plan, &inputs)?;
         let mut allocate = Allocate::<B, E>::new(backend, &self.problem);
@@ -153,22 +229,21 @@ impl Attention {
     /// Computes O, and the LSE if a buffer for it is given, into the caller's memory.
     ///
     /// `o` is (batch, heads_q, seqlen_q, head_dim) in any stride order, but no two rows may share memory. Memory
-    /// between rows is not written. `lse` has exactly batch · heads_q · seqlen_q elements. See [`Attention::forward`]
-    /// for the inputs.
+    /// between rows is not written. `lse` has exactly batch · heads_q · seqlen_q elements. See
+    /// [`Attention::forward_with`] for the inputs.
     ///
     /// # Errors
-    /// Errors of [`Attention::forward`], and every error that names `o` or `lse`. Unless the error comes from running,
+    /// Errors of [`Attention::forward_with`], and every error that names `o` or `lse`. Unless the error comes from running,
     /// nothing was written.
-    pub fn forward_into<'a, B: Backend, E: Element>(
+    pub fn forward_into<B: Backend, E: Element>(
         &self,
         backend: &B,
-        q: Tensor<B::Slice<'a, E>>,
-        k: Tensor<B::Slice<'a, E>>,
-        v: Tensor<B::Slice<'a, E>>,
+        inputs: Inputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         o: Tensor<B::SliceMut<'_, E>>,
         lse: Option<B::SliceMut<'_, f32>>,
     ) -> Result<()> {
-        backend.forward_into(&self.plan(backend.sm_count())?, ForwardInputs::plain(q, k, v), o, lse)
+        let plan = self.for_inputs(inputs.kinds()).plan(backend.sm_count())?;
+        backend.forward_into(&plan, inputs, o, lse)
     }
 }
 

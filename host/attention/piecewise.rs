@@ -7,9 +7,10 @@ use crate::{
     backend::{Backend, Workspace},
     error::Result,
     operands::{
-        BackwardInputs, ForwardInputs, Gradients, Pair, Pass, SecondGradients, SecondTensors, Tensors, Visited,
+        BackwardInputs, Gradients, Inputs, Lines, Pair, Pass, SecondGradients, SecondTensors, Tensors, Visited,
+        VisitedLine,
     },
-    plan::{BackwardPlan, Determinism, Plan},
+    plan::{BackwardPlan, Determinism, InputKinds, Options, Plan},
     tensor::Tensor,
 };
 
@@ -44,22 +45,22 @@ pub struct Piecewise {
 
 /// Gradients of piecewise attention: memory that a backward pass returns, or tensors that it is to write.
 #[derive(Clone, Debug, PartialEq)]
-pub struct PiecewiseGradients<T> {
-    /// Gradients of Q1, K1 and V.
-    pub first: Gradients<T>,
+pub struct PiecewiseGradients<T, M> {
+    /// Gradients of Q1, K1 and V, and of the sinks.
+    pub first: Gradients<T, M>,
     /// Gradients of Q2 and K2, of the same shapes.
     pub second: Pair<T>,
 }
 
-impl<T> PiecewiseGradients<T> {
+impl<T, M> PiecewiseGradients<T, M> {
     /// Borrows each for writing.
-    fn as_mut(&mut self) -> PiecewiseGradients<&mut T> {
+    fn as_mut(&mut self) -> PiecewiseGradients<&mut T, &mut M> {
         PiecewiseGradients { first: self.first.as_mut(), second: self.second.as_mut() }
     }
 }
 
-impl<T, X: Tensors<T>> Pass<X> for PiecewiseGradients<T> {
-    type Of = PiecewiseGradients<Visited<X, T>>;
+impl<T, M, X: Tensors<T> + Lines<M>> Pass<X> for PiecewiseGradients<T, M> {
+    type Of = PiecewiseGradients<Visited<X, T>, VisitedLine<X, M>>;
 
     fn visit(self, visitor: &mut X) -> Result<Self::Of> {
         let (first, second) = (self.first.visit(visitor)?, SecondGradients(self.second).visit(visitor)?);
@@ -80,13 +81,23 @@ impl Piecewise {
         self
     }
 
+    /// Sets the optional inputs that a plan is made for; see [`Attention::for_inputs`].
+    pub fn for_inputs(mut self, kinds: InputKinds) -> Self {
+        self.attention = self.attention.for_inputs(kinds);
+        self
+    }
+
+    /// Returns the options of a plan.
+    pub fn options(&self) -> Options {
+        Options { dist_threshold: Some(self.dist_threshold), ..self.attention.options() }
+    }
+
     /// Plans a forward pass for a machine with `sm_count` SMs, or threads on the CPU.
     ///
     /// # Errors
     /// Errors of [`Plan::forward`].
     pub fn plan(&self, sm_count: u32) -> Result<Plan> {
-        let Attention { problem, mask, scale, dropout, .. } = &self.attention;
-        Plan::piecewise(problem, *mask, *scale, self.dist_threshold, *dropout, sm_count)
+        Plan::forward(&self.attention.problem, &self.options(), sm_count)
     }
 
     /// Plans a backward pass for a machine with `sm_count` SMs, or threads on the CPU.
@@ -94,8 +105,8 @@ impl Piecewise {
     /// # Errors
     /// Errors of [`BackwardPlan::new`].
     pub fn plan_backward(&self, sm_count: u32) -> Result<BackwardPlan> {
-        let Attention { problem, mask, scale, determinism, dropout, .. } = &self.attention;
-        BackwardPlan::piecewise(problem, *mask, *scale, self.dist_threshold, *dropout, *determinism, sm_count)
+        let Attention { problem, determinism, .. } = &self.attention;
+        BackwardPlan::new(problem, &self.options(), *determinism, sm_count)
     }
 
     /// Computes O, and the LSE unless it is omitted, into memory that the backend allocates; tensors as in
@@ -110,23 +121,36 @@ impl Piecewise {
         second: Pair<Tensor<B::Slice<'a, E>>>,
         v: Tensor<B::Slice<'a, E>>,
     ) -> Result<Output<B::Buffer<E>, B::Buffer<f32>>> {
-        self.attention.run(backend, &self.plan(backend.sm_count())?, ForwardInputs::piecewise(first, second, v))
+        self.forward_with(backend, Inputs::piecewise(first, second, v))
+    }
+
+    /// Computes O, and the LSE unless it is omitted, from [`Inputs::piecewise`], which may have ALiBi's slopes and
+    /// sinks; see [`Attention::forward_with`].
+    ///
+    /// # Errors
+    /// Errors of [`Piecewise::forward`]; [`Error::SecondPair`](crate::Error::SecondPair) for inputs of plain attention;
+    /// [`Error::HeadsLength`](crate::Error::HeadsLength).
+    pub fn forward_with<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: Inputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+    ) -> Result<Output<B::Buffer<E>, B::Buffer<f32>>> {
+        self.attention.run(backend, &self.for_inputs(inputs.kinds()).plan(backend.sm_count())?, inputs)
     }
 
     /// Computes O, and the LSE if a buffer for it is given, into the caller's memory; see [`Attention::forward_into`].
     ///
     /// # Errors
-    /// Errors of [`Piecewise::forward`], and every error that names `o` or `lse`.
-    pub fn forward_into<'a, B: Backend, E: Element>(
+    /// Errors of [`Piecewise::forward_with`], and every error that names `o` or `lse`.
+    pub fn forward_into<B: Backend, E: Element>(
         &self,
         backend: &B,
-        first: Pair<Tensor<B::Slice<'a, E>>>,
-        second: Pair<Tensor<B::Slice<'a, E>>>,
-        v: Tensor<B::Slice<'a, E>>,
+        inputs: Inputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         o: Tensor<B::SliceMut<'_, E>>,
         lse: Option<B::SliceMut<'_, f32>>,
     ) -> Result<()> {
-        backend.forward_into(&self.plan(backend.sm_count())?, ForwardInputs::piecewise(first, second, v), o, lse)
+        let plan = self.for_inputs(inputs.kinds()).plan(backend.sm_count())?;
+        backend.forward_into(&plan, inputs, o, lse)
     }
 
     /// Computes the gradients of Q1, K1, Q2, K2 and V into memory that the backend allocates. The gradient of each
@@ -139,11 +163,13 @@ impl Piecewise {
         backend: &B,
         inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         second: Pair<Tensor<B::Slice<'_, E>>>,
-    ) -> Result<PiecewiseGradients<B::Buffer<E>>> {
-        let plan = self.plan_backward(backend.sm_count())?;
+    ) -> Result<PiecewiseGradients<B::Buffer<E>, B::Buffer<f32>>> {
+        let plan = self.for_inputs(inputs.kinds()).plan_backward(backend.sm_count())?;
         backend.check_backward_inputs(&plan, &inputs, Some(&second))?;
         let problem = &self.attention.problem;
-        let nothing = PiecewiseGradients { first: Gradients { dq: (), dk: (), dv: () }, second: Pair { q: (), k: () } };
+        let d_sinks = inputs.optional.sinks.map(|_| ());
+        let first = Gradients { dq: (), dk: (), dv: (), d_sinks };
+        let nothing = PiecewiseGradients { first, second: Pair { q: (), k: () } };
         let mut gradients = nothing.visit(&mut Allocate::<B, E>::new(backend, problem))?;
         let PiecewiseGradients { first, second: views } = gradients.as_mut().visit(&mut View::<B, E>::new(problem))?;
         let second = SecondTensors { inputs: second, gradients: views };
@@ -160,10 +186,10 @@ impl Piecewise {
         backend: &B,
         inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         second: Pair<Tensor<B::Slice<'_, E>>>,
-        outputs: PiecewiseGradients<Tensor<B::SliceMut<'_, E>>>,
+        outputs: PiecewiseGradients<Tensor<B::SliceMut<'_, E>>, B::SliceMut<'_, f32>>,
     ) -> Result<()> {
         let second = SecondTensors { inputs: second, gradients: outputs.second };
-        let plan = self.plan_backward(backend.sm_count())?;
+        let plan = self.for_inputs(inputs.kinds()).plan_backward(backend.sm_count())?;
         plan.run(backend, inputs, Some(second), outputs.first, &mut Workspace::new())
     }
 }

@@ -6,7 +6,7 @@ use super::{Allocate, Attention, View};
 use crate::{
     backend::Backend,
     error::Result,
-    operands::{Lines, Role, rows},
+    operands::{Lines, Role, TotalInputs, rows},
     plan::TotalPlan,
     tensor::Tensor,
 };
@@ -17,7 +17,7 @@ impl Attention {
     /// # Errors
     /// Errors of [`TotalPlan::new`].
     pub fn plan_total_attention(&self, sm_count: u32) -> Result<TotalPlan> {
-        TotalPlan::new(&self.problem, self.mask, self.scale, sm_count)
+        TotalPlan::new(&self.problem, &self.options(), sm_count)
     }
 
     /// Computes the attention that each key got: total_j = Σᵢ exp(scale·qᵢ·kⱼ − LSEᵢ) over the queries i that attend to
@@ -50,18 +50,32 @@ impl Attention {
     /// # Errors
     /// Errors of [`TotalPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
     /// `q`, `k` or `lse`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.
-    pub fn total_attention<B: Backend, E: Element>(
+    pub fn total_attention<'a, B: Backend, E: Element>(
         &self,
         backend: &B,
-        q: Tensor<B::Slice<'_, E>>,
-        k: Tensor<B::Slice<'_, E>>,
-        lse: B::Slice<'_, f32>,
+        q: Tensor<B::Slice<'a, E>>,
+        k: Tensor<B::Slice<'a, E>>,
+        lse: B::Slice<'a, f32>,
     ) -> Result<B::Buffer<f32>> {
-        let plan = self.plan_total_attention(backend.sm_count())?;
-        backend.check_total_inputs(&plan, &q, &k, &lse)?;
+        self.total_attention_with(backend, TotalInputs::new(q, k, lse))
+    }
+
+    /// Computes total attention as [`Attention::total_attention`] does, from inputs that may have ALiBi's slopes: those
+    /// of the forward pass. Sinks enter through the LSE alone, so a line then adds up to less than the number of
+    /// queries.
+    ///
+    /// # Errors
+    /// Errors of [`Attention::total_attention`]; [`Error::HeadsLength`](crate::Error::HeadsLength).
+    pub fn total_attention_with<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: TotalInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+    ) -> Result<B::Buffer<f32>> {
+        let plan = self.for_inputs(inputs.kinds()).plan_total_attention(backend.sm_count())?;
+        backend.check_total_inputs(&plan, &inputs)?;
         let mut total = Allocate::<B, E>::new(backend, &self.problem).line(rows::TOTAL, Role::Output, ())?;
         let view = View::<B, E>::new(&self.problem).line(rows::TOTAL, Role::Output, &mut total)?;
-        backend.total_attention_into(&plan, q, k, lse, view)?;
+        backend.total_attention_into(&plan, inputs, view)?;
         Ok(total)
     }
 
@@ -74,11 +88,10 @@ impl Attention {
     pub fn total_attention_into<B: Backend, E: Element>(
         &self,
         backend: &B,
-        q: Tensor<B::Slice<'_, E>>,
-        k: Tensor<B::Slice<'_, E>>,
-        lse: B::Slice<'_, f32>,
+        inputs: TotalInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         total: B::SliceMut<'_, f32>,
     ) -> Result<()> {
-        backend.total_attention_into(&self.plan_total_attention(backend.sm_count())?, q, k, lse, total)
+        let plan = self.for_inputs(inputs.kinds()).plan_total_attention(backend.sm_count())?;
+        backend.total_attention_into(&plan, inputs, total)
     }
 }

@@ -10,7 +10,7 @@ use bytemuck::Pod;
 use crate::{
     element::Element,
     error::{Operand, Result},
-    operands::{BackwardInputs, ForwardInputs, Gradients, Pair, SecondTensors},
+    operands::{BackwardInputs, Gradients, Inputs, Pair, SecondTensors, TotalInputs},
     plan::{BackwardPlan, Plan, TotalPlan},
     tensor::Tensor,
 };
@@ -68,8 +68,12 @@ pub trait Backend: sealed::Sealed {
     /// Checks the inputs of a forward pass alone, before memory for its results is allocated.
     ///
     /// # Errors
-    /// Every error that names `q`, `k` or `v`.
-    fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &ForwardInputs<Self::Slice<'_, E>>) -> Result<()>;
+    /// Every error that names an input.
+    fn check_inputs<E: Element>(
+        &self,
+        plan: &Plan,
+        inputs: &Inputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
+    ) -> Result<()>;
 
     /// Runs a forward plan; see [`Attention::forward_into`](crate::Attention::forward_into).
     ///
@@ -78,7 +82,7 @@ pub trait Backend: sealed::Sealed {
     fn forward_into<E: Element>(
         &self,
         plan: &Plan,
-        inputs: ForwardInputs<Self::Slice<'_, E>>,
+        inputs: Inputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
         o: Tensor<Self::SliceMut<'_, E>>,
         lse: Option<Self::SliceMut<'_, f32>>,
     ) -> Result<()>;
@@ -86,7 +90,7 @@ pub trait Backend: sealed::Sealed {
     /// Checks the inputs of a backward pass alone, before memory for its results is allocated.
     ///
     /// # Errors
-    /// Every error that names `q`, `k`, `v`, `o`, `d_o`, `lse` or `d_lse`.
+    /// Every error that names an input.
     fn check_backward_inputs<E: Element>(
         &self,
         plan: &BackwardPlan,
@@ -103,7 +107,7 @@ pub trait Backend: sealed::Sealed {
         &self,
         plan: &BackwardPlan,
         inputs: BackwardInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
-        outputs: Gradients<Tensor<Self::SliceMut<'_, E>>>,
+        outputs: Gradients<Tensor<Self::SliceMut<'_, E>>, Self::SliceMut<'_, f32>>,
         second: Option<SecondTensors<Self::Slice<'_, E>, Self::SliceMut<'_, E>>>,
         workspace: &mut Workspace<Self>,
     ) -> Result<()>
@@ -113,13 +117,11 @@ pub trait Backend: sealed::Sealed {
     /// Checks the inputs of total attention alone, before memory for its result is allocated.
     ///
     /// # Errors
-    /// Every error that names `q`, `k` or `lse`.
+    /// Every error that names an input.
     fn check_total_inputs<E: Element>(
         &self,
         plan: &TotalPlan,
-        q: &Tensor<Self::Slice<'_, E>>,
-        k: &Tensor<Self::Slice<'_, E>>,
-        lse: &Self::Slice<'_, f32>,
+        inputs: &TotalInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
     ) -> Result<()>;
 
     /// Runs a plan of total attention; see [`Attention::total_attention_into`](crate::Attention::total_attention_into).
@@ -129,9 +131,7 @@ pub trait Backend: sealed::Sealed {
     fn total_attention_into<E: Element>(
         &self,
         plan: &TotalPlan,
-        q: Tensor<Self::Slice<'_, E>>,
-        k: Tensor<Self::Slice<'_, E>>,
-        lse: Self::Slice<'_, f32>,
+        inputs: TotalInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
         total: Self::SliceMut<'_, f32>,
     ) -> Result<()>;
 }
@@ -142,7 +142,7 @@ pub trait Backend: sealed::Sealed {
 /// nothing from one pass to the next.
 ///
 /// ```
-/// use ferroflash::{Attention, BackwardInputs, Cpu, Dtype, Problem, Tensor, Workspace, bf16};
+/// use ferroflash::{Attention, Cpu, Dtype, Inputs, Problem, Tensor, Workspace, bf16};
 ///
 /// let problem =
 ///     Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 40, seqlen_k: 40, head_dim: 32, dtype: Dtype::Bf16 };
@@ -155,8 +155,7 @@ pub trait Backend: sealed::Sealed {
 /// let mut workspace = Workspace::new();
 /// for _ in 0..2 {
 ///     let o = Tensor::bhsd(&out.o[..], problem.q_shape());
-///     let inputs = BackwardInputs { q: x, k: x, v: x, o, d_o: x, lse: &lse[..], d_lse: None };
-///     attention.backward_in(&Cpu, &mut workspace, inputs)?;
+///     attention.backward_in(&Cpu, &mut workspace, Inputs::new(x, x, x).backward(o, x, &lse[..]))?;
 /// }
 /// # Ok::<(), ferroflash::Error>(())
 /// ```

@@ -5,6 +5,7 @@ use ferroflash::cases::{Case, Order};
 use ferroflash::{Determinism, Dtype, Mask, Problem};
 
 use crate::op::OpName;
+use crate::shaping::ShapingArgs;
 
 /// Exact attention on NVIDIA GPUs and on the CPU.
 #[derive(Parser)]
@@ -69,6 +70,8 @@ pub struct PassArgs {
     /// Probability that an attention weight is dropped: at least 0 and below 1, resolved to 1/256.
     #[arg(long, value_parser = dropout, default_value = "0", value_name = "P", allow_negative_numbers = true)]
     pub dropout: f32,
+    #[command(flatten)]
+    pub shaping: ShapingArgs,
 }
 
 #[derive(Args)]
@@ -86,9 +89,11 @@ Examples:
   ferroflash check --op piecewise,piecewise-backward --mask causal --dist-threshold 100
   ferroflash check --op total-attention --seqlen-q 1000 --seqlen-k 300
   ferroflash check --dropout 0.1 --head-dim 128
+  ferroflash check --softcap 30 --alibi --sinks --window 200,0 --head-dim 128
   ferroflash check --op forward --device cuda --seqlen-q 1048576 --seqlen-k 1048576 --heads-q 1 --heads-kv 1
 
-With --cases, or with no flag that describes a case, shapes are drawn at random from the seed. Otherwise one case runs.
+With --cases, or with no flag that describes a case, shapes are drawn at random from the seed, and so are softcap, ALiBi
+and sinks unless their flags are given. Otherwise one case runs.
 Where the reference would take minutes, as with a million tokens, a sample of query rows is judged; gradients and total
 attention can't be sampled, and such a case has no check of them. dO is random, and so is dLSE where the seed is odd.
 Exit code 0 when every case is within the accuracy bar, 1 when one is not or can't run, 2 for bad flags.")]
@@ -131,6 +136,9 @@ pub struct CaseArgs {
     /// aligned to the bottom right.
     #[arg(long, value_parser = mask, default_value = "none", value_name = "none|causal|window:L:R")]
     pub mask: Mask,
+    /// The same as --mask window:LEFT:RIGHT.
+    #[arg(long, value_parser = window, value_name = "LEFT,RIGHT", conflicts_with = "mask")]
+    pub window: Option<Mask>,
     /// Factor of the scores [default: 1/√head_dim].
     #[arg(long, allow_negative_numbers = true)]
     pub scale: Option<f32>,
@@ -156,7 +164,13 @@ impl CaseArgs {
             head_dim: self.head_dim,
             dtype: self.dtype,
         };
-        Case { scale: self.scale, order: self.layout, input_std: self.input_std, seed, ..Case::new(problem, self.mask) }
+        Case {
+            scale: self.scale,
+            order: self.layout,
+            input_std: self.input_std,
+            seed,
+            ..Case::new(problem, self.window.unwrap_or(self.mask))
+        }
     }
 }
 
@@ -170,6 +184,7 @@ Examples:
   ferroflash bench --op piecewise,piecewise-backward --mask causal
   ferroflash bench --op forward,total-attention --head-dims 64
   ferroflash bench --head-dims 128 --dropout 0.1
+  ferroflash bench --head-dims 128 --window 1024,0 --softcap 50 --sinks
   ferroflash bench --sustained
 
 The batch is tokens / seqlen and the heads are hidden / head_dim, so every measurement has about the same size. \
@@ -193,6 +208,9 @@ pub struct BenchArgs {
     #[arg(long, value_delimiter = ',', value_parser = mask, default_value = "none,causal",
         value_name = "none|causal|window:L:R")]
     pub mask: Vec<Mask>,
+    /// The same as --mask window:LEFT:RIGHT.
+    #[arg(long, value_parser = window, value_name = "LEFT,RIGHT", conflicts_with = "mask")]
+    pub window: Option<Mask>,
     #[arg(long, value_delimiter = ',', value_parser = dtype, default_value = "bf16", value_name = "f16|bf16")]
     pub dtype: Vec<Dtype>,
     /// The distance from which on scores come from the second pair, for piecewise attention [default: seqlen / 2].
@@ -229,6 +247,11 @@ fn dtype(text: &str) -> Result<Dtype, String> {
 
 fn mask(text: &str) -> Result<Mask, String> {
     text.parse().map_err(|error: ferroflash::Error| error.to_string())
+}
+
+fn window(text: &str) -> Result<Mask, String> {
+    let mask = format!("window:{}", text.replacen(',', ":", 1)).parse();
+    mask.map_err(|_| "two numbers of keys are needed, LEFT,RIGHT, or none for no bound".to_owned())
 }
 
 fn determinism(text: &str) -> Result<Determinism, String> {

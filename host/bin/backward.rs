@@ -1,11 +1,12 @@
 //! A backward pass that runs again and again, in memory that was taken once.
 
 use ferroflash::{
-    Backend, BackwardInputs, BackwardPlan, Element, Gradients, Operand, Pair, Plan, Result, SecondTensors, Tensor,
-    Workspace,
+    Backend, BackwardInputs, BackwardPlan, Element, Gradients, InputKinds, Operand, Options, Pair, Plan, Result,
+    SecondTensors, Sinks, Tensor, Workspace,
 };
 
 use crate::inputs::Inputs;
+use crate::shaping::Lines;
 
 /// The tensors of a backward pass, each contiguous, and its workspace.
 pub struct BackwardMemory<'a, B: Backend, E: Element> {
@@ -17,6 +18,9 @@ pub struct BackwardMemory<'a, B: Backend, E: Element> {
     dv: B::Buffer<E>,
     /// Of the second pair of a piecewise pass.
     second: Option<Pair<B::Buffer<E>>>,
+    /// Of a pass with sinks.
+    d_sinks: Option<B::Buffer<f32>>,
+    lines: Lines<B>,
     workspace: Workspace<B>,
 }
 
@@ -30,13 +34,20 @@ impl<'a, B: Backend, E: Element> BackwardMemory<'a, B, E> {
         let mut lse = backend.allocate(Operand::Lse, problem.lse_len())?;
         let o_view = Tensor::bhsd(B::slice_mut(&mut o, 0..q_len), problem.q_shape());
         let lse_view = B::slice_mut(&mut lse, 0..problem.lse_len());
-        backend.forward_into(forward, inputs.tensors(forward), o_view, Some(lse_view))?;
+        let Options { alibi, sinks, .. } = *forward.options();
+        let lines = Lines::new(backend, problem, InputKinds { alibi, sinks })?;
+        backend.forward_into(forward, inputs.tensors(forward).optional(lines.inputs()), o_view, Some(lse_view))?;
+        let d_sinks = match sinks {
+            Sinks::None => None,
+            Sinks::PerHead => Some(backend.allocate(Operand::DSinks, problem.heads_q)?),
+        };
         let second = match forward.dist_threshold() {
             Some(_) => Some(Pair { q: memory(Operand::Dq2, q_len)?, k: memory(Operand::Dk2, kv_len)? }),
             None => None,
         };
         let (dq, dk, dv) = (memory(Operand::Dq, q_len)?, memory(Operand::Dk, kv_len)?, memory(Operand::Dv, kv_len)?);
-        Ok(BackwardMemory { inputs, o, lse, dq, dk, dv, second, workspace: Workspace::new() })
+        let workspace = Workspace::new();
+        Ok(BackwardMemory { inputs, o, lse, dq, dk, dv, second, d_sinks, lines, workspace })
     }
 
     /// Runs the pass; only the first run allocates.
@@ -52,11 +63,13 @@ impl<'a, B: Backend, E: Element> BackwardMemory<'a, B, E> {
             d_o: d_o.tensor(of_q),
             lse: B::slice(&self.lse),
             d_lse: None,
+            optional: self.lines.inputs(),
         };
         let outputs = Gradients {
             dq: Tensor::bhsd(B::slice_mut(&mut self.dq, 0..q_len), of_q),
             dk: Tensor::bhsd(B::slice_mut(&mut self.dk, 0..kv_len), of_kv),
             dv: Tensor::bhsd(B::slice_mut(&mut self.dv, 0..kv_len), of_kv),
+            d_sinks: self.d_sinks.as_mut().map(|d_sinks| B::slice_mut(d_sinks, 0..plan.problem().heads_q)),
         };
         let second = self.second.as_mut().map(|Pair { q: dq, k: dk }| SecondTensors {
             inputs: Pair { q: second.q.tensor(of_q), k: second.k.tensor(of_kv) },

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use ferroflash::{BACKWARD_VARIANTS, Result, TOTAL_VARIANTS, VARIANTS};
-use kernels_gpu::params::ROW_KERNEL_THREADS;
+use kernels_gpu::params::{ROW_KERNEL_THREADS, SINK_GRADIENTS};
 
 use crate::args::InfoArgs;
 use crate::machine::{Machine, commit};
@@ -60,7 +60,7 @@ fn gpu() -> Option<Machine> {
 }
 
 /// Every kernel: the forward ones, the main kernels of the backward pass, those of total attention, and those that
-/// prepare and finish a backward pass.
+/// prepare and finish a backward pass or compute the gradient of sinks.
 fn variants() -> comfy_table::Table {
     let mut table =
         table(["kernel", "tile M × N", "head dim", "threads", "stages", "shared memory", "registers", "code"]);
@@ -88,6 +88,7 @@ fn variants() -> comfy_table::Table {
     for symbol in row_kernels {
         row(symbol, none(), none(), ROW_KERNEL_THREADS, none(), none());
     }
+    row(SINK_GRADIENTS, none(), none(), ROW_KERNEL_THREADS, none(), none());
     table
 }
 

@@ -5,7 +5,7 @@
 //! memory never holds more than the inputs of one step.
 
 use ferroflash::cases::normal_values;
-use ferroflash::{Backend, Element, ForwardInputs, Operand, Pair, Plan, Problem, Result, Tensor};
+use ferroflash::{Backend, Element, Inputs as AttentionInputs, Operand, Pair, Plan, Problem, Result, Tensor};
 
 use crate::op::OpName;
 
@@ -54,15 +54,15 @@ impl<B: Backend, E: Element> Inputs<B, E> {
     }
 
     /// What a forward pass reads.
-    pub fn tensors(&self, plan: &Plan) -> ForwardInputs<B::Slice<'_, E>> {
+    pub fn tensors(&self, plan: &Plan) -> AttentionInputs<B::Slice<'_, E>, B::Slice<'_, f32>> {
         let (of_q, of_kv) = (plan.problem().q_shape(), plan.problem().kv_shape());
         let (q, k, v) = (self.q.tensor(of_q), self.k.tensor(of_kv), self.v.tensor(of_kv));
         match plan.dist_threshold() {
             Some(_) => {
                 let second = Pair { q: self.second.q.tensor(of_q), k: self.second.k.tensor(of_kv) };
-                ForwardInputs::piecewise(Pair { q, k }, second, v)
+                AttentionInputs::piecewise(Pair { q, k }, second, v)
             }
-            None => ForwardInputs::plain(q, k, v),
+            None => AttentionInputs::new(q, k, v),
         }
     }
 

@@ -9,6 +9,7 @@ mod inputs;
 mod machine;
 mod memory;
 mod op;
+mod shaping;
 mod sweep;
 
 use std::fmt::Display;

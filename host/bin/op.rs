@@ -3,6 +3,8 @@
 use clap::ValueEnum;
 use ferroflash::{Attention, Determinism, Mask, Operand, Piecewise, Problem, Result};
 
+use crate::shaping::Shaping;
+
 /// What to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OpName {
@@ -46,7 +48,7 @@ impl OpName {
     }
 
     /// Its name in a table, for people.
-    pub fn title(self, determinism: Determinism, dropout: f32) -> String {
+    pub fn title(self, determinism: Determinism, dropout: f32, shaping: &Shaping) -> String {
         let mut title = self.name().to_owned();
         if self.determinism(determinism) == Some(Determinism::Exact) {
             title += " exact";
@@ -54,6 +56,7 @@ impl OpName {
         if let Some(dropout) = self.dropout(dropout) {
             title += &format!(" dropout {dropout}");
         }
+        shaping.add_to(&mut title);
         title
     }
 

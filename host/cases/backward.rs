@@ -8,8 +8,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
-use super::guarded::Guarded;
-use super::upload::{Inputs, SecondInputs, Upload, Uploaded};
+use super::guarded::{Guarded, GuardedLine};
+use super::upload::{Inputs, SecondInputs, Upload, Uploaded, optional_of};
 use super::{Case, CaseOutput, for_rows};
 use crate::attention::{Piecewise, PiecewiseGradients};
 use crate::backend::Backend;
@@ -43,6 +43,8 @@ pub struct BackwardData<E, const INPUTS: usize = 3> {
 pub struct CaseGradients<E, const INPUTS: usize = 3> {
     /// Gradients of the inputs, in their order and in the case's layout, padding included.
     pub gradients: [Vec<E>; INPUTS],
+    /// Gradient of the sinks, if there are sinks.
+    pub d_sinks: Option<Vec<f32>>,
     /// True if canaries and padding are unchanged.
     pub untouched: bool,
 }
@@ -51,6 +53,16 @@ impl<E: Element, const INPUTS: usize> CaseGradients<E, INPUTS> {
     /// Returns the gradients as bits, so that NaN can be compared too.
     pub fn bits(&self) -> [Vec<u16>; INPUTS] {
         self.gradients.each_ref().map(|x| x.iter().map(|x| x.to_bits()).collect())
+    }
+
+    /// Returns the gradient of the sinks as bits.
+    pub fn sink_bits(&self) -> Vec<u32> {
+        self.d_sinks.iter().flatten().map(|x| x.to_bits()).collect()
+    }
+
+    /// Returns the gradient of the sinks as the reference has it.
+    pub(super) fn sinks(&self) -> Option<Vec<f64>> {
+        Some(self.d_sinks.as_ref()?.iter().map(|&x| x.into()).collect())
     }
 }
 
@@ -111,7 +123,8 @@ impl Case {
             dq: self.gather(dq, of_q),
             dk: self.gather(dk, of_kv),
             dv: self.gather(dv, of_kv),
-            second: None,
+            d_sinks: found.sinks(),
+            ..Backward::default()
         };
         let gradients = self.judge_gradients(&gradients, data, Scores::plain(q, k), v)?;
         Ok(BackwardOutcome { gradients, untouched: found.untouched })
@@ -125,11 +138,11 @@ impl Case {
         scores: Scores<Tensor<&[E]>>,
         v: Tensor<&[E]>,
     ) -> Result<GradientAccuracy> {
-        let (problem, mask, scale, dropout) = (&self.problem, self.mask, self.effective_scale(), self.dropped());
+        let (problem, options, shaping) = (&self.problem, &self.options(), self.shaping());
         let [o, d_o] = [&data.o, &data.d_o].map(|x| Tensor { data: &x[..], layout: self.layout(problem.q_shape()) });
         let d_lse = data.d_lse.as_deref();
-        let exact = backward_f64(problem, mask, scale, &dropout, scores, [v, d_o], d_lse)?;
-        let plain = backward_plain(problem, mask, scale, &dropout, scores, [v, d_o], (Some(o), d_lse))?;
+        let exact = backward_f64(problem, options, scores, [v, d_o], shaping.inputs(), d_lse)?;
+        let plain = backward_plain(problem, options, scores, [v, d_o], shaping.inputs(), (Some(o), d_lse))?;
         Ok(GradientAccuracy::of(found, &plain, &exact, self.cancelled(&scores, [&data.o, &data.d_o])))
     }
 
@@ -193,8 +206,8 @@ impl Case {
         determinism: Determinism,
     ) -> Result<CaseGradients<E>> {
         let (gradients, untouched) = self.gradients_of(backend, Inputs::plain(&data.inputs), data, determinism)?;
-        let Gradients { dq, dk, dv } = gradients.first;
-        Ok(CaseGradients { gradients: [dq, dk, dv], untouched })
+        let Gradients { dq, dk, dv, d_sinks } = gradients.first;
+        Ok(CaseGradients { gradients: [dq, dk, dv], d_sinks, untouched })
     }
 
     /// Returns the gradients of a backward pass of `inputs`, and true if nothing else was written. The second pair's
@@ -205,9 +218,10 @@ impl Case {
         inputs: Inputs<'_, E>,
         data: &BackwardData<E, INPUTS>,
         determinism: Determinism,
-    ) -> Result<(PiecewiseGradients<Vec<E>>, bool)> {
-        let uploaded = inputs.backward(data).visit(&mut Upload::new(backend, self))?;
-        let BackwardTensors { q, k, second, v, o, d_o, lse, d_lse, dq, dk, dv, .. } = uploaded;
+    ) -> Result<(PiecewiseGradients<Vec<E>, Vec<f32>>, bool)> {
+        let shaping = self.shaping();
+        let uploaded = inputs.backward(data, shaping.inputs()).visit(&mut Upload::new(backend, self))?;
+        let BackwardTensors { q, k, second, v, o, d_o, lse, d_lse, optional, dq, dk, dv, d_sinks, .. } = uploaded;
         let tensors = BackwardInputs {
             q: q.tensor(),
             k: k.tensor(),
@@ -216,9 +230,15 @@ impl Case {
             d_o: d_o.tensor(),
             lse: B::slice(&lse),
             d_lse: d_lse.as_ref().map(B::slice),
+            optional: optional_of::<B>(&optional),
         };
-        let mut first = Gradients { dq, dk, dv };
-        let first_views = first.as_mut().map(Guarded::tensor);
+        let mut first = Gradients { dq, dk, dv, d_sinks };
+        let first_views = Gradients {
+            dq: first.dq.tensor(),
+            dk: first.dk.tensor(),
+            dv: first.dv.tensor(),
+            d_sinks: first.d_sinks.as_mut().map(GuardedLine::line),
+        };
         let attention = self.attention().determinism(determinism);
         let mut untouched = true;
         let mut content = |output: &Guarded<B, E>| -> Result<Vec<E>> {
@@ -239,7 +259,14 @@ impl Case {
                 Pair::default()
             }
         };
-        let first = Gradients { dq: content(&first.dq)?, dk: content(&first.dk)?, dv: content(&first.dv)? };
+        let [dq, dk, dv] = [content(&first.dq)?, content(&first.dk)?, content(&first.dv)?];
+        let mut d_sinks = None;
+        if let Some(line) = &first.d_sinks {
+            let (found, kept) = line.content(backend)?;
+            untouched &= kept;
+            d_sinks = Some(found);
+        }
+        let first = Gradients { dq, dk, dv, d_sinks };
         Ok((PiecewiseGradients { first, second }, untouched))
     }
 }

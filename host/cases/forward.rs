@@ -5,11 +5,11 @@ use kernels_gpu::variants::Dtype;
 
 use super::Case;
 use super::guarded::GuardedLine;
-use super::upload::{Inputs, Output, SecondInputs, Upload, Uploaded};
+use super::upload::{Inputs, Output, SecondInputs, Upload, Uploaded, optional_of};
 use crate::attention::Piecewise;
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::operands::{ForwardTensors, Pair, Pass};
+use crate::operands::{ForwardTensors, Inputs as AttentionInputs, Pair, Pass};
 use crate::reference::{Accuracy, Forward, Rows, Scores, forward_f64, forward_plain};
 use crate::tensor::Tensor;
 
@@ -76,9 +76,9 @@ impl Case {
         v: Tensor<&[E]>,
         rows: &Rows,
     ) -> Result<Outcome> {
-        let (problem, mask, scale, dropout) = (&self.problem, self.mask, self.effective_scale(), self.dropped());
-        let exact = forward_f64(problem, mask, scale, &dropout, scores, v, rows)?;
-        let plain = forward_plain(problem, mask, scale, &dropout, scores, v, rows)?;
+        let (problem, options, shaping) = (&self.problem, &self.options(), self.shaping());
+        let exact = forward_f64(problem, options, scores, v, shaping.inputs(), rows)?;
+        let plain = forward_plain(problem, options, scores, v, shaping.inputs(), rows)?;
         let o = Tensor { data: &output.o[..], layout: self.layout(problem.q_shape()) };
         let found = Forward::gather(problem, o, Some(&output.lse), rows)?;
         Ok(Outcome {
@@ -104,18 +104,23 @@ impl Case {
     ) -> Result<CaseOutput<E>> {
         let Inputs { q, k, v, second } = inputs;
         let pair = second.map(|second| second.pair);
-        let tensors = ForwardTensors { q, k, second: pair, v, o: Output::<E>::new(), lse: Some(Output::<f32>::new()) };
+        let (shaping, o, lse) = (self.shaping(), Output::<E>::new(), Some(Output::<f32>::new()));
+        let tensors = ForwardTensors { q, k, second: pair, v, optional: shaping.inputs(), o, lse };
         let uploaded = tensors.visit(&mut Upload::new(backend, self))?;
-        let ForwardTensors { q, k, second: pair, v, mut o, mut lse } = uploaded;
+        let ForwardTensors { q, k, second: pair, v, optional, mut o, mut lse } = uploaded;
+        let optional = optional_of::<B>(&optional);
         let (attention, line) = (self.attention(), lse.as_mut().map(GuardedLine::line));
         match (second, &pair) {
             (Some(SecondInputs { dist_threshold, .. }), Some(pair)) => {
                 let first = Pair { q: q.tensor(), k: k.tensor() };
                 let pair = pair.as_ref().map(Uploaded::tensor);
-                let piecewise = Piecewise::new(attention, dist_threshold);
-                piecewise.forward_into(backend, first, pair, v.tensor(), o.tensor(), line)?;
+                let inputs = AttentionInputs::piecewise(first, pair, v.tensor()).optional(optional);
+                Piecewise::new(attention, dist_threshold).forward_into(backend, inputs, o.tensor(), line)?;
             }
-            _ => attention.forward_into(backend, q.tensor(), k.tensor(), v.tensor(), o.tensor(), line)?,
+            _ => {
+                let inputs = AttentionInputs::new(q.tensor(), k.tensor(), v.tensor()).optional(optional);
+                attention.forward_into(backend, inputs, o.tensor(), line)?;
+            }
         }
         let (o, kept) = o.content(backend)?;
         let (lse, lse_kept) = lse.map_or(Ok((Vec::new(), true)), |lse| lse.content(backend))?;

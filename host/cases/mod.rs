@@ -16,6 +16,7 @@ use rand_distr::StandardNormal;
 use crate::attention::Attention;
 use crate::dropout::Dropout;
 use crate::error::Result;
+use crate::plan::{Alibi, Sinks};
 use crate::problem::{Mask, Problem};
 use crate::tensor::{Layout, Tensor};
 
@@ -23,6 +24,7 @@ mod backward;
 mod forward;
 mod guarded;
 mod piecewise;
+mod shaping;
 mod total_attention;
 mod upload;
 
@@ -30,6 +32,7 @@ pub use backward::{BackwardData, BackwardOutcome, CaseGradients};
 pub use forward::{CaseOutput, Outcome};
 use guarded::POISON;
 pub use piecewise::PiecewiseCase;
+pub use shaping::Shaping;
 pub use total_attention::{CaseTotal, TotalData, TotalOutcome};
 
 /// Order of the dimensions in memory.
@@ -58,6 +61,10 @@ pub struct Case {
     pub mask: Mask,
     /// Scale; `None` is the default, 1/√head_dim.
     pub scale: Option<f32>,
+    /// Bound of the scores.
+    pub softcap: Option<f32>,
+    pub alibi: Alibi,
+    pub sinks: Sinks,
     pub order: Order,
     /// Number of elements between one row and the next, a multiple of 8.
     pub padding: usize,
@@ -87,7 +94,19 @@ fn random_mask(rng: &mut StdRng, problem: &Problem) -> Mask {
 impl Case {
     /// Returns a case with contiguous tensors, standard normal inputs and the default scale.
     pub fn new(problem: Problem, mask: Mask) -> Self {
-        Case { problem, mask, scale: None, order: Order::Bhsd, padding: 0, input_std: 1.0, dropout: 0.0, seed: 0 }
+        Case {
+            problem,
+            mask,
+            scale: None,
+            softcap: None,
+            alibi: Alibi::None,
+            sinks: Sinks::None,
+            order: Order::Bhsd,
+            padding: 0,
+            input_std: 1.0,
+            dropout: 0.0,
+            seed: 0,
+        }
     }
 
     /// Returns a case of at most `limit` floating-point operations, with shapes that straddle the edges of tiles.
@@ -136,16 +155,16 @@ impl Case {
                 }
             }
         }
-        Case {
-            problem,
+        let case = Case {
             mask: random_mask(rng, &problem),
             scale: rng.random_bool(0.2).then(|| rng.random_range(0.01..0.5)),
             order: *[Order::Bhsd, Order::Bshd].choose(rng).unwrap_or(&Order::Bhsd),
             padding: *[0, 0, 8, 40].choose(rng).unwrap_or(&0),
             input_std: *[1.0, 1.0, 2.0, 4.0].choose(rng).unwrap_or(&1.0),
-            dropout: 0.0,
             seed: rng.random(),
-        }
+            ..Case::new(problem, Mask::None)
+        };
+        case.with_random_shaping(seed)
     }
 
     /// Returns a case as [`Case::random`] does, with dropout. A row that attends to all keys keeps a few weights on
@@ -172,7 +191,9 @@ impl Case {
 
     /// Returns the attention that the case runs.
     pub fn attention(&self) -> Attention {
-        Attention::new(self.problem).mask(self.mask).scale(self.effective_scale()).dropout(self.dropped())
+        let attention = Attention::new(self.problem).mask(self.mask).scale(self.effective_scale());
+        let attention = attention.dropout(self.dropped()).for_inputs(self.kinds());
+        self.softcap.map_or(attention, |cap| attention.softcap(cap))
     }
 
     /// Returns the layout of a tensor of `shape` in memory.
@@ -282,7 +303,18 @@ impl fmt::Display for Case {
         if self.dropout != 0.0 {
             write!(f, " --dropout {}", self.dropout)?;
         }
-        Ok(())
+        if let Some(cap) = self.softcap {
+            write!(f, " --softcap {cap}")?;
+        }
+        f.write_str(match self.alibi {
+            Alibi::None => "",
+            Alibi::PerHead => " --alibi heads",
+            Alibi::PerItem => " --alibi items",
+        })?;
+        f.write_str(match self.sinks {
+            Sinks::None => "",
+            Sinks::PerHead => " --sinks",
+        })
     }
 }
 

@@ -144,8 +144,8 @@ impl PiecewiseCase {
     ) -> Result<CaseGradients<E, 5>> {
         let inputs = Inputs::piecewise(&data.inputs, self.dist_threshold);
         let (gradients, untouched) = self.case.gradients_of(backend, inputs, data, determinism)?;
-        let PiecewiseGradients { first: Gradients { dq, dk, dv }, second } = gradients;
-        Ok(CaseGradients { gradients: [dq, dk, second.q, second.k, dv], untouched })
+        let PiecewiseGradients { first: Gradients { dq, dk, dv, d_sinks }, second } = gradients;
+        Ok(CaseGradients { gradients: [dq, dk, second.q, second.k, dv], d_sinks, untouched })
     }
 
     /// Judges the rows that `rows` names in the outputs of a forward pass with the given inputs.
@@ -183,6 +183,8 @@ impl PiecewiseCase {
             dk: self.case.gather(dk1, of_kv),
             dv: self.case.gather(dv, of_kv),
             second: Some(Pair { q: self.case.gather(dq2, of_q), k: self.case.gather(dk2, of_kv) }),
+            d_sinks: found.sinks(),
+            ..Backward::default()
         };
         let gradients = self.case.judge_gradients(&gradients, data, scores, v)?;
         Ok(BackwardOutcome { gradients, untouched: found.untouched })
@@ -215,8 +217,7 @@ mod tests {
         let case = &piecewise.case;
         let (scores, v) = piecewise.scores(inputs);
         let found =
-            forward_plain(&case.problem, case.mask, case.effective_scale(), &case.dropped(), scores, v, &Rows::All)
-                .unwrap();
+            forward_plain(&case.problem, &case.options(), scores, v, case.shaping().inputs(), &Rows::All).unwrap();
         let lse = found.lse.iter().map(|&x| x as f32).collect();
         CaseOutput { o: elements(&found.o), lse, untouched: true }
     }
@@ -227,12 +228,12 @@ mod tests {
         let (scores, v) = piecewise.scores(&data.inputs);
         let [o, d_o] =
             [&data.o, &data.d_o].map(|x| Tensor { data: &x[..], layout: case.layout(case.problem.q_shape()) });
-        let (scale, d_lse) = (case.effective_scale(), data.d_lse.as_deref());
-        let none = case.dropped();
-        let found = backward_plain(&case.problem, case.mask, scale, &none, scores, [v, d_o], (Some(o), d_lse)).unwrap();
+        let (shaping, results) = (case.shaping(), (Some(o), data.d_lse.as_deref()));
+        let found =
+            backward_plain(&case.problem, &case.options(), scores, [v, d_o], shaping.inputs(), results).unwrap();
         let Pair { q, k } = found.second.unwrap();
         let gradients = [found.dq, found.dk, q, k, found.dv].map(|x| elements(&x));
-        CaseGradients { gradients, untouched: true }
+        CaseGradients { gradients, d_sinks: None, untouched: true }
     }
 
     fn elements(x: &[f64]) -> Vec<bf16> {

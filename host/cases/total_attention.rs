@@ -6,10 +6,10 @@ use crate::element::Element;
 use kernels_gpu::variants::Dtype;
 
 use super::Case;
-use super::upload::{Output, Upload};
+use super::upload::{Output, Upload, slopes_of};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::operands::{Pass, TotalTensors};
+use crate::operands::{Pass, TotalInputs, TotalTensors};
 use crate::reference::{Accuracy, total_f64, total_plain};
 
 /// Inputs of a case's total attention.
@@ -79,11 +79,11 @@ impl Case {
     /// # Errors
     /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn judge_total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<TotalOutcome> {
-        let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
+        let (problem, options, shaping) = (&self.problem, &self.options(), self.shaping());
         let found = self.total::<B, E>(backend, data)?;
         let [q, k, _] = self.tensors(&data.inputs);
-        let exact = total_f64(problem, mask, scale, [q, k])?;
-        let plain = total_plain(problem, mask, scale, [q, k], &data.lse)?;
+        let exact = total_f64(problem, options, [q, k], shaping.inputs())?;
+        let plain = total_plain(problem, options, [q, k], shaping.inputs(), &data.lse)?;
         let total: Vec<f64> = found.total.iter().map(|&x| x.into()).collect();
         Ok(TotalOutcome { total: Accuracy::of_total(&total, &plain, &exact), untouched: found.untouched })
     }
@@ -104,10 +104,13 @@ impl Case {
     /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<CaseTotal> {
         let [q, k, _] = data.inputs.each_ref().map(Vec::as_slice);
-        let tensors = TotalTensors { q, k, lse: &data.lse[..], total: Output::<f32>::new() };
-        let TotalTensors { q, k, lse, mut total } = tensors.visit(&mut Upload::new(backend, self))?;
-        let attention = self.attention();
-        attention.total_attention_into(backend, q.tensor(), k.tensor(), B::slice(&lse), total.line())?;
+        let shaping = self.shaping();
+        let slopes = shaping.inputs().slopes;
+        let tensors = TotalTensors { q, k, lse: &data.lse[..], slopes, total: Output::<f32>::new() };
+        let TotalTensors { q, k, lse, slopes, mut total } = tensors.visit(&mut Upload::new(backend, self))?;
+        let slopes = slopes.as_ref().map(slopes_of::<B>);
+        let inputs = TotalInputs { q: q.tensor(), k: k.tensor(), lse: B::slice(&lse), slopes };
+        self.attention().total_attention_into(backend, inputs, total.line())?;
         let (total, untouched) = total.content(backend)?;
         Ok(CaseTotal { total, untouched })
     }

@@ -7,7 +7,9 @@ use super::{BackwardData, Case};
 use crate::backend::Backend;
 use crate::element::Element;
 use crate::error::Result;
-use crate::operands::{BackwardPair, BackwardTensors, LineRow, Lines, Pair, Role, TensorRow, Tensors};
+use crate::operands::{
+    BackwardPair, BackwardTensors, LineRow, Lines, OptionalInputs, Pair, Role, Slopes, TensorRow, Tensors,
+};
 use crate::tensor::{Layout, Tensor};
 
 /// Inputs of a case in host memory, each in the case's layout.
@@ -41,7 +43,8 @@ impl<'a, E> Inputs<'a, E> {
     pub(super) fn backward<const INPUTS: usize>(
         self,
         data: &'a BackwardData<E, INPUTS>,
-    ) -> BackwardTensors<&'a [E], &'a [f32], Output<E>> {
+        optional: OptionalInputs<&'a [f32]>,
+    ) -> BackwardTensors<&'a [E], &'a [f32], Output<E>, Output<f32>> {
         let gradients = Pair { q: Output::new(), k: Output::new() };
         BackwardTensors {
             q: self.q,
@@ -52,12 +55,30 @@ impl<'a, E> Inputs<'a, E> {
             d_o: &data.d_o,
             lse: &data.lse,
             d_lse: data.d_lse.as_deref(),
+            optional,
             dq: Output::new(),
             dk: Output::new(),
             dv: Output::new(),
+            d_sinks: optional.sinks.map(|_| Output::new()),
             workspace: 0,
             workspace_bytes: 0,
         }
+    }
+}
+
+/// Returns optional inputs in a backend's memory for reading.
+pub(super) fn optional_of<B: Backend>(uploaded: &OptionalInputs<B::Buffer<f32>>) -> OptionalInputs<B::Slice<'_, f32>> {
+    OptionalInputs {
+        slopes: uploaded.slopes.as_ref().map(slopes_of::<B>),
+        sinks: uploaded.sinks.as_ref().map(B::slice),
+    }
+}
+
+/// Returns slopes in a backend's memory for reading.
+pub(super) fn slopes_of<B: Backend>(uploaded: &Slopes<B::Buffer<f32>>) -> Slopes<B::Slice<'_, f32>> {
+    match uploaded {
+        Slopes::PerHead(slopes) => Slopes::PerHead(B::slice(slopes)),
+        Slopes::PerItem(slopes) => Slopes::PerItem(B::slice(slopes)),
     }
 }
 

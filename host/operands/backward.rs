@@ -2,13 +2,14 @@
 
 use kernels_gpu::{
     attention::any_features::AnyFeatures,
-    params::{BackwardBase, BackwardParams, FinishParams, PrepareParams},
+    params::{BackwardBase, BackwardParams, FinishParams, PrepareParams, SinkGradientParams},
     variants::Dtype,
 };
 
 use super::{
-    AddressSpace, BackwardInputs, BackwardPair, Check, Gradients, Pair, RawTensor,
-    check::{check_address, check_dtype, check_second, check_span},
+    AddressSpace, BackwardInputs, BackwardPair, Check, Gradients, OptionalInputs, Pair, RawTensor,
+    check::{check_address, check_d_sinks, check_dtype, check_second, check_span},
+    lowered,
     pass::{Lines, Pass, Role, Tensors, Visited, VisitedLine, rows},
 };
 use crate::{
@@ -18,9 +19,10 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Tensors of a backward pass. Inputs are named by a `T`, the LSE and its gradient by an `L`, gradients by an `O`.
+/// Tensors of a backward pass. Inputs are named by a `T` and f32 inputs by an `L`, gradients by an `O` and that of the
+/// sinks by an `M`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BackwardTensors<T, L, O> {
+pub struct BackwardTensors<T, L, O, M> {
     /// Queries, (batch, heads_q, seqlen_q, head_dim).
     pub q: T,
     /// Keys, (batch, heads_kv, seqlen_k, head_dim).
@@ -37,24 +39,28 @@ pub struct BackwardTensors<T, L, O> {
     pub lse: L,
     /// The gradient of the LSE, of the same shape; `None` if nothing depends on the LSE.
     pub d_lse: Option<L>,
+    /// Slopes and sinks of the forward pass, of the kinds that the plan is for.
+    pub optional: OptionalInputs<L>,
     /// The gradient of Q, (batch, heads_q, seqlen_q, head_dim).
     pub dq: O,
     /// The gradient of K, (batch, heads_kv, seqlen_k, head_dim).
     pub dk: O,
     /// The gradient of V, (batch, heads_kv, seqlen_k, head_dim).
     pub dv: O,
+    /// The gradient of the sinks, f32 (heads_q); `None` to omit it.
+    pub d_sinks: Option<M>,
     /// Address of memory for the kernels' own use, a multiple of 256; its content does not matter.
     pub workspace: u64,
     /// Size of the workspace in bytes: at least [`BackwardPlan::workspace_bytes`].
     pub workspace_bytes: usize,
 }
 
-/// Tensors of a backward pass, named by their addresses, as frameworks hold them. The LSE and its gradient are the
+/// Tensors of a backward pass, named by their addresses, as frameworks hold them. Arrays of f32 are the
 /// addresses of their first elements.
-pub type RawBackward = BackwardTensors<RawTensor, u64, RawTensor>;
+pub type RawBackward = BackwardTensors<RawTensor, u64, RawTensor, u64>;
 
-impl<T, L, O, X: Tensors<T> + Lines<L> + Tensors<O>> Pass<X> for BackwardTensors<T, L, O> {
-    type Of = BackwardTensors<Visited<X, T>, VisitedLine<X, L>, Visited<X, O>>;
+impl<T, L, O, M, X: Tensors<T> + Lines<L> + Tensors<O> + Lines<M>> Pass<X> for BackwardTensors<T, L, O, M> {
+    type Of = BackwardTensors<Visited<X, T>, VisitedLine<X, L>, Visited<X, O>, VisitedLine<X, M>>;
 
     fn visit(self, visitor: &mut X) -> Result<Self::Of> {
         let q = visitor.tensor(rows::Q, Role::Input, self.q)?;
@@ -64,42 +70,78 @@ impl<T, L, O, X: Tensors<T> + Lines<L> + Tensors<O>> Pass<X> for BackwardTensors
         let d_o = visitor.tensor(rows::D_O, Role::Input, self.d_o)?;
         let lse = visitor.line(rows::LSE, Role::Input, self.lse)?;
         let d_lse = visitor.optional_line(rows::D_LSE, Role::Input, self.d_lse)?;
-        let gradients = Gradients { dq: self.dq, dk: self.dk, dv: self.dv };
-        let Gradients { dq, dk, dv } = gradients.visit(visitor)?;
+        let optional = self.optional.visit(visitor)?;
+        let gradients = Gradients { dq: self.dq, dk: self.dk, dv: self.dv, d_sinks: self.d_sinks };
+        let Gradients { dq, dk, dv, d_sinks } = gradients.visit(visitor)?;
         let second = self.second.map(|second| second.visit(visitor)).transpose()?;
         let (workspace, workspace_bytes) = (self.workspace, self.workspace_bytes);
-        Ok(BackwardTensors { q, k, second, v, o, d_o, lse, d_lse, dq, dk, dv, workspace, workspace_bytes })
+        Ok(BackwardTensors {
+            q,
+            k,
+            second,
+            v,
+            o,
+            d_o,
+            lse,
+            d_lse,
+            optional,
+            dq,
+            dk,
+            dv,
+            d_sinks,
+            workspace,
+            workspace_bytes,
+        })
     }
 }
 
-impl<S, L, O> BackwardTensors<Tensor<S>, L, O> {
+impl<S, L, O, M> BackwardTensors<Tensor<S>, L, O, M> {
     /// Adds outputs to inputs. There is no workspace yet.
     pub(crate) fn new(
         inputs: BackwardInputs<S, L>,
         second: Option<BackwardPair<Tensor<S>, O>>,
-        outputs: Gradients<O>,
+        outputs: Gradients<O, M>,
     ) -> Self {
-        let BackwardInputs { q, k, v, o, d_o, lse, d_lse } = inputs;
-        let Gradients { dq, dk, dv } = outputs;
-        BackwardTensors { q, k, second, v, o, d_o, lse, d_lse, dq, dk, dv, workspace: 0, workspace_bytes: 0 }
+        let BackwardInputs { q, k, v, o, d_o, lse, d_lse, optional } = inputs;
+        let Gradients { dq, dk, dv, d_sinks } = outputs;
+        let (workspace, workspace_bytes) = (0, 0);
+        BackwardTensors {
+            q,
+            k,
+            second,
+            v,
+            o,
+            d_o,
+            lse,
+            d_lse,
+            optional,
+            dq,
+            dk,
+            dv,
+            d_sinks,
+            workspace,
+            workspace_bytes,
+        }
     }
 }
 
-impl<S, L> BackwardTensors<Tensor<S>, L, ()> {
+impl<S, L> BackwardTensors<Tensor<S>, L, (), ()> {
     /// Returns inputs whose outputs have no memory yet.
     pub(crate) fn inputs(inputs: BackwardInputs<S, L>, second: Option<Pair<Tensor<S>>>) -> Self {
         let second = second.map(|inputs| BackwardPair { inputs, gradients: Pair::default() });
-        Self::new(inputs, second, Gradients { dq: (), dk: (), dv: () })
+        Self::new(inputs, second, Gradients { dq: (), dk: (), dv: (), d_sinks: None })
     }
 }
 
-impl<T, L, O> BackwardTensors<T, L, O> {
+impl<T, L, O, M> BackwardTensors<T, L, O, M> {
     /// Checks that the tensors are of the plan's kind, with elements of `dtype`, and visits them.
     pub(crate) fn lower<X>(self, plan: &BackwardPlan, dtype: Dtype, visitor: &mut X) -> Result<<Self as Pass<X>>::Of>
     where
         Self: Pass<X>,
     {
         check_second(plan.variant().op, self.second.is_some())?;
+        self.optional.check(plan.inputs())?;
+        check_d_sinks(&self.d_sinks, plan.inputs())?;
         check_dtype(plan.problem(), dtype)?;
         self.visit(visitor)
     }
@@ -111,7 +153,7 @@ impl RawBackward {
     /// each other or with an input.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
+    /// [`Error::OptionalInput`], [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
     /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::WorkspaceTooSmall`], [`Error::OutputAliasesItself`],
     /// [`Error::Overlap`].
     pub fn validate(&self, plan: &BackwardPlan) -> Result<()> {
@@ -163,7 +205,7 @@ impl RawBackward {
             first: plan.first,
             last_pair: plan.features.mask.pairs() - 1,
         };
-        BackwardParams { base, features: plan.features }
+        BackwardParams { base, features: lowered::features(&plan.features, self.optional.slopes, plan.problem()) }
     }
 
     /// Returns the parameters of the postprocess kernel for each pair.
@@ -185,6 +227,16 @@ impl RawBackward {
         };
         let second = self.second.as_ref().map(|second| finish(1, &second.gradients.q));
         [finish(0, &self.dq)].into_iter().chain(second)
+    }
+
+    /// Returns the parameters of the kernel that computes the gradient of the sinks, if it is wanted.
+    pub(crate) fn sink_gradients(&self, plan: &BackwardPlan) -> Option<SinkGradientParams> {
+        Some(SinkGradientParams {
+            sinks: lowered::sinks_at(self.optional.sinks),
+            d_sinks: self.d_sinks?,
+            workspace: plan.workspace.at(self.workspace),
+            shape: plan.problem().kernel_shape(),
+        })
     }
 
     /// Checks size and address of the workspace.

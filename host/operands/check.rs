@@ -10,6 +10,7 @@ use super::{
 use crate::{
     error::{Dim, Error, Operand, Result},
     overlap::{Region, self_alias},
+    plan::{InputKinds, Sinks},
     problem::{ELEMENT_BYTES, Problem},
     tensor::{Layout, Tensor},
 };
@@ -130,6 +131,29 @@ pub(super) fn check_second(op: Op, given: bool) -> Result<()> {
     Ok(())
 }
 
+/// Checks that slopes and sinks are of the kinds that the plan is for.
+pub(super) fn check_kinds(found: InputKinds, planned: InputKinds) -> Result<()> {
+    for (operand, same, found, planned) in [
+        (Operand::Slopes, found.alibi == planned.alibi, found.alibi.words(), planned.alibi.words()),
+        (Operand::Sinks, found.sinks == planned.sinks, found.sinks.words(), planned.sinks.words()),
+    ] {
+        if !same {
+            return Err(Error::OptionalInput { operand, found, planned });
+        }
+    }
+    Ok(())
+}
+
+/// Checks that there are sinks if their gradient is wanted.
+pub(super) fn check_d_sinks<M>(d_sinks: &Option<M>, planned: InputKinds) -> Result<()> {
+    let (found, planned) = (Sinks::of(d_sinks), planned.sinks);
+    if found == Sinks::PerHead && planned == Sinks::None {
+        let (found, planned) = (found.words(), planned.words());
+        return Err(Error::OptionalInput { operand: Operand::DSinks, found, planned });
+    }
+    Ok(())
+}
+
 /// Checks one tensor alone.
 fn check_tensor(problem: &Problem, row: TensorRow, tensor: &Tensor<Memory>, space: AddressSpace) -> Result<()> {
     let (operand, expected) = (row.operand, (row.shape)(problem));
@@ -164,7 +188,8 @@ fn check_line(problem: &Problem, row: LineRow, memory: Memory) -> Result<()> {
     {
         return Err(match operand {
             Operand::Total => Error::TotalLength { len, expected },
-            _ => Error::LseLength { operand, len, expected },
+            Operand::Lse | Operand::DLse => Error::LseLength { operand, len, expected },
+            _ => Error::HeadsLength { operand, len, expected, shape: row.shape },
         });
     }
     if expected == 0 {

@@ -3,10 +3,9 @@
 use kernels_gpu::variants::Dtype;
 use proptest::prelude::*;
 
-use super::{Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention};
+use super::{OptionalInputs, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, Slopes};
 use crate::{
-    dropout::Dropout,
-    plan::{BackwardPlan, Determinism, Plan, TotalPlan},
+    plan::{Alibi, BackwardPlan, Determinism, Options, Plan, Sinks, TotalPlan},
     problem::{Mask, Problem},
     tensor::Layout,
 };
@@ -61,30 +60,38 @@ proptest! {
         let [[q, k], [o, v], [d_o, dk], [dq, dv], [q2, k2]] = pairs;
         let [lse, other, workspace] = lines;
         let second = Pair { q: q2, k: k2 };
-        let forward = RawForward { q, k, second: None, v, o, lse: Some(lse) };
-        if let Ok(plan) = Plan::forward(&problem, Mask::None, None, Dropout::NONE, 132) {
+        let forward = RawForward { q, k, second: None, v, optional: OptionalInputs::NONE, o, lse: Some(lse) };
+        if let Ok(plan) = Plan::forward(&problem, &Options::default(), 132) {
             let _ = forward.validate(&plan);
         }
-        if let Ok(plan) = Plan::piecewise(&problem, Mask::Causal, None, 7, Dropout::NONE, 132) {
+        if let Ok(plan) = Plan::forward(&problem, &Options { mask: Mask::Causal, dist_threshold: Some(7), ..Options::default() }, 132) {
             let _ = RawForward { second: Some(second), ..forward }.validate(&plan);
         }
-        let (d_lse, workspace_bytes) = (Some(other), usize::MAX);
+        let (d_lse, optional, d_sinks, workspace_bytes) = (Some(other), OptionalInputs::NONE, None, usize::MAX);
         let backward = RawBackward {
-            q, k, second: None, v, o, d_o, lse, d_lse, dq, dk, dv, workspace, workspace_bytes,
+            q, k, second: None, v, o, d_o, lse, d_lse, optional, dq, dk, dv, d_sinks, workspace, workspace_bytes,
         };
         let determinism = if exact { Determinism::Exact } else { Determinism::Fast };
-        if let Ok(plan) = BackwardPlan::new(&problem, Mask::None, None, Dropout::NONE, determinism, 132)
+        if let Ok(plan) = BackwardPlan::new(&problem, &Options::default(), determinism, 132)
             && backward.validate(&plan).is_ok()
         {
             backward.prepare(&plan);
             backward.finish(&plan).count();
         }
-        if let Ok(plan) = BackwardPlan::piecewise(&problem, Mask::None, None, 7, Dropout::NONE, determinism, 132) {
+        if let Ok(plan) = BackwardPlan::new(&problem, &Options { dist_threshold: Some(7), ..Options::default() }, determinism, 132) {
             let second = RawSecond { inputs: second, gradients: Pair { q: dq, k: dk } };
             let _ = RawBackward { second: Some(second), ..backward }.validate(&plan);
         }
-        if let Ok(plan) = TotalPlan::new(&problem, Mask::None, None, 132) {
-            let _ = RawTotalAttention { q, k, lse, total: other }.validate(&plan);
+        let options = Options { alibi: Alibi::PerItem, sinks: Sinks::PerHead, ..Options::default() };
+        let optional = OptionalInputs { slopes: Some(Slopes::PerItem(other)), sinks: Some(lse) };
+        if let Ok(plan) = Plan::forward(&problem, &options, 132) {
+            let _ = RawForward { optional, ..forward }.validate(&plan);
+        }
+        if let Ok(plan) = BackwardPlan::new(&problem, &options, determinism, 132) {
+            let _ = RawBackward { optional, d_sinks: Some(workspace), ..backward }.validate(&plan);
+        }
+        if let Ok(plan) = TotalPlan::new(&problem, &Options::default(), 132) {
+            let _ = RawTotalAttention { q, k, lse, slopes: None, total: other }.validate(&plan);
         }
     }
 }

@@ -2,14 +2,15 @@
 
 use kernels_gpu::{
     attention::any_features::AnyFeatures,
-    ground::tensor::{Output, PerHead},
+    ground::tensor::Output,
     params::{ForwardBase, ForwardParams},
     variants::Dtype,
 };
 
 use super::{
-    AddressSpace, Check, ForwardInputs, Pair, RawTensor,
+    AddressSpace, Check, Inputs, OptionalInputs, Pair, RawTensor,
     check::{check_dtype, check_second},
+    lowered,
     pair::SECOND,
     pass::{Lines, Pass, Role, Tensors, Visited, VisitedLine, rows},
 };
@@ -17,9 +18,9 @@ use super::{
 use crate::error::Error;
 use crate::{error::Result, plan::Plan, tensor::Tensor};
 
-/// Tensors of a forward pass. Inputs are named by a `T`, O by an `O` and the LSE by an `L`.
+/// Tensors of a forward pass. Inputs are named by a `T`, f32 inputs by an `L`, O by an `O` and the LSE by an `M`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ForwardTensors<T, O, L> {
+pub struct ForwardTensors<T, L, O, M> {
     /// Queries, (batch, heads_q, seqlen_q, head_dim).
     pub q: T,
     /// Keys, (batch, heads_kv, seqlen_k, head_dim).
@@ -28,18 +29,20 @@ pub struct ForwardTensors<T, O, L> {
     pub second: Option<Pair<T>>,
     /// Values, (batch, heads_kv, seqlen_k, head_dim).
     pub v: T,
+    /// Slopes and sinks, of the kinds that the plan is for.
+    pub optional: OptionalInputs<L>,
     /// O, (batch, heads_q, seqlen_q, head_dim).
     pub o: O,
     /// The LSE, f32 (batch, heads_q, seqlen_q), contiguous; `None` to omit it.
-    pub lse: Option<L>,
+    pub lse: Option<M>,
 }
 
-/// Tensors of a forward pass, named by their addresses, as frameworks hold them. The LSE is the address of its first
-/// element.
-pub type RawForward = ForwardTensors<RawTensor, RawTensor, u64>;
+/// Tensors of a forward pass, named by their addresses, as frameworks hold them. The LSE and optional inputs are the
+/// addresses of their first elements.
+pub type RawForward = ForwardTensors<RawTensor, u64, RawTensor, u64>;
 
-impl<T, O, L, X: Tensors<T> + Tensors<O> + Lines<L>> Pass<X> for ForwardTensors<T, O, L> {
-    type Of = ForwardTensors<Visited<X, T>, Visited<X, O>, VisitedLine<X, L>>;
+impl<T, L, O, M, X: Tensors<T> + Lines<L> + Tensors<O> + Lines<M>> Pass<X> for ForwardTensors<T, L, O, M> {
+    type Of = ForwardTensors<Visited<X, T>, VisitedLine<X, L>, Visited<X, O>, VisitedLine<X, M>>;
 
     fn visit(self, visitor: &mut X) -> Result<Self::Of> {
         Ok(ForwardTensors {
@@ -47,27 +50,29 @@ impl<T, O, L, X: Tensors<T> + Tensors<O> + Lines<L>> Pass<X> for ForwardTensors<
             k: visitor.tensor(rows::K, Role::Input, self.k)?,
             v: visitor.tensor(rows::V, Role::Input, self.v)?,
             second: self.second.map(|second| visitor.pair(SECOND, Role::Input, second)).transpose()?,
+            optional: self.optional.visit(visitor)?,
             o: visitor.tensor(rows::O, Role::Output, self.o)?,
             lse: visitor.optional_line(rows::LSE, Role::Output, self.lse)?,
         })
     }
 }
 
-impl<S, O, L> ForwardTensors<Tensor<S>, O, L> {
+impl<S, L, O, M> ForwardTensors<Tensor<S>, L, O, M> {
     /// Adds outputs to inputs.
-    pub(crate) fn new(inputs: ForwardInputs<S>, o: O, lse: Option<L>) -> Self {
-        let ForwardInputs { q, k, second, v } = inputs;
-        ForwardTensors { q, k, second, v, o, lse }
+    pub(crate) fn new(inputs: Inputs<S, L>, o: O, lse: Option<M>) -> Self {
+        let Inputs { q, k, second, v, optional } = inputs;
+        ForwardTensors { q, k, second, v, optional, o, lse }
     }
 }
 
-impl<T, O, L> ForwardTensors<T, O, L> {
+impl<T, L, O, M> ForwardTensors<T, L, O, M> {
     /// Checks that the tensors are of the plan's kind, with elements of `dtype`, and visits them.
     pub(crate) fn lower<X>(self, plan: &Plan, dtype: Dtype, visitor: &mut X) -> Result<<Self as Pass<X>>::Of>
     where
         Self: Pass<X>,
     {
         check_second(plan.variant().op, self.second.is_some())?;
+        self.optional.check(plan.inputs())?;
         check_dtype(plan.problem(), dtype)?;
         self.visit(visitor)
     }
@@ -78,7 +83,7 @@ impl RawForward {
     /// strides, alignment. Outputs must not share memory with themselves or with another tensor.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
+    /// [`Error::OptionalInput`], [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
     /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::OutputAliasesItself`], [`Error::Overlap`].
     pub fn validate(&self, plan: &Plan) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Device);
@@ -101,12 +106,12 @@ impl RawForward {
             v,
             o: Output { tiles: o, rows: self.o.strided() },
             lse: self.lse.unwrap_or(0),
-            sinks: PerHead::NONE,
+            sinks: lowered::sinks_at(self.optional.sinks),
             shape: plan.problem().kernel_shape(),
             order: plan.order,
             last_pair: plan.features.mask.pairs() - 1,
         };
-        ForwardParams { base, features: plan.features }
+        ForwardParams { base, features: lowered::features(&plan.features, self.optional.slopes, plan.problem()) }
     }
 }
 
@@ -115,17 +120,14 @@ mod tests {
     use kernels_gpu::ground::tensor::Strided;
 
     use super::*;
-    use crate::dropout::Dropout;
-    use crate::{
-        problem::{Mask, Problem},
-        tensor::Layout,
-    };
+    use crate::plan::Options;
+    use crate::{problem::Problem, tensor::Layout};
 
     const PROBLEM: Problem =
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 20, head_dim: 16, dtype: Dtype::F16 };
 
     fn plan() -> Plan {
-        Plan::forward(&PROBLEM, Mask::None, None, Dropout::NONE, 1).unwrap()
+        Plan::forward(&PROBLEM, &Options::default(), 1).unwrap()
     }
 
     /// Returns contiguous tensors, far from each other.
@@ -135,6 +137,7 @@ mod tests {
             q: tensor(0x10000, PROBLEM.q_shape()),
             k: tensor(0x20000, PROBLEM.kv_shape()),
             second: None,
+            optional: OptionalInputs::NONE,
             v: tensor(0x30000, PROBLEM.kv_shape()),
             o: tensor(0x40000, PROBLEM.q_shape()),
             lse: Some(0x50000),
@@ -181,7 +184,7 @@ mod tests {
         let rule = "at most 549755813880 are allowed (under 2^40 bytes)";
         assert_eq!(error, format!("o.strides: the batch stride is 549755813888 elements; {rule}"));
         let problem = Problem { batch: 1, seqlen_k: 1, ..PROBLEM };
-        let plan = Plan::forward(&problem, Mask::None, None, Dropout::NONE, 1).unwrap();
+        let plan = Plan::forward(&problem, &Options::default(), 1).unwrap();
         let mut args = args();
         for tensor in [&mut args.q, &mut args.o] {
             tensor.layout = Layout::strided(problem.q_shape(), [3, 160, 16]);
@@ -220,10 +223,11 @@ mod tests {
     #[test]
     fn addresses_of_nothing_do_not_matter() {
         for problem in [Problem { batch: 0, ..PROBLEM }, Problem { seqlen_q: 0, seqlen_k: 0, ..PROBLEM }] {
-            let plan = Plan::forward(&problem, Mask::None, None, Dropout::NONE, 1).unwrap();
+            let plan = Plan::forward(&problem, &Options::default(), 1).unwrap();
             let tensor = |shape| RawTensor { address: 1, layout: Layout::strided(shape, [usize::MAX; 3]) };
             let (q, k) = (tensor(problem.q_shape()), tensor(problem.kv_shape()));
-            assert_eq!(RawForward { q, k, second: None, v: k, o: q, lse: Some(0) }.validate(&plan), Ok(()));
+            let args = RawForward { q, k, second: None, v: k, optional: OptionalInputs::NONE, o: q, lse: Some(0) };
+            assert_eq!(args.validate(&plan), Ok(()));
         }
     }
 }

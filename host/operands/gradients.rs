@@ -1,6 +1,7 @@
 //! Inputs and outputs of a backward pass, generic over the memory of the machine.
 
-use super::pass::{Pass, Role, Tensors, Visited, rows};
+use super::OptionalInputs;
+use super::pass::{Lines, Pass, Role, Tensors, Visited, VisitedLine, rows};
 use crate::{error::Result, tensor::Tensor};
 
 /// Inputs of a backward pass: the inputs and results of the forward pass, and the gradients of the results.
@@ -23,11 +24,14 @@ pub struct BackwardInputs<S, L> {
     pub lse: L,
     /// The gradient of the LSE, of the same shape; `None` if nothing depends on the LSE.
     pub d_lse: Option<L>,
+    /// Slopes and sinks of the forward pass.
+    pub optional: OptionalInputs<L>,
 }
 
-/// Gradients of the inputs: memory that a backward pass returns, or tensors that it is to write.
+/// Gradients of the inputs: memory that a backward pass returns, or tensors that it is to write. `T` is for 16-bit
+/// elements and `M` for f32.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Gradients<T> {
+pub struct Gradients<T, M> {
     /// Gradient of Q, (batch, heads_q, seqlen_q, head_dim); 0 for a query that attends to no key.
     pub dq: T,
     /// Gradient of K, (batch, heads_kv, seqlen_k, head_dim), summed over the query heads of a group; 0 for a key that
@@ -36,29 +40,28 @@ pub struct Gradients<T> {
     /// Gradient of V, (batch, heads_kv, seqlen_k, head_dim), summed over the query heads of a group; 0 for a key that
     /// no query attends to.
     pub dv: T,
+    /// Gradient of the sinks, f32 (heads_q), summed over batch items and queries; `None` if there are no sinks, or to
+    /// omit it.
+    pub d_sinks: Option<M>,
 }
 
-impl<T> Gradients<T> {
+impl<T, M> Gradients<T, M> {
     /// Borrows each for writing.
-    pub(crate) fn as_mut(&mut self) -> Gradients<&mut T> {
-        Gradients { dq: &mut self.dq, dk: &mut self.dk, dv: &mut self.dv }
-    }
-
-    /// Applies `f` to each.
-    #[cfg(feature = "cli")]
-    pub(crate) fn map<U>(self, mut f: impl FnMut(T) -> U) -> Gradients<U> {
-        Gradients { dq: f(self.dq), dk: f(self.dk), dv: f(self.dv) }
+    pub(crate) fn as_mut(&mut self) -> Gradients<&mut T, &mut M> {
+        let d_sinks = self.d_sinks.as_mut();
+        Gradients { dq: &mut self.dq, dk: &mut self.dk, dv: &mut self.dv, d_sinks }
     }
 }
 
-impl<O, X: Tensors<O>> Pass<X> for Gradients<O> {
-    type Of = Gradients<Visited<X, O>>;
+impl<O, M, X: Tensors<O> + Lines<M>> Pass<X> for Gradients<O, M> {
+    type Of = Gradients<Visited<X, O>, VisitedLine<X, M>>;
 
     fn visit(self, visitor: &mut X) -> Result<Self::Of> {
         Ok(Gradients {
             dq: visitor.tensor(rows::DQ, Role::Output, self.dq)?,
             dk: visitor.tensor(rows::DK, Role::Output, self.dk)?,
             dv: visitor.tensor(rows::DV, Role::Output, self.dv)?,
+            d_sinks: visitor.optional_line(rows::D_SINKS, Role::Output, self.d_sinks)?,
         })
     }
 }

@@ -32,27 +32,6 @@ impl<T> Pair<T> {
     }
 }
 
-/// Inputs of a forward pass, with the second pair for a plan of piecewise attention.
-#[derive(Clone, Copy, Debug)]
-pub struct ForwardInputs<S> {
-    pub(crate) q: Tensor<S>,
-    pub(crate) k: Tensor<S>,
-    pub(crate) second: Option<Pair<Tensor<S>>>,
-    pub(crate) v: Tensor<S>,
-}
-
-impl<S> ForwardInputs<S> {
-    /// Returns the inputs of plain attention.
-    pub fn plain(q: Tensor<S>, k: Tensor<S>, v: Tensor<S>) -> Self {
-        ForwardInputs { q, k, second: None, v }
-    }
-
-    /// Returns the inputs of piecewise attention.
-    pub fn piecewise(first: Pair<Tensor<S>>, second: Pair<Tensor<S>>, v: Tensor<S>) -> Self {
-        ForwardInputs { q: first.q, k: first.k, second: Some(second), v }
-    }
-}
-
 /// Second pair of piecewise attention in a backward pass: its tensors, and its gradients to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackwardPair<T, O> {

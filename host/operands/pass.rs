@@ -43,6 +43,8 @@ impl TensorRow {
 pub(crate) struct LineRow {
     pub(crate) operand: Operand,
     pub(crate) len: fn(&Problem) -> usize,
+    /// The shape, as errors name it.
+    pub(crate) shape: &'static str,
 }
 
 /// The rows of all tables. A new operand has one here, and one line in the table of each pass that takes it.
@@ -61,9 +63,23 @@ pub(crate) mod rows {
     pub(crate) const DV: TensorRow = of_keys(Operand::Dv);
     pub(crate) const DQ2: TensorRow = of_queries(Operand::Dq2);
     pub(crate) const DK2: TensorRow = of_keys(Operand::Dk2);
-    pub(crate) const LSE: LineRow = LineRow { operand: Operand::Lse, len: Problem::lse_len };
-    pub(crate) const D_LSE: LineRow = LineRow { operand: Operand::DLse, len: Problem::lse_len };
-    pub(crate) const TOTAL: LineRow = LineRow { operand: Operand::Total, len: Problem::total_len };
+    pub(crate) const LSE: LineRow = of_rows(Operand::Lse);
+    pub(crate) const D_LSE: LineRow = of_rows(Operand::DLse);
+    pub(crate) const TOTAL: LineRow =
+        LineRow { operand: Operand::Total, len: Problem::total_len, shape: "batch × heads_q × seqlen_k" };
+    pub(crate) const SLOPES: LineRow = of_heads(Operand::Slopes);
+    pub(crate) const SLOPES_PER_ITEM: LineRow =
+        LineRow { operand: Operand::Slopes, len: Problem::item_heads, shape: "batch × heads_q" };
+    pub(crate) const SINKS: LineRow = of_heads(Operand::Sinks);
+    pub(crate) const D_SINKS: LineRow = of_heads(Operand::DSinks);
+
+    const fn of_heads(operand: Operand) -> LineRow {
+        LineRow { operand, len: |problem| problem.heads_q, shape: "heads_q" }
+    }
+
+    const fn of_rows(operand: Operand) -> LineRow {
+        LineRow { operand, len: Problem::lse_len, shape: "batch × heads_q × seqlen_q" }
+    }
 
     const fn of_queries(operand: Operand) -> TensorRow {
         TensorRow { operand, shape: Problem::q_shape }
@@ -119,7 +135,7 @@ mod tests {
     use kernels_gpu::variants::Dtype;
 
     use super::*;
-    use crate::operands::{BackwardPair, BackwardTensors, ForwardTensors, TotalTensors};
+    use crate::operands::{BackwardPair, BackwardTensors, ForwardTensors, OptionalInputs, Slopes, TotalTensors};
 
     const PROBLEM: Problem =
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 30, head_dim: 8, dtype: Dtype::F16 };
@@ -165,11 +181,13 @@ mod tests {
     #[test]
     fn forward_lists_each_tensor_once() {
         let mut notes = Notes::default();
-        let tensors = ForwardTensors { q: (), k: (), second: Some(PAIR), v: (), o: (), lse: Some(()) };
+        let optional = OptionalInputs { slopes: Some(Slopes::PerItem(())), sinks: Some(()) };
+        let tensors = ForwardTensors { q: (), k: (), second: Some(PAIR), v: (), optional, o: (), lse: Some(()) };
         let visited = tensors.visit(&mut notes).unwrap();
-        check(&notes, "q 640, k 960, v 960, q2 640, k2 960", "o 640, lse 80");
+        check(&notes, "q 640, k 960, v 960, q2 640, k2 960, slopes 8, sinks 4", "o 640, lse 80");
         let second = Some(Pair { q: 4, k: 5 });
-        assert_eq!(visited, ForwardTensors { q: 1, k: 2, v: 3, second, o: 6, lse: Some(7) });
+        let optional = OptionalInputs { slopes: Some(Slopes::PerItem(6)), sinks: Some(7) };
+        assert_eq!(visited, ForwardTensors { q: 1, k: 2, v: 3, second, optional, o: 8, lse: Some(9) });
     }
 
     #[test]
@@ -184,30 +202,35 @@ mod tests {
             d_o: (),
             lse: (),
             d_lse: Some(()),
+            optional: OptionalInputs { slopes: Some(Slopes::PerHead(())), sinks: Some(()) },
             dq: (),
             dk: (),
             dv: (),
+            d_sinks: Some(()),
             workspace: 256,
             workspace_bytes: 512,
         };
         let visited = tensors.visit(&mut notes).unwrap();
         check(
             &notes,
-            "q 640, k 960, v 960, o 640, d_o 640, lse 80, d_lse 80, q2 640, k2 960",
-            "dq 640, dk 960, dv 960, dq2 640, dk2 960",
+            "q 640, k 960, v 960, o 640, d_o 640, lse 80, d_lse 80, slopes 4, sinks 4, q2 640, k2 960",
+            "dq 640, dk 960, dv 960, d_sinks 4, dq2 640, dk2 960",
         );
         let numbers = [visited.q, visited.k, visited.v, visited.o, visited.d_o, visited.lse];
         assert_eq!((numbers, visited.d_lse), ([1, 2, 3, 4, 5, 6], Some(7)));
-        assert_eq!([visited.dq, visited.dk, visited.dv], [8, 9, 10]);
-        let second = BackwardPair { inputs: Pair { q: 11, k: 12 }, gradients: Pair { q: 13, k: 14 } };
+        assert_eq!(visited.optional, OptionalInputs { slopes: Some(Slopes::PerHead(8)), sinks: Some(9) });
+        assert_eq!(([visited.dq, visited.dk, visited.dv], visited.d_sinks), ([10, 11, 12], Some(13)));
+        let second = BackwardPair { inputs: Pair { q: 14, k: 15 }, gradients: Pair { q: 16, k: 17 } };
         assert_eq!((visited.second, visited.workspace, visited.workspace_bytes), (Some(second), 256, 512));
     }
 
     #[test]
     fn total_attention_lists_each_tensor_once() {
         let mut notes = Notes::default();
-        let visited = TotalTensors { q: (), k: (), lse: (), total: () }.visit(&mut notes).unwrap();
-        check(&notes, "q 640, k 960, lse 80", "total 240");
-        assert_eq!(visited, TotalTensors { q: 1, k: 2, lse: 3, total: 4 });
+        let visited = TotalTensors { q: (), k: (), lse: (), slopes: Some(Slopes::PerHead(())), total: () }
+            .visit(&mut notes)
+            .unwrap();
+        check(&notes, "q 640, k 960, lse 80, slopes 4", "total 240");
+        assert_eq!(visited, TotalTensors { q: 1, k: 2, lse: 3, slopes: Some(Slopes::PerHead(4)), total: 5 });
     }
 }

@@ -7,15 +7,20 @@ use kernels_gpu::{
 };
 
 use super::{
-    AddressSpace, Check, RawTensor,
-    check::check_dtype,
+    AddressSpace, Check, RawTensor, Slopes, TotalInputs,
+    check::{check_dtype, check_kinds},
+    lowered,
     pass::{Lines, Pass, Role, Tensors, Visited, VisitedLine, rows},
 };
 #[cfg(doc)]
 use crate::error::Error;
-use crate::{error::Result, plan::TotalPlan};
+use crate::{
+    error::Result,
+    plan::{Alibi, InputKinds, Sinks, TotalPlan},
+    tensor::Tensor,
+};
 
-/// Tensors of total attention. Q and K are named by a `T`, the LSE by an `L` and the result by an `R`.
+/// Tensors of total attention. Q and K are named by a `T`, f32 inputs by an `L` and the result by an `R`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TotalTensors<T, L, R> {
     /// Queries, (batch, heads_q, seqlen_q, head_dim).
@@ -24,12 +29,14 @@ pub struct TotalTensors<T, L, R> {
     pub k: T,
     /// LSE of the forward pass, f32 (batch, heads_q, seqlen_q), contiguous.
     pub lse: L,
+    /// Slopes of ALiBi, of the kind that the plan is for; `None` for no ALiBi.
+    pub slopes: Option<Slopes<L>>,
     /// The result, f32 (batch, heads_q, seqlen_k), contiguous.
     pub total: R,
 }
 
-/// Tensors of total attention, named by their addresses, as frameworks hold them. LSE and result are the addresses of
-/// their first elements.
+/// Tensors of total attention, named by their addresses, as frameworks hold them. Arrays of f32 are
+/// the addresses of their first elements.
 pub type RawTotalAttention = TotalTensors<RawTensor, u64, u64>;
 
 impl<T, L, R, X: Tensors<T> + Lines<L> + Lines<R>> Pass<X> for TotalTensors<T, L, R> {
@@ -40,8 +47,17 @@ impl<T, L, R, X: Tensors<T> + Lines<L> + Lines<R>> Pass<X> for TotalTensors<T, L
             q: visitor.tensor(rows::Q, Role::Input, self.q)?,
             k: visitor.tensor(rows::K, Role::Input, self.k)?,
             lse: visitor.line(rows::LSE, Role::Input, self.lse)?,
+            slopes: self.slopes.map(|slopes| slopes.visit(visitor)).transpose()?,
             total: visitor.line(rows::TOTAL, Role::Output, self.total)?,
         })
+    }
+}
+
+impl<S, L, R> TotalTensors<Tensor<S>, L, R> {
+    /// Adds the result to inputs.
+    pub(crate) fn new(inputs: TotalInputs<S, L>, total: R) -> Self {
+        let TotalInputs { q, k, lse, slopes } = inputs;
+        TotalTensors { q, k, lse, slopes, total }
     }
 }
 
@@ -51,6 +67,8 @@ impl<T, L, R> TotalTensors<T, L, R> {
     where
         Self: Pass<X>,
     {
+        let alibi = self.slopes.as_ref().map_or(Alibi::None, Slopes::kind);
+        check_kinds(InputKinds { alibi, sinks: Sinks::None }, plan.inputs())?;
         check_dtype(plan.problem(), dtype)?;
         self.visit(visitor)
     }
@@ -61,7 +79,7 @@ impl RawTotalAttention {
     /// strides, alignment. The result must not share memory with an input.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
+    /// [`Error::OptionalInput`], [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
     /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn validate(&self, plan: &TotalPlan) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Device);
@@ -81,7 +99,7 @@ impl RawTotalAttention {
             shared_from: plan.shared_from,
             features: Chosen {
                 mask: plan.mask().window(plan.problem()),
-                score: plan.features.score,
+                score: lowered::with_slopes(plan.features.score, self.slopes, plan.problem()),
                 weights: NoDropout,
             },
         }
@@ -94,7 +112,8 @@ mod tests {
     use crate::operands::place::Memory;
     use crate::{
         error::{Error, Operand},
-        problem::{Mask, Problem},
+        plan::Options,
+        problem::Problem,
         tensor::{Layout, Tensor},
     };
 
@@ -102,7 +121,7 @@ mod tests {
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 20, head_dim: 16, dtype: Dtype::F16 };
 
     fn plan(problem: &Problem) -> TotalPlan {
-        TotalPlan::new(problem, Mask::None, None, 1).unwrap()
+        TotalPlan::new(problem, &Options::default(), 1).unwrap()
     }
 
     /// Returns contiguous tensors, far from each other.
@@ -112,6 +131,7 @@ mod tests {
             q: tensor(0x10000, PROBLEM.q_shape()),
             k: tensor(0x20000, PROBLEM.kv_shape()),
             lse: 0x30000,
+            slopes: None,
             total: 0x40000,
         }
     }
@@ -167,6 +187,7 @@ mod tests {
                 q: tensor(0x10000, PROBLEM.q_shape()),
                 k: tensor(0x20000, PROBLEM.kv_shape()),
                 lse: memory(0x30000, lse),
+                slopes: None,
                 total: memory(0x40000, total),
             };
             tensors.lower(&plan(&PROBLEM), dtype, &mut Check::new(&PROBLEM, AddressSpace::Host))
@@ -184,6 +205,7 @@ mod tests {
             q: RawTensor { address: 1, layout: Layout::strided(problem.q_shape(), [usize::MAX; 3]) },
             k: RawTensor { address: 1, layout: Layout::strided(problem.kv_shape(), [usize::MAX; 3]) },
             lse: 0,
+            slopes: None,
             total: 0,
         };
         for problem in [Problem { batch: 0, ..PROBLEM }, Problem { seqlen_q: 0, seqlen_k: 0, ..PROBLEM }] {

@@ -11,7 +11,8 @@ use kernels_gpu::{
 };
 
 use super::{
-    Extra, MAX_WORK_TILES, PassKind, Settings, WorkspaceLayout, accessors_with_extra, checked_sm_count, features,
+    InputKinds, MAX_WORK_TILES, Options, PassKind, Settings, WorkspaceLayout, accessors_with_extra, checked_sm_count,
+    features,
 };
 use crate::{
     dropout::Dropout,
@@ -65,53 +66,15 @@ pub struct BackwardPlan {
 accessors_with_extra!(BackwardPlan);
 
 impl BackwardPlan {
-    /// Plans a backward pass for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1. The default scale
-    /// is 1/√head_dim.
+    /// Plans a backward pass for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1. The options are
+    /// those of the forward pass.
     ///
     /// # Errors
-    /// Errors of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`]
-    /// for a probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work
-    /// tiles or more, for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128, for 2³⁰ query
+    /// Errors of [`Plan::forward`](super::Plan::forward); [`Error::TooLarge`] for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128, for 2³⁰ query
     /// blocks or more of one CTA, counted as if there was no mask, or for an `sm_count` above 2²⁰.
-    pub fn new(
-        problem: &Problem,
-        mask: Mask,
-        scale: Option<f32>,
-        dropout: Dropout,
-        determinism: Determinism,
-        sm_count: u32,
-    ) -> Result<BackwardPlan> {
-        Self::plan(problem, mask, scale, Extra { dist_threshold: None, dropout }, determinism, sm_count)
-    }
-
-    /// Plans a backward pass of piecewise attention; see [`BackwardPlan::new`] and
-    /// [`Plan::piecewise`](super::Plan::piecewise).
-    ///
-    /// # Errors
-    /// Errors of [`BackwardPlan::new`].
-    pub fn piecewise(
-        problem: &Problem,
-        mask: Mask,
-        scale: Option<f32>,
-        dist_threshold: i32,
-        dropout: Dropout,
-        determinism: Determinism,
-        sm_count: u32,
-    ) -> Result<BackwardPlan> {
-        let extra = Extra { dist_threshold: Some(dist_threshold), dropout };
-        Self::plan(problem, mask, scale, extra, determinism, sm_count)
-    }
-
-    fn plan(
-        problem: &Problem,
-        mask: Mask,
-        scale: Option<f32>,
-        extra: Extra,
-        determinism: Determinism,
-        sm_count: u32,
-    ) -> Result<BackwardPlan> {
-        let settings = Settings::new(problem, mask, scale, extra)?;
-        let dist_threshold = settings.dist_threshold;
+    pub fn new(problem: &Problem, options: &Options, determinism: Determinism, sm_count: u32) -> Result<BackwardPlan> {
+        let settings = Settings::new(problem, options)?;
+        let dist_threshold = options.dist_threshold;
         let sm_count = checked_sm_count(sm_count)?;
         let features = features(&settings)?;
         let op = settings.op();
@@ -157,8 +120,7 @@ impl BackwardPlan {
 
     /// Plans the same pass for a machine with another number of SMs.
     pub(crate) fn on(&self, sm_count: u32) -> Result<BackwardPlan> {
-        let Settings { problem, mask, scale, dist_threshold, dropout } = self.settings;
-        Self::plan(&problem, mask, Some(scale), Extra { dist_threshold, dropout }, self.determinism, sm_count)
+        Self::new(&self.settings.problem, &self.settings.options, self.determinism, sm_count)
     }
 
     /// Returns the order of dQ's sums.

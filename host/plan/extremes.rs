@@ -5,7 +5,7 @@ use std::{hint::black_box, panic::catch_unwind};
 use kernels_gpu::{attention::scheduler::TileOrder, variants::Dtype};
 use proptest::prelude::*;
 
-use super::{BackwardPlan, Determinism, Plan, TotalPlan};
+use super::{BackwardPlan, Determinism, Options, Plan, TotalPlan};
 use crate::{
     dropout::Dropout,
     error::{Error, Result},
@@ -123,7 +123,7 @@ const PROBLEM: Problem =
     Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1, head_dim: 64, dtype: Dtype::F16 };
 
 fn fast(problem: &Problem, sm_count: u32) -> Result<BackwardPlan> {
-    BackwardPlan::new(problem, Mask::None, None, Dropout::NONE, Determinism::Fast, sm_count)
+    BackwardPlan::new(problem, &Options::default(), Determinism::Fast, sm_count)
 }
 
 /// Problems with more key heads than 32 bits count are valid if no head has anything to do.
@@ -147,7 +147,12 @@ fn query_blocks_of_a_cta_have_a_limit() {
     assert!(fast(&problem, 2).is_ok());
     // Each pair counts.
     let piecewise = |sm_count| {
-        BackwardPlan::piecewise(&problem, Mask::Causal, None, 0, Dropout::NONE, Determinism::Exact, sm_count)
+        BackwardPlan::new(
+            &problem,
+            &Options { mask: Mask::Causal, dist_threshold: Some(0), ..Options::default() },
+            Determinism::Exact,
+            sm_count,
+        )
     };
     assert_eq!(piecewise(2), error(1 << 30));
     assert!(piecewise(3).is_ok());
@@ -157,9 +162,9 @@ fn query_blocks_of_a_cta_have_a_limit() {
 fn multiprocessors_have_a_limit() {
     let error = "sm_count is 1048577; at most 1048576 is allowed";
     let many = (1 << 20) + 1;
-    assert_eq!(Plan::forward(&PROBLEM, Mask::None, None, Dropout::NONE, many).unwrap_err().to_string(), error);
+    assert_eq!(Plan::forward(&PROBLEM, &Options::default(), many).unwrap_err().to_string(), error);
     assert_eq!(fast(&PROBLEM, many).unwrap_err().to_string(), error);
-    assert_eq!(TotalPlan::new(&PROBLEM, Mask::None, None, many).unwrap_err().to_string(), error);
+    assert_eq!(TotalPlan::new(&PROBLEM, &Options::default(), many).unwrap_err().to_string(), error);
     assert_eq!(fast(&PROBLEM, 0), fast(&PROBLEM, 1));
 }
 
@@ -168,12 +173,12 @@ proptest! {
 
     #[test]
     fn forward(problem in problem(), mask in mask(), dropout in dropout(), sm_count in sm_count()) {
-        check_forward(Plan::forward(&problem, mask, None, dropout, sm_count));
+        check_forward(Plan::forward(&problem, &Options { mask, dropout, ..Options::default() }, sm_count));
     }
 
     #[test]
     fn piecewise(problem in problem(), mask in mask(), threshold in threshold(), sm_count in sm_count()) {
-        check_forward(Plan::piecewise(&problem, mask, None, threshold, Dropout::NONE, sm_count));
+        check_forward(Plan::forward(&problem, &Options { mask, dist_threshold: Some(threshold), ..Options::default() }, sm_count));
     }
 
     #[test]
@@ -181,7 +186,7 @@ proptest! {
         problem in problem(), mask in mask(), dropout in dropout(), determinism in determinism(),
         sm_count in sm_count(),
     ) {
-        check_backward(BackwardPlan::new(&problem, mask, None, dropout, determinism, sm_count));
+        check_backward(BackwardPlan::new(&problem, &Options { mask, dropout, ..Options::default() }, determinism, sm_count));
     }
 
     #[test]
@@ -189,11 +194,11 @@ proptest! {
         problem in problem(), mask in mask(), threshold in threshold(), determinism in determinism(),
         sm_count in sm_count(),
     ) {
-        check_backward(BackwardPlan::piecewise(&problem, mask, None, threshold, Dropout::NONE, determinism, sm_count));
+        check_backward(BackwardPlan::new(&problem, &Options { mask, dist_threshold: Some(threshold), ..Options::default() }, determinism, sm_count));
     }
 
     #[test]
     fn total(problem in problem(), mask in mask(), sm_count in sm_count()) {
-        check_total(TotalPlan::new(&problem, mask, None, sm_count));
+        check_total(TotalPlan::new(&problem, &Options { mask, ..Options::default() }, sm_count));
     }
 }

@@ -8,7 +8,9 @@ use kernels_gpu::{
     variants::{self, Needed, Variant},
 };
 
-use super::{Extra, MAX_WORK_TILES, PassKind, Settings, accessors_with_extra, checked_sm_count, features};
+use super::{
+    InputKinds, MAX_WORK_TILES, Options, PassKind, Settings, accessors_with_extra, checked_sm_count, features,
+};
 use crate::{
     dropout::Dropout,
     error::{Error, Result},
@@ -45,32 +47,12 @@ impl Plan {
     /// Plans a forward pass for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1.
     ///
     /// # Errors
-    /// Errors of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0; [`Error::Dropout`]
-    /// for a probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work
-    /// tiles or more, or for an `sm_count` above 2²⁰.
-    pub fn forward(problem: &Problem, mask: Mask, scale: Option<f32>, dropout: Dropout, sm_count: u32) -> Result<Plan> {
-        Self::new(problem, mask, scale, Extra { dist_threshold: None, dropout }, sm_count)
-    }
-
-    /// Plans a forward pass of piecewise attention; see [`Plan::forward`]. The score of query i and key j comes from
-    /// the second pair of Q and K if i + seqlen_k − seqlen_q − j is at least `dist_threshold`.
-    ///
-    /// # Errors
-    /// Errors of [`Plan::forward`].
-    pub fn piecewise(
-        problem: &Problem,
-        mask: Mask,
-        scale: Option<f32>,
-        dist_threshold: i32,
-        dropout: Dropout,
-        sm_count: u32,
-    ) -> Result<Plan> {
-        let extra = Extra { dist_threshold: Some(dist_threshold), dropout };
-        Self::new(problem, mask, scale, extra, sm_count)
-    }
-
-    fn new(problem: &Problem, mask: Mask, scale: Option<f32>, extra: Extra, sm_count: u32) -> Result<Plan> {
-        let settings = Settings::new(problem, mask, scale, extra)?;
+    /// Errors of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0, [`Error::Softcap`]
+    /// for such a softcap, and [`Error::ScoreFactor`] for two of which f32 holds no quotient; [`Error::Dropout`] for a
+    /// probability that is not at least 0 and below 1; [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or
+    /// more, or for an `sm_count` above 2²⁰.
+    pub fn forward(problem: &Problem, options: &Options, sm_count: u32) -> Result<Plan> {
+        let settings = Settings::new(problem, options)?;
         let sm_count = checked_sm_count(sm_count)?;
         let features = features(&settings)?;
         let shape = problem.kernel_shape();
@@ -166,12 +148,12 @@ mod tests {
         Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
 
     fn plan(problem: Problem) -> Result<Plan> {
-        Plan::forward(&problem, Mask::None, None, Dropout::NONE, 132)
+        Plan::forward(&problem, &Options::default(), 132)
     }
 
     #[test]
     fn prints_what_will_run() {
-        let plan = Plan::forward(&PROBLEM, Mask::Causal, None, Dropout::NONE, 132).unwrap();
+        let plan = Plan::forward(&PROBLEM, &Options { mask: Mask::Causal, ..Options::default() }, 132).unwrap();
         let text = plan.to_string();
         for part in [
             "forward bf16: batch 2, heads 6/2, seqlen 1000 × 300, head_dim 64, mask causal, scale 0.125",
@@ -185,11 +167,13 @@ mod tests {
     #[test]
     fn scale_must_be_finite_and_positive() {
         for scale in [0.0, -0.0, -1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let error = Plan::forward(&PROBLEM, Mask::None, Some(scale), Dropout::NONE, 1).unwrap_err();
+            let error = Plan::forward(&PROBLEM, &Options { scale: Some(scale), ..Options::default() }, 1).unwrap_err();
             assert_eq!(error.to_string(), format!("scale is {scale}; a finite number above 0 is needed"));
         }
         assert_eq!(
-            Plan::forward(&PROBLEM, Mask::None, Some(f32::MIN_POSITIVE), Dropout::NONE, 1).unwrap().scale(),
+            Plan::forward(&PROBLEM, &Options { scale: Some(f32::MIN_POSITIVE), ..Options::default() }, 1)
+                .unwrap()
+                .scale(),
             f32::MIN_POSITIVE
         );
         assert_eq!(plan(Problem { head_dim: 256, ..PROBLEM }).unwrap().scale(), 1.0 / 16.0);
@@ -222,7 +206,7 @@ mod tests {
         let tiles = |seqlen: usize, mask| {
             let problem = Problem { heads_q: 32, heads_kv: 32, seqlen_q: seqlen, seqlen_k: seqlen, ..PROBLEM };
             let problem = Problem { batch: 32768 / seqlen, ..problem };
-            Plan::forward(&problem, mask, None, Dropout::NONE, 132).unwrap().variant().block_m()
+            Plan::forward(&problem, &Options { mask, ..Options::default() }, 132).unwrap().variant().block_m()
         };
         assert_eq!([1024, 4096, 16384].map(|seqlen| tiles(seqlen, Mask::None)), [192; 3]);
         assert_eq!([1024, 16384].map(|seqlen| tiles(seqlen, Mask::Causal)), [128, 192]);
@@ -234,7 +218,10 @@ mod tests {
         let blocks = |seqlen: usize| {
             let problem = Problem { heads_q: 8, heads_kv: 8, seqlen_q: seqlen, seqlen_k: seqlen, ..PROBLEM };
             let problem = Problem { batch: 32768 / seqlen, head_dim: 256, ..problem };
-            Plan::forward(&problem, Mask::Causal, None, Dropout::NONE, 132).unwrap().variant().block_n
+            Plan::forward(&problem, &Options { mask: Mask::Causal, ..Options::default() }, 132)
+                .unwrap()
+                .variant()
+                .block_n
         };
         assert_eq!([512, 1024, 2048, 4096, 16384].map(blocks), [64, 64, 80, 80, 80]);
     }
@@ -249,7 +236,7 @@ mod tests {
         {
             let problem = Problem { heads_q, heads_kv, seqlen_q, ..long };
             for (mask, sm_count) in [(Mask::None, 132), (Mask::None, 131), (Mask::None, 1), (Mask::Causal, 132)] {
-                let plan = Plan::forward(&problem, mask, None, Dropout::NONE, sm_count).unwrap();
+                let plan = Plan::forward(&problem, &Options { mask, ..Options::default() }, sm_count).unwrap();
                 let expected = if sm_count == 1 || mask == Mask::Causal { 1 } else { cluster };
                 assert_eq!(plan.variant().cluster, expected, "{plan} {sm_count}");
                 if plan.variant().cluster == 1 {
@@ -273,7 +260,7 @@ mod tests {
             batch in 0..4usize, heads in 1..5usize, seqlen_q in 0..2000usize, d in 1..=32usize, sm_count in 0..200u32,
         ) {
             let problem = Problem { batch, heads_q: heads, heads_kv: heads, seqlen_q, head_dim: 8 * d, ..PROBLEM };
-            let plan = Plan::forward(&problem, Mask::None, None, Dropout::NONE, sm_count).unwrap();
+            let plan = Plan::forward(&problem, &Options::default(), sm_count).unwrap();
             prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
             let m_blocks = seqlen_q.div_ceil(plan.variant().block_m() as usize);
             prop_assert_eq!(plan.work_tiles() as usize, batch * heads * m_blocks);

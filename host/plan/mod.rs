@@ -13,6 +13,7 @@ use crate::problem::at_most;
 mod backward;
 mod forward;
 mod needs;
+mod options;
 mod run;
 mod settings;
 mod total_attention;
@@ -24,7 +25,8 @@ mod extremes;
 pub use backward::{BackwardPlan, Determinism};
 pub use forward::Plan;
 pub use needs::{Needs, PassKind};
-use settings::{Extra, Settings, accessors, accessors_with_extra};
+pub use options::{Alibi, InputKinds, Options, Sinks};
+use settings::{Settings, accessors, accessors_with_extra};
 pub use total_attention::TotalPlan;
 pub(crate) use workspace::{WORKSPACE_ALIGNMENT, WorkspaceLayout};
 
@@ -39,10 +41,10 @@ fn checked_sm_count(sm_count: u32) -> Result<u32> {
 
 /// Returns the features of a plan with these settings as launch parameters. Addresses are still missing.
 fn features(settings: &Settings) -> Result<AnyFeatures> {
-    let Settings { problem, mask, scale, dist_threshold, dropout } = settings;
+    let Settings { problem, scale, options } = settings;
     Ok(AnyFeatures {
-        mask: AnyMask::new(mask.window(problem), *dist_threshold),
-        score: Shaped::new(*scale, None, false),
-        dropout: dropout.launched()?,
+        mask: AnyMask::new(options.mask.window(problem), options.dist_threshold),
+        score: Shaped::new(*scale, options.softcap, options.alibi != Alibi::None),
+        dropout: options.dropout.launched()?,
     })
 }

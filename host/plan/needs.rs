@@ -4,7 +4,8 @@ use std::fmt;
 
 use kernels_gpu::variants::{Dtype, Op};
 
-use super::Determinism;
+use super::settings::write_shaping;
+use super::{Alibi, Determinism, Sinks};
 use crate::problem::Mask;
 
 /// Kind of a pass of attention.
@@ -32,13 +33,19 @@ pub struct Needs {
     pub mask: Mask,
     /// Element type of the problem.
     pub dtype: Dtype,
+    /// Bound of the scores, if there is one.
+    pub softcap: Option<f32>,
+    /// Slopes of ALiBi.
+    pub alibi: Alibi,
+    /// Sinks of the softmax.
+    pub sinks: Sinks,
     /// Probability that a weight is dropped; 0 if none is.
     pub dropout: f32,
 }
 
 impl fmt::Display for Needs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Needs { pass, op, head_dim, mask, dtype, dropout } = self;
+        let Needs { pass, op, head_dim, mask, dtype, softcap, alibi, sinks, dropout } = self;
         let attention = match op {
             Op::Forward => "attention",
             Op::Piecewise => "piecewise attention",
@@ -46,9 +53,13 @@ impl fmt::Display for Needs {
         match pass {
             PassKind::Forward => write!(f, "forward of {attention}")?,
             PassKind::Backward(_) => write!(f, "backward of {attention}")?,
-            PassKind::TotalAttention => f.write_str("total attention")?,
+            PassKind::TotalAttention => match op {
+                Op::Forward => f.write_str("total attention")?,
+                Op::Piecewise => f.write_str("total attention of piecewise attention")?,
+            },
         }
         write!(f, " with head_dim {head_dim}, mask {mask}, dtype {}", dtype.name())?;
+        write_shaping(f, *softcap, *alibi, *sinks)?;
         if *dropout > 0.0 {
             write!(f, ", dropout {dropout}")?;
         }
@@ -72,15 +83,26 @@ mod tests {
             head_dim: 96,
             mask: Mask::Causal,
             dtype: Dtype::Bf16,
+            softcap: Some(30.0),
+            alibi: Alibi::PerItem,
+            sinks: Sinks::PerHead,
             dropout: 0.1,
         };
         let text = |needs| Error::NoVariant { needs }.to_string();
         assert_eq!(
             text(needs),
             "no kernel is compiled for backward of piecewise attention with head_dim 96, mask causal, dtype bf16, \
-             dropout 0.1, determinism exact"
+             softcap 30, alibi per batch item, sinks, dropout 0.1, determinism exact"
         );
-        let plain = Needs { pass: PassKind::Forward, op: Op::Forward, dropout: 0.0, ..needs };
+        let plain = Needs {
+            pass: PassKind::Forward,
+            op: Op::Forward,
+            softcap: None,
+            alibi: Alibi::None,
+            sinks: Sinks::None,
+            dropout: 0.0,
+            ..needs
+        };
         assert_eq!(
             text(plain),
             "no kernel is compiled for forward of attention with head_dim 96, mask causal, dtype bf16"

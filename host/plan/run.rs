@@ -5,7 +5,7 @@ use crate::{
     backend::{Backend, Workspace},
     element::Element,
     error::Result,
-    operands::{BackwardInputs, ForwardInputs, Gradients, SecondTensors},
+    operands::{BackwardInputs, Gradients, Inputs, SecondTensors, TotalInputs},
     tensor::Tensor,
 };
 
@@ -16,7 +16,7 @@ impl Plan {
     /// made for. See [`Attention::forward_into`](crate::Attention::forward_into) for the tensors.
     ///
     /// ```
-    /// use ferroflash::{Attention, Backend, Cpu, Dtype, ForwardInputs, Problem, Tensor, bf16};
+    /// use ferroflash::{Attention, Backend, Cpu, Dtype, Inputs, Problem, Tensor, bf16};
     ///
     /// let problem =
     ///     Problem { batch: 1, heads_q: 2, heads_kv: 2, seqlen_q: 40, seqlen_k: 40, head_dim: 32, dtype: Dtype::Bf16 };
@@ -25,18 +25,19 @@ impl Plan {
     /// for step in 1..3 {
     ///     let x: Vec<bf16> = (0..o.len()).map(|i| bf16::from_f32((i as f32 / step as f32).sin())).collect();
     ///     let x = Tensor::bhsd(&x[..], problem.q_shape());
-    ///     plan.run(&Cpu, ForwardInputs::plain(x, x, x), Tensor::bhsd(&mut o[..], problem.q_shape()), None)?;
+    ///     plan.run(&Cpu, Inputs::new(x, x, x), Tensor::bhsd(&mut o[..], problem.q_shape()), None)?;
     /// }
     /// # Ok::<(), ferroflash::Error>(())
     /// ```
     ///
     /// # Errors
-    /// [`Error::SecondPair`](crate::Error::SecondPair) for inputs of another kind than the plan's, and the errors of
+    /// [`Error::SecondPair`](crate::Error::SecondPair) and [`Error::OptionalInput`](crate::Error::OptionalInput) for
+    /// inputs of another kind than the plan's, and the errors of
     /// [`Attention::forward_into`](crate::Attention::forward_into), except those of planning.
     pub fn run<B: Backend, E: Element>(
         &self,
         backend: &B,
-        inputs: ForwardInputs<B::Slice<'_, E>>,
+        inputs: Inputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         o: Tensor<B::SliceMut<'_, E>>,
         lse: Option<B::SliceMut<'_, f32>>,
     ) -> Result<()> {
@@ -52,14 +53,15 @@ impl BackwardPlan {
     /// made for. See [`Attention::backward_into`](crate::Attention::backward_into) for the tensors.
     ///
     /// # Errors
-    /// [`Error::SecondPair`](crate::Error::SecondPair) for inputs of another kind than the plan's, and the errors of
+    /// [`Error::SecondPair`](crate::Error::SecondPair) and [`Error::OptionalInput`](crate::Error::OptionalInput) for
+    /// inputs of another kind than the plan's, and the errors of
     /// [`Attention::backward_into`](crate::Attention::backward_into), except those of planning.
     pub fn run<B: Backend, E: Element>(
         &self,
         backend: &B,
         inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         second: Option<SecondTensors<B::Slice<'_, E>, B::SliceMut<'_, E>>>,
-        outputs: Gradients<Tensor<B::SliceMut<'_, E>>>,
+        outputs: Gradients<Tensor<B::SliceMut<'_, E>>, B::SliceMut<'_, f32>>,
         workspace: &mut Workspace<B>,
     ) -> Result<()> {
         backend.backward_into(self, inputs, outputs, second, workspace)
@@ -77,11 +79,9 @@ impl TotalPlan {
     pub fn run<B: Backend, E: Element>(
         &self,
         backend: &B,
-        q: Tensor<B::Slice<'_, E>>,
-        k: Tensor<B::Slice<'_, E>>,
-        lse: B::Slice<'_, f32>,
+        inputs: TotalInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         total: B::SliceMut<'_, f32>,
     ) -> Result<()> {
-        backend.total_attention_into(self, q, k, lse, total)
+        backend.total_attention_into(self, inputs, total)
     }
 }

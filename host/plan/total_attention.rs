@@ -6,11 +6,12 @@ use std::fmt;
 use kernels_gpu::ground::constants::Constants;
 use kernels_gpu::{
     attention::{any_features::AnyFeatures, scheduler::TileOrder, shared_tiles},
-    variants::{self, TotalVariant},
+    variants::{self, Op, TotalVariant},
 };
 
-use super::{Extra, MAX_WORK_TILES, PassKind, Settings, accessors, checked_sm_count, features};
+use super::{InputKinds, MAX_WORK_TILES, Options, PassKind, Settings, Sinks, accessors, checked_sm_count, features};
 use crate::{
+    dropout::Dropout,
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };
@@ -33,17 +34,20 @@ pub struct TotalPlan {
 accessors!(TotalPlan);
 
 impl TotalPlan {
-    /// Plans total attention for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1. The default scale
-    /// is 1/√head_dim.
+    /// Plans total attention for a machine with `sm_count` SMs, or threads on the CPU; 0 counts as 1. The options are
+    /// those of the forward pass that gave the LSE. Dropout and sinks make no difference: weights count before dropout,
+    /// and sinks enter through the LSE alone.
     ///
     /// # Errors
-    /// Errors of [`Problem::validate`]; [`Error::Scale`] for a scale that is not finite and above 0;
-    /// [`Error::NoVariant`]; [`Error::TooLarge`] for 2³¹ work tiles or more, or for an `sm_count` above 2²⁰.
-    pub fn new(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<TotalPlan> {
-        let settings = Settings::new(problem, mask, scale, Extra::NONE)?;
+    /// Errors of [`Plan::forward`](super::Plan::forward). [`Error::NoVariant`] is also the error of options with a
+    /// distance, because there is no total attention of two pairs.
+    pub fn new(problem: &Problem, options: &Options, sm_count: u32) -> Result<TotalPlan> {
+        let options = Options { dropout: Dropout::NONE, sinks: Sinks::None, ..*options };
+        let settings = Settings::new(problem, &options)?;
         let sm_count = checked_sm_count(sm_count)?;
         let features = features(&settings)?;
         let variant = variants::total(problem.dtype, problem.head_dim as u32)
+            .filter(|_| settings.op() == Op::Forward)
             .ok_or_else(|| Error::NoVariant { needs: settings.needs(PassKind::TotalAttention) })?;
         let n_blocks = problem.seqlen_k.div_ceil(variant.block_n() as usize) as u128;
         let tiles = problem.batch as u128 * problem.heads_q as u128 * n_blocks;
@@ -54,7 +58,7 @@ impl TotalPlan {
         let grid = shared_tiles::count(work_tiles, shared_from, parts).min(sm_count);
         let order = match work_tiles {
             0 => TileOrder::default(),
-            _ => variant.order(&problem.kernel_shape(), &mask.window(problem), grid),
+            _ => variant.order(&problem.kernel_shape(), &options.mask.window(problem), grid),
         };
         Ok(TotalPlan { settings, features, variant, work_tiles, grid, order, shared_from })
     }
@@ -120,12 +124,12 @@ mod tests {
         Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
 
     fn plan(problem: Problem) -> Result<TotalPlan> {
-        TotalPlan::new(&problem, Mask::None, None, 132)
+        TotalPlan::new(&problem, &Options::default(), 132)
     }
 
     #[test]
     fn prints_what_will_run() {
-        let plan = TotalPlan::new(&PROBLEM, Mask::Causal, None, 5).unwrap();
+        let plan = TotalPlan::new(&PROBLEM, &Options { mask: Mask::Causal, ..Options::default() }, 5).unwrap();
         let smem = plan.smem_bytes();
         assert_eq!(
             plan.to_string(),
@@ -140,7 +144,7 @@ mod tests {
     #[test]
     fn scale_must_be_finite_and_positive() {
         for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
-            let error = TotalPlan::new(&PROBLEM, Mask::None, Some(scale), 1).unwrap_err();
+            let error = TotalPlan::new(&PROBLEM, &Options { scale: Some(scale), ..Options::default() }, 1).unwrap_err();
             assert_eq!(error.to_string(), format!("scale is {scale}; a finite number above 0 is needed"));
         }
     }
@@ -172,7 +176,7 @@ mod tests {
             batch in 0..4usize, heads in 1..5usize, seqlen_k in 0..2000usize, d in 1..=32usize, sm_count in 0..200u32,
         ) {
             let problem = Problem { batch, heads_q: 2 * heads, heads_kv: heads, seqlen_k, head_dim: 8 * d, ..PROBLEM };
-            let plan = TotalPlan::new(&problem, Mask::Causal, None, sm_count).unwrap();
+            let plan = TotalPlan::new(&problem, &Options { mask: Mask::Causal, ..Options::default() }, sm_count).unwrap();
             prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
             let n_blocks = seqlen_k.div_ceil(plan.variant().block_n() as usize);
             prop_assert_eq!(plan.work_tiles() as usize, batch * 2 * heads * n_blocks);

@@ -65,6 +65,8 @@ pub struct GradientAccuracy {
     pub dv: Accuracy,
     /// Accuracy of dQ and dK of the second pair, if there is one.
     pub second: Option<Pair<Accuracy>>,
+    /// Accuracy of the gradient of the sinks, if there are any.
+    pub d_sinks: Option<Accuracy>,
 }
 
 impl GradientAccuracy {
@@ -74,6 +76,9 @@ impl GradientAccuracy {
     /// forms them in the same order and gets 0; a machine that forms them in different orders gets f32's rounding of
     /// them. In that case the 10⁻⁵ count in units of `cancelled`, the size of the terms whose difference is 0.
     /// Otherwise `cancelled` is 1.
+    ///
+    /// The gradient of a sink is a sum in f32 over all rows of a head, in an order of the machine's own. Its 10⁻⁵ count
+    /// in units of the sum of the terms' absolute values, which bounds the rounding of a sum, or of 1 if that is larger.
     pub fn of(found: &Backward, plain: &Backward, exact: &Backward, cancelled: f64) -> Self {
         let compare = |of: fn(&Backward) -> &[f64], slack| Accuracy::compare(of(found), of(plain), of(exact), slack);
         let slack = SLACK * cancelled.max(1.0);
@@ -85,15 +90,21 @@ impl GradientAccuracy {
                 q: compare(|x| x.second.as_ref().map_or(&[], |pair| &pair.q), slack),
                 k: compare(|x| x.second.as_ref().map_or(&[], |pair| &pair.k), slack),
             }),
+            d_sinks: exact
+                .d_sinks
+                .is_some()
+                .then(|| compare(|x| x.d_sinks.as_deref().unwrap_or_default(), SLACK * exact.sink_terms.max(1.0))),
         }
     }
 
     /// Returns each accuracy with its name. Names of Q and K are numbered if there are two pairs.
     pub fn named(&self) -> Vec<(&'static str, Accuracy)> {
-        match self.second {
+        let mut named = match self.second {
             None => vec![("dQ", self.dq), ("dK", self.dk), ("dV", self.dv)],
             Some(Pair { q, k }) => vec![("dQ1", self.dq), ("dK1", self.dk), ("dQ2", q), ("dK2", k), ("dV", self.dv)],
-        }
+        };
+        named.extend(self.d_sinks.map(|d_sinks| ("dSinks", d_sinks)));
+        named
     }
 
     /// True if every error is within its tolerance.
@@ -142,7 +153,7 @@ mod tests {
     fn every_gradient_has_its_bar() {
         let piecewise = |x: [f64; 5]| {
             let [dq, dk, dv, q, k] = x.map(|x| vec![x]);
-            Backward { dq, dk, dv, second: Some(Pair { q, k }) }
+            Backward { dq, dk, dv, second: Some(Pair { q, k }), ..Backward::default() }
         };
         let plain = |x| Backward { second: None, ..piecewise(x) };
         let judge = |of: &dyn Fn([f64; 5]) -> Backward, found| {

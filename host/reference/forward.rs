@@ -6,12 +6,12 @@ use crate::element::Element;
 use kernels_gpu::attention::dropout::Dropout as Launched;
 use rayon::prelude::*;
 
-use super::scores::{Scores, score};
+use super::rule::Rule;
+use super::scores::Scores;
 use crate::backend::Backend;
-use crate::dropout::Dropout;
 use crate::error::{Error, Result};
-use crate::operands::{AddressSpace, Check, Lines, Role, Tensors, rows};
-use crate::plan::Plan;
+use crate::operands::{AddressSpace, Check, Inputs, Lines, OptionalInputs, Role, Tensors, rows};
+use crate::plan::{Options, Plan};
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
 
@@ -57,7 +57,7 @@ impl Rows {
 pub struct Forward {
     /// (batch, heads_q, rows, head_dim), contiguous.
     pub o: Vec<f64>,
-    /// (batch, heads_q, rows), natural log; −∞ for a row without a valid key.
+    /// (batch, heads_q, rows), natural log; for a row without a valid key −∞, or the sink.
     pub lse: Vec<f64>,
 }
 
@@ -83,7 +83,8 @@ pub(super) fn factors<R: Real>(dropout: &Option<Launched>, head: usize, i: usize
     keys.map(factor).collect()
 }
 
-/// Computes softmax(S + mask)·V in f64 with dropout of the weights, where `scores` defines the products in S. Masked
+/// Computes softmax(S + mask)·V in f64 with dropout of the weights, where `scores` defines the products in S. The
+/// presence of slopes and sinks in `optional` decides; the options' own kinds are ignored, and so is a distance. Masked
 /// keys take no part, even if they hold NaN or an infinity. A kernel gives them the weight 0 in the blocks that it
 /// visits, so the two differ if V holds a NaN or an infinity at a masked key.
 ///
@@ -91,58 +92,58 @@ pub(super) fn factors<R: Real>(dropout: &Option<Launched>, head: usize, i: usize
 /// Errors of [`Plan::forward`] and of the tensors' shapes; [`Error::TooLarge`] for a row that the problem doesn't have.
 pub fn forward_f64<E: Element>(
     problem: &Problem,
-    mask: Mask,
-    scale: f32,
-    dropout: &Dropout,
+    options: &Options,
     scores: Scores<Tensor<&[E]>>,
     v: Tensor<&[E]>,
+    optional: OptionalInputs<&[f32]>,
     rows: &Rows,
 ) -> Result<Forward> {
-    let plan = Plan::forward(problem, mask, Some(scale), *dropout, 1)?;
-    evaluate(&plan, scores, v, rows, |p: &mut [f64], [v, z], o| {
-        let m = p.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        p.iter_mut().for_each(|p| *p = (*p - m).exp());
-        let l: f64 = p.iter().sum();
+    let plan = plan(problem, options, &optional)?;
+    evaluate(&plan, scores, v, optional, rows, |rule: &Rule<f64>, p, [v, z], o| {
+        let lse = rule.softmax(p);
         for ((p, z), v) in p.iter().zip(z).zip(v.chunks_exact(o.len())) {
-            let p = p / l * z;
+            let p = p * z;
             for (o, v) in o.iter_mut().zip(v) {
                 *o += p * v;
             }
         }
-        m + l.ln()
+        lse
     })
 }
 
-/// Computes the same result in the precision of a kernel, without its tiles. Products of 16-bit inputs and softmax are
-/// f32. P is rounded to the inputs' dtype before the second product, and O at the end. Dropout is that of
-/// flash-attention's `attention_ref` in its tests: kept weights are multiplied by V times the factor, which is rounded
-/// to that dtype too.
+/// Computes the same result in the precision of a kernel, without its tiles. Products of 16-bit inputs, softcap, ALiBi
+/// and softmax are f32. P is rounded to the inputs' dtype before the second product, and O at the end. Dropout is that
+/// of flash-attention's `attention_ref` in its tests: kept weights are multiplied by V times the factor, which is
+/// rounded to that dtype too.
 ///
 /// # Errors
 /// Errors of [`forward_f64`].
 pub fn forward_plain<E: Element>(
     problem: &Problem,
-    mask: Mask,
-    scale: f32,
-    dropout: &Dropout,
+    options: &Options,
     scores: Scores<Tensor<&[E]>>,
     v: Tensor<&[E]>,
+    optional: OptionalInputs<&[f32]>,
     rows: &Rows,
 ) -> Result<Forward> {
-    let plan = Plan::forward(problem, mask, Some(scale), *dropout, 1)?;
-    evaluate(&plan, scores, v, rows, |p: &mut [f32], [v, z], o| {
-        let m = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        p.iter_mut().for_each(|p| *p = (*p - m).exp());
-        let l: f32 = p.iter().sum();
+    let plan = plan(problem, options, &optional)?;
+    evaluate(&plan, scores, v, optional, rows, |rule: &Rule<f32>, p, [v, z], o| {
+        let lse = rule.softmax(p);
         for ((p, z), v) in p.iter().zip(z).zip(v.chunks_exact(o.len())) {
-            let p = E::from_f32(p / l).to_f32();
+            let p = E::from_f32(*p).to_f32();
             for (o, v) in o.iter_mut().zip(v) {
                 *o += p * E::from_f32(v * z).to_f32();
             }
         }
         o.iter_mut().for_each(|o| *o = E::from_f32(*o).to_f32());
-        m + l.ln()
+        lse
     })
+}
+
+/// Plans attention with these optional inputs. Pairs of Q and K are those of [`Scores`], so the plan has one.
+pub(super) fn plan(problem: &Problem, options: &Options, optional: &OptionalInputs<&[f32]>) -> Result<Plan> {
+    let options = Options { dist_threshold: None, ..*options }.for_inputs(optional.kinds());
+    Plan::forward(problem, &options, 1)
 }
 
 /// Number type that a reference computes in.
@@ -161,6 +162,8 @@ pub(super) trait Real:
     const NEG_INFINITY: Self;
     fn from_f32(x: f32) -> Self;
     fn exp(self) -> Self;
+    fn ln(self) -> Self;
+    fn tanh(self) -> Self;
 }
 impl Real for f64 {
     const NEG_INFINITY: Self = f64::NEG_INFINITY;
@@ -170,6 +173,12 @@ impl Real for f64 {
     fn exp(self) -> Self {
         self.exp()
     }
+    fn ln(self) -> Self {
+        self.ln()
+    }
+    fn tanh(self) -> Self {
+        self.tanh()
+    }
 }
 impl Real for f32 {
     const NEG_INFINITY: Self = f32::NEG_INFINITY;
@@ -178,6 +187,12 @@ impl Real for f32 {
     }
     fn exp(self) -> Self {
         self.exp()
+    }
+    fn ln(self) -> Self {
+        self.ln()
+    }
+    fn tanh(self) -> Self {
+        self.tanh()
     }
 }
 
@@ -214,19 +229,20 @@ fn head_row<E: Element, R: Real>(
     tensor.data[start..start + tensor.layout.shape[3]].iter().map(|x| R::from_f32(x.to_f32()))
 }
 
-/// Runs `row(s, [v, z], o) -> lse` over every row that has a valid key, heads and rows in parallel. s and v hold the
-/// scaled scores and the values of the valid keys only, and z the factors of their weights.
+/// Runs `row(rule, s, [v, z], o) -> lse` over every row that has a valid key, heads and rows in parallel. s and v hold
+/// the scores and the values of the valid keys only, and z the factors of their weights.
 fn evaluate<E: Element, R: Real>(
     plan: &Plan,
     scores: Scores<Tensor<&[E]>>,
     v: Tensor<&[E]>,
+    optional: OptionalInputs<&[f32]>,
     rows: &Rows,
-    row: impl Fn(&mut [R], [&[R]; 2], &mut [R]) -> R + Sync,
+    row: impl Fn(&Rule<R>, &mut [R], [&[R]; 2], &mut [R]) -> R + Sync,
 ) -> Result<Forward> {
-    scores.pairs().try_for_each(|pair| {
-        crate::Cpu.check_inputs(plan, &crate::operands::ForwardInputs::plain(pair.q, pair.k, v))
-    })?;
-    let (problem, scale) = (plan.problem(), R::from_f32(plan.scale()));
+    scores
+        .pairs()
+        .try_for_each(|pair| crate::Cpu.check_inputs(plan, &Inputs::new(pair.q, pair.k, v).optional(optional)))?;
+    let problem = plan.problem();
     let rows = rows.of(problem.seqlen_q)?;
     if rows.is_empty() {
         // Nothing has limited the number of heads in this case.
@@ -243,6 +259,7 @@ fn evaluate<E: Element, R: Real>(
             let results: Vec<(Vec<R>, Vec<R>)> = (0..group)
                 .map(|g| {
                     let head = head_kv * group + g;
+                    let rule = Rule::<R>::new(plan, &optional, batch, head);
                     let mut o = vec![R::default(); rows.len() * d];
                     let lse = o
                         .par_chunks_exact_mut(d)
@@ -250,17 +267,19 @@ fn evaluate<E: Element, R: Real>(
                         .map(|(o, &i)| {
                             let live = live_keys(problem, plan.mask(), i);
                             if live.is_empty() {
-                                return R::NEG_INFINITY;
+                                return rule.sink.unwrap_or(R::NEG_INFINITY);
                             }
                             let mut s = vec![R::default(); live.len()];
                             for ((pair, k), part) in scores.pairs().zip(&keys).zip(scores.keys(problem, i, &live)) {
                                 let q: Vec<R> = head_row(&pair.q, batch, head, i).collect();
                                 let s = &mut s[part.start - live.start..part.end - live.start];
-                                score(s, scale, &q, &k[part.start * d..part.end * d]);
+                                let k = &k[part.start * d..part.end * d];
+                                let of_keys = rule.scores(&q, k, i, &part);
+                                s.iter_mut().zip(of_keys).for_each(|(s, score)| *s = score.value);
                             }
                             let head = batch * problem.heads_q + head;
                             let z = factors(&plan.features.dropout, head, i, live.clone());
-                            row(&mut s, [&v[live.start * d..live.end * d], &z], o)
+                            row(&rule, &mut s, [&v[live.start * d..live.end * d], &z], o)
                         })
                         .collect();
                     (o, lse)
@@ -313,6 +332,12 @@ mod tests {
 
     use super::*;
 
+    const NONE: OptionalInputs<&[f32]> = OptionalInputs::NONE;
+
+    fn options(mask: Mask, scale: f32) -> Options {
+        Options { mask, scale: Some(scale), ..Options::default() }
+    }
+
     fn problem(seqlen_q: usize, seqlen_k: usize, heads_q: usize, heads_kv: usize) -> Problem {
         Problem { batch: 2, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim: 8, dtype: Dtype::Bf16 }
     }
@@ -331,7 +356,7 @@ mod tests {
             let [q, k, v] = [(4 * m, 5), (2 * n, 7), (2 * n, 11)].map(|(rows, step)| values(2 * rows * 8, step));
             let [k, v] = [&k[..], &v[..]].map(|x| Tensor::bhsd(x, problem.kv_shape()));
             let scores = Scores::plain(Tensor::bhsd(&q[..], problem.q_shape()), k);
-            let result = forward_f64(&problem, mask, 0.5, &Dropout::NONE, scores, v, &Rows::All).unwrap();
+            let result = forward_f64(&problem, &options(mask, 0.5), scores, v, NONE, &Rows::All).unwrap();
             for (row, lse) in result.lse.iter().enumerate() {
                 let (head, i) = (row / m, row % m);
                 let kv = head / 4 * 2 + head % 4 / 2;
@@ -351,7 +376,7 @@ mod tests {
                     assert!((result.o[row * 8 + d] - expected).abs() < 1e-12);
                 }
             }
-            let plain = forward_plain(&problem, mask, 0.5, &Dropout::NONE, scores, v, &Rows::All).unwrap();
+            let plain = forward_plain(&problem, &options(mask, 0.5), scores, v, NONE, &Rows::All).unwrap();
             assert!(plain.o.iter().zip(&result.o).all(|(a, b)| (a - b).abs() < 0.02));
         }
     }
@@ -363,10 +388,10 @@ mod tests {
         let q = Tensor::bhsd(&data[..], problem.q_shape());
         let kv = Tensor::bhsd(&data[..2 * 2 * 6 * 8], problem.kv_shape());
         let all =
-            forward_f64(&problem, Mask::Causal, 1.0, &Dropout::NONE, Scores::plain(q, kv), kv, &Rows::All).unwrap();
+            forward_f64(&problem, &options(Mask::Causal, 1.0), Scores::plain(q, kv), kv, NONE, &Rows::All).unwrap();
         let rows = Rows::sample(9, 3);
         assert_eq!(rows, Rows::Some(vec![0, 4, 8]));
-        let some = forward_f64(&problem, Mask::Causal, 1.0, &Dropout::NONE, Scores::plain(q, kv), kv, &rows).unwrap();
+        let some = forward_f64(&problem, &options(Mask::Causal, 1.0), Scores::plain(q, kv), kv, NONE, &rows).unwrap();
         let expected: Vec<f64> = (0..4).flat_map(|head| [0, 4, 8].map(|i| all.lse[head * 9 + i])).collect();
         assert_eq!(some.lse, expected);
     }
@@ -380,12 +405,12 @@ mod tests {
         let beyond = Rows::Some(vec![0, 3]);
         let none = Error::TooLarge { field: "rows", value: 3, limit: 2 };
         assert_eq!(
-            forward_f64(&problem, Mask::None, 1.0, &Dropout::NONE, Scores::plain(x, x), x, &beyond),
+            forward_f64(&problem, &options(Mask::None, 1.0), Scores::plain(x, x), x, NONE, &beyond),
             Err(none.clone())
         );
         assert_eq!(Forward::gather(&problem, x, None, &beyond), Err(none));
         assert!(
-            forward_plain(&problem, Mask::None, 1.0, &Dropout::NONE, Scores::plain(x, short), x, &Rows::All).is_err()
+            forward_plain(&problem, &options(Mask::None, 1.0), Scores::plain(x, short), x, NONE, &Rows::All).is_err()
         );
         assert!(Forward::gather(&problem, short, None, &Rows::All).is_err());
         assert!(Forward::gather(&problem, x, Some(&[0.0; 11]), &Rows::All).is_err());

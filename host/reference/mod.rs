@@ -13,10 +13,14 @@
 mod accuracy;
 mod backward;
 mod forward;
+mod rule;
 mod scores;
 mod total_attention;
 
-pub use crate::operands::Pair;
+#[cfg(test)]
+mod tests;
+
+pub use crate::operands::{OptionalInputs, Pair};
 pub use accuracy::{Accuracy, GradientAccuracy};
 pub use backward::{Backward, backward_f64, backward_plain};
 pub use forward::{Forward, Rows, forward_f64, forward_plain};

@@ -7,7 +7,6 @@
 
 use std::ops::Range;
 
-use super::forward::{Real, dot};
 use crate::{operands::Pair, problem::Problem};
 
 /// Pairs that scores come from, and the rule that selects one of them.
@@ -46,25 +45,20 @@ impl<T> Scores<T> {
     }
 }
 
-/// Computes the scaled scores of one query with as many keys as `s` has elements.
-pub(super) fn score<R: Real>(s: &mut [R], scale: R, q: &[R], k: &[R]) {
-    for (s, k) in s.iter_mut().zip(k.chunks_exact(q.len())) {
-        *s = scale * dot(q, k);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use crate::element::Element;
     use half::{bf16, f16};
 
     use super::*;
-    use crate::dropout::Dropout;
+    use crate::operands::OptionalInputs;
+    use crate::plan::Options;
     use crate::problem::Mask;
     use crate::reference::{Backward, Forward, GradientAccuracy, Rows};
     use crate::reference::{backward_f64, backward_plain, forward_f64, forward_plain};
     use crate::tensor::Tensor;
 
+    const NONE: OptionalInputs<&[f32]> = OptionalInputs::NONE;
     const SCALE: f32 = 0.7;
     const SHAPES: [(usize, usize, Mask); 6] = [
         (3, 5, Mask::None),
@@ -100,6 +94,10 @@ mod tests {
             Tensor::bhsd(&self.tensors[operand], shape)
         }
 
+        fn options(&self) -> Options {
+            Options { mask: self.mask, scale: Some(SCALE), ..Options::default() }
+        }
+
         fn plain(&self, pair: usize) -> Scores<Tensor<&[E]>> {
             Scores::plain(self.tensor(2 * pair), self.tensor(2 * pair + 1))
         }
@@ -111,17 +109,16 @@ mod tests {
 
         /// Returns the forward pass in f64, and in the precision of a kernel.
         fn forward(&self, scores: Scores<Tensor<&[E]>>) -> [Forward; 2] {
-            [forward_f64::<E>, forward_plain::<E>].map(|run| {
-                run(&self.problem, self.mask, SCALE, &Dropout::NONE, scores, self.tensor(4), &Rows::All).unwrap()
-            })
+            [forward_f64::<E>, forward_plain::<E>]
+                .map(|run| run(&self.problem, &self.options(), scores, self.tensor(4), NONE, &Rows::All).unwrap())
         }
 
         /// Returns the gradients in f64, and in the precision of a kernel.
         fn backward(&self, scores: Scores<Tensor<&[E]>>) -> [Backward; 2] {
             let (values, d_lse) = ([self.tensor(4), self.tensor(5)], Some(&self.d_lse[..]));
             [
-                backward_f64(&self.problem, self.mask, SCALE, &Dropout::NONE, scores, values, d_lse).unwrap(),
-                backward_plain(&self.problem, self.mask, SCALE, &Dropout::NONE, scores, values, (None, d_lse)).unwrap(),
+                backward_f64(&self.problem, &self.options(), scores, values, NONE, d_lse).unwrap(),
+                backward_plain(&self.problem, &self.options(), scores, values, NONE, (None, d_lse)).unwrap(),
             ]
         }
 
@@ -183,7 +180,7 @@ mod tests {
                         let zero = Pair { q: zeros(&dq), k: zeros(&dk) };
                         let pair = Pair { q: dq, k: dk };
                         let (Pair { q, k }, second) = if used == 0 { (pair, zero) } else { (zero, pair) };
-                        Backward { dq: q, dk: k, dv, second: Some(second) }
+                        Backward { dq: q, dk: k, dv, second: Some(second), ..Backward::default() }
                     });
                     assert_eq!(data.backward(data.piecewise(threshold)), expected, "{shape:?} {threshold}");
                 }
@@ -228,7 +225,8 @@ mod tests {
         const STEP: f32 = 1.0 / 1024.0;
         for (shape, threshold) in SHAPES.into_iter().zip([1, -1, 1, 2, 0, 0]) {
             let mut data = Data::<f16>::new(shape);
-            let [Backward { dq, dk, dv, second: Some(second) }, _] = data.backward(data.piecewise(threshold)) else {
+            let [Backward { dq, dk, dv, second: Some(second), .. }, _] = data.backward(data.piecewise(threshold))
+            else {
                 panic!("no second pair");
             };
             let loss = |data: &Data<f16>| -> f64 {
@@ -275,7 +273,7 @@ mod tests {
                         assert!(if row % m < dead { is_dead } else { lse.is_finite() }, "{shape:?} {threshold} {row}");
                     }
                 }
-                for Backward { dq, dk, dv, second } in data.backward(data.piecewise(threshold)) {
+                for Backward { dq, dk, dv, second, .. } in data.backward(data.piecewise(threshold)) {
                     let Pair { q, k } = second.unwrap();
                     let is_dead = |(at, x): (usize, &f64)| if at / 8 % m < dead { *x == 0.0 } else { x.is_finite() };
                     assert!(dq.iter().enumerate().all(is_dead) && q.iter().enumerate().all(is_dead));
@@ -312,17 +310,15 @@ mod tests {
                 tensor.data = &tensor.data[1..];
                 let scores = Scores::piecewise(pairs[0], pairs[1], 0);
                 let [v, d_o] = [data.tensor(4), data.tensor(5)];
-                assert!(forward_f64(&data.problem, Mask::None, SCALE, &Dropout::NONE, scores, v, &Rows::All).is_err());
-                assert!(
-                    backward_f64(&data.problem, Mask::None, SCALE, &Dropout::NONE, scores, [v, d_o], None).is_err()
-                );
+                assert!(forward_f64(&data.problem, &data.options(), scores, v, NONE, &Rows::All).is_err());
+                assert!(backward_f64(&data.problem, &data.options(), scores, [v, d_o], NONE, None).is_err());
             }
         }
         let nothing = Problem { seqlen_q: 0, seqlen_k: 0, ..data.problem };
         let none = |shape| Tensor::bhsd(&[][..], shape);
         let (q, kv) = (none(nothing.q_shape()), none(nothing.kv_shape()));
         let scores = Scores::piecewise(Pair { q, k: kv }, Pair { q, k: kv }, 0);
-        let found = backward_f64::<f16>(&nothing, Mask::None, SCALE, &Dropout::NONE, scores, [kv, q], None);
+        let found = backward_f64::<f16>(&nothing, &data.options(), scores, [kv, q], NONE, None);
         assert_eq!(found, Ok(Backward { second: Some(Pair::default()), ..Backward::default() }));
     }
 }

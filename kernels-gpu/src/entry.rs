@@ -12,6 +12,7 @@ use crate::arch::sm90::fragment::{Fragment, Operand};
 use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
+use crate::arch::sm90::sink_gradients;
 use crate::arch::sm90::store::write_tile;
 use crate::arch::sm90::total_neg_lse_log2::produce_neg_lse_log2;
 use crate::arch::sm90::total_producer;
@@ -27,7 +28,7 @@ use crate::kernels::backward::{Both, consume as consume_backward};
 use crate::kernels::backward_gradients::{Dk, Dv};
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
-use crate::params::{BackwardParams, FinishParams, ForwardParams, PrepareParams, TotalParams};
+use crate::params::{BackwardParams, FinishParams, ForwardParams, PrepareParams, SinkGradientParams, TotalParams};
 use crate::tile::smem::Split;
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
 use crate::tile::smem_total::TotalSmem;
@@ -278,4 +279,11 @@ pub unsafe extern "ptx-kernel" fn prepare_f16(p: PrepareParams) {
 #[unsafe(no_mangle)]
 pub unsafe extern "ptx-kernel" fn prepare_bf16(p: PrepareParams) {
     rows::prepare::<bf16>(&p);
+}
+
+/// Computes the gradient of the sinks. Its workspace and results are f32, so it serves both dtypes.
+#[cfg(family = "backward")]
+#[unsafe(export_name = "sink_gradients")]
+pub unsafe extern "ptx-kernel" fn gradients_of_sinks(p: SinkGradientParams) {
+    sink_gradients::sink_gradients(&p);
 }

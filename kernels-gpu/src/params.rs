@@ -11,6 +11,7 @@ use crate::attention::key_parts::Sharing;
 use crate::attention::scheduler::TileOrder;
 use crate::ground::shape::Shape;
 use crate::ground::tensor::{Output, PerHead, Strided, TensorMap};
+use crate::tile::lane::WARP_THREADS;
 
 /// Launch parameters of the forward kernel, whatever its features.
 #[repr(C)]
@@ -183,6 +184,24 @@ pub struct FinishParams {
     pub first: FirstTiles,
 }
 
+/// Parameters of the kernel that computes the gradient of the sinks. It reads the workspace that the preprocess kernel
+/// has filled.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SinkGradientParams {
+    /// Sinks, f32 (heads_q).
+    pub sinks: PerHead,
+    /// Address of the result, f32 (heads_q).
+    pub d_sinks: u64,
+    pub workspace: Workspace,
+    pub shape: Shape,
+}
+
+/// Name of that kernel. It has one CTA for each query head.
+pub const SINK_GRADIENTS: &str = "sink_gradients";
+/// Shared memory of its CTAs, in bytes: a sum of each warp.
+pub const SINK_GRADIENTS_SMEM_BYTES: u32 = ROW_KERNEL_THREADS / WARP_THREADS * 4;
+
 /// Launch parameters of the kernel that computes total attention.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -225,6 +244,7 @@ check_parameters! {
     TotalParams<TensorMap>: q, k;
     PrepareParams: ;
     FinishParams: ;
+    SinkGradientParams: ;
 }
 /// Stands for the largest features.
 type Widest = [u32; 64];

@@ -1,7 +1,7 @@
 //! Tests with dropout that both machines must pass.
 
 use ferroflash::cases::{Case, CaseOutput};
-use ferroflash::{Backend, BackwardInputs, Dtype, Mask, Operand, Problem, Tensor, bf16, dropout_mask};
+use ferroflash::{Backend, BackwardInputs, Dtype, Mask, Operand, OptionalInputs, Problem, Tensor, bf16, dropout_mask};
 
 /// Returns (name, case): the shapes of [`super::named`], with more and less dropout.
 pub fn named() -> Vec<(String, Case)> {
@@ -77,6 +77,7 @@ fn gradient_of_v<B: Backend>(
         d_o: Tensor::bhsd(B::slice(&d_o), of_q),
         lse: B::slice(&lse),
         d_lse: None,
+        optional: OptionalInputs::NONE,
     };
     backend.download(&case.attention().backward(backend, inputs).unwrap().dv).unwrap()
 }

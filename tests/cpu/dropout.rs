@@ -3,7 +3,8 @@
 use ferroflash::cases::Case;
 use ferroflash::reference::Rows;
 use ferroflash::{
-    Attention, BackwardInputs, Cpu, Determinism, Dropout, Dtype, Error, Mask, Problem, Tensor, bf16, dropout_mask,
+    Attention, BackwardInputs, Cpu, Determinism, Dropout, Dtype, Error, Mask, OptionalInputs, Problem, Tensor, bf16,
+    dropout_mask,
 };
 use proptest::prelude::*;
 
@@ -63,7 +64,16 @@ fn no_dropout_changes_nothing() {
     let run = |attention: Attention| {
         let out = attention.forward(&Cpu, q, k, v).unwrap();
         let d_o = Tensor::bhsd(&data.d_o[..], PROBLEM.q_shape());
-        let inputs = BackwardInputs { q, k, v, o, d_o, lse: &data.lse[..], d_lse: data.d_lse.as_deref() };
+        let inputs = BackwardInputs {
+            q,
+            k,
+            v,
+            o,
+            d_o,
+            lse: &data.lse[..],
+            d_lse: data.d_lse.as_deref(),
+            optional: OptionalInputs::NONE,
+        };
         let gradients = attention.backward(&Cpu, inputs).unwrap();
         let symbols =
             (attention.plan(8).unwrap().variant().symbol, attention.plan_backward(8).unwrap().variant().symbol);

@@ -5,7 +5,7 @@ use crate::random;
 use ferroflash::cases::{Case, PiecewiseCase};
 use ferroflash::reference::Rows;
 use ferroflash::{
-    Attention, Cpu, Determinism, Dropout, Dtype, Error, Mask, Op, Pair, Piecewise, Plan, Problem, Tensor, bf16,
+    Attention, Cpu, Determinism, Dropout, Dtype, Error, Op, Options, Pair, Piecewise, Plan, Problem, Tensor, bf16,
 };
 use proptest::prelude::*;
 
@@ -79,7 +79,7 @@ fn errors_name_the_second_pair() {
     assert_eq!(error(Pair { q: short, k: kv }), "q2 has 10 elements; its layout needs 320");
     assert!(error(Pair { q: kv, k: kv }).starts_with("q2.shape is [1, 1, 20, 16]; the problem needs [1, 2, 10, 16]"));
     assert!(error(Pair { q, k: q }).starts_with("k2.shape is"));
-    let plan = Plan::piecewise(&problem, Mask::None, None, 3, Dropout::NONE, 1).unwrap();
+    let plan = Plan::forward(&problem, &Options { dist_threshold: Some(3), ..Options::default() }, 1).unwrap();
     assert_eq!(plan.dist_threshold(), Some(3));
     assert!(plan.to_string().contains("piecewise bf16: batch 1") && plan.to_string().contains("dist_threshold 3"));
     let missing = Error::SecondPair { op: Op::Piecewise, given: false }.to_string();

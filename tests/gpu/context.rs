@@ -6,8 +6,8 @@ use std::thread;
 use ferroflash::cases::{BackwardData, Case};
 use ferroflash::cuda::{Cuda, DeviceBuffer, DeviceSlice};
 use ferroflash::{
-    Attention, Backend, BackwardInputs, Determinism, Error, ForwardInputs, Gradients, Mask, Operand, Problem, Tensor,
-    Workspace, bf16,
+    Attention, Backend, BackwardInputs, Determinism, Error, Gradients, Inputs, Mask, Operand, OptionalInputs, Problem,
+    Tensor, Workspace, bf16,
 };
 use libtest_mimic::Failed;
 
@@ -75,13 +75,15 @@ pub fn streams_are_put_in_order(cuda: &Cuda) {
             d_o: Tensor::bhsd(d_o.as_slice(), BIG.q_shape()),
             lse: lse.as_slice(),
             d_lse: d_lse.as_ref().map(DeviceBuffer::as_slice),
+            optional: OptionalInputs::NONE,
         };
-        let gradients: Gradients<DeviceBuffer<bf16>> = attention.backward_in(here, &mut workspace, inputs).unwrap();
+        let gradients: Gradients<DeviceBuffer<bf16>, DeviceBuffer<f32>> =
+            attention.backward_in(here, &mut workspace, inputs).unwrap();
         drop((q, k, v, o, d_o, lse, d_lse));
         // These take the place of the dropped memory, if the driver gives it away too early.
         let len = data.inputs[0].len();
         let junk = [&a, &b].map(|cuda| cuda.upload(Operand::Q, &vec![bf16::NAN; len]).unwrap());
-        let Gradients { dq, dk, dv } = gradients;
+        let Gradients { dq, dk, dv, .. } = gradients;
         let found = [dq, dk, dv].map(|x| here.download(&x).unwrap().into_iter().map(bf16::to_bits).collect::<Vec<_>>());
         assert!(found == expected, "run {run}");
         drop(junk);
@@ -148,7 +150,7 @@ pub fn plans_are_kept(cuda: &Cuda) {
         let mut lse = cuda.allocate::<f32>(Operand::Lse, data.lse.len()).unwrap();
         let (o_len, lse_len) = (o.len(), lse.len());
         let o_view = Tensor::bhsd(o.as_slice_mut(0..o_len), BIG.q_shape());
-        plan.run(cuda, ForwardInputs::plain(q, k, v), o_view, Some(lse.as_slice_mut(0..lse_len))).unwrap();
+        plan.run(cuda, Inputs::new(q, k, v), o_view, Some(lse.as_slice_mut(0..lse_len))).unwrap();
         let d_o = cuda.upload(Operand::DO, &data.d_o).unwrap();
         let d_lse = data.d_lse.as_ref().map(|x| cuda.upload(Operand::DLse, x).unwrap());
         let inputs = BackwardInputs {
@@ -159,12 +161,14 @@ pub fn plans_are_kept(cuda: &Cuda) {
             d_o: of_q(d_o.as_slice()),
             lse: lse.as_slice(),
             d_lse: d_lse.as_ref().map(DeviceBuffer::as_slice),
+            optional: OptionalInputs::NONE,
         };
         let lens = [dq.len(), dk.len(), dv.len()];
         let outputs = Gradients {
             dq: Tensor::bhsd(dq.as_slice_mut(0..lens[0]), BIG.q_shape()),
             dk: Tensor::bhsd(dk.as_slice_mut(0..lens[1]), BIG.kv_shape()),
             dv: Tensor::bhsd(dv.as_slice_mut(0..lens[2]), BIG.kv_shape()),
+            d_sinks: None,
         };
         backward.run(cuda, inputs, None, outputs, &mut workspace).unwrap();
         let found = [dq, dk, dv].map(|x| cuda.download(&x).unwrap().into_iter().map(bf16::to_bits).collect::<Vec<_>>());
@@ -224,7 +228,10 @@ pub fn two_devices(cuda: &Cuda) -> Result<(), Failed> {
     assert_eq!(attention.forward(cuda, of_q(q), of_kv(k_there.as_slice()), of_kv(v)).err(), wrong(Operand::K));
     let mut o = other.allocate::<bf16>(Operand::O, data.o.len())?;
     let o = Tensor::bhsd(o.as_slice_mut(0..data.o.len()), problem.q_shape());
-    assert_eq!(attention.forward_into(cuda, of_q(q), of_kv(k), of_kv(v), o, None).err(), wrong(Operand::O));
+    assert_eq!(
+        attention.forward_into(cuda, Inputs::new(of_q(q), of_kv(k), of_kv(v)), o, None).err(),
+        wrong(Operand::O)
+    );
     let lse = other.upload(Operand::Lse, &data.lse)?;
     assert_eq!(attention.total_attention(cuda, of_q(q), of_kv(k), lse.as_slice()).err(), wrong(Operand::Lse));
     // SAFETY: never read, because it is refused.

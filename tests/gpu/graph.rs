@@ -8,7 +8,8 @@ use std::ptr;
 use ferroflash::cases::{BackwardData, Case};
 use ferroflash::cuda::{Cuda, DeviceBuffer};
 use ferroflash::{
-    Attention, Backend, Determinism, Layout, Mask, Operand, Pod, Problem, RawBackward, RawForward, RawTensor, bf16,
+    Attention, Backend, Determinism, Layout, Mask, Operand, OptionalInputs, Pod, Problem, RawBackward, RawForward,
+    RawTensor, bf16,
 };
 
 use crate::BIG;
@@ -33,6 +34,8 @@ pub fn forward(cuda: &Cuda) {
         q: of_q(&BIG, q),
         k: of_kv(&BIG, k),
         second: None,
+        optional: OptionalInputs::NONE,
+        optional: OptionalInputs::NONE,
         v: of_kv(&BIG, v),
         o: of_q(&BIG, o.address()),
         lse: Some(lse.address()),
@@ -173,6 +176,8 @@ pub fn beside_another(cuda: &Cuda) {
         q: of_q(&other, q.address()),
         k: of_kv(&other, k.address()),
         second: None,
+        optional: OptionalInputs::NONE,
+        optional: OptionalInputs::NONE,
         v: of_kv(&other, k.address()),
         o: of_q(&other, o.address()),
         lse: None,
@@ -209,6 +214,8 @@ fn raw(
         q: of_q(problem, q),
         k: of_kv(problem, k),
         second: None,
+        optional: OptionalInputs::NONE,
+        d_sinks: None,
         v: of_kv(problem, v),
         o: of_q(problem, o),
         d_o: of_q(problem, d_o),

@@ -3,7 +3,7 @@
 #![cfg(any(feature = "cudarc", feature = "cust"))]
 
 use ferroflash::cases::Case;
-use ferroflash::{Attention, Cuda, Mask, Tensor, bf16};
+use ferroflash::{Attention, Cuda, Inputs, Mask, Tensor, bf16};
 
 use crate::BIG;
 #[cfg(feature = "cust")]
@@ -39,7 +39,7 @@ pub fn cudarc(cuda: &Cuda) {
             let [q, k, v] =
                 [(&q, q_shape), (&k, kv_shape), (&v, kv_shape)].map(|(x, shape)| Tensor::bhsd(x.as_slice(), shape));
             let o = Tensor::bhsd(o.as_slice_mut(), q_shape);
-            Attention::new(BIG).mask(Mask::Causal).forward_into(backend.cuda(), q, k, v, o, None).unwrap();
+            Attention::new(BIG).mask(Mask::Causal).forward_into(backend.cuda(), Inputs::new(q, k, v), o, None).unwrap();
         }
         drop((q, k, v));
         assert!(other.clone_dtoh(&o).unwrap() == expected);
@@ -81,7 +81,7 @@ pub fn cust(cuda: &Cuda) {
             let [q, k, v] =
                 [(&q, q_shape), (&k, kv_shape), (&v, kv_shape)].map(|(x, shape)| Tensor::bhsd(x.as_slice(), shape));
             let o = Tensor::bhsd(o.as_slice_mut(), q_shape);
-            Attention::new(BIG).mask(Mask::Causal).forward_into(&backend, q, k, v, o, None).unwrap();
+            Attention::new(BIG).mask(Mask::Causal).forward_into(&backend, Inputs::new(q, k, v), o, None).unwrap();
         }
         let mut found = vec![0u16; expected.len()];
         o.copy_to(&mut found).unwrap();

@@ -36,6 +36,7 @@ pub fn raw_addresses(cuda: &Cuda) {
         q: tensor(q.address(), BIG.q_shape()),
         k: tensor(k.address(), BIG.kv_shape()),
         lse: lse.address() + 4,
+        slopes: None,
         total: total.address() + 4,
     };
     let bad = RawTotalAttention { lse: args.lse + 2, ..args };

@@ -1,6 +1,6 @@
 //! The backward pass of torch tensors, with one pair of queries and keys or two.
 
-use ferroflash::{BackwardPair, Pair, Piecewise, RawBackward};
+use ferroflash::{BackwardPair, OptionalInputs, Pair, Piecewise, RawBackward};
 use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction, types::PyTuple};
 
 use crate::{
@@ -92,6 +92,7 @@ pub fn backward(
             inputs: Pair { q: pair.q.raw, k: pair.k.raw },
             gradients: Pair { q: raw(3), k: raw(4) },
         }),
+        optional: OptionalInputs::NONE,
         o: results[0].raw,
         d_o: results[1].raw,
         lse,
@@ -99,6 +100,7 @@ pub fn backward(
         dq: raw(0),
         dk: raw(1),
         dv: raw(2),
+        d_sinks: None,
         workspace: workspace.as_ref().map(address).transpose()?.unwrap_or(0),
         workspace_bytes: plan.workspace_bytes(),
     };

@@ -1,6 +1,6 @@
 //! The forward pass of torch tensors, with one pair of queries and keys or two.
 
-use ferroflash::{Attention, Pair, Piecewise, RawForward};
+use ferroflash::{Attention, OptionalInputs, Pair, Piecewise, RawForward};
 use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction};
 
 use crate::{
@@ -110,6 +110,7 @@ pub fn forward(
         k: inputs.k.raw,
         v: inputs.v.raw,
         second: inputs.second.as_ref().map(|pair| Pair { q: pair.q.raw, k: pair.k.raw }),
+        optional: OptionalInputs::NONE,
         o: raw_o.raw,
         lse: lse.as_ref().map(address).transpose()?,
     };

@@ -37,7 +37,7 @@ pub fn total_attention(
     let machine = queries.device.open(py, torch)?;
     let plan = PLANS.total_attention(&settings.attention(queries, keys), machine.sm_count()).map_err(exception)?;
     let total = torch.empty_float32(q, [batch, heads, seqlen_k])?;
-    let args = RawTotalAttention { q: queries.raw, k: keys.raw, lse, total: address(&total)? };
+    let args = RawTotalAttention { q: queries.raw, k: keys.raw, lse, slopes: None, total: address(&total)? };
     match machine.total_attention(py, &plan, &args) {
         Ok(()) => total.into_py_any(py),
         Err(error) => match all() {

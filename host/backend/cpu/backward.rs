@@ -3,7 +3,10 @@
 //! A key head and the query heads that read it are one unit. No other unit adds to their dQ, dK and dV, so the order of
 //! every sum is fixed, and the bits do not depend on the number of threads.
 
-use kernels_gpu::cpu::{add_parts, finish, prepare};
+use kernels_gpu::{
+    cpu::{add_parts, finish, prepare, sink_gradient},
+    params::SINK_GRADIENTS,
+};
 
 use super::{Cpu, pool};
 use crate::{
@@ -41,7 +44,7 @@ pub(super) fn check_inputs<E: Element>(
 pub(super) fn run_into<E: Element>(
     plan: &BackwardPlan,
     inputs: BackwardInputs<&[E], &[f32]>,
-    outputs: Gradients<Tensor<&mut [E]>>,
+    outputs: Gradients<Tensor<&mut [E]>, &mut [f32]>,
     second: Option<SecondTensors<&[E], &mut [E]>>,
     workspace: &mut Workspace<Cpu>,
 ) -> Result<()> {
@@ -65,6 +68,11 @@ pub(super) unsafe fn run(plan: &BackwardPlan, mut args: RawBackward, workspace: 
     args.workspace_bytes = plan.workspace_bytes();
     // Without anything to do there is no workspace either.
     if plan.prepare_grid() == 0 {
+        if let Some(d_sinks) = args.d_sinks {
+            let d_sinks: *mut f32 = std::ptr::with_exposed_provenance_mut(d_sinks as usize);
+            // SAFETY: the caller promised so many elements for writing.
+            unsafe { d_sinks.write_bytes(0, plan.problem().heads_q) };
+        }
         return Ok(());
     }
     let tensors = [&args.q, &args.k, &args.v, &args.d_o].map(RawTensor::strided);
@@ -91,5 +99,10 @@ pub(super) unsafe fn run(plan: &BackwardPlan, mut args: RawBackward, workspace: 
                 }
             }
         }
+    })?;
+    let Some(params) = args.sink_gradients(plan) else { return Ok(()) };
+    pool::for_each(SINK_GRADIENTS, shape.heads_q, |head| {
+        // SAFETY: the caller promised the memory, and every head has been prepared. Each writes its own element.
+        unsafe { sink_gradient(&params, head) }
     })
 }

@@ -10,8 +10,8 @@ use crate::{
     element::Element,
     error::{Error, Operand, Result},
     operands::{
-        AddressSpace, BackwardInputs, Check, ForwardInputs, ForwardTensors, Gradients, Pair, RawForward, RawTensor,
-        SecondTensors, TotalTensors,
+        AddressSpace, BackwardInputs, Check, ForwardTensors, Gradients, Inputs, Pair, RawForward, RawTensor,
+        SecondTensors, TotalInputs, TotalTensors,
     },
     plan::{BackwardPlan, Plan, TotalPlan},
     tensor::Tensor,
@@ -60,7 +60,7 @@ impl Backend for Cpu {
         buffer.get_mut(range).unwrap_or_default()
     }
 
-    fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &ForwardInputs<&[E]>) -> Result<()> {
+    fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &Inputs<&[E], &[f32]>) -> Result<()> {
         let tensors = ForwardTensors::new(*inputs, (), None::<()>);
         tensors.lower(plan, E::DTYPE, &mut Check::new(plan.problem(), AddressSpace::Host))?;
         Ok(())
@@ -69,7 +69,7 @@ impl Backend for Cpu {
     fn forward_into<E: Element>(
         &self,
         plan: &Plan,
-        inputs: ForwardInputs<&[E]>,
+        inputs: Inputs<&[E], &[f32]>,
         o: Tensor<&mut [E]>,
         lse: Option<&mut [f32]>,
     ) -> Result<()> {
@@ -94,32 +94,24 @@ impl Backend for Cpu {
         &self,
         plan: &BackwardPlan,
         inputs: BackwardInputs<&[E], &[f32]>,
-        outputs: Gradients<Tensor<&mut [E]>>,
+        outputs: Gradients<Tensor<&mut [E]>, &mut [f32]>,
         second: Option<SecondTensors<&[E], &mut [E]>>,
         workspace: &mut Workspace<Self>,
     ) -> Result<()> {
         backward::run_into(plan, inputs, outputs, second, workspace)
     }
 
-    fn check_total_inputs<E: Element>(
-        &self,
-        plan: &TotalPlan,
-        q: &Tensor<&[E]>,
-        k: &Tensor<&[E]>,
-        lse: &&[f32],
-    ) -> Result<()> {
-        total_attention::check_inputs(plan, TotalTensors { q: *q, k: *k, lse: *lse, total: () })
+    fn check_total_inputs<E: Element>(&self, plan: &TotalPlan, inputs: &TotalInputs<&[E], &[f32]>) -> Result<()> {
+        total_attention::check_inputs(plan, TotalTensors::new(*inputs, ()))
     }
 
     fn total_attention_into<E: Element>(
         &self,
         plan: &TotalPlan,
-        q: Tensor<&[E]>,
-        k: Tensor<&[E]>,
-        lse: &[f32],
+        inputs: TotalInputs<&[E], &[f32]>,
         total: &mut [f32],
     ) -> Result<()> {
-        total_attention::run_into(plan, TotalTensors { q, k, lse, total })
+        total_attention::run_into(plan, TotalTensors::new(inputs, total))
     }
 }
 
@@ -159,7 +151,7 @@ mod tests {
     use kernels_gpu::variants::Dtype;
 
     use super::*;
-    use crate::dropout::Dropout;
+    use crate::plan::Options;
     use crate::problem::{Mask, Problem};
 
     #[test]
@@ -167,7 +159,7 @@ mod tests {
         for (mask, head_dim, seqlen_q) in [(Mask::None, 64, 1), (Mask::Causal, 128, 1000), (Mask::None, 256, 384)] {
             let problem =
                 Problem { batch: 3, heads_q: 6, heads_kv: 2, seqlen_q, seqlen_k: 50, head_dim, dtype: Dtype::F16 };
-            let plan = Plan::forward(&problem, mask, None, Dropout::NONE, 1).unwrap();
+            let plan = Plan::forward(&problem, &Options { mask, ..Options::default() }, 1).unwrap();
             assert_eq!(plan.work_tiles(), plan.variant().work_tiles(&problem.kernel_shape()));
         }
     }

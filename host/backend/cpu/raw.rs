@@ -22,8 +22,8 @@ impl Cpu {
     ///
     /// # Safety
     /// Until the call returns, the addresses are valid for the whole span of their layouts, as initialised elements of
-    /// the plan's dtype. They have exposed provenance, as pointers from outside Rust have. Nothing else writes Q, K and
-    /// V or accesses O and the LSE.
+    /// the plan's dtype, or f32 for the LSE, slopes and sinks. They have exposed provenance, as pointers from outside Rust have. Nothing else writes
+    /// the inputs or accesses O and the LSE.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Host);
         args.lower(plan, plan.problem().dtype, &mut check)?;
@@ -40,7 +40,7 @@ impl Cpu {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); [`Error::KernelFault`](crate::Error::KernelFault).
     ///
     /// # Safety
-    /// As for [`Cpu::forward_raw`]: f32 for the LSE and its gradient. Nothing else writes the inputs or accesses the
+    /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes, sinks and gradients of LSE and sinks. Nothing else writes the inputs or accesses the
     /// outputs.
     pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward) -> Result<()> {
         let plan = &backward::replan(plan)?;
@@ -57,7 +57,7 @@ impl Cpu {
     /// Errors of [`Cpu::forward_raw`].
     ///
     /// # Safety
-    /// As for [`Cpu::forward_raw`]: f32 for the LSE and the result. Nothing else writes the inputs or accesses the
+    /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes and the result. Nothing else writes the inputs or accesses the
     /// result.
     pub unsafe fn total_attention_raw(&self, plan: &TotalPlan, args: &RawTotalAttention) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Host);
@@ -75,7 +75,7 @@ mod tests {
 
     use super::*;
     use crate::error::{Error, Operand};
-    use crate::operands::{BackwardInputs, RawTensor};
+    use crate::operands::{Inputs, OptionalInputs, RawTensor};
     use crate::tensor::{Layout, Tensor};
     use crate::{Attention, Mask, Problem};
 
@@ -115,6 +115,7 @@ mod tests {
             k: raw(&k, kv_shape),
             v: raw(&v, kv_shape),
             second: None,
+            optional: OptionalInputs::NONE,
             o: raw_mut(&mut o, q_shape),
             lse: Some(line(&mut lse)),
         };
@@ -122,15 +123,8 @@ mod tests {
         unsafe { Cpu.forward_raw(&attention.plan(1).unwrap(), &args) }.unwrap();
         assert_eq!((&o, Some(&lse)), (&out.o, out.lse.as_ref()));
 
-        let inputs = BackwardInputs {
-            q: qt,
-            k: kt,
-            v: vt,
-            o: tensor(&o[..], q_shape),
-            d_o: tensor(&d_o[..], q_shape),
-            lse: &lse[..],
-            d_lse: None,
-        };
+        let (ot, d_ot) = (tensor(&o[..], q_shape), tensor(&d_o[..], q_shape));
+        let inputs = Inputs::new(qt, kt, vt).backward(ot, d_ot, &lse[..]);
         let gradients = attention.backward(&Cpu, inputs).unwrap();
         let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|like| vec![bf16::ZERO; like.len()]);
         let args = RawBackward {
@@ -142,9 +136,11 @@ mod tests {
             d_o: raw(&d_o, q_shape),
             lse: line(&mut lse),
             d_lse: None,
+            optional: OptionalInputs::NONE,
             dq: raw_mut(&mut dq, q_shape),
             dk: raw_mut(&mut dk, kv_shape),
             dv: raw_mut(&mut dv, kv_shape),
+            d_sinks: None,
             workspace: 0,
             workspace_bytes: 0,
         };
@@ -153,7 +149,7 @@ mod tests {
         assert_eq!((dq, dk, dv), (gradients.dq, gradients.dk, gradients.dv));
 
         let mut total = vec![f32::NAN; PROBLEM.total_len()];
-        let args = RawTotalAttention { q: args.q, k: args.k, lse: args.lse, total: line(&mut total) };
+        let args = RawTotalAttention { q: args.q, k: args.k, lse: args.lse, slopes: None, total: line(&mut total) };
         // SAFETY: as above.
         unsafe { Cpu.total_attention_raw(&attention.plan_total_attention(1).unwrap(), &args) }.unwrap();
         assert_eq!(total, attention.total_attention(&Cpu, qt, kt, &lse[..]).unwrap());
@@ -168,6 +164,7 @@ mod tests {
             k: tensor(0x20000, PROBLEM.kv_shape()),
             v: tensor(0x40000, PROBLEM.kv_shape()),
             second: None,
+            optional: OptionalInputs::NONE,
             o: tensor(0x60000, PROBLEM.q_shape()),
             lse: None,
         };

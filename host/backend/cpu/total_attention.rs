@@ -63,6 +63,7 @@ mod tests {
     use half::bf16;
 
     use super::*;
+    use crate::plan::Options;
     use crate::problem::{Mask, Problem};
     use kernels_gpu::variants::Dtype;
 
@@ -86,10 +87,10 @@ mod tests {
         let lse: Vec<f32> = (0..3 * 300).map(|i| 4.0 + (i % 7) as f32).collect();
         for mask in [Mask::None, Mask::Causal] {
             let totals = [1, 7, 132].map(|sm_count| {
-                let plan = TotalPlan::new(&problem, mask, None, sm_count).unwrap();
+                let plan = TotalPlan::new(&problem, &Options { mask, ..Options::default() }, sm_count).unwrap();
                 assert_eq!(plan.shared_from, if sm_count == 132 { 0 } else { 9 });
                 let mut total = vec![f32::NAN; problem.total_len()];
-                let tensors = TotalTensors { q, k, lse: &lse[..], total: &mut total[..] };
+                let tensors = TotalTensors { q, k, lse: &lse[..], slopes: None, total: &mut total[..] };
                 run_into(&plan, tensors).unwrap();
                 total.into_iter().map(f32::to_bits).collect::<Vec<_>>()
             });

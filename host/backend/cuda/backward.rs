@@ -1,9 +1,10 @@
-//! The backward pass on the GPU: three launches on one stream, and the workspace between them.
+//! The backward pass on the GPU: three launches on one stream, and the workspace between them. A fourth one computes
+//! the gradient of the sinks if it is wanted.
 
 use std::time::Duration;
 
 use kernels_gpu::ground::tensor::TensorMap;
-use kernels_gpu::params::ROW_KERNEL_THREADS;
+use kernels_gpu::params::{ROW_KERNEL_THREADS, SINK_GRADIENTS, SINK_GRADIENTS_SMEM_BYTES};
 
 use super::driver::{Extent, zero_words};
 use super::lowering::Lowering;
@@ -15,7 +16,7 @@ use crate::error::{Operand, Result};
 use crate::operands::{
     BackwardInputs, BackwardTensors, Gradients, Pair, RawBackward, RawSecond, RawTensor, SecondTensors,
 };
-use crate::plan::{BackwardPlan, Determinism};
+use crate::plan::{BackwardPlan, Determinism, Sinks};
 use crate::tensor::Tensor;
 
 /// Loaded kernels of a plan.
@@ -23,6 +24,8 @@ struct Kernels<'a> {
     prepare: &'a Loaded,
     main: &'a Loaded,
     finish: &'a Loaded,
+    /// Computes the gradient of sinks, for a plan with sinks.
+    sinks: Option<&'a Loaded>,
 }
 
 impl Cuda {
@@ -33,8 +36,9 @@ impl Cuda {
     /// [`Error::Driver`](crate::Error::Driver).
     pub fn load_backward(&self, plan: &BackwardPlan) -> Result<Duration> {
         let _entered = self.device().enter()?;
-        let Kernels { prepare, main, finish } = self.backward_kernels(plan, Specialise::AtFirstUse)?;
-        Ok(prepare.load_time + main.load_time + finish.load_time)
+        let Kernels { prepare, main, finish, sinks } = self.backward_kernels(plan, Specialise::AtFirstUse)?;
+        let of_sinks = sinks.map_or(Duration::ZERO, |sinks| sinks.load_time);
+        Ok(prepare.load_time + main.load_time + finish.load_time + of_sinks)
     }
 
     /// Runs a backward plan on raw device addresses and the caller's stream. After the kernels' first use (see
@@ -45,7 +49,8 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launches have run, the addresses are valid on this device for the whole span of their layouts:
-    /// elements of the plan's dtype, f32 for the LSE and its gradient, and the workspace for all of its size. Nothing
+    /// elements of the plan's dtype, f32 for the LSE, slopes, sinks and gradients of LSE and sinks, and the workspace for
+    /// all of its size. Nothing
     /// else writes the inputs or accesses outputs and workspace. `stream` is a stream of this device's primary context,
     /// or null.
     pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward, stream: RawStream) -> Result<()> {
@@ -72,7 +77,7 @@ impl Cuda {
         &self,
         plan: &BackwardPlan,
         inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
-        outputs: Gradients<Tensor<DeviceSliceMut<'_, E>>>,
+        outputs: Gradients<Tensor<DeviceSliceMut<'_, E>>, DeviceSliceMut<'_, f32>>,
         second: Option<SecondTensors<DeviceSlice<'_, E>, DeviceSliceMut<'_, E>>>,
         workspace: &mut Workspace<Self>,
     ) -> Result<()> {
@@ -98,6 +103,10 @@ impl Cuda {
             prepare: kernel(variant.prepare, 0)?,
             main: kernel(variant.symbol, plan.smem_bytes())?,
             finish: kernel(variant.finish, 0)?,
+            sinks: match plan.options().sinks {
+                Sinks::None => None,
+                Sinks::PerHead => Some(kernel(SINK_GRADIENTS, SINK_GRADIENTS_SMEM_BYTES)?),
+            },
         })
     }
 
@@ -108,7 +117,9 @@ impl Cuda {
     unsafe fn launch_backward(&self, plan: &BackwardPlan, args: &RawBackward, stream: RawStream) -> Result<()> {
         // Without anything to do there is no workspace either.
         if plan.prepare_grid() == 0 {
-            return Ok(());
+            let Some(d_sinks) = args.d_sinks else { return Ok(()) };
+            // SAFETY: the caller's promise; the gradient has that many elements.
+            return unsafe { zero_words(self.device().calls(), d_sinks, plan.problem().heads_q, stream) };
         }
         // Everything that can fail independently comes before the first launch.
         let kernels = self.backward_kernels(plan, self.specialise)?;
@@ -146,6 +157,11 @@ impl Cuda {
                     // The postprocess kernel of the second pair waits for that of the first, and so for main.
                     finish = kernels.finish.function;
                 }
+            }
+            if let (Some(sinks), Some(params)) = (kernels.sinks, args.sink_gradients(plan)) {
+                let shared_memory = SINK_GRADIENTS_SMEM_BYTES;
+                let extent = Extent { grid: params.shape.heads_q, block: ROW_KERNEL_THREADS, shared_memory };
+                sinks.function.launch(extent, stream, &params)?;
             }
         }
         Ok(())

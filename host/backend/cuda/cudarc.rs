@@ -3,7 +3,7 @@
 //! ```no_run
 //! use cudarc::driver::CudaContext;
 //! use ferroflash::cuda::CudarcStream;
-//! use ferroflash::{Attention, Dtype, Layout, Problem, Tensor, bf16};
+//! use ferroflash::{Attention, Dtype, Inputs, Layout, Problem, Tensor, bf16};
 //!
 //! let problem =
 //!     Problem { batch: 1, heads_q: 8, heads_kv: 8, seqlen_q: 512, seqlen_k: 512, head_dim: 64, dtype: Dtype::Bf16 };
@@ -15,7 +15,7 @@
 //! let (x, mut out) = (backend.read(&x)?, backend.write(&mut o)?);
 //! let x = Tensor::bhsd(x.as_slice(), problem.q_shape());
 //! Attention::new(problem).forward_into(
-//!     backend.cuda(), x, x, x, Tensor::bhsd(out.as_slice_mut(), problem.q_shape()), None,
+//!     backend.cuda(), Inputs::new(x, x, x), Tensor::bhsd(out.as_slice_mut(), problem.q_shape()), None,
 //! )?;
 //! drop(out);
 //! let o = stream.clone_dtoh(&o)?;

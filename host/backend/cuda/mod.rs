@@ -60,7 +60,8 @@ use crate::backend::{Backend, Workspace, sealed::Sealed};
 use crate::element::Element;
 use crate::error::{Operand, Result};
 use crate::operands::{
-    BackwardInputs, ForwardInputs, ForwardTensors, Gradients, Pair, RawForward, RawTensor, SecondTensors, TotalTensors,
+    BackwardInputs, ForwardTensors, Gradients, Inputs, Pair, RawForward, RawTensor, SecondTensors, TotalInputs,
+    TotalTensors,
 };
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
 use crate::tensor::Tensor;
@@ -217,7 +218,8 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for the whole span of their layouts, as
-    /// elements of the plan's dtype. Nothing else writes Q, K and V or accesses O and the LSE. `stream` is a stream of
+    /// elements of the plan's dtype, or f32 for the LSE, slopes and sinks. Nothing else writes the inputs or accesses O
+    /// and the LSE. `stream` is a stream of
     /// this device's primary context, or null.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward, stream: RawStream) -> Result<()> {
         args.validate(plan)?;
@@ -293,7 +295,11 @@ impl Backend for Cuda {
         buffer.as_slice_mut(range)
     }
 
-    fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &ForwardInputs<DeviceSlice<'_, E>>) -> Result<()> {
+    fn check_inputs<E: Element>(
+        &self,
+        plan: &Plan,
+        inputs: &Inputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
+    ) -> Result<()> {
         let tensors = ForwardTensors::new(*inputs, (), None::<()>);
         tensors.lower(plan, E::DTYPE, &mut Lowering::new(plan.problem(), &self.stream))?;
         Ok(())
@@ -302,7 +308,7 @@ impl Backend for Cuda {
     fn forward_into<E: Element>(
         &self,
         plan: &Plan,
-        inputs: ForwardInputs<DeviceSlice<'_, E>>,
+        inputs: Inputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         o: Tensor<DeviceSliceMut<'_, E>>,
         lse: Option<DeviceSliceMut<'_, f32>>,
     ) -> Result<()> {
@@ -328,7 +334,7 @@ impl Backend for Cuda {
         &self,
         plan: &BackwardPlan,
         inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
-        outputs: Gradients<Tensor<DeviceSliceMut<'_, E>>>,
+        outputs: Gradients<Tensor<DeviceSliceMut<'_, E>>, DeviceSliceMut<'_, f32>>,
         second: Option<SecondTensors<DeviceSlice<'_, E>, DeviceSliceMut<'_, E>>>,
         workspace: &mut Workspace<Self>,
     ) -> Result<()> {
@@ -338,21 +344,17 @@ impl Backend for Cuda {
     fn check_total_inputs<E: Element>(
         &self,
         plan: &TotalPlan,
-        q: &Tensor<DeviceSlice<'_, E>>,
-        k: &Tensor<DeviceSlice<'_, E>>,
-        lse: &DeviceSlice<'_, f32>,
+        inputs: &TotalInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
     ) -> Result<()> {
-        self.check_inputs_of_total(plan, TotalTensors { q: *q, k: *k, lse: *lse, total: () })
+        self.check_inputs_of_total(plan, TotalTensors::new(*inputs, ()))
     }
 
     fn total_attention_into<E: Element>(
         &self,
         plan: &TotalPlan,
-        q: Tensor<DeviceSlice<'_, E>>,
-        k: Tensor<DeviceSlice<'_, E>>,
-        lse: DeviceSlice<'_, f32>,
+        inputs: TotalInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         total: DeviceSliceMut<'_, f32>,
     ) -> Result<()> {
-        self.run_total(plan, TotalTensors { q, k, lse, total })
+        self.run_total(plan, TotalTensors::new(inputs, total))
     }
 }

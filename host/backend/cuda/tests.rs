@@ -8,7 +8,7 @@ use super::stream::Home;
 use super::{Cuda, DeviceBuffer, DeviceSlice, DeviceSliceMut};
 use crate::backend::{Backend, Workspace};
 use crate::error::{Error, Operand};
-use crate::operands::{BackwardInputs, ForwardInputs, Gradients, Pair, SecondTensors};
+use crate::operands::{BackwardInputs, Gradients, Inputs, OptionalInputs, Pair, SecondTensors};
 use crate::tensor::Tensor;
 use crate::{Attention, Piecewise, Problem};
 
@@ -65,7 +65,7 @@ impl Memory {
         let (q, k, v) = (self.read(Operand::Q), self.read(Operand::K), self.read(Operand::V));
         match self.elsewhere {
             Operand::Q | Operand::K | Operand::V | Operand::Q2 | Operand::K2 | Operand::O | Operand::Lse => {
-                let inputs = ForwardInputs::piecewise(Pair { q, k }, self.pair(), v);
+                let inputs = Inputs::piecewise(Pair { q, k }, self.pair(), v);
                 let (o, lse) = (self.write(Operand::O), Some(self.line_mut(Operand::Lse)));
                 piecewise.plan(sm_count).unwrap().run(&self.cuda, inputs, o, lse).err()
             }
@@ -83,11 +83,16 @@ impl Memory {
                     d_o: self.read(Operand::DO),
                     lse: self.line(Operand::Lse),
                     d_lse: Some(self.line(Operand::DLse)),
+                    optional: OptionalInputs::NONE,
                 };
                 let gradients = Pair { q: self.write(Operand::Dq2), k: self.write(Operand::Dk2) };
                 let second = Some(SecondTensors { inputs: self.pair(), gradients });
-                let outputs =
-                    Gradients { dq: self.write(Operand::Dq), dk: self.write(Operand::Dk), dv: self.write(Operand::Dv) };
+                let outputs = Gradients {
+                    dq: self.write(Operand::Dq),
+                    dk: self.write(Operand::Dk),
+                    dv: self.write(Operand::Dv),
+                    d_sinks: None,
+                };
                 let plan = piecewise.plan_backward(sm_count).unwrap();
                 plan.run(&self.cuda, inputs, second, outputs, &mut Workspace::new()).err()
             }

@@ -31,7 +31,7 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for the whole span of their layouts: elements
-    /// of the plan's dtype, and f32 for the LSE and the result. Nothing else writes the inputs or accesses the result.
+    /// of the plan's dtype, and f32 for the LSE, slopes and the result. Nothing else writes the inputs or accesses the result.
     /// `stream` is a stream of this device's primary context, or null.
     pub unsafe fn total_attention_raw(
         &self,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ferroflash::{Element, Operand, Result, Tensor};
+use ferroflash::{Element, Inputs as AttentionInputs, Operand, Result, Tensor, TotalInputs};
 
 use super::Step;
 use super::protocol::{FEWEST_RUNS, Method};
@@ -11,6 +11,7 @@ use crate::inputs::Inputs;
 use crate::machine::Timed;
 use crate::memory::forget_peak_memory;
 use crate::op::OpName;
+use crate::shaping::Lines;
 
 /// What runs of one problem took.
 pub struct Measured {
@@ -43,9 +44,10 @@ fn forward<B: Timed, E: Element>(
     let (plan, shape) = (step.plan(backend.sm_count())?, step.problem.q_shape());
     let len = shape.iter().product();
     let mut o = backend.allocate(Operand::O, len)?;
+    let lines = Lines::new(backend, &step.problem, step.shaping.kinds)?;
     let launch = || {
         let o = Tensor::bhsd(B::slice_mut(&mut o, 0..len), shape);
-        backend.forward_into(&plan, inputs.tensors(&plan), o, None)
+        backend.forward_into(&plan, inputs.tensors(&plan).optional(lines.inputs()), o, None)
     };
     median(backend, launch, method, plan.workspace_bytes())
 }
@@ -75,11 +77,15 @@ fn total_attention<B: Timed, E: Element>(
     let q = || inputs.q.tensor(problem.q_shape());
     let k = || inputs.k.tensor(problem.kv_shape());
     // The LSE is the same whatever V is.
-    let lse = attention.forward(backend, q(), k(), k())?.lse;
+    let lines = Lines::new(backend, problem, step.shaping.kinds)?;
+    let lse = attention.forward_with(backend, AttentionInputs::new(q(), k(), k()).optional(lines.inputs()))?.lse;
     let lse = lse.map_or_else(|| backend.allocate(Operand::Lse, 0), Ok)?;
     let len = problem.total_len();
     let mut total = backend.allocate(Operand::Total, len)?;
-    let launch = || backend.total_attention_into(&plan, q(), k(), B::slice(&lse), B::slice_mut(&mut total, 0..len));
+    let launch = || {
+        let inputs = TotalInputs::new(q(), k(), B::slice(&lse)).optional(lines.inputs());
+        backend.total_attention_into(&plan, inputs, B::slice_mut(&mut total, 0..len))
+    };
     median(backend, launch, method, problem.lse_len() * size_of::<f32>())
 }
 

@@ -17,6 +17,7 @@ use crate::machine::{Job, Machine, Timed};
 use crate::memory::check_memory;
 use crate::op::OpName;
 use crate::say;
+use crate::shaping::Shaping;
 use crate::sweep::{Swept, sweep};
 use measure::measure;
 use protocol::{Method, Protocol};
@@ -66,12 +67,15 @@ struct Step {
     dist_threshold: Option<i32>,
     determinism: Determinism,
     dropout: f32,
+    shaping: Shaping,
 }
 
 impl Step {
     fn attention(&self) -> Attention {
         let dropout = Dropout { p: self.dropout, ..Dropout::NONE };
-        Attention::new(self.problem).mask(self.mask).determinism(self.determinism).dropout(dropout)
+        let attention = Attention::new(self.problem).mask(self.mask).determinism(self.determinism).dropout(dropout);
+        let attention = attention.for_inputs(self.shaping.kinds);
+        self.shaping.softcap.map_or(attention, |cap| attention.softcap(cap))
     }
 
     fn piecewise(&self) -> Option<Piecewise> {
@@ -116,12 +120,13 @@ fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
     let seqlens = pick(&args.seqlens, &[1024, 4096, 16384], &[256, 1024]);
     let tokens = args.tokens.unwrap_or(if machine.is_cpu() { 1024 } else { 32768 });
     let hidden = args.hidden.unwrap_or(if machine.is_cpu() { 512 } else { 2048 });
+    let shaping = Shaping { softcap: args.pass.shaping.softcap, kinds: args.pass.shaping.kinds() };
     let mut steps = Vec::new();
     for &op in &args.pass.op {
         for &dtype in &args.dtype {
             for &head_dim in &head_dims {
                 for &seqlen in &seqlens {
-                    for &mask in &args.mask {
+                    for &mask in args.window.as_ref().map_or(&args.mask[..], std::slice::from_ref) {
                         let heads_q = (hidden / head_dim.max(1)).max(1);
                         let problem = Problem {
                             batch: (tokens / seqlen.max(1)).max(1),
@@ -135,7 +140,7 @@ fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
                         let half = i32::try_from(seqlen / 2).unwrap_or(i32::MAX);
                         let dist_threshold = op.is_piecewise().then(|| args.dist_threshold.unwrap_or(half));
                         let (determinism, dropout) = (args.pass.determinism, args.pass.dropout);
-                        steps.push(Step { op, problem, mask, dist_threshold, determinism, dropout });
+                        steps.push(Step { op, problem, mask, dist_threshold, determinism, dropout, shaping });
                     }
                 }
             }
@@ -153,8 +158,9 @@ impl Job for Bench<'_> {
     type Result = Result<Swept<Option<Record>>>;
 
     fn run<B: Timed>(self, backend: &B, machine: &Machine) -> Self::Result {
-        let name = |Step { op, problem, mask, determinism, dropout, .. }: &Step| {
-            format!("{} D {} S {} {mask}", op.title(*determinism, *dropout), problem.head_dim, problem.seqlen_q)
+        let name = |Step { op, problem, mask, determinism, dropout, shaping, .. }: &Step| {
+            let title = op.title(*determinism, *dropout, shaping);
+            format!("{title} D {} S {} {mask}", problem.head_dim, problem.seqlen_q)
         };
         let (mut in_f16, mut in_bf16) = (Inputs::<B, f16>::new(backend)?, Inputs::<B, bf16>::new(backend)?);
         Ok(sweep(self.steps, name, |step| {

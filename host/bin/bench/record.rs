@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::SystemTime;
 
+use ferroflash::{Alibi, Mask, Sinks};
 use serde::Serialize;
 
 use super::Step;
@@ -35,6 +36,17 @@ pub struct Record {
     seqlen_k: usize,
     head_dim: usize,
     mask: String,
+    /// Left and right bound, where the mask is a window.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    window: Option<[Option<u32>; 2]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    softcap: Option<f32>,
+    /// What there is a slope for: heads, or items and heads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alibi: Option<&'static str>,
+    /// What there is a sink for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sinks: Option<&'static str>,
     /// Of piecewise attention.
     #[serde(skip_serializing_if = "Option::is_none")]
     dist_threshold: Option<i32>,
@@ -50,7 +62,7 @@ pub struct Record {
 impl Record {
     /// What a step took.
     pub fn new(step: &Step, machine: &Machine, measured: &Measured) -> Self {
-        let Step { op, problem, mask, dist_threshold, determinism, dropout } = step;
+        let Step { op, problem, mask, dist_threshold, determinism, dropout, shaping } = step;
         let seconds = measured.median.as_secs_f64();
         // On a GPU, what the tensors and the workspace take; on the CPU, the process's peak while it measured.
         let own = if machine.is_cpu() { peak_memory() } else { None };
@@ -59,7 +71,7 @@ impl Record {
             op: op.name(),
             determinism: op.determinism(*determinism).map(|determinism| determinism.to_string()),
             dropout: op.dropout(*dropout),
-            title: op.title(*determinism, *dropout),
+            title: op.title(*determinism, *dropout, shaping),
             device: if machine.is_cpu() { "cpu" } else { "cuda" },
             batch: problem.batch,
             heads_q: problem.heads_q,
@@ -68,6 +80,20 @@ impl Record {
             seqlen_k: problem.seqlen_k,
             head_dim: problem.head_dim,
             mask: mask.to_string(),
+            window: match *mask {
+                Mask::Window { left, right } => Some([left, right]),
+                _ => None,
+            },
+            softcap: shaping.softcap,
+            alibi: match shaping.kinds.alibi {
+                Alibi::None => None,
+                Alibi::PerHead => Some("heads"),
+                Alibi::PerItem => Some("items"),
+            },
+            sinks: match shaping.kinds.sinks {
+                Sinks::None => None,
+                Sinks::PerHead => Some("heads"),
+            },
             dist_threshold: *dist_threshold,
             dtype: problem.dtype.name(),
             ms: seconds * 1e3,

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use ferroflash::cases::{Case, PiecewiseCase};
 use ferroflash::reference::Rows;
-use ferroflash::{Attention, Determinism, Result};
+use ferroflash::{Alibi, Attention, Determinism, InputKinds, Result, Sinks};
 
 use crate::args::CheckArgs;
 use crate::machine::{Job, Machine, Timed};
@@ -37,11 +37,11 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
     let machine = Machine::open(&args.device)?;
     let limit = if machine.is_cpu() { FLOPS_CPU } else { FLOPS_GPU };
     let cases: Vec<Case> = match &args.case {
-        Some(case) => vec![Case { dropout: args.pass.dropout, ..case.case(args.seed) }],
+        Some(case) => vec![shaped(Case { dropout: args.pass.dropout, ..case.case(args.seed) }, args)],
         None => {
             let count = args.cases.unwrap_or(DEFAULT_CASES);
             let random = |i| Case::random(args.seed.wrapping_mul(1 << 32).wrapping_add(i), limit);
-            (0..count).map(|i| Case { dropout: args.pass.dropout, ..random(i) }).collect()
+            (0..count).map(|i| shaped(Case { dropout: args.pass.dropout, ..random(i) }, args)).collect()
         }
     };
     let given = args.case.as_ref().map(|case| case.dist_threshold);
@@ -81,6 +81,17 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
     let failed = report(&done);
     ended?;
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Returns a case with the softcap, ALiBi and sinks of the flags.
+fn shaped(case: Case, args: &CheckArgs) -> Case {
+    let InputKinds { alibi, sinks } = args.pass.shaping.kinds();
+    Case {
+        softcap: args.pass.shaping.softcap.or(case.softcap),
+        alibi: if alibi == Alibi::None { case.alibi } else { alibi },
+        sinks: if sinks == Sinks::None { case.sinks } else { sinks },
+        ..case
+    }
 }
 
 /// A case to run.
@@ -178,14 +189,16 @@ mod tests {
             (OpName::TotalAttention, Determinism::Fast, 0.0),
         ] {
             let dist_threshold = op.is_piecewise().then_some(-3);
-            let case = Case { padding: 0, dropout, ..Case::random(5, 1e6) };
+            let seed = (dropout * 10.0) as u64 + op as u64;
+            let case = Case { padding: 0, dropout, ..Case::random(seed, 1e6) };
             let step = Step { op, case, dist_threshold, determinism };
             let line = format!("ferroflash check {step}");
             let Ok(Cli { command: Command::Check(args) }) = Cli::try_parse_from(line.split(' ')) else {
                 panic!("{line}");
             };
             assert_eq!(args.case.as_ref().and_then(|case| case.dist_threshold), dist_threshold, "{line}");
-            let case = args.case.map(|case| Case { dropout: args.pass.dropout, ..case.case(args.seed) });
+            let case = args.case.as_ref().map(|case| Case { dropout: args.pass.dropout, ..case.case(args.seed) });
+            let case = case.map(|case| shaped(case, &args));
             let scale = Some(step.case.effective_scale());
             assert_eq!((args.pass.op, args.pass.determinism), (vec![op], determinism), "{line}");
             assert_eq!(case, Some(Case { scale, ..step.case }), "{line}");

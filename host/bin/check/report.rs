@@ -4,6 +4,7 @@ use ferroflash::cases::{BackwardOutcome, Outcome, TotalOutcome};
 use ferroflash::reference::{Accuracy, Rows};
 
 use super::Step;
+use crate::shaping::Shaping;
 use crate::{say, table};
 
 /// Rows of the table; failures are always shown.
@@ -121,7 +122,8 @@ fn row(Judged { step, verdict }: &Judged) -> Vec<String> {
     let Step { op, case, determinism, .. } = step;
     let (p, Verdict { accuracy, lse, .. }) = (&case.problem, verdict);
     let number = |x: f64| format!("{x:.1e}");
-    let mut row = vec![op.title(*determinism, case.dropout)];
+    let shaping = Shaping { softcap: case.softcap, kinds: case.kinds() };
+    let mut row = vec![op.title(*determinism, case.dropout, &shaping)];
     row.extend([p.batch, p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, p.head_dim].map(|x| x.to_string()));
     row.extend([p.dtype.name().to_owned(), case.mask.to_string(), case.order.to_string()]);
     row.extend([case.input_std.to_string(), verdict.tensor.to_owned()]);
@@ -147,7 +149,7 @@ mod tests {
             ([0.2, f64::INFINITY, 1.5], "dK"),
         ] {
             let [dq, dk, dv] = errors.map(accuracy);
-            let gradients = GradientAccuracy { dq, dk, dv, second: None };
+            let gradients = GradientAccuracy { dq, dk, dv, ..GradientAccuracy::default() };
             let outcome = BackwardOutcome { gradients, untouched: true };
             let verdict = Verdict::backward(&outcome);
             assert_eq!((verdict.tensor, verdict.passed), (name, outcome.passed()), "{errors:?}");

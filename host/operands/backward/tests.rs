@@ -1,18 +1,14 @@
 //! Every rule for the tensors of a backward pass, violated once.
 
 use super::*;
-use crate::dropout::Dropout;
-use crate::{
-    plan::Determinism,
-    problem::{Mask, Problem},
-    tensor::Layout,
-};
+use crate::plan::Options;
+use crate::{plan::Determinism, problem::Problem, tensor::Layout};
 
 const PROBLEM: Problem =
     Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 20, head_dim: 16, dtype: Dtype::F16 };
 
 fn plan(problem: &Problem) -> BackwardPlan {
-    BackwardPlan::new(problem, Mask::None, None, Dropout::NONE, Determinism::Exact, 1).unwrap()
+    BackwardPlan::new(problem, &Options::default(), Determinism::Exact, 1).unwrap()
 }
 
 fn tensor(address: u64, shape: [usize; 4]) -> RawTensor {
@@ -26,6 +22,8 @@ fn args() -> RawBackward {
         q: tensor(0x10000, q),
         k: tensor(0x20000, kv),
         second: None,
+        optional: OptionalInputs::NONE,
+        d_sinks: None,
         v: tensor(0x30000, kv),
         o: tensor(0x40000, q),
         d_o: tensor(0x50000, q),
@@ -160,6 +158,8 @@ fn addresses_of_nothing_do_not_matter() {
             q,
             k,
             second: None,
+            optional: OptionalInputs::NONE,
+            d_sinks: None,
             v: k,
             o: q,
             d_o: q,

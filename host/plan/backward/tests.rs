@@ -7,12 +7,14 @@ const PROBLEM: Problem =
     Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 1000, seqlen_k: 300, head_dim: 64, dtype: Dtype::Bf16 };
 
 fn plan(problem: Problem, determinism: Determinism) -> Result<BackwardPlan> {
-    BackwardPlan::new(&problem, Mask::None, None, Dropout::NONE, determinism, 132)
+    BackwardPlan::new(&problem, &Options::default(), determinism, 132)
 }
 
 #[test]
 fn prints_what_will_run() {
-    let plan = BackwardPlan::new(&PROBLEM, Mask::Causal, None, Dropout::NONE, Determinism::Exact, 5).unwrap();
+    let plan =
+        BackwardPlan::new(&PROBLEM, &Options { mask: Mask::Causal, ..Options::default() }, Determinism::Exact, 5)
+            .unwrap();
     let workspace = 12 * 1024 * (4 + 4 + 4 * 64) + 2 * 256 + (4 * 12 * 8_usize).next_multiple_of(256);
     assert_eq!(plan.workspace_bytes(), workspace);
     let smem = plan.smem_bytes();
@@ -31,7 +33,8 @@ fn prints_what_will_run() {
 fn scale_must_be_finite_and_positive() {
     for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
         let error =
-            BackwardPlan::new(&PROBLEM, Mask::None, Some(scale), Dropout::NONE, Determinism::Fast, 1).unwrap_err();
+            BackwardPlan::new(&PROBLEM, &Options { scale: Some(scale), ..Options::default() }, Determinism::Fast, 1)
+                .unwrap_err();
         assert_eq!(error.to_string(), format!("scale is {scale}; a finite number above 0 is needed"));
     }
 }
@@ -76,7 +79,7 @@ fn nothing_to_do_is_nothing_to_launch() {
 fn shares_what_the_last_round_leaves() {
     // 2 batch items, 2 key heads and 3 blocks of keys: 12 work tiles, each of 3 heads with 8 query blocks.
     let on = |mask, determinism, sm_count| {
-        BackwardPlan::new(&PROBLEM, mask, None, Dropout::NONE, determinism, sm_count).unwrap()
+        BackwardPlan::new(&PROBLEM, &Options { mask, ..Options::default() }, determinism, sm_count).unwrap()
     };
     let fast = |sm_count| on(Mask::None, Determinism::Fast, sm_count);
     let whole = 12 * 1024 * (4 + 4 + 4 * 64) + 2 * 256;
@@ -91,7 +94,8 @@ fn shares_what_the_last_round_leaves() {
     }
     let (causal, exact) = (on(Mask::Causal, Determinism::Fast, 10), on(Mask::None, Determinism::Exact, 10));
     let piecewise =
-        BackwardPlan::piecewise(&PROBLEM, Mask::None, None, 5, Dropout::NONE, Determinism::Fast, 10).unwrap();
+        BackwardPlan::new(&PROBLEM, &Options { dist_threshold: Some(5), ..Options::default() }, Determinism::Fast, 10)
+            .unwrap();
     for plan in [fast(12), fast(23), fast(6), fast(7), causal, exact, piecewise] {
         assert_eq!(
             (plan.shared(), plan.sharing),
@@ -124,7 +128,7 @@ proptest! {
     ) {
         let problem = Problem { batch, heads_q: 2 * heads, heads_kv: heads, seqlen_k, head_dim: 8 * d, ..PROBLEM };
         let determinism = if exact { Determinism::Exact } else { Determinism::Fast };
-        let plan = BackwardPlan::new(&problem, Mask::Causal, None, Dropout::NONE, determinism, sm_count).unwrap();
+        let plan = BackwardPlan::new(&problem, &Options { mask: Mask::Causal, ..Options::default() }, determinism, sm_count).unwrap();
         prop_assert!(plan.variant().head_dim as usize >= problem.head_dim);
         let n_blocks = seqlen_k.div_ceil(plan.variant().block_n as usize);
         prop_assert_eq!(plan.work_tiles() as usize, batch * heads * n_blocks);

@@ -1,4 +1,5 @@
-//! Values of each query row that the backward pass needs: `neg_lse_log2` and δ.
+//! Values of each query row that the backward pass needs: `neg_lse_log2`, δ, and the row's part in the gradient of a
+//! sink.
 
 use core::f32::consts::LOG2_E;
 
@@ -13,4 +14,11 @@ pub fn neg_lse_log2(lse: f32) -> f32 {
 #[inline(always)]
 pub fn delta(dot: f32, d_lse: f32) -> f32 {
     dot - d_lse
+}
+
+/// Returns a row's part in the gradient of its head's sink, dS of a key whose V is 0: P∘(0 − δ). `p_sink` is the sink's
+/// share of the row's softmax, exp(sink − LSE).
+#[inline(always)]
+pub fn sink_gradient(p_sink: f32, delta: f32) -> f32 {
+    -p_sink * delta
 }

@@ -7,7 +7,7 @@ use super::{BACKWARD_VARIANTS, TOTAL_VARIANTS, VARIANTS};
 use crate::attention::features::{Features, Scored};
 use crate::ground::constants::{ConstantPlace, Form};
 use crate::ground::tensor::TensorMap;
-use crate::params::{BackwardParams, ForwardParams, ROW_KERNEL_THREADS, TotalParams};
+use crate::params::{BackwardParams, ForwardParams, ROW_KERNEL_THREADS, SINK_GRADIENTS, TotalParams};
 
 /// Kernels that one rustc process compiles, and that one compressed stream holds. `entry` selects them by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -106,6 +106,7 @@ pub fn launches() -> Vec<Launch> {
     let mut rows: Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
     rows.sort_unstable();
     rows.dedup();
+    rows.push(SINK_GRADIENTS);
     let rows = rows.into_iter().map(|symbol| Launch {
         symbol,
         family: Family("backward"),

@@ -22,10 +22,12 @@ mod matmul;
 mod memory;
 mod pipeline;
 mod rows;
+mod sink_gradients;
 mod total_attention;
 mod warpgroup;
 
 pub use launch::{backward_by_gradients, backward_by_keys, forward, total_attention};
 pub use pipeline::Fault;
 pub use rows::{add_parts, finish, prepare};
+pub use sink_gradients::sink_gradient;
 pub use warpgroup::CpuWarpgroup;

@@ -34,6 +34,7 @@ pub mod named_barrier;
 pub mod producer;
 pub mod rows;
 pub mod scores;
+pub mod sink_gradients;
 pub mod store;
 pub mod tma;
 pub mod total_attention;

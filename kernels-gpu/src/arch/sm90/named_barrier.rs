@@ -88,6 +88,8 @@ impl BackwardBarrier {
 pub enum RowBarrier {
     /// One thread has seen that dQ of a head is complete.
     DqComplete = 0,
+    /// Each warp has stored its sum.
+    SumsStored = 1,
 }
 
 /// Named barriers of the kernels of total attention.
