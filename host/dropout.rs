@@ -5,16 +5,12 @@ use kernels_gpu::attention::dropout::Dropout as Launched;
 use crate::error::{Error, Operand, Result};
 use crate::problem::{Problem, at_most};
 
-/// Resolution of a probability: one random byte decides on a weight.
-const STEPS: f32 = 256.0;
-
 /// Dropout of attention weights. Each weight is dropped with probability `p`, and kept weights are scaled by 1 / (1 −
 /// p).
 ///
 /// The mask is a function of seed, offset, batch item, query head, query and key alone
 /// ([`dropout_mask`](crate::dropout_mask)). It is the same in both passes, for any machine, tiles and attention mask.
-/// `p` is resolved to 1/256 ([`Dropout::probability`]). With `p` 0, the default, nothing is dropped and there is no
-/// cost.
+/// The probability is `p` itself, and exact to 40 bits. With `p` 0, the default, nothing is dropped and there is no cost.
 ///
 /// Every training step needs a new seed or a new offset. Masks that differ in either are independent.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -31,27 +27,18 @@ impl Dropout {
     /// No dropout.
     pub const NONE: Dropout = Dropout { p: 0.0, seed: 0, offset: 0 };
 
-    /// Returns the probability that is used: `p` rounded to a multiple of 1/256, at most 255/256.
+    /// Checks the probability.
     ///
     /// # Errors
     /// [`Error::Dropout`] for a `p` below 0, of 1 or above, or NaN.
-    pub fn probability(&self) -> Result<f32> {
-        Ok(f32::from(self.threshold()?) / STEPS)
-    }
-
-    /// Exclusive upper bound of the random bytes that drop a weight.
-    fn threshold(&self) -> Result<u8> {
-        if !(0.0..1.0).contains(&self.p) {
-            return Err(Error::Dropout { value: self.p });
-        }
-        // At most 255: `as` saturates.
-        Ok((self.p * STEPS).round() as u8)
+    pub fn validate(&self) -> Result<()> {
+        if (0.0..1.0).contains(&self.p) { Ok(()) } else { Err(Error::Dropout { value: self.p }) }
     }
 
     /// Returns a kernel's launch parameter; `None` if nothing is dropped.
     pub(crate) fn launched(&self) -> Result<Option<Launched>> {
-        let threshold = self.threshold()?;
-        Ok((threshold > 0).then(|| Launched::new(threshold, self.seed, self.offset)))
+        self.validate()?;
+        Ok(Launched::new(self.p, self.seed, self.offset))
     }
 }
 
@@ -111,24 +98,25 @@ mod tests {
     #[test]
     fn p_is_below_one() {
         for p in [-0.1, -f32::MIN_POSITIVE, 1.0, 1.5, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let error = with(p).probability().unwrap_err();
+            let error = with(p).validate().unwrap_err();
             assert_eq!(error.to_string(), format!("dropout.p is {p}; at least 0 and below 1 is needed"));
             assert!(error.is_bad_input());
         }
         for p in [0.0, -0.0, f32::MIN_POSITIVE, 0.5, 1.0f32.next_down()] {
-            assert!(with(p).probability().is_ok());
+            assert!(with(p).validate().is_ok());
         }
     }
 
     #[test]
-    fn p_is_resolved() {
-        let resolved = |p| with(p).probability().unwrap() * 256.0;
-        assert_eq!(
-            [0.0, 0.001, 0.1, 0.5, 0.999, 1.0f32.next_down()].map(resolved),
-            [0.0, 0.0, 26.0, 128.0, 255.0, 255.0]
-        );
-        assert_eq!(with(0.001).launched(), Ok(None));
-        assert_eq!(with(0.1).launched().unwrap().unwrap().scale, 256.0 / 230.0);
+    fn p_is_exact() {
+        for p in [0.0, -0.0, f32::MIN_POSITIVE, 1e-13] {
+            assert_eq!(with(p).launched(), Ok(None));
+        }
+        for (p, scale) in [(0.1, 1.0 / 0.9), (0.8, 5.0), (0.001, 1.0 / 0.999)] {
+            let launched = with(p).launched().unwrap().unwrap();
+            assert!((launched.scale / scale - 1.0).abs() < 1e-6);
+            assert_eq!(launched.keeps(), 1.0 - p);
+        }
     }
 
     #[test]
@@ -139,7 +127,7 @@ mod tests {
             let dropout = Dropout { p, seed: 5, offset: 11 };
             let kept = dropout_mask(&problem, &dropout).unwrap();
             assert_eq!(kept.len(), 2 * 3 * 301 * 257);
-            let p = f64::from(dropout.probability().unwrap());
+            let p = f64::from(p);
             let sigma = (p * (1.0 - p) / kept.len() as f64).sqrt();
             let dropped = kept.iter().filter(|&&kept| !kept).count() as f64 / kept.len() as f64;
             assert!((dropped - p).abs() < 5.0 * sigma, "{dropped} of {p}");

@@ -72,9 +72,8 @@ impl Settings {
              mask {mask}, scale {scale}",
             dtype.name(),
         )?;
-        match dropout.probability() {
-            Ok(p) if p > 0.0 => write!(f, ", dropout {p}")?,
-            _ => {}
+        if dropout.p > 0.0 {
+            write!(f, ", dropout {}", dropout.p)?;
         }
         dist_threshold.map_or(Ok(()), |threshold| write!(f, ", dist_threshold {threshold}"))
     }

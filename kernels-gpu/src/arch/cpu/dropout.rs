@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn tiles_keep_what_is_kept() {
-        let dropout = Dropout::new(77, 1 << 40 | 3, 9);
+        let dropout = Dropout::new(0.3, 1 << 40 | 3, 9).unwrap();
         for rows in [Rows::Queries, Rows::Keys] {
             let at = Place { head: 6, row: 320, column: 192, rows };
             let mut tile = Tile::<16>([[[1.0; 8]; 16]; ROWS]);
