@@ -143,6 +143,37 @@ mod tests {
         }
     }
 
+    /// Both the seed and the offset have 64 bits of their own.
+    #[test]
+    fn halves_of_seed_and_offset_do_not_coincide() {
+        let problem =
+            Problem { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 64, seqlen_k: 64, head_dim: 8, dtype: Dtype::F16 };
+        let mask = |seed, offset| dropout_mask(&problem, &Dropout { p: 0.5, seed, offset }).unwrap();
+        let same = mask(7 + (1 << 32), 0).iter().zip(mask(7, 1 << 32)).filter(|&(&a, b)| a == b).count();
+        // A deviation of 5σ is 160.
+        assert!((2048 - 160..2048 + 160).contains(&same), "{same} of 4096");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn masks_of_streams_one_bit_apart_are_independent(seed: u64, offset: u64, bits in (0u32..128, 0u32..128)) {
+            let problem = Problem {
+                batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: 128, seqlen_k: 128, head_dim: 8, dtype: Dtype::F16,
+            };
+            let flipped = |bit: u32| {
+                let bits = 1u128 << bit ^ (u128::from(offset) << 64 | u128::from(seed));
+                Dropout { p: 0.5, seed: bits as u64, offset: (bits >> 64) as u64 }
+            };
+            let masks = [Dropout { p: 0.5, seed, offset }, flipped(bits.0), flipped(bits.1)];
+            let masks = masks.map(|dropout| dropout_mask(&problem, &dropout).unwrap());
+            for (a, b) in [(0, 1), (0, 2), (1, 2)].into_iter().filter(|&x| x != (1, 2) || bits.0 != bits.1) {
+                let same = masks[a].iter().zip(&masks[b]).filter(|(a, b)| a == b).count() as f64;
+                let sigma = (masks[a].len() as f64 / 4.0).sqrt();
+                proptest::prop_assert!((same - masks[a].len() as f64 / 2.0).abs() < 6.0 * sigma, "{} agree", same);
+            }
+        }
+    }
+
     #[test]
     fn masks_too_large_are_errors() {
         let problem = Problem {

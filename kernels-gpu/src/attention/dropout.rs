@@ -223,8 +223,10 @@ pub fn top_bits([both]: [u32; 1], row: u32) -> Bytes {
 }
 
 impl Dropout {
-    /// Drops elements with probability `p`, at least 0 and below 1. Returns nothing if that drops none: if p·2⁴⁰ rounds
-    /// to 0.
+    /// Drops elements with probability `p`. The key of Philox is `seed`, the last word of counters the lower half of
+    /// `offset`, and the tweak its upper half. So no two pairs of seed and offset have the same generator and counters.
+    ///
+    /// `p` is at least 0 and below 1. Returns nothing if no element is dropped: if p·2⁴⁰ rounds to 0.
     pub fn new(p: f32, seed: u64, offset: u64) -> Option<Self> {
         // Exact but for p below 2⁻¹⁶, because an f32 has 24 bits.
         let steps = (p as f64 * (1u64 << 40) as f64 + 0.5) as u64;
@@ -232,7 +234,7 @@ impl Dropout {
         let flipped = threshold >= 128;
         let bounds = [threshold, threshold + 1].map(|t| if flipped { 256 - t } else { t });
         (steps > 0).then(|| Dropout {
-            philox: Philox::new(seed.wrapping_add(offset & (u32::MAX as u64) << 32)),
+            philox: Philox::with_tweak(seed, (offset >> 32) as u32),
             offset: offset as u32,
             fraction,
             bounds,

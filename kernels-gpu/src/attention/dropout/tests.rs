@@ -231,6 +231,24 @@ fn any_three_bytes_are_independent() {
     }
 }
 
+/// Checks that seeds and offsets have keys and counters of their own: what a generator is made of tells both.
+#[test]
+fn generators_tell_seed_and_offset() {
+    let mut x = 1u64;
+    let mut next = || {
+        x = x.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        x ^ x >> 29
+    };
+    for _ in 0..1000 {
+        let (seed, offset) = (next(), next());
+        let dropout = Dropout::new(0.5, seed, offset).unwrap();
+        let [[a, b], [c, _]] = [dropout.philox.key(0), dropout.philox.key(1)];
+        assert_eq!(a as u64 | (b as u64) << 32, seed);
+        let upper = c ^ Philox::<ROUNDS>::new(seed).key(1)[0];
+        assert_eq!(dropout.offset as u64 | (upper as u64) << 32, offset);
+    }
+}
+
 /// Checks that the masks of neighbouring seeds, offsets and heads are independent.
 #[test]
 fn masks_are_independent() {
@@ -244,6 +262,8 @@ fn masks_are_independent() {
         kept(Dropout::new(0.5, 1, 1).unwrap(), 0),
         kept(Dropout::new(0.5, 1, 1 << 32).unwrap(), 0),
         kept(Dropout::new(0.5, 1 << 32 | 1, 0).unwrap(), 0),
+        kept(Dropout::new(0.5, 1 << 32 | 1, 1 << 32).unwrap(), 0),
+        kept(Dropout::new(0.5, 1 << 32, 1 << 32 | 1).unwrap(), 0),
         kept(Dropout::new(0.5, 1, 0).unwrap(), 1),
     ] {
         let same = first.iter().zip(&other).filter(|(a, b)| a == b).count() as f64;
