@@ -18,7 +18,7 @@ use std::{env, mem};
 
 use cache::{Cache, hash_of_folder, read};
 use compiler::{Compiler, Selection};
-use kernels_gpu::ground::constants::Constants;
+use kernels_gpu::ground::constants::Form;
 use kernels_gpu::specialise;
 use kernels_gpu::variants::{Family, Launch, launches};
 use ptxas::{Assembled, Ptxas};
@@ -46,14 +46,14 @@ pub struct Kernel {
     pub text: String,
     /// Size of its by-value parameter in bytes.
     pub parameter_bytes: u32,
-    /// The general form, or the only one, then the specialised forms that are prebuilt.
-    pub forms: Vec<Form>,
+    /// The general form, or the only one, then the others that are prebuilt.
+    pub forms: Vec<BuiltForm>,
 }
 
 /// A kernel with values, or loads of the launch parameter, for its specialisation constants.
-pub struct Form {
-    /// Constants that it is specialised to; none if it is general, or if the kernel has no constants.
-    pub constants: Option<Constants>,
+pub struct BuiltForm {
+    /// The form, of the kernel's own constants alone.
+    pub form: Form,
     /// Its name, for files and people.
     pub name: String,
     /// Its PTX.
@@ -64,20 +64,17 @@ pub struct Form {
 
 impl Kernel {
     fn new(launch: Launch, text: String, parameter_bytes: u32) -> Result<Self, String> {
-        let forms = launch.forms().map(|constants| Form::new(&launch, &text, constants)).collect::<Result<_, _>>()?;
+        let forms = launch.forms().into_iter();
+        let forms = forms.map(|form| BuiltForm::new(&launch, &text, form)).collect::<Result<_, _>>()?;
         Ok(Kernel { launch, text, parameter_bytes, forms })
     }
 }
 
-impl Form {
-    fn new(launch: &Launch, text: &str, constants: Option<Constants>) -> Result<Self, String> {
+impl BuiltForm {
+    fn new(launch: &Launch, text: &str, form: Form) -> Result<Self, String> {
         let Launch { symbol, constants: places, .. } = launch;
-        if constants.is_some_and(|constants| constants != constants.only(places)) {
-            return Err(format!("a prebuilt form of the kernel {symbol} has a constant that the kernel lacks"));
-        }
-        let (name, text) =
-            (specialise::name(symbol, places, constants), specialise::bind(text, symbol, places, constants)?);
-        Ok(Form { constants, name, text, assembled: None })
+        let (name, text) = (specialise::name(symbol, places, form), specialise::bind(text, symbol, places, form)?);
+        Ok(BuiltForm { form, name, text, assembled: None })
     }
 }
 

@@ -9,7 +9,7 @@ use std::io::Write as _;
 use std::ops::Range;
 use std::path::Path;
 
-use kernels_gpu::ground::constants::Constants;
+use kernels_gpu::ground::constants::Form;
 use kernels_gpu::variants::Family;
 use lzma_rust2::{LzmaOptions, LzmaWriter};
 
@@ -71,9 +71,9 @@ fn cubin_stream(family: Family) -> String {
     format!("{}.cubins.lzma", family.name())
 }
 
-/// Returns the assembled forms of a kernel, each with the constants that it is specialised to.
-fn cubins(kernel: &Kernel) -> impl Iterator<Item = (Option<Constants>, &Assembled)> {
-    kernel.forms.iter().filter_map(|form| form.assembled.as_ref().map(|assembled| (form.constants, assembled)))
+/// Returns the assembled forms of a kernel.
+fn cubins(kernel: &Kernel) -> impl Iterator<Item = (Form, &Assembled)> {
+    kernel.forms.iter().filter_map(|built| built.assembled.as_ref().map(|assembled| (built.form, assembled)))
 }
 
 /// LZMA with its header, which tells the size.
@@ -121,14 +121,12 @@ fn table(built: &Built) -> Result<String, String> {
         ))?;
         line(format_args!("        constants: &{:?},", kernel.launch.constants))?;
         line(format_args!("        cubins: &["))?;
-        for (constants, Assembled { cubin, registers, .. }) in cubins(kernel) {
+        for (form, Assembled { cubin, registers, .. }) in cubins(kernel) {
             let bytes = range(cubin_end, cubin.len());
-            let constants = match constants {
-                Some(constants) => format!("Some(Constants::from_bits({}))", constants.bits()),
-                None => "None".to_owned(),
-            };
+            let (values, open) = (form.values().bits(), form.open().bits());
             line(format_args!(
-                "            Cubin {{ constants: {constants}, bytes: {bytes:?}, registers: {registers} }},"
+                "            Cubin {{ form: Form::from_bits({values}, {open}), bytes: {bytes:?}, \
+                 registers: {registers} }},"
             ))?;
         }
         line(format_args!("        ] }},"))?;

@@ -2,7 +2,7 @@
 
 use kernels_gpu::{
     attention::any_features::AnyFeatures,
-    ground::tensor::Output,
+    ground::tensor::{Output, PerHead},
     params::{ForwardBase, ForwardParams},
     variants::Dtype,
 };
@@ -101,7 +101,7 @@ impl RawForward {
             v,
             o: Output { tiles: o, rows: self.o.strided() },
             lse: self.lse.unwrap_or(0),
-            scale: plan.scale(),
+            sinks: PerHead::NONE,
             shape: plan.problem().kernel_shape(),
             order: plan.order,
             last_pair: plan.features.mask.pairs() - 1,

@@ -1,6 +1,10 @@
 //! The tensors of total attention.
 
-use kernels_gpu::{params::TotalParams, variants::Dtype};
+use kernels_gpu::{
+    attention::{dropout::NoDropout, features::Chosen},
+    params::TotalParams,
+    variants::Dtype,
+};
 
 use super::{
     AddressSpace, Check, RawTensor,
@@ -72,11 +76,14 @@ impl RawTotalAttention {
             k,
             lse: self.lse,
             total: self.total,
-            scale: plan.scale(),
             shape: plan.problem().kernel_shape(),
             order: plan.order,
             shared_from: plan.shared_from,
-            mask: plan.mask().window(plan.problem()),
+            features: Chosen {
+                mask: plan.mask().window(plan.problem()),
+                score: plan.features.score,
+                weights: NoDropout,
+            },
         }
     }
 }

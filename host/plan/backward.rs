@@ -111,9 +111,9 @@ impl BackwardPlan {
         sm_count: u32,
     ) -> Result<BackwardPlan> {
         let settings = Settings::new(problem, mask, scale, extra)?;
-        let Settings { dist_threshold, dropout, .. } = settings;
+        let dist_threshold = settings.dist_threshold;
         let sm_count = checked_sm_count(sm_count)?;
-        let features = features(problem, mask, dist_threshold, dropout)?;
+        let features = features(&settings)?;
         let op = settings.op();
         let needed = Needed { dtype: problem.dtype, head_dim: problem.head_dim as u32, features };
         let variant = variants::backward(&needed)

@@ -71,9 +71,8 @@ impl Plan {
 
     fn new(problem: &Problem, mask: Mask, scale: Option<f32>, extra: Extra, sm_count: u32) -> Result<Plan> {
         let settings = Settings::new(problem, mask, scale, extra)?;
-        let Settings { dist_threshold, dropout, .. } = settings;
         let sm_count = checked_sm_count(sm_count)?;
-        let features = features(problem, mask, dist_threshold, dropout)?;
+        let features = features(&settings)?;
         let shape = problem.kernel_shape();
         let mut best: Option<Choice> = None;
         let needed = Needed { dtype: problem.dtype, head_dim: problem.head_dim as u32, features };

@@ -5,10 +5,10 @@
 
 use kernels_gpu::attention::any_features::{AnyFeatures, AnyMask};
 use kernels_gpu::attention::scheduler::MAX_CTAS;
+use kernels_gpu::attention::score::Shaped;
 
-use crate::dropout::Dropout;
 use crate::error::Result;
-use crate::problem::{Mask, Problem, at_most};
+use crate::problem::at_most;
 
 mod backward;
 mod forward;
@@ -37,7 +37,12 @@ fn checked_sm_count(sm_count: u32) -> Result<u32> {
     Ok(sm_count.max(1))
 }
 
-/// Returns the features of a plan with a validated problem as launch parameters.
-fn features(problem: &Problem, mask: Mask, dist_threshold: Option<i32>, dropout: Dropout) -> Result<AnyFeatures> {
-    Ok(AnyFeatures { mask: AnyMask::new(mask.window(problem), dist_threshold), dropout: dropout.launched()? })
+/// Returns the features of a plan with these settings as launch parameters. Addresses are still missing.
+fn features(settings: &Settings) -> Result<AnyFeatures> {
+    let Settings { problem, mask, scale, dist_threshold, dropout } = settings;
+    Ok(AnyFeatures {
+        mask: AnyMask::new(mask.window(problem), *dist_threshold),
+        score: Shaped::new(*scale, None, false),
+        dropout: dropout.launched()?,
+    })
 }

@@ -3,13 +3,13 @@
 use std::fmt;
 
 #[cfg(feature = "cuda")]
-use kernels_gpu::{attention::any_features::AnyMask, ground::constants::Constants};
+use kernels_gpu::ground::constants::Constants;
 use kernels_gpu::{
-    attention::{scheduler::TileOrder, shared_tiles},
+    attention::{any_features::AnyFeatures, scheduler::TileOrder, shared_tiles},
     variants::{self, TotalVariant},
 };
 
-use super::{Extra, MAX_WORK_TILES, PassKind, Settings, accessors, checked_sm_count};
+use super::{Extra, MAX_WORK_TILES, PassKind, Settings, accessors, checked_sm_count, features};
 use crate::{
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
@@ -19,6 +19,8 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TotalPlan {
     settings: Settings,
+    /// Mask and scores as launch parameters.
+    pub(crate) features: AnyFeatures,
     variant: &'static TotalVariant,
     work_tiles: u32,
     grid: u32,
@@ -40,6 +42,7 @@ impl TotalPlan {
     pub fn new(problem: &Problem, mask: Mask, scale: Option<f32>, sm_count: u32) -> Result<TotalPlan> {
         let settings = Settings::new(problem, mask, scale, Extra::NONE)?;
         let sm_count = checked_sm_count(sm_count)?;
+        let features = features(&settings)?;
         let variant = variants::total(problem.dtype, problem.head_dim as u32)
             .ok_or_else(|| Error::NoVariant { needs: settings.needs(PassKind::TotalAttention) })?;
         let n_blocks = problem.seqlen_k.div_ceil(variant.block_n() as usize) as u128;
@@ -53,13 +56,13 @@ impl TotalPlan {
             0 => TileOrder::default(),
             _ => variant.order(&problem.kernel_shape(), &mask.window(problem), grid),
         };
-        Ok(TotalPlan { settings, variant, work_tiles, grid, order, shared_from })
+        Ok(TotalPlan { settings, features, variant, work_tiles, grid, order, shared_from })
     }
 
     /// Returns the specialisation constants of the kernel.
     #[cfg(feature = "cuda")]
     pub(crate) fn constants(&self) -> Constants {
-        AnyMask::new(self.mask().window(self.problem()), None).constants()
+        self.features.constants()
     }
 
     /// Returns the kernel.

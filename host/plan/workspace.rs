@@ -98,6 +98,7 @@ impl WorkspaceLayout {
 mod tests {
     use kernels_gpu::attention::any_features::{AnyFeatures, AnyMask};
     use kernels_gpu::attention::mask::Window;
+    use kernels_gpu::attention::score::Shaped;
     use kernels_gpu::variants::{self, BackwardVariant, Dtype, Needed};
     use proptest::prelude::*;
 
@@ -109,7 +110,11 @@ mod tests {
     const SLOTS: u32 = 3;
 
     fn variant(head_dim: u32, dist_threshold: Option<i32>) -> &'static BackwardVariant {
-        let features = AnyFeatures { mask: AnyMask::new(Window::FULL, dist_threshold), dropout: None };
+        let features = AnyFeatures {
+            mask: AnyMask::new(Window::FULL, dist_threshold),
+            score: Shaped::new(1.0, None, false),
+            dropout: None,
+        };
         variants::backward(&Needed { dtype: Dtype::F16, head_dim, features }).unwrap()
     }
 

@@ -20,7 +20,6 @@ use crate::attention::features::{self, Features};
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::KeyParts;
 use crate::attention::mask::Mask;
-use crate::attention::mask::Window;
 use crate::attention::scheduler::CtaTiles;
 use crate::attention::shared_tiles::SharedTiles;
 use crate::ground::tensor::TensorMap;
@@ -153,8 +152,8 @@ fn backward<E: Packed, F: Features, const D8: usize, const M8: usize>(
 
 /// Runs a CTA of total attention: one producer warpgroup, the others consumers.
 #[inline(always)]
-fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
-    p: &TotalParams<TensorMap, M>,
+fn total<E: Packed, F: Features, const D8: usize, const M8: usize>(
+    p: &TotalParams<TensorMap, F>,
     parameters: u64,
     smem: &TotalSmem,
 ) {
@@ -175,7 +174,7 @@ fn total<E: Packed, M: Mask, const D8: usize, const M8: usize>(
         Role::Consumer(index) => {
             cta::set_registers(role, smem.consumers);
             let mut consumer = Consumer::<E, _>::total(smem, index, parameters);
-            consume_total::<_, M, D8, M8>(&mut consumer, p, smem, tiles);
+            consume_total::<_, F, D8, M8>(&mut consumer, p, smem, tiles);
         }
     }
 }
@@ -240,11 +239,11 @@ macro_rules! total_entries {
     })*) => {$(
         #[cfg(family = "total")]
         #[unsafe(export_name = concat!("total_", dtype!(), "_", stringify!($row)))]
-        pub unsafe extern "ptx-kernel" fn $row(p: TotalParams<TensorMap, Window>) {
+        pub unsafe extern "ptx-kernel" fn $row(p: TotalParams<TensorMap, features::Plain>) {
             const SMEM: TotalSmem =
                 TotalSmem { head_dim: $head_dim, consumers: $consumers, block_m: $block_m, stages: $stages };
             let parameters = crate::parameter_address!(concat!("total_", dtype!(), "_", stringify!($row)));
-            total::<Element, Window, { $head_dim / 8 }, { $block_m / 8 }>(&p, parameters, &SMEM);
+            total::<Element, features::Plain, { $head_dim / 8 }, { $block_m / 8 }>(&p, parameters, &SMEM);
         }
     )*};
 }

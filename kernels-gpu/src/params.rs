@@ -5,12 +5,12 @@
 
 use core::mem::offset_of;
 
+use crate::attention::features::Plain;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::Sharing;
-use crate::attention::mask::Window;
 use crate::attention::scheduler::TileOrder;
 use crate::ground::shape::Shape;
-use crate::ground::tensor::{Output, Strided, TensorMap};
+use crate::ground::tensor::{Output, PerHead, Strided, TensorMap};
 
 /// Launch parameters of the forward kernel, whatever its features.
 #[repr(C)]
@@ -23,8 +23,8 @@ pub struct ForwardBase<T> {
     pub o: Output<T>,
     /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; 0 if it is not wanted.
     pub lse: u64,
-    /// Softmax scale, finite and positive.
-    pub scale: f32,
+    /// Sinks, each a logit without a value in every row's softmax; none if the address is 0.
+    pub sinks: PerHead,
     pub shape: Shape,
     pub order: TileOrder,
     /// Number of the last pair of Q and K: 0, or 1 in piecewise attention. Because it is read from the launch
@@ -186,21 +186,19 @@ pub struct FinishParams {
 /// Launch parameters of the kernel that computes total attention.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct TotalParams<T, M = Window> {
+pub struct TotalParams<T, F = Plain> {
     pub q: T,
     pub k: T,
     /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; natural logarithms, −∞ for a row without a key.
     pub lse: u64,
     /// Address of the result, f32 (batch, heads_q, seqlen_k), contiguous.
     pub total: u64,
-    /// Softmax scale, finite and positive.
-    pub scale: f32,
     pub shape: Shape,
     /// Order of the work tiles, which are blocks of keys of query heads.
     pub order: TileOrder,
     /// First work tile that is split.
     pub shared_from: u32,
-    pub mask: M,
+    pub features: F,
 }
 
 /// Alignment of a tensor map for TMA, in bytes.

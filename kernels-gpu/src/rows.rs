@@ -92,15 +92,15 @@ macro_rules! forward_rows {
             }
             d64_piecewise_dropout: {
                 family: "piecewise_dropout", features: PiecewiseWithDropout, head_dim: 64, consumers: 2,
-                block_n: 128, stages: 6, cluster: 1, masks: Any, prebuilt: NOTHING,
+                block_n: 128, stages: 6, cluster: 1, masks: Any, prebuilt: ANY_WINDOW,
             }
             d128_piecewise_dropout: {
                 family: "piecewise_dropout", features: PiecewiseWithDropout, head_dim: 128, consumers: 2,
-                block_n: 128, stages: 4, cluster: 1, masks: Any, prebuilt: NOTHING,
+                block_n: 128, stages: 4, cluster: 1, masks: Any, prebuilt: ANY_WINDOW,
             }
             d256_piecewise_dropout: {
                 family: "piecewise_dropout", features: PiecewiseWithDropout, head_dim: 256, consumers: 2,
-                block_n: 64, stages: 3, cluster: 1, masks: Any, prebuilt: NOTHING,
+                block_n: 64, stages: 3, cluster: 1, masks: Any, prebuilt: ANY_WINDOW,
             }
         }
     };
@@ -149,15 +149,15 @@ macro_rules! backward_rows {
             }
             d64_piecewise_dropout: {
                 family: "piecewise_backward_dropout", features: PiecewiseWithDropout, head_dim: 64, block_m: 64,
-                block_n: 128, split: Keys, k_stages: 1, prebuilt: NOTHING,
+                block_n: 128, split: Keys, k_stages: 1, prebuilt: ANY_WINDOW,
             }
             d128_piecewise_dropout: {
                 family: "piecewise_backward_dropout", features: PiecewiseWithDropout, head_dim: 128, block_m: 64,
-                block_n: 128, split: Keys, k_stages: 1, prebuilt: NOTHING,
+                block_n: 128, split: Keys, k_stages: 1, prebuilt: ANY_WINDOW,
             }
             d256_piecewise_dropout: {
                 family: "piecewise_backward_dropout", features: PiecewiseWithDropout, head_dim: 256, block_m: 64,
-                block_n: 64, split: Gradients, k_stages: 1, prebuilt: NOTHING,
+                block_n: 64, split: Gradients, k_stages: 1, prebuilt: ANY_WINDOW,
             }
         }
     };

@@ -1,28 +1,23 @@
 //! Binding: the step between rustc and ptxas that gives the specialisation constants of a kernel their values.
 //!
 //! The build binds the PTX that it assembles, and the host binds the PTX that the driver compiles. Each result is a
-//! form of the kernel: general, or specialised to one combination of [`Constants`].
+//! [`Form`] of the kernel.
 
 use std::borrow::ToOwned;
 use std::format;
 use std::string::String;
 
-use crate::ground::constants::{ConstantPlace, Constants};
+use crate::ground::constants::{ConstantPlace, Constants, Form};
 
 /// Start of a placeholder's operand. The bit of the constant follows.
 const PLACEHOLDER: &str = "FF_CONSTANT_";
 
-/// Replaces every placeholder in the PTX of a kernel: by the number in `constants`, or if that is `None` by a load of
-/// the launch parameter. The result is the specialised or the general form of the kernel.
+/// Replaces every placeholder in the PTX of a kernel: by the number of the constant in `form`, or if it is open by a
+/// load of the launch parameter.
 ///
 /// # Errors
 /// A placeholder of a constant that `places` lacks, or one in another instruction than a `mov.b32`.
-pub fn bind(
-    text: &str,
-    symbol: &str,
-    places: &[ConstantPlace],
-    constants: Option<Constants>,
-) -> Result<String, String> {
+pub fn bind(text: &str, symbol: &str, places: &[ConstantPlace], form: Form) -> Result<String, String> {
     let mut bound = String::with_capacity(text.len());
     for line in text.split_inclusive('\n') {
         if !line.contains(PLACEHOLDER) {
@@ -35,8 +30,8 @@ pub fn bind(
             let name = Constants::NAMES.get(bit as usize).unwrap_or(&"without a name");
             format!("the kernel {symbol} has a placeholder of constant {bit}, {name}, which its list lacks")
         })?;
-        bound.push_str(&match constants {
-            Some(constants) => format!("\tmov.b32 {register}, {};\n", u32::from(constants.has(bit))),
+        bound.push_str(&match form.value(bit) {
+            Some(value) => format!("\tmov.b32 {register}, {};\n", u32::from(value)),
             None => format!("\tld.param.b32 {register}, [{symbol}_param_0+{}];\n", place.offset),
         });
     }
@@ -50,20 +45,24 @@ fn placeholder(line: &str) -> Option<(&str, u32)> {
     Some((register.trim(), constant.trim().strip_prefix(PLACEHOLDER)?.parse().ok()?))
 }
 
-/// Returns the name of a form, for files and people: the kernel's symbol, followed by `_general`, by `_plain` if no
-/// constant is 1, or by the names of the constants that are. A kernel without constants has its symbol alone.
-pub fn name(symbol: &str, places: &[ConstantPlace], constants: Option<Constants>) -> String {
+/// Returns the name of a form, for files and people: the kernel's symbol, then the names of the constants that are 1,
+/// or `plain` if none is, and after `any` the names of those that are open. It ends in `_general` if all are open. A
+/// kernel without constants has its symbol alone.
+pub fn name(symbol: &str, places: &[ConstantPlace], form: Form) -> String {
     if places.is_empty() {
         return symbol.to_owned();
     }
-    let Some(constants) = constants.map(|constants| constants.only(places)) else {
+    let form = form.only(places);
+    if form == Form::GENERAL.only(places) {
         return format!("{symbol}_general");
-    };
-    if constants == Constants::NONE {
-        return format!("{symbol}_plain");
     }
-    let set = (0..).zip(Constants::NAMES).filter(|&(bit, _)| constants.has(bit));
-    set.fold(symbol.to_owned(), |name, (_, constant)| name + "_" + constant)
+    let join = |name: String, of: Constants| {
+        let set = (0..).zip(Constants::NAMES).filter(|&(bit, _)| of.has(bit));
+        set.fold(name, |name, (_, constant)| name + "_" + constant)
+    };
+    let ones = if form.values() == Constants::NONE { "_plain" } else { "" };
+    let name = join(symbol.to_owned() + ones, form.values());
+    if form.open() == Constants::NONE { name } else { join(name + "_any", form.open()) }
 }
 
 #[cfg(test)]
@@ -89,17 +88,17 @@ mod tests {
 
     #[test]
     fn numbers_specialise() {
-        let bound = bind(TEXT, "k", &PLACES, Some(RIGHT)).unwrap();
+        let bound = bind(TEXT, "k", &PLACES, Form::of(RIGHT)).unwrap();
         let expected = TEXT
             .replace("mov.b32 %r1, FF_CONSTANT_0;", "mov.b32 %r1, 0;")
             .replace("mov.b32 \t%r22, FF_CONSTANT_1;", "mov.b32 %r22, 1;");
         assert_eq!(bound, expected);
-        assert!(!bind(TEXT, "k", &PLACES, Some(BOTH)).unwrap().contains(", 0;"));
+        assert!(!bind(TEXT, "k", &PLACES, Form::of(BOTH)).unwrap().contains(", 0;"));
     }
 
     #[test]
     fn the_general_form_loads_the_parameter() {
-        let bound = bind(TEXT, "k", &PLACES, None).unwrap();
+        let bound = bind(TEXT, "k", &PLACES, Form::GENERAL).unwrap();
         assert!(bound.contains("\tld.param.b32 %r1, [k_param_0+40];\n"), "{bound}");
         assert!(bound.contains("\tld.param.b32 %r22, [k_param_0+44];\n"), "{bound}");
         assert!(!bound.contains(PLACEHOLDER) && !bound.contains("mov.b32"), "{bound}");
@@ -109,35 +108,45 @@ mod tests {
     #[test]
     fn text_without_placeholders_stays_as_it_is() {
         for text in ["", "one line", "two\nlines\n"] {
-            for constants in [None, Some(BOTH)] {
-                assert_eq!(bind(text, "k", &[], constants).unwrap(), text);
+            for form in [Form::GENERAL, Form::of(BOTH)] {
+                assert_eq!(bind(text, "k", &[], form).unwrap(), text);
             }
         }
     }
 
     #[test]
     fn placeholders_that_do_not_fit_are_errors() {
-        for constants in [None, Some(BOTH)] {
-            let error = bind(TEXT, "k", &PLACES[..1], constants).unwrap_err();
+        for form in [Form::GENERAL, Form::of(BOTH)] {
+            let error = bind(TEXT, "k", &PLACES[..1], form).unwrap_err();
             assert!(error.contains('k') && error.contains("right"), "{error}");
         }
-        let error = bind("\tmov.b32 %r1, FF_CONSTANT_77;\n", "k", &PLACES, None).unwrap_err();
+        let error = bind("\tmov.b32 %r1, FF_CONSTANT_77;\n", "k", &PLACES, Form::GENERAL).unwrap_err();
         assert!(error.contains("77"), "{error}");
         for line in ["add.s32 %r1, %r2, FF_CONSTANT_0;", "mov.b32 %r1, FF_CONSTANT_x;", "mov.b32 FF_CONSTANT_0;"] {
-            let error = bind(line, "k", &PLACES, None).unwrap_err();
+            let error = bind(line, "k", &PLACES, Form::GENERAL).unwrap_err();
             assert!(error.contains(line), "{error}");
         }
     }
 
     #[test]
+    fn one_constant_may_stay_open() {
+        let bound = bind(TEXT, "k", &PLACES, Form::of(BOTH).opening(Constants::RIGHT)).unwrap();
+        assert!(bound.contains("\tmov.b32 %r1, 1;\n"), "{bound}");
+        assert!(bound.contains("\tld.param.b32 %r22, [k_param_0+44];\n"), "{bound}");
+    }
+
+    #[test]
     fn forms_have_names() {
-        assert_eq!(name("k", &PLACES, None), "k_general");
-        assert_eq!(name("k", &PLACES, Some(Constants::NONE)), "k_plain");
-        assert_eq!(name("k", &PLACES, Some(RIGHT)), "k_right");
-        assert_eq!(name("k", &PLACES, Some(BOTH)), "k_left_right");
+        let name = |form| name("k", &PLACES, form);
+        assert_eq!(name(Form::GENERAL), "k_general");
+        assert_eq!(name(Form::of(Constants::NONE)), "k_plain");
+        assert_eq!(name(Form::of(RIGHT)), "k_right");
+        assert_eq!(name(Form::of(BOTH)), "k_left_right");
+        assert_eq!(name(Form::of(Constants::NONE).opening(Constants::LEFT)), "k_plain_any_left");
+        assert_eq!(name(Form::of(BOTH).opening(Constants::LEFT)), "k_right_any_left");
         // A constant that the kernel lacks makes no difference.
-        assert_eq!(name("k", &PLACES[..1], Some(RIGHT)), "k_plain");
-        assert_eq!(name("k", &[], Some(BOTH)), "k");
-        assert_eq!(name("k", &[], None), "k");
+        assert_eq!(super::name("k", &PLACES[..1], Form::of(RIGHT)), "k_plain");
+        assert_eq!(super::name("k", &[], Form::of(BOTH)), "k");
+        assert_eq!(super::name("k", &[], Form::GENERAL), "k");
     }
 }

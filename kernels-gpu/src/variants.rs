@@ -4,11 +4,13 @@
 //! one wins. `entry` makes the symbols, the build adds launch bounds to the PTX, and the CPU executor runs the same
 //! rows. What is not in a row is a launch parameter, or a specialisation constant ([`crate::ground::constants`]).
 
+use std::vec::Vec;
+
 use crate::attention::any_features::{AnyFeatures, AnyMask, FromAny};
-use crate::attention::features;
+use crate::attention::features::{self, Features};
 use crate::attention::mask::Mask;
 use crate::attention::scheduler::TileOrder;
-use crate::ground::constants::{ConstantPlace, Constants};
+use crate::ground::constants::{ConstantPlace, Constants, Form};
 use crate::ground::shape::Shape;
 #[cfg(feature = "cpu")]
 use crate::ground::tensor::Strided;
@@ -95,16 +97,23 @@ impl Needed {
     }
 }
 
-/// Specialisations of a text that are built in advance: those that are benchmarked.
+/// Forms of a text that are built in advance, in addition to the general one.
 mod prebuilt {
-    use super::Constants;
+    use super::{Constants, Form};
 
-    /// No mask and the causal mask.
-    pub const FULL_AND_CAUSAL: &[Constants] = &[Constants::NONE, Constants::NONE.with(Constants::RIGHT, true)];
-    pub const FULL: &[Constants] = &[Constants::NONE];
-    pub const CAUSAL: &[Constants] = &[Constants::NONE.with(Constants::RIGHT, true)];
-    /// None: the general kernel runs, up to 4 % slower.
-    pub const NOTHING: &[Constants] = &[];
+    /// No mask, and no softcap or ALiBi.
+    const PLAIN: Form = Form::of(Constants::NONE);
+    /// The causal mask.
+    const RIGHT: Form = Form::of(Constants::NONE.with(Constants::RIGHT, true));
+    /// Any window, and nothing else.
+    const WINDOW: Form = PLAIN.opening(Constants::LEFT).opening(Constants::RIGHT);
+
+    /// No mask and the causal mask, which are benchmarked, and any window.
+    pub const FULL_AND_CAUSAL: &[Form] = &[PLAIN, RIGHT, WINDOW];
+    pub const FULL: &[Form] = &[PLAIN];
+    pub const CAUSAL: &[Form] = &[RIGHT, WINDOW];
+    /// Any window. With or without one, the kernel is up to 4 % slower.
+    pub const ANY_WINDOW: &[Form] = &[WINDOW];
 }
 
 /// Compiled kernel of the forward pass.
@@ -129,10 +138,10 @@ pub struct Variant {
     pub cluster: u32,
     /// Family in which it is compiled.
     pub family: &'static str,
-    /// Places of its specialisation constants, from the start of the features.
-    pub constants: &'static [ConstantPlace],
-    /// Specialisations that are built in advance.
-    pub prebuilt: &'static [Constants],
+    /// Returns the places of its specialisation constants, from the start of the features.
+    pub constants: fn() -> Vec<ConstantPlace>,
+    /// Forms that are built in advance.
+    pub prebuilt: &'static [Form],
     /// Its mainloop on the CPU.
     #[cfg(feature = "cpu")]
     pub run: CpuForward,
@@ -266,7 +275,7 @@ macro_rules! forward_table {
             stages: $stages,
             cluster: $cluster,
             family: $family,
-            constants: <features::$features as Kind>::CONSTANTS,
+            constants: <features::$features as Features>::constants,
             prebuilt: prebuilt::$prebuilt,
             #[cfg(feature = "cpu")]
             run: crate::arch::cpu::forward::<features::$features, { $head_dim / 8 }, { $block_n / 8 }>,
@@ -277,11 +286,9 @@ macro_rules! forward_table {
 /// Kind of kernel that has these features.
 trait Kind {
     const OP: Op;
-    const CONSTANTS: &'static [ConstantPlace];
 }
-impl<F: features::Features> Kind for F {
+impl<F: Features> Kind for F {
     const OP: Op = if F::Mask::PAIRS == 2 { Op::Piecewise } else { Op::Forward };
-    const CONSTANTS: &'static [ConstantPlace] = F::Mask::CONSTANTS;
 }
 
 /// All compiled kernels of the forward pass.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use ferroflash_build::ptxas::Assembled;
-use ferroflash_build::{Built, Form, Kernel, cache_folder, from_source, unpack, work};
+use ferroflash_build::{Built, BuiltForm, Kernel, cache_folder, from_source, unpack, work};
 use kernels_gpu::variants::Launch;
 
 use crate::setup::cuda_tool;
@@ -85,11 +85,11 @@ pub fn built() -> Result<Built> {
 }
 
 /// Lists every form of every kernel.
-fn forms(built: &Built) -> Vec<(&Kernel, &Form)> {
+fn forms(built: &Built) -> Vec<(&Kernel, &BuiltForm)> {
     built.kernels.iter().flat_map(|kernel| kernel.forms.iter().map(move |form| (kernel, form))).collect()
 }
 
-fn row(folder: &Path, launch: &Launch, form: &Form) -> Result<Row> {
+fn row(folder: &Path, launch: &Launch, form: &BuiltForm) -> Result<Row> {
     let name = &form.name;
     let Assembled { report, registers, .. } =
         form.assembled.as_ref().ok_or_else(|| format!("{name} has no machine code"))?;

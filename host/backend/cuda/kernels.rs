@@ -7,7 +7,7 @@ use std::io::Read;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use kernels_gpu::ground::constants::{ConstantPlace, Constants};
+use kernels_gpu::ground::constants::{ConstantPlace, Constants, Form};
 use kernels_gpu::specialise;
 use lzma_rust2::LzmaReader;
 
@@ -34,8 +34,8 @@ pub struct Kernel {
 /// Machine code of one form of a kernel.
 #[derive(Debug)]
 pub struct Cubin {
-    /// Constants that it is specialised to; `None` if it is general, or if the kernel has no constants.
-    pub constants: Option<Constants>,
+    /// The form, of the kernel's own constants alone.
+    pub form: Form,
     /// Its bytes in the stream of cubins.
     bytes: Range<usize>,
     /// Number of registers of a thread at entry.
@@ -81,32 +81,37 @@ impl Kernel {
         place(symbol).map(|place| &KERNELS[place])
     }
 
-    /// Returns the name of one of its forms: its symbol, followed by `_general`, `_plain` or the names of the constants
-    /// that are 1. A kernel without constants has its symbol alone.
-    pub fn name(&self, constants: Option<Constants>) -> String {
-        specialise::name(self.symbol, self.constants, constants)
+    /// Returns the name of one of its forms: its symbol, followed by `_general`, or by the names of the constants that
+    /// are 1 and of those that are open. A kernel without constants has its symbol alone.
+    pub fn name(&self, form: Form) -> String {
+        specialise::name(self.symbol, self.constants, form)
     }
 
-    /// Finds the form specialised to `constants`, or if that is `None` the general one, if the build holds it.
-    pub fn find(&self, constants: Option<Constants>) -> Option<&'static Cubin> {
-        self.cubins.iter().find(|cubin| cubin.constants == constants)
+    /// Finds a form, if the build holds it.
+    pub fn find(&self, form: Form) -> Option<&'static Cubin> {
+        self.cubins.iter().find(|cubin| cubin.form == form)
     }
 
-    /// Returns the key of the form specialised to `constants`, as [`Kernel::find`] takes it: without the constants that
-    /// the kernel lacks, and `None` if it has no constants.
-    pub(super) fn specialised(&self, constants: Constants) -> Option<Constants> {
-        (!self.constants.is_empty()).then(|| constants.only(self.constants))
+    /// Returns the form specialised to `constants`. Constants that the kernel lacks are ignored.
+    pub(super) fn specialised(&self, constants: Constants) -> Form {
+        Form::of(constants.only(self.constants))
+    }
+
+    /// Returns the general form, or the only one of a kernel without constants.
+    pub fn general(&self) -> Form {
+        Form::GENERAL.only(self.constants)
     }
 
     /// Chooses the form to load for a launch that wants the form `specialised`, which is not loaded yet.
-    pub(super) fn choose(&self, specialised: Option<Constants>, policy: Specialise) -> Option<Constants> {
-        let general = self.find(None).is_some();
-        let general = match policy {
-            Specialise::Prebuilt => general && self.find(specialised).is_none(),
-            Specialise::AtFirstUse => false,
-            Specialise::Never => true,
+    pub(super) fn choose(&self, specialised: Form, policy: Specialise) -> Form {
+        let open = |form: &Form| form.open().bits().count_ones();
+        let covering = self.cubins.iter().map(|cubin| cubin.form).filter(|form| form.covers(specialised.values()));
+        let chosen = match policy {
+            Specialise::Prebuilt => covering.min_by_key(open),
+            Specialise::AtFirstUse => None,
+            Specialise::Never => Some(self.general()),
         };
-        if general { None } else { specialised }
+        chosen.unwrap_or(specialised)
     }
 
     /// Returns the machine code of one of its [`cubins`](Kernel::cubins). The first call of a family unpacks all cubins
@@ -122,19 +127,18 @@ impl Kernel {
         bytes.get(cubin.bytes.clone()).ok_or_else(|| self.damaged(&"its stream ends too early"))
     }
 
-    /// Returns the PTX of the form specialised to `constants`, or if that is `None` of the general one, or of the only
-    /// one of a kernel without constants. Every call unpacks it again, because few programs need it even once.
+    /// Returns the PTX of a form. Every call unpacks it again, because few programs need it even once.
     ///
     /// # Errors
     /// [`Error::BrokenKernel`] if the program's kernels are damaged.
-    pub fn ptx(&self, constants: Option<Constants>) -> Result<String> {
+    pub fn ptx(&self, form: Form) -> Result<String> {
         let mut bytes = unpack(self.streams.ptx, Some(self.ptx.end)).map_err(|error| self.damaged(&error))?;
         if bytes.len() < self.ptx.end {
             return Err(self.damaged(&"its stream ends too early"));
         }
         bytes.drain(..self.ptx.start);
         let text = String::from_utf8(bytes).map_err(|error| self.damaged(&error))?;
-        specialise::bind(&text, self.symbol, self.constants, constants).map_err(|error| self.damaged(&error))
+        specialise::bind(&text, self.symbol, self.constants, form).map_err(|error| self.damaged(&error))
     }
 
     fn damaged(&self, reason: &dyn std::fmt::Display) -> Error {
@@ -146,9 +150,9 @@ impl Kernel {
 #[cfg(test)]
 impl Kernel {
     /// Returns a kernel of this build, with other constants and other forms. All forms have the code of the first.
-    pub(super) fn with_forms(&self, constants: &'static [ConstantPlace], forms: &[Option<Constants>]) -> Self {
+    pub(super) fn with_forms(&self, constants: &'static [ConstantPlace], forms: &[Form]) -> Self {
         let bytes = self.cubins.first().map_or(0..0, |cubin| cubin.bytes.clone());
-        let cubin = |&constants: &_| Cubin { constants, bytes: bytes.clone(), registers: 0 };
+        let cubin = |&form: &_| Cubin { form, bytes: bytes.clone(), registers: 0 };
         let cubins = forms.iter().map(cubin).collect::<Vec<_>>().leak();
         Kernel { ptx: self.ptx.clone(), constants, cubins, ..*self }
     }
@@ -177,8 +181,8 @@ mod tests {
             assert!(Kernel::of(symbol).is_some_and(|found| found.symbol == symbol), "{symbol}");
             assert!(kernel.constants.iter().all(|place| place.offset + 4 <= kernel.parameter_bytes), "{symbol}");
             // Every text that the host may give to the driver's compiler, and the general one.
-            for constants in combinations(kernel).into_iter().map(Some).chain([None]) {
-                let ptx = kernel.ptx(constants).unwrap();
+            for form in combinations(kernel).into_iter().map(Form::of).chain([kernel.general()]) {
+                let ptx = kernel.ptx(form).unwrap();
                 assert!(ptx.contains(&format!(".entry {symbol}(")), "{symbol}");
                 assert!(ptx.contains(&format!("{symbol}_param_0[{}]", kernel.parameter_bytes)), "{symbol}");
                 assert!(!ptx.contains("FF_CONSTANT"), "{symbol}");
@@ -196,10 +200,10 @@ mod tests {
     #[test]
     fn machine_code_has_a_general_form_and_every_form_once() {
         for kernel in KERNELS.iter().filter(|_| KERNEL_ASSEMBLER.is_some()) {
-            assert!(kernel.find(None).is_some(), "{}", kernel.symbol);
+            assert!(kernel.find(kernel.general()).is_some(), "{}", kernel.symbol);
             for cubin in kernel.cubins {
-                assert!(kernel.find(cubin.constants).is_some_and(|found| found.bytes == cubin.bytes));
-                assert_eq!(cubin.constants, cubin.constants.and_then(|constants| kernel.specialised(constants)));
+                assert!(kernel.find(cubin.form).is_some_and(|found| found.bytes == cubin.bytes));
+                assert_eq!(cubin.form, cubin.form.only(kernel.constants));
             }
         }
     }
@@ -212,39 +216,43 @@ mod tests {
 
     const PLACES: &[ConstantPlace] =
         &[ConstantPlace { bit: Constants::LEFT, offset: 0 }, ConstantPlace { bit: Constants::RIGHT, offset: 4 }];
-    const ONE: &[Cubin] = &[Cubin { constants: None, bytes: 0..8, registers: 168 }];
-    const TWO: &[Cubin] = &[
-        Cubin { constants: None, bytes: 0..8, registers: 168 },
-        Cubin { constants: Some(RIGHT), bytes: 8..16, registers: 168 },
+    const GENERAL: Form = Form::of(Constants::NONE).opening(Constants::LEFT).opening(Constants::RIGHT);
+    const ONE: &[Cubin] = &[Cubin { form: Form::of(Constants::NONE), bytes: 0..8, registers: 168 }];
+    const THREE: &[Cubin] = &[
+        Cubin { form: GENERAL, bytes: 0..8, registers: 168 },
+        Cubin { form: Form::of(RIGHT), bytes: 8..16, registers: 168 },
+        Cubin { form: Form::of(BOTH).opening(Constants::RIGHT), bytes: 8..16, registers: 168 },
     ];
 
     #[test]
-    fn a_prebuilt_form_is_preferred_to_the_general_one_and_that_to_a_compiler() {
+    fn the_prebuilt_form_with_the_fewest_open_constants_is_preferred_to_a_compiler() {
         let chosen = |kernel: &Kernel, constants, policy| kernel.choose(kernel.specialised(constants), policy);
-        let built = kernel(PLACES, TWO);
-        assert_eq!(chosen(&built, RIGHT, Specialise::Prebuilt), Some(RIGHT));
-        assert_eq!(chosen(&built, RIGHT, Specialise::AtFirstUse), Some(RIGHT));
-        assert_eq!(chosen(&built, BOTH, Specialise::Prebuilt), None);
-        assert_eq!(chosen(&built, BOTH, Specialise::AtFirstUse), Some(BOTH));
+        let built = kernel(PLACES, THREE);
+        assert_eq!(chosen(&built, RIGHT, Specialise::Prebuilt), Form::of(RIGHT));
+        assert_eq!(chosen(&built, RIGHT, Specialise::AtFirstUse), Form::of(RIGHT));
+        assert_eq!(chosen(&built, Constants::NONE, Specialise::Prebuilt), GENERAL);
+        assert_eq!(chosen(&built, BOTH, Specialise::Prebuilt), Form::of(BOTH).opening(Constants::RIGHT));
+        assert_eq!(chosen(&built, BOTH, Specialise::AtFirstUse), Form::of(BOTH));
+        assert_eq!(chosen(&built, RIGHT, Specialise::Never), GENERAL);
         // Without machine code the driver compiles in any case, so it may as well compile the specialised form.
-        assert_eq!(chosen(&kernel(PLACES, &[]), BOTH, Specialise::Prebuilt), Some(BOTH));
+        assert_eq!(chosen(&kernel(PLACES, &[]), BOTH, Specialise::Prebuilt), Form::of(BOTH));
         // A constant that the kernel lacks does not matter.
-        assert_eq!(chosen(&kernel(&PLACES[1..], TWO), BOTH, Specialise::Prebuilt), Some(RIGHT));
+        assert_eq!(chosen(&kernel(&PLACES[1..], THREE), BOTH, Specialise::Prebuilt), Form::of(RIGHT));
         for (cubins, policy) in
             [(ONE, Specialise::Prebuilt), (ONE, Specialise::AtFirstUse), (&[], Specialise::Prebuilt)]
         {
-            assert_eq!(chosen(&kernel(&[], cubins), BOTH, policy), None);
+            assert_eq!(chosen(&kernel(&[], cubins), BOTH, policy), Form::of(Constants::NONE));
         }
     }
 
     #[test]
     fn a_damaged_stream_is_an_error() {
-        let kernel = kernel(PLACES, TWO);
+        let kernel = kernel(PLACES, THREE);
         for cubin in kernel.cubins {
             assert!(kernel.machine_code(cubin).unwrap_err().to_string().contains("damaged"));
         }
-        for constants in [None, Some(RIGHT)] {
-            assert!(kernel.ptx(constants).unwrap_err().to_string().contains("damaged"));
+        for form in [GENERAL, Form::of(RIGHT)] {
+            assert!(kernel.ptx(form).unwrap_err().to_string().contains("damaged"));
         }
     }
 }

@@ -52,7 +52,7 @@ pub use cudarc::{CudarcStream, CudarcView, CudarcViewMut};
 #[cfg(feature = "cust")]
 pub use cust::{CustView, CustViewMut};
 pub use kernels::{COMMIT, Cubin, KERNEL_ASSEMBLER, KERNEL_COMPILER, KERNEL_ORIGIN, KERNELS, Kernel};
-pub use kernels_gpu::ground::constants::{ConstantPlace, Constants};
+pub use kernels_gpu::ground::constants::{ConstantPlace, Constants, Form};
 pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
 pub use specialise::Specialise;
 

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use std::{mem, ptr};
 
-use kernels_gpu::ground::constants::Constants;
+use kernels_gpu::ground::constants::{Constants, Form};
 
 use super::Specialise;
 use super::driver::{Function, check};
@@ -20,8 +20,7 @@ const LOG_BYTES: usize = 16 << 10;
 pub(super) struct Loaded {
     pub(super) function: Function,
     pub(super) load_time: Duration,
-    /// Constants that it is specialised to; `None` if it is general, or if the kernel has no constants.
-    constants: Option<Constants>,
+    form: Form,
     module: Module,
 }
 
@@ -41,11 +40,11 @@ unsafe impl Sync for Module {}
 struct Forms(OnceLock<Box<(Loaded, Forms)>>);
 
 impl Forms {
-    /// Finds the form specialised to `constants`, or if that is `None` the general one.
-    fn find(&self, constants: Option<Constants>) -> Option<&Loaded> {
+    /// Finds a form.
+    fn find(&self, form: Form) -> Option<&Loaded> {
         let mut forms = self;
         while let Some((loaded, others)) = forms.0.get().map(Box::as_ref) {
-            if loaded.constants == constants {
+            if loaded.form == form {
                 return Some(loaded);
             }
             forms = others;
@@ -71,7 +70,7 @@ impl Forms {
             return Ok(loaded);
         }
         let loaded = load(calls, kernel, chosen, specialised, smem_bytes)?;
-        let form = loaded.constants;
+        let form = loaded.form;
         self.add(loaded);
         self.find(form).ok_or_else(|| missing(kernel.symbol))
     }
@@ -95,7 +94,7 @@ impl Forms {
         while let Err(refused) = forms.0.set(new) {
             // Another thread may have loaded the same form meanwhile. Then this module is not needed.
             let Some((loaded, others)) = forms.0.get().map(Box::as_ref) else { return };
-            if loaded.constants == refused.0.constants {
+            if loaded.form == refused.0.form {
                 // SAFETY: nothing was launched from this module, and its context is current.
                 unsafe { refused.0.module.unload() };
                 return;
@@ -114,8 +113,8 @@ impl Modules {
     }
 
     /// Returns the kernel of this name, in the best form for `constants`, with `smem_bytes` of dynamic shared memory.
-    /// That is the specialised form if it is loaded, is prebuilt or, by `policy`, is to be compiled. Otherwise it is
-    /// the general form. The first call loads it. Constants that the kernel lacks are ignored. The device's context is
+    /// That is the specialised form if it is loaded or, by `policy`, is to be compiled. Otherwise it is the prebuilt
+    /// form that covers them with the fewest open constants. The first call loads it. Constants that the kernel lacks are ignored. The device's context is
     /// current.
     ///
     /// # Errors
@@ -162,13 +161,13 @@ fn missing(symbol: &'static str) -> Error {
 fn load(
     calls: &'static Calls,
     kernel: &'static Kernel,
-    chosen: Option<Constants>,
-    specialised: Option<Constants>,
+    chosen: Form,
+    specialised: Form,
     smem_bytes: u32,
 ) -> Result<Loaded> {
     let start = Instant::now();
     let code = kernel.find(chosen).map(|cubin| kernel.machine_code(cubin)).transpose()?;
-    let (module, constants) = match code.map(|code| load_cubin(calls, code)) {
+    let (module, form) = match code.map(|code| load_cubin(calls, code)) {
         Some(Ok(module)) => (module, chosen),
         // A driver that is older than the build's ptxas refuses the cubin, and compiles the PTX instead.
         Some(Err(Error::Driver { code: sys::INVALID_IMAGE | sys::NO_BINARY_FOR_GPU, .. })) | None => {
@@ -177,7 +176,7 @@ fn load(
         Some(Err(error)) => return Err(error),
     };
     match function(calls, kernel, &module, smem_bytes) {
-        Ok(function) => Ok(Loaded { function, load_time: start.elapsed(), constants, module }),
+        Ok(function) => Ok(Loaded { function, load_time: start.elapsed(), form, module }),
         Err(error) => {
             // SAFETY: nothing was launched from it.
             unsafe { module.unload() };

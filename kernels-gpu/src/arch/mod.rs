@@ -78,6 +78,15 @@ pub trait Warpgroup: Sized {
         rows: Self::Rows,
         f: impl Fn(f32, f32) -> f32,
     );
+    /// Replaces every element x by tanh(factor·x).
+    fn tanh<const N8: usize>(&self, x: &mut Self::Acc<N8>, factor: f32);
+    /// Adds slope·c to every element of column c, but for a part that is still missing from each row: the one returned.
+    /// It is partial, as the result of [`Warpgroup::fold`] is: each thread's part belongs to its own elements.
+    fn add_columns<const N8: usize>(&self, x: &mut Self::Acc<N8>, slope: f32) -> Self::Rows;
+    /// Subtracts slope·|first + c| from every element of column c, with `first` of its row.
+    fn subtract_distances<const N8: usize>(&self, x: &mut Self::Acc<N8>, first: Self::Rows, slope: f32);
+    /// Multiplies every element by the one of `y` in the same place.
+    fn multiply<const N8: usize>(&self, x: &mut Self::Acc<N8>, y: &Self::Operand<N8>);
     /// Multiplies each row by its factor, after the skip-rescale check if `check` asks for it.
     fn scale_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, factors: Self::Rows, check: RescaleCheck);
     /// Folds each row's elements. The result is partial: [`Warpgroup::reduce`] joins it to that of the whole row.
@@ -90,6 +99,8 @@ pub trait Warpgroup: Sized {
     /// Joins the partial folds of each row to the fold of the whole row.
     fn reduce(&self, rows: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     fn rows(&self, value: f32) -> Self::Rows;
+    /// Returns `f` of each row's number.
+    fn rows_of(&self, f: impl Fn(u32) -> f32) -> Self::Rows;
     fn zip(&self, a: Self::Rows, b: Self::Rows, f: impl Fn(f32, f32) -> f32) -> Self::Rows;
     /// Rounds an accumulator to the input's dtype.
     fn pack<const N8: usize>(&self, x: &Self::Acc<N8>) -> Self::Operand<N8>;
@@ -103,6 +114,9 @@ pub trait Warpgroup: Sized {
     fn pack_unmarked<const N8: usize>(&self, x: &Self::Acc<N8>) -> Self::Operand<N8>;
     /// Sets dropped elements of P to 0.
     fn drop_operand<const N8: usize>(&self, x: &mut Self::Operand<N8>, keep: &Self::Keep<N8>);
+
+    /// Reads a number of an operand with one number for each head, at an address within it.
+    fn read_f32(&self, address: u64) -> f32;
 
     /// Returns 2^x; 0 for −∞.
     fn exp2(x: f32) -> f32;

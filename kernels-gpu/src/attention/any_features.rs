@@ -5,6 +5,7 @@ use super::dropout::{Dropout, NoDropout};
 use super::features::{Chosen, Features};
 use super::mask::{Interval, Mask, Window};
 use super::query_blocks::blocks_of;
+use super::score::Shaped;
 use super::visits::Visits;
 use crate::ground::constants::Constants;
 use crate::ground::sequence::Sequence;
@@ -45,6 +46,7 @@ masks! {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AnyFeatures {
     pub mask: AnyMask,
+    pub score: Shaped,
     pub dropout: Option<Dropout>,
 }
 
@@ -122,22 +124,22 @@ pub trait WithFeatures {
 impl AnyFeatures {
     /// Calls a function with the features as a value of the type that a kernel has.
     pub fn chosen<V: WithFeatures>(&self, function: V) -> V::Output {
-        struct Chooses<V>(V, Option<Dropout>);
+        struct Chooses<V>(V, Shaped, Option<Dropout>);
         impl<V: WithFeatures> WithMask for Chooses<V> {
             type Output = V::Output;
             fn with<M: Mask>(self, mask: M) -> V::Output {
-                let Chooses(function, dropout) = self;
+                let Chooses(function, score, dropout) = self;
                 match dropout {
-                    None => function.with(Chosen { mask, weights: NoDropout }),
-                    Some(weights) => function.with(Chosen { mask, weights }),
+                    None => function.with(Chosen { mask, score, weights: NoDropout }),
+                    Some(weights) => function.with(Chosen { mask, score, weights }),
                 }
             }
         }
-        self.mask.with(Chooses(function, self.dropout))
+        self.mask.with(Chooses(function, self.score, self.dropout))
     }
     /// Returns the specialisation constants of a kernel for these features.
     pub fn constants(&self) -> Constants {
-        self.mask.constants()
+        Constants::from_bits(self.mask.constants().bits() | self.score.constants().bits())
     }
 }
 
@@ -165,13 +167,14 @@ impl FromValue<Option<Dropout>> for Dropout {
         *dropout
     }
 }
-impl<M, R> FromAny for Chosen<M, R>
+impl<M, R> FromAny for Chosen<M, Shaped, R>
 where
     Self: Features,
     M: FromValue<AnyMask>,
     R: FromValue<Option<Dropout>>,
 {
     fn from_any(any: &AnyFeatures) -> Option<Self> {
-        Some(Chosen { mask: M::from_value(&any.mask)?, weights: R::from_value(&any.dropout)? })
+        let (mask, weights) = (M::from_value(&any.mask)?, R::from_value(&any.dropout)?);
+        Some(Chosen { mask, score: any.score, weights })
     }
 }

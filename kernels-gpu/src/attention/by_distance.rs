@@ -34,6 +34,10 @@ impl<M: Mask> Mask for ByDistance<M> {
         self.mask.bounds_right()
     }
     #[inline(always)]
+    fn sees_behind(&self) -> bool {
+        self.mask.sees_behind()
+    }
+    #[inline(always)]
     fn keys(&self, of: &Sequence, pair: u32, i: u32) -> Interval {
         let Interval { start, end } = self.mask.keys(of, 0, i);
         let far_end = of.place(i).wrapping_add(1).saturating_sub(self.dist_threshold);

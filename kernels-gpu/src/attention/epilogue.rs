@@ -7,7 +7,8 @@ use crate::arch::ForwardWarpgroup;
 use crate::ground::places::WorkTile;
 use crate::params::ForwardParams;
 
-/// Stores this warpgroup's rows of O and LSE. Rows without a valid key get O = 0 and LSE = −∞, whatever V holds.
+/// Stores this warpgroup's rows of O and LSE. Rows without a valid key get O = 0, whatever V holds, and
+/// LSE = −∞, or the sink if there is one.
 #[inline(always)]
 pub fn store<W: ForwardWarpgroup, F: Features, const D8: usize>(
     wg: &mut W,
@@ -17,7 +18,11 @@ pub fn store<W: ForwardWarpgroup, F: Features, const D8: usize>(
     softmax: Softmax<W>,
 ) {
     let base = &p.base;
-    let (normaliser, lse) = softmax.finish(wg);
+    let (normaliser, lse) = if base.sinks.is_none() {
+        softmax.finish(wg)
+    } else {
+        softmax.finish_with_sink(wg, wg.read_f32(base.sinks.of(tile.batch, tile.head)))
+    };
     let normaliser = p.features.weights().scale_factors(wg, normaliser);
     wg.map_rows(&mut o, normaliser, |o, r| if r == 0.0 { 0.0 } else { o * r });
     wg.store(&o, &base.o, tile, &base.shape);

@@ -2,37 +2,65 @@
 //! parameter.
 
 use core::mem::offset_of;
+#[cfg(not(target_arch = "nvptx64"))]
+use std::vec::Vec;
 
 use super::by_distance::ByDistance;
 use super::dropout::{Dropout, NoDropout};
 use super::dropping::Dropping;
 use super::mask::{Mask, Window};
+use super::score::{Score, Shaped};
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::ground::constants::ConstantPlace;
 
 /// Features of a kernel, as its mainloop sees them.
 pub trait Features: Copy {
     /// Keys that a query attends to.
     type Mask: Mask;
+    /// What becomes of a product of a query and a key before the softmax.
+    type Score: Score;
     /// What becomes of P before it is multiplied by V: nothing, or dropout.
     type Weights: Dropping;
 
+    /// Places of the specialisation constants, from the start of the features.
+    #[cfg(not(target_arch = "nvptx64"))]
+    fn constants() -> Vec<ConstantPlace>;
+
     fn mask(&self) -> &Self::Mask;
+    fn score(&self) -> &Self::Score;
     fn weights(&self) -> &Self::Weights;
 }
 
 /// Features as launch parameters.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Chosen<M, R> {
+pub struct Chosen<M, S, R> {
     pub mask: M,
+    pub score: S,
     pub weights: R,
 }
 
-impl<M: Mask, R: Dropping> Features for Chosen<M, R> {
+impl<M: Mask, S: Score, R: Dropping> Features for Chosen<M, S, R> {
     type Mask = M;
+    type Score = S;
     type Weights = R;
+
+    #[cfg(not(target_arch = "nvptx64"))]
+    fn constants() -> Vec<ConstantPlace> {
+        let at = |start: usize, places: &'static [ConstantPlace]| {
+            places.iter().map(move |place| ConstantPlace { offset: start as u32 + place.offset, ..*place })
+        };
+        let mask = at(offset_of!(Self, mask), M::CONSTANTS);
+        let score = at(offset_of!(Self, score), S::CONSTANTS);
+        mask.chain(score).collect()
+    }
     #[inline(always)]
     fn mask(&self) -> &M {
         &self.mask
+    }
+    #[inline(always)]
+    fn score(&self) -> &S {
+        &self.score
     }
     #[inline(always)]
     fn weights(&self) -> &R {
@@ -41,15 +69,10 @@ impl<M: Mask, R: Dropping> Features for Chosen<M, R> {
 }
 
 /// Features of the compiled kernels.
-pub type Plain = Chosen<Window, NoDropout>;
-pub type WithDropout = Chosen<Window, Dropout>;
-pub type Piecewise = Chosen<ByDistance<Window>, NoDropout>;
-pub type PiecewiseWithDropout = Chosen<ByDistance<Window>, Dropout>;
+pub type Plain = Chosen<Window, Shaped, NoDropout>;
+pub type WithDropout = Chosen<Window, Shaped, Dropout>;
+pub type Piecewise = Chosen<ByDistance<Window>, Shaped, NoDropout>;
+pub type PiecewiseWithDropout = Chosen<ByDistance<Window>, Shaped, Dropout>;
 
-// The build finds the constants of the mask at the start of the features, and those of a window at the start of
-// [`ByDistance`].
-const _: () = {
-    assert!(offset_of!(Plain, mask) == 0);
-    assert!(offset_of!(PiecewiseWithDropout, mask) == 0);
-    assert!(offset_of!(ByDistance<Window>, mask) == 0);
-};
+// A mask of two pairs has the constants of its own mask.
+const _: () = assert!(offset_of!(ByDistance<Window>, mask) == 0);

@@ -61,6 +61,11 @@ pub trait Mask: Copy {
     /// True if a query may not attend to the last keys.
     fn bounds_right(&self) -> bool;
 
+    /// True if a query may attend to keys behind its place.
+    fn sees_behind(&self) -> bool {
+        true
+    }
+
     /// True if there may be keys that no query attends to, although there are queries.
     fn leaves_keys_out(&self) -> bool {
         true
@@ -134,6 +139,10 @@ impl Mask for Window {
     #[inline(always)]
     fn bounds_right(&self) -> bool {
         self.has_right.get()
+    }
+    #[inline(always)]
+    fn sees_behind(&self) -> bool {
+        !self.has_right.get() || self.right > 0
     }
     #[inline(always)]
     fn leaves_keys_out(&self) -> bool {

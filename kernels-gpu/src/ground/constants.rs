@@ -5,9 +5,9 @@
 //! has the code of both outcomes. Before ptxas sees the PTX, [`bind`] replaces every placeholder:
 //!
 //! - by a number. ptxas then drops what can't run, and allocates registers for the rest. The kernel is specialised.
-//! - by a load of the launch parameter. The kernel is general, and a few per cent slower.
+//! - by a load of the launch parameter. The kernel has both outcomes, and is a few per cent slower.
 //!
-//! On the CPU the value is always read from the launch parameter.
+//! Each combination of these choices is a [`Form`] of the kernel. On the CPU the value is always read from the launch parameter.
 //!
 //! [`bind`]: crate::specialise::bind
 
@@ -20,11 +20,19 @@ impl Constants {
     pub const LEFT: u32 = 0;
     /// Bit of the switch of masks with a right bound.
     pub const RIGHT: u32 = 1;
+    /// Bit of the switch of softcap.
+    pub const CAP: u32 = 2;
+    /// Bit of the switch of ALiBi.
+    pub const ALIBI: u32 = 3;
+    /// Bit of the switch of dropout whose seed and offset are read from device memory.
+    pub const SEED: u32 = 4;
     /// Name of each constant, by its bit.
-    pub const NAMES: [&'static str; 2] = ["left", "right"];
+    pub const NAMES: [&'static str; 5] = ["left", "right", "cap", "alibi", "seed"];
 
     /// All constants are 0.
     pub const NONE: Constants = Constants(0);
+    /// All constants are 1.
+    pub const ALL: Constants = Constants((1 << Self::NAMES.len()) - 1);
 
     /// Makes a set of the constants whose bits are 1.
     pub const fn from_bits(bits: u32) -> Self {
@@ -47,6 +55,55 @@ impl Constants {
     #[must_use]
     pub fn only(self, places: &[ConstantPlace]) -> Self {
         places.iter().fold(Constants::NONE, |only, place| only.with(place.bit, self.has(place.bit)))
+    }
+}
+
+/// Form of a kernel: the value of each specialisation constant, but of those that stay open. The kernel reads these
+/// from its launch parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Form {
+    /// Values of the constants; 0 for those that are open.
+    values: Constants,
+    open: Constants,
+}
+
+impl Form {
+    /// The general form: every constant is open.
+    pub const GENERAL: Form = Form { values: Constants::NONE, open: Constants::ALL };
+
+    /// Returns the specialised form of these values.
+    pub const fn of(values: Constants) -> Self {
+        Form { values, open: Constants::NONE }
+    }
+    /// Makes a form from the bits of the constants that are 1, and of those that are open.
+    pub const fn from_bits(values: u32, open: u32) -> Self {
+        Form { values: Constants(values & !open), open: Constants(open) }
+    }
+    /// Leaves a constant open.
+    #[must_use]
+    pub const fn opening(self, bit: u32) -> Self {
+        Form { values: self.values.with(bit, false), open: self.open.with(bit, true) }
+    }
+    /// Returns the values of the constants; 0 for those that are open.
+    pub const fn values(self) -> Constants {
+        self.values
+    }
+    /// Returns the constants that are open.
+    pub const fn open(self) -> Constants {
+        self.open
+    }
+    /// Returns the value of a constant, or nothing if it is open.
+    pub const fn value(self, bit: u32) -> Option<bool> {
+        if self.open.has(bit) { None } else { Some(self.values.has(bit)) }
+    }
+    /// Returns the same form of a kernel that has the constants in `places` alone.
+    #[must_use]
+    pub fn only(self, places: &[ConstantPlace]) -> Self {
+        Form { values: self.values.only(places), open: self.open.only(places) }
+    }
+    /// True if a kernel in this form computes what the constants `wanted` say.
+    pub const fn covers(self, wanted: Constants) -> bool {
+        (self.values.bits() ^ wanted.bits()) & !self.open.bits() == 0
     }
 }
 

@@ -35,3 +35,27 @@ pub struct Output<T> {
 #[repr(C, align(16))]
 #[derive(Clone, Copy, Debug)]
 pub struct TensorMap(pub [u64; 16]);
+
+/// One f32 for each query head, or for each batch item and query head.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PerHead {
+    /// Address of the first; 0 if there are none.
+    pub address: u64,
+    /// Number of values from one batch item to the next: heads_q, or 0 if all have the same.
+    pub stride_batch: u64,
+}
+
+impl PerHead {
+    pub const NONE: PerHead = PerHead { address: 0, stride_batch: 0 };
+
+    /// Returns the address of a head's value.
+    #[inline(always)]
+    pub fn of(&self, batch: u32, head: u32) -> u64 {
+        self.address + 4 * (batch as u64 * self.stride_batch + head as u64)
+    }
+    #[inline(always)]
+    pub fn is_none(&self) -> bool {
+        self.address == 0
+    }
+}

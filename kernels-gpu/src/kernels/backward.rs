@@ -2,17 +2,17 @@
 //! 2307.08691, algorithm 2; FlashAttention-3, arXiv 2407.08608, section 3).
 //!
 //! A CTA keeps one block of keys, K and V in shared memory, dK and dV in registers. Each of two consumer warpgroups has
-//! half of the keys (for head dim 256 see [`super::backward_gradients`]). Let c = scale·log₂e, δ = rowsum(dO∘O) − dLSE
+//! half of the keys (for head dim 256 see [`super::backward_gradients`]). Let c = unit·log₂e, δ = rowsum(dO∘O) − dLSE
 //! and neg_lse_log2 = −LSE·log₂e. The CTA computes, transposed:
 //!
 //! ```text
 //! for each work tile of the CTA, a block of keys of one key head:
 //!     dK = 0, dV = 0
 //!     for each query block i that attends to it, of all query heads of the group:
-//!         Sᵀ = K·Qᵢᵀ, −∞ for masked keys
-//!         Pᵀ = 2^(c·Sᵀ + neg_lse_log2)           = exp(scale·Sᵀ − LSE)
+//!         Sᵀ = score(K·Qᵢᵀ), −∞ for masked keys
+//!         Pᵀ = 2^(c·Sᵀ + neg_lse_log2)           = exp(S − LSE)
 //!         dPᵀ = V·dOᵢᵀ
-//!         dSᵀ = Pᵀ∘(dPᵀ − δ)
+//!         dSᵀ = Pᵀ∘(dPᵀ − δ)∘score′               score′ is 1 without softcap
 //!         dV = dV + Pᵀ·dOᵢ
 //!         dK = dK + dSᵀ·Qᵢ
 //!         dQᵢ = dQᵢ + dS·K                       by a third warpgroup, in f32 in the workspace
@@ -50,12 +50,16 @@ use crate::attention::key_parts::KeyPart;
 use crate::attention::mask::Mask;
 use crate::attention::masking::{ScorePlace, mask_transposed};
 use crate::attention::query_blocks::{QueryBlocks, key_block};
+use crate::attention::score::{Distances, Score};
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::shape::Shape;
 use crate::ground::tensor::Strided;
 use crate::params::BackwardParams;
 use crate::tuning;
+
+/// Derivative of a block's scores.
+pub type Derivative<W, F, const M8: usize> = <<F as Features>::Score as Score>::Derivative<W, M8>;
 
 /// Gradients that a consumer warpgroup accumulates over the query blocks of a block of keys: dK, dV, or both.
 pub trait Accumulate<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize>: Sized {
@@ -211,17 +215,19 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
             wg.pass_ping_pong();
         }
         let s = wg.wait::<1, M8>(s);
-        let p = self.weights(wg, at, neg_lse_log2, s); //           Pᵀ = exp(scale·Sᵀ − LSE)
+        let (p, derivative) = self.weights(wg, at, neg_lse_log2, s); // Pᵀ = exp(Sᵀ − LSE)
         let delta = read_early(wg, wg.delta(slot));
         wg.wait_ds(slot);
         let dp = wg.wait::<0, M8>(dp);
-        let ds = self.score_gradients(wg, &p, dp, &delta); //       dSᵀ = Pᵀ∘(dPᵀ − delta)
+        let mut ds = self.score_gradients(wg, &p, dp, &delta); //   dSᵀ = Pᵀ∘(dPᵀ − delta)
+        F::Score::back::<W, M8>(wg, &mut ds, &derivative);
         let ds = wg.pack(&ds);
         wg.add_dq(&ds, slot, at); //                                dQ = dQ + dS·K
         (F::Weights::pack_unmarked::<W, M8>(wg, &p), ds)
     }
 
-    /// Turns Sᵀ into Pᵀ, masked. Sets the sign bit of dropped elements.
+    /// Turns Sᵀ, as the product has left it, into Pᵀ, masked. Sets the sign bit of dropped elements. Returns the
+    /// derivative of the scores too.
     #[inline(always)]
     pub fn weights<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
         &self,
@@ -229,14 +235,21 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
         at: &QueryBlock,
         neg_lse_log2: &W::Columns<M8>,
         mut s: W::Acc<M8>,
-    ) -> W::Acc<M8> {
+    ) -> (W::Acc<M8>, Derivative<W, F, M8>) {
         let (base, features, first_row) = (&self.p.base, &self.p.features, at.m_block * self.block_m);
         let place = ScorePlace { pair: at.pair, row: first_row, key: self.first_key };
+        let (of, score) = (base.shape.sequence(), features.score());
+        let of_head = score.of_head(wg, at.batch, at.head);
+        let distances = Distances::of_keys(&of, features.mask(), first_row, self.first_key, 8 * M8 as u32);
+        let (missing, derivative) = score.apply_and_derive(wg, &mut s, of_head, &distances);
+        if let Some(missing) = missing {
+            wg.map_rows(&mut s, missing, |s, missing| s + missing);
+        }
         // For a band, masking itself finds out whether the block is full.
         if const { F::Mask::IS_BAND } || !self.blocks.is_full(at) {
-            mask_transposed(wg, &base.shape.sequence(), features.mask(), &mut s, place);
+            mask_transposed(wg, &of, features.mask(), &mut s, place);
         }
-        let c = base.scale * LOG2_E;
+        let c = score.unit() * LOG2_E;
         wg.map_columns(&mut s, neg_lse_log2, |s, neg_lse_log2| W::exp2(W::fma(s, c, neg_lse_log2)));
         let keep = features.weights().keep::<W, M8>(wg, |_| Place {
             head: at.batch * base.shape.heads_q + at.head,
@@ -246,7 +259,7 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
         });
         F::Weights::mark::<W, M8>(wg, &mut s, &keep);
         wg.compute(&mut s);
-        s
+        (s, derivative)
     }
 
     /// Returns dSᵀ = Pᵀ∘(dPᵀ − δ). With dropout, dPᵀ is 0 for dropped elements and multiplied by the dropout scale for

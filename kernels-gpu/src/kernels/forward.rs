@@ -1,13 +1,13 @@
-//! Forward attention, O = softmax(scale·Q·Kᵀ + mask)·V and its LSE (FlashAttention-3, arXiv 2407.08608, algorithm 2).
+//! Forward attention, O = softmax(score(Q·Kᵀ) + mask)·V and its LSE (FlashAttention-3, arXiv 2407.08608, algorithm 2).
 //!
-//! A consumer warpgroup owns 64 query rows of a work tile. With c = scale·log₂e, and j counting the blocks of keys that
-//! the tile visits, from the last block to the first, it computes:
+//! A consumer warpgroup owns 64 query rows of a work tile. With c = unit·log₂e, where unit is scale or, with softcap,
+//! cap, and j counting the blocks of keys that the tile visits, from the last block to the first, it computes:
 //!
 //! ```text
 //! for each work tile of the CTA:
 //!     m = −∞, l = 0, O = 0
 //!     for each block of keys j:
-//!         Sⱼ = Q·Kⱼᵀ, −∞ for masked keys
+//!         Sⱼ = score(Q·Kⱼᵀ), −∞ for masked keys
 //!         m' = max(m, rowmax(Sⱼ))
 //!         Pⱼ = 2^(c·Sⱼ − c·m'), α = 2^(c·m − c·m')
 //!         l = α·l + rowsum(Pⱼ)
@@ -50,6 +50,7 @@ use crate::attention::epilogue;
 use crate::attention::features::Features;
 use crate::attention::mask::Mask;
 use crate::attention::masking::{ScorePlace, mask_scores};
+use crate::attention::score::{Distances, Score};
 use crate::attention::softmax::Softmax;
 use crate::attention::visits::{Visit, Visits};
 use crate::ground::places::{PackedTile, WorkTile};
@@ -103,6 +104,27 @@ impl<T, F: Features> Context<'_, T, F> {
     fn query_tile(&self, at: PackedTile) -> QueryTile {
         let (of, first_row) = (self.p.base.shape.sequence(), at.tile().m_block * self.block_m);
         QueryTile { at, visits: Visits::new(&of, self.p.features.mask(), first_row, self.block_m, self.block_n) }
+    }
+
+    /// Turns a block of products into scores, but for values of rows that are still missing.
+    #[inline(always)]
+    fn score<W: ForwardWarpgroup, const N8: usize>(
+        &self,
+        wg: &W,
+        x: &mut W::Acc<N8>,
+        at: &BlockAt,
+        of_head: Option<f32>,
+    ) -> Option<W::Rows> {
+        let (row, key) = (wg.first_row(&at.tile), at.visit.n_block * self.block_n);
+        let of = self.p.base.shape.sequence();
+        let distances = Distances::of_queries(&of, self.p.features.mask(), row, key, self.block_n);
+        self.p.features.score().apply(wg, x, of_head, &distances)
+    }
+
+    /// Reads what the scores of a block's head depend on.
+    #[inline(always)]
+    fn of_head<W: ForwardWarpgroup>(&self, wg: &W, at: &BlockAt) -> Option<f32> {
+        self.p.features.score().of_head(wg, at.tile.batch, at.tile.head)
     }
 
     /// Masks a block of scores.
@@ -236,8 +258,9 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
         p
     }
 
-    /// Waits for S, of which up to `LATER` products in flight are younger, and masks it. If this was the last product
-    /// with Q, starts loading Q of the next work tile.
+    /// Waits for S, of which up to `LATER` products in flight are younger, turns it into scores and masks it. If this
+    /// was the last product with Q, starts loading Q of the next work tile. Returns the scores, and the values of rows
+    /// that are still missing from them.
     #[inline(always)]
     fn scores<E: Kind, const LATER: usize>(
         wg: &mut W,
@@ -245,16 +268,18 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
         at: &BlockAt,
         (s, k): (Pending<W::Acc<N8>>, W::Slot),
         queries: &mut QueryQueue<impl Iterator<Item = WorkTile>>,
-    ) -> W::Acc<N8> {
+    ) -> (W::Acc<N8>, Option<W::Rows>) {
+        let of_head = cx.of_head(wg, at);
         let mut s = wg.wait::<LATER, N8>(s);
         wg.release_kv(k);
         if E::frees_q(at) {
             queries.load(wg);
         }
+        let missing = cx.score(wg, &mut s, at, of_head);
         if E::masks(at) {
             cx.mask(wg, &mut s, at);
         }
-        s
+        (s, missing)
     }
 
     /// Computes S and P of the CTA's very first block. There is no P·V yet, so O is 0.
@@ -268,9 +293,9 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
         let k = wg.wait_kv();
         let s = wg.qk::<D8, N8>(k, at.visit.pair);
         let keep = cx.keep(wg, &at);
-        let mut s = Self::scores::<First, 0>(wg, cx, &at, (s, k), queries);
-        let mut softmax = Softmax::new(wg, cx.p.base.scale);
-        softmax.step(wg, &mut s, Self::max_unit::<First>(cx));
+        let (mut s, missing) = Self::scores::<First, 0>(wg, cx, &at, (s, k), queries);
+        let mut softmax = Softmax::new(wg, cx.p.features.score().unit());
+        softmax.step(wg, &mut s, missing, Self::max_unit::<First>(cx));
         State { o: wg.zeros::<D8>(), p: Self::weights(wg, &s, &keep), softmax, features: PhantomData }
     }
 
@@ -298,8 +323,8 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
     ) {
         let InFlight { s, o, k, v } = self.issue(wg, at.visit.pair);
         let keep = cx.keep(wg, &at); // overlaps the products
-        let mut s = Self::scores::<E, 1>(wg, cx, &at, (s, k), queries);
-        let rescale = self.softmax.raise(wg, &s, Self::max_unit::<E>(cx)); // S → P; m, l
+        let (mut s, missing) = Self::scores::<E, 1>(wg, cx, &at, (s, k), queries);
+        let rescale = self.softmax.raise(wg, &s, missing, Self::max_unit::<E>(cx)); // S → P; m, l
         if const { F::Weights::DROPS } {
             self.softmax.half_the_exponents(wg, &mut s, rescale, 0);
         } else {
@@ -329,9 +354,9 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
     ) -> (W::Acc<D8>, Softmax<W>) {
         let InFlight { s, o, k, v } = self.issue(wg, at.visit.pair);
         let keep = cx.keep(wg, &at);
-        let mut s = Self::scores::<First, 1>(wg, cx, &at, (s, k), queries);
-        let mut softmax = Softmax::new(wg, cx.p.base.scale);
-        softmax.step(wg, &mut s, Self::max_unit::<First>(cx));
+        let (mut s, missing) = Self::scores::<First, 1>(wg, cx, &at, (s, k), queries);
+        let mut softmax = Softmax::new(wg, cx.p.features.score().unit());
+        softmax.step(wg, &mut s, missing, Self::max_unit::<First>(cx));
         let o = wg.wait::<0, D8>(o);
         wg.release_kv(v);
         self.p = Self::weights(wg, &s, &keep);

@@ -1,14 +1,14 @@
-//! Total attention, total_j = Σ_i P_ij with P = exp(scale·Q·Kᵀ − LSE): the weight that each key gets from all queries.
+//! Total attention, total_j = Σ_i P_ij with P = exp(score(Q·Kᵀ) − LSE): the weight that each key gets from all queries.
 //! It is a second pass over Q, K and the LSE of the forward pass.
 //!
-//! A consumer warpgroup owns 64 keys of one query head. With c = scale·log₂e and neg_lse_log2 = −LSE·log₂e, it
+//! A consumer warpgroup owns 64 keys of one query head. With c = unit·log₂e and neg_lse_log2 = −LSE·log₂e, it
 //! computes:
 //!
 //! ```text
 //! for each work tile of the CTA:
 //!     total = 0
 //!     for each query block i that attends to one of the 64 keys, from the last to the first:
-//!         Sᵀ = K·Qᵢᵀ, −∞ for masked keys
+//!         Sᵀ = score(K·Qᵢᵀ), −∞ for masked keys
 //!         Pᵀ = 2^(c·Sᵀ + neg_lse_log2)
 //!         total = total + rowsum(Pᵀ)
 //!     store total
@@ -33,8 +33,9 @@ use core::f32::consts::LOG2_E;
 
 use crate::arch::TotalWarpgroup;
 use crate::attention::exponential::exp2_polynomial;
-use crate::attention::mask::Mask;
+use crate::attention::features::Features;
 use crate::attention::masking::{ScorePlace, mask_any_transposed};
+use crate::attention::score::{Distances, Score};
 use crate::attention::shared_tiles::TilePart;
 use crate::attention::total_steps::{TotalTile, TotalTiles};
 use crate::params::TotalParams;
@@ -47,13 +48,13 @@ struct Scores<W: TotalWarpgroup, const M8: usize> {
 }
 
 /// Sums of 64 keys so far.
-struct Mainloop<'a, W: TotalWarpgroup, M> {
-    p: &'a TotalParams<W::Tensor, M>,
+struct Mainloop<'a, W: TotalWarpgroup, F> {
+    p: &'a TotalParams<W::Tensor, F>,
     /// Sums over this thread's elements alone.
     total: W::Rows,
 }
 
-impl<W: TotalWarpgroup, M: Mask> Mainloop<'_, W, M> {
+impl<W: TotalWarpgroup, F: Features> Mainloop<'_, W, F> {
     /// Processes one query block whose scores have arrived. Issues the scores of the block after it first, so that they
     /// overlap.
     #[inline(always)]
@@ -76,13 +77,18 @@ impl<W: TotalWarpgroup, M: Mask> Mainloop<'_, W, M> {
     #[inline(always)]
     fn add<const M8: usize>(&mut self, wg: &mut W, Scores { mut s, q }: Scores<W, M8>, tile: &TotalTile, m_block: u32) {
         let p = self.p;
-        if !tile.is_full(m_block) {
-            let first_key = tile.first_key + wg.own_keys().first_key;
-            let first_row = m_block * 8 * M8 as u32;
-            let place = ScorePlace { pair: 0, row: first_row, key: first_key };
-            mask_any_transposed(wg, &p.shape.sequence(), &p.mask, &mut s, place);
+        let (of, mask, score) = (p.shape.sequence(), p.features.mask(), p.features.score());
+        let key = tile.first_key + wg.own_keys().first_key;
+        let place = ScorePlace { pair: 0, row: m_block * 8 * M8 as u32, key };
+        let of_head = score.of_head(wg, tile.keys.batch, tile.keys.head);
+        let distances = Distances::of_keys(&of, mask, place.row, place.key, 8 * M8 as u32);
+        if let Some(missing) = score.apply(wg, &mut s, of_head, &distances) {
+            wg.map_rows(&mut s, missing, |s, missing| s + missing);
         }
-        let c = p.scale * LOG2_E;
+        if !tile.is_full(m_block) {
+            mask_any_transposed(wg, &of, mask, &mut s, place);
+        }
+        let c = score.unit() * LOG2_E;
         // Sᵀ → Pᵀ
         wg.map_neg_lse_log2(q, &mut s, |s, neg_lse_log2, by_polynomial| {
             let x = W::fma(s, c, neg_lse_log2);
@@ -104,13 +110,13 @@ impl<W: TotalWarpgroup, M: Mask> Mainloop<'_, W, M> {
 
 /// Computes the totals of one consumer warpgroup's 64 keys, for every work tile of its CTA.
 #[inline(always)]
-pub fn consume<W: TotalWarpgroup, M: Mask, const D8: usize, const M8: usize>(
+pub fn consume<W: TotalWarpgroup, F: Features, const D8: usize, const M8: usize>(
     wg: &mut W,
-    p: &TotalParams<W::Tensor, M>,
+    p: &TotalParams<W::Tensor, F>,
     smem: &TotalSmem,
     tiles: impl Iterator<Item = TilePart>,
 ) {
-    let mut tiles = TotalTiles::new(&p.shape, p.mask, 8 * M8 as u32, smem.block_n(), wg.own_keys(), tiles);
+    let mut tiles = TotalTiles::new(&p.shape, *p.features.mask(), 8 * M8 as u32, smem.block_n(), wg.own_keys(), tiles);
     let mut mainloop = Mainloop { p, total: wg.rows(0.0) };
     if smem.many_consumers() {
         for tile in tiles {

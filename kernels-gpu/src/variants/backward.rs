@@ -1,15 +1,18 @@
 //! Compiled kernels of the backward pass.
 
+use std::vec::Vec;
+
 use super::{Covers, Dtype, Kind, Needed, Op, features, prebuilt};
 #[cfg(feature = "cpu")]
 use crate::attention::any_features::AnyFeatures;
 use crate::attention::any_features::{AnyMask, FromAny};
 use crate::attention::dropout::NoDropout;
+use crate::attention::features::Features;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::mask::{Interval, Window};
 use crate::attention::query_blocks::blocks_per_semaphore;
 use crate::attention::scheduler::{GroupBytes, TileOrder};
-use crate::ground::constants::{ConstantPlace, Constants};
+use crate::ground::constants::{ConstantPlace, Form};
 use crate::ground::shape::Shape;
 #[cfg(feature = "cpu")]
 use crate::ground::tensor::Strided;
@@ -48,10 +51,10 @@ pub struct BackwardVariant {
     pub k_stages: u32,
     /// Family in which it is compiled.
     pub family: &'static str,
-    /// Places of its specialisation constants, from the start of the features.
-    pub constants: &'static [ConstantPlace],
-    /// Specialisations that are built in advance.
-    pub prebuilt: &'static [Constants],
+    /// Returns the places of its specialisation constants, from the start of the features.
+    pub constants: fn() -> Vec<ConstantPlace>,
+    /// Forms that are built in advance.
+    pub prebuilt: &'static [Form],
     /// Its mainloop on the CPU.
     #[cfg(feature = "cpu")]
     pub run: CpuBackward,
@@ -226,7 +229,7 @@ macro_rules! backward_table {
             split: Split::$split,
             k_stages: $k_stages,
             family: $family,
-            constants: <features::$features as Kind>::CONSTANTS,
+            constants: <features::$features as Features>::constants,
             prebuilt: prebuilt::$prebuilt,
             #[cfg(feature = "cpu")]
             run: split!($split, $features, $head_dim / 8, $block_m / 8),
@@ -240,10 +243,11 @@ pub static BACKWARD_VARIANTS: &[BackwardVariant] = crate::backward_rows!(backwar
 mod tests {
     use super::*;
     use crate::attention::any_features::AnyFeatures;
+    use crate::attention::score::Shaped;
 
     fn plain(head_dim: u32, window: Window) -> (&'static BackwardVariant, AnyMask) {
         let mask = AnyMask::new(window, None);
-        let features = AnyFeatures { mask, dropout: None };
+        let features = AnyFeatures { mask, score: Shaped::new(1.0, None, false), dropout: None };
         (backward(&Needed { dtype: Dtype::Bf16, head_dim, features }).unwrap(), mask)
     }
 

@@ -4,9 +4,8 @@ use core::mem::offset_of;
 use std::vec::Vec;
 
 use super::{BACKWARD_VARIANTS, TOTAL_VARIANTS, VARIANTS};
-use crate::attention::features::Plain;
-use crate::attention::mask::{Mask, Window};
-use crate::ground::constants::{ConstantPlace, Constants};
+use crate::attention::features::{Features, Plain};
+use crate::ground::constants::{ConstantPlace, Form};
 use crate::ground::tensor::TensorMap;
 use crate::params::{BackwardParams, ForwardParams, ROW_KERNEL_THREADS, TotalParams};
 
@@ -49,15 +48,22 @@ pub struct Launch {
     pub mainloop: bool,
     /// Places of its specialisation constants.
     pub constants: Vec<ConstantPlace>,
-    /// Combinations of its constants for which the build makes a specialised form. The general one is made in any case.
-    pub prebuilt: &'static [Constants],
+    /// Forms that the build makes. The general one is made in any case.
+    pub prebuilt: &'static [Form],
 }
 
 impl Launch {
     /// Returns the forms that the build makes: the general one, or the only one of a kernel without constants, then
     /// those of `prebuilt`.
-    pub fn forms(&self) -> impl Iterator<Item = Option<Constants>> {
-        core::iter::once(None).chain(self.prebuilt.iter().copied().map(Some))
+    pub fn forms(&self) -> Vec<Form> {
+        let mut forms: Vec<Form> = Vec::new();
+        for form in [Form::GENERAL].iter().chain(self.prebuilt) {
+            let form = form.only(&self.constants);
+            if !forms.contains(&form) {
+                forms.push(form);
+            }
+        }
+        forms
     }
 }
 
@@ -68,17 +74,16 @@ fn at(offset: usize, places: &[ConstantPlace]) -> Vec<ConstantPlace> {
 
 /// Lists every kernel, each once.
 pub fn launches() -> Vec<Launch> {
-    // Features of every type have the mask at their start.
     let forward_features = offset_of!(ForwardParams<TensorMap, Plain>, features);
     let backward_features = offset_of!(BackwardParams<TensorMap, Plain>, features);
-    let total_mask = offset_of!(TotalParams<TensorMap, Window>, mask);
+    let total_features = offset_of!(TotalParams<TensorMap, Plain>, features);
     let forward = VARIANTS.iter().map(|v| Launch {
         symbol: v.symbol,
         family: Family(v.family),
         threads: v.threads(),
         cluster: v.cluster,
         mainloop: true,
-        constants: at(forward_features, v.constants),
+        constants: at(forward_features, &(v.constants)()),
         prebuilt: v.prebuilt,
     });
     let backward = BACKWARD_VARIANTS.iter().map(|v| Launch {
@@ -87,7 +92,7 @@ pub fn launches() -> Vec<Launch> {
         threads: v.threads(),
         cluster: 1,
         mainloop: true,
-        constants: at(backward_features, v.constants),
+        constants: at(backward_features, &(v.constants)()),
         prebuilt: v.prebuilt,
     });
     let total = TOTAL_VARIANTS.iter().map(|v| Launch {
@@ -96,7 +101,7 @@ pub fn launches() -> Vec<Launch> {
         threads: v.threads(),
         cluster: 1,
         mainloop: true,
-        constants: at(total_mask, Window::CONSTANTS),
+        constants: at(total_features, &Plain::constants()),
         prebuilt: v.prebuilt,
     });
     let mut rows: Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();

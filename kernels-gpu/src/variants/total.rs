@@ -5,7 +5,7 @@ use crate::attention::mask::{Interval, Window};
 use crate::attention::query_blocks::blocks_of;
 use crate::attention::scheduler::TileOrder;
 use crate::element::Dtype;
-use crate::ground::constants::Constants;
+use crate::ground::constants::Form;
 use crate::ground::shape::Shape;
 #[cfg(feature = "cpu")]
 use crate::ground::tensor::Strided;
@@ -28,8 +28,8 @@ pub struct TotalVariant {
     pub block_m: u32,
     /// Number of slots of the ring that query tiles pass through.
     pub stages: u32,
-    /// Specialisations that are built in advance.
-    pub prebuilt: &'static [Constants],
+    /// Forms that are built in advance.
+    pub prebuilt: &'static [Form],
     /// Its mainloop on the CPU.
     #[cfg(feature = "cpu")]
     pub run: CpuTotal,

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::thread;
 
-use kernels_gpu::ground::constants::ConstantPlace;
+use kernels_gpu::ground::constants::{ConstantPlace, Form};
 
 use super::*;
 use crate::backend::cuda::Cuda;
@@ -53,16 +53,18 @@ fn a_form_that_is_not_prebuilt_is_loaded_on_request() {
     let Some(cuda) = device() else { return };
     let _entered = cuda.device().enter().unwrap();
     let all = || (0..1 << Constants::NAMES.len()).map(Constants::from_bits);
-    let form = |symbol, constants, policy| cuda.kernel(symbol, constants, 0, policy).unwrap().constants;
+    let form = |symbol, constants, policy| cuda.kernel(symbol, constants, 0, policy).unwrap().form;
     let mut tried = 0;
-    for kernel in KERNELS.iter().filter(|kernel| kernel.find(None).is_some()).take(8) {
+    for kernel in KERNELS.iter().filter(|kernel| kernel.find(kernel.general()).is_some()).take(8) {
         let wanted = all().map(|constants| kernel.specialised(constants)).find(|&form| kernel.find(form).is_none());
-        let Some(wanted @ Some(constants)) = wanted else { continue };
-        assert_eq!(form(kernel.symbol, constants, Specialise::Prebuilt), None);
+        let Some(wanted) = wanted else { continue };
+        let constants = wanted.values();
+        assert_eq!(form(kernel.symbol, constants, Specialise::Prebuilt), kernel.choose(wanted, Specialise::Prebuilt));
         assert_eq!(form(kernel.symbol, constants, Specialise::AtFirstUse), wanted);
         assert_eq!(form(kernel.symbol, constants, Specialise::Prebuilt), wanted);
-        for prebuilt in kernel.cubins.iter().filter_map(|cubin| cubin.constants) {
-            assert_eq!(form(kernel.symbol, prebuilt, Specialise::Prebuilt), Some(prebuilt));
+        let specialised = kernel.cubins.iter().map(|cubin| cubin.form).filter(|form| form.open() == Constants::NONE);
+        for prebuilt in specialised {
+            assert_eq!(form(kernel.symbol, prebuilt.values(), Specialise::Prebuilt), prebuilt);
         }
         tried += 1;
     }
@@ -81,6 +83,8 @@ const RIGHT: Constants = Constants::NONE.with(Constants::RIGHT, true);
 const LEFT: Constants = Constants::NONE.with(Constants::LEFT, true);
 const PLACES: &[ConstantPlace] =
     &[ConstantPlace { bit: Constants::LEFT, offset: 0 }, ConstantPlace { bit: Constants::RIGHT, offset: 4 }];
+
+const GENERAL: Form = Form::of(Constants::NONE).opening(Constants::LEFT).opening(Constants::RIGHT);
 
 /// Calls of a driver that only counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -147,42 +151,42 @@ fn counting() -> &'static Calls {
 }
 
 /// Returns a kernel with two constants, in these forms.
-fn kernel(forms: &[Option<Constants>]) -> &'static Kernel {
+fn kernel(forms: &[Form]) -> &'static Kernel {
     Box::leak(Box::new(Kernel::of("prepare_bf16").unwrap().with_forms(PLACES, forms)))
 }
 
 #[test]
 fn no_launch_compiles_where_a_general_form_is_prebuilt() {
-    let (calls, kernel) = (counting(), kernel(&[None, Some(RIGHT)]));
+    let (calls, kernel) = (counting(), kernel(&[GENERAL, Form::of(RIGHT)]));
     let mut forms = Forms::default();
-    let get = |forms: &Forms, constants, policy| forms.get(calls, kernel, constants, 0, policy).unwrap().constants;
+    let get = |forms: &Forms, constants, policy| forms.get(calls, kernel, constants, 0, policy).unwrap().form;
     for _ in 0..2 {
-        assert_eq!(get(&forms, RIGHT, Specialise::Prebuilt), Some(RIGHT));
-        assert_eq!(get(&forms, LEFT, Specialise::Prebuilt), None);
-        assert_eq!(get(&forms, Constants::NONE, Specialise::Prebuilt), None);
+        assert_eq!(get(&forms, RIGHT, Specialise::Prebuilt), Form::of(RIGHT));
+        assert_eq!(get(&forms, LEFT, Specialise::Prebuilt), GENERAL);
+        assert_eq!(get(&forms, Constants::NONE, Specialise::Prebuilt), GENERAL);
     }
     assert_eq!(COUNTS.get(), Counts { cubins: 2, ..Counts::default() });
     // On request LEFT is compiled, and then used in any case.
     for policy in [Specialise::AtFirstUse, Specialise::Prebuilt] {
-        assert_eq!(get(&forms, LEFT, policy), Some(LEFT));
+        assert_eq!(get(&forms, LEFT, policy), Form::of(LEFT));
     }
-    assert_eq!(get(&forms, Constants::NONE, Specialise::Prebuilt), None);
+    assert_eq!(get(&forms, Constants::NONE, Specialise::Prebuilt), GENERAL);
     assert_eq!(COUNTS.get(), Counts { cubins: 2, compiled: 1, ..Counts::default() });
     // SAFETY: nothing was launched.
     unsafe { forms.unload() };
     assert_eq!(COUNTS.get().unloaded, 3);
-    assert!(forms.find(None).is_none());
+    assert!(forms.find(GENERAL).is_none());
 }
 
 #[test]
 fn a_driver_that_compiles_in_any_case_compiles_the_specialised_form() {
     let calls = counting();
-    for (prebuilt, refuses_cubins) in [(&[][..], false), (&[None, Some(RIGHT)], true)] {
+    for (prebuilt, refuses_cubins) in [(&[][..], false), (&[GENERAL, Form::of(RIGHT)], true)] {
         COUNTS.set(Counts { refuses_cubins, ..Counts::default() });
         let (kernel, forms) = (kernel(prebuilt), Forms::default());
         for constants in [LEFT, RIGHT, Constants::NONE, LEFT] {
             let loaded = forms.get(calls, kernel, constants, 0, Specialise::Prebuilt).unwrap();
-            assert_eq!(loaded.constants, Some(constants));
+            assert_eq!(loaded.form, Form::of(constants));
         }
         assert_eq!(COUNTS.get(), Counts { compiled: 3, refuses_cubins, ..Counts::default() });
     }
@@ -191,20 +195,20 @@ fn a_driver_that_compiles_in_any_case_compiles_the_specialised_form() {
 #[test]
 fn a_kernel_without_constants_has_one_form() {
     let (calls, forms) = (counting(), Forms::default());
-    let kernel = Box::leak(Box::new(Kernel::of("prepare_bf16").unwrap().with_forms(&[], &[None])));
+    let kernel = Box::leak(Box::new(Kernel::of("prepare_bf16").unwrap().with_forms(&[], &[Form::of(Constants::NONE)])));
     for (constants, policy) in [(LEFT, Specialise::AtFirstUse), (Constants::NONE, Specialise::Prebuilt)] {
-        assert_eq!(forms.get(calls, kernel, constants, 0, policy).unwrap().constants, None);
+        assert_eq!(forms.get(calls, kernel, constants, 0, policy).unwrap().form, Form::of(Constants::NONE));
     }
     assert_eq!(COUNTS.get(), Counts { cubins: 1, ..Counts::default() });
 }
 
 #[test]
 fn threads_share_what_one_of_them_has_loaded() {
-    let (calls, kernel, forms) = (counting(), kernel(&[None, Some(RIGHT)]), Forms::default());
+    let (calls, kernel, forms) = (counting(), kernel(&[GENERAL, Form::of(RIGHT)]), Forms::default());
     let work = || {
         for constants in [LEFT, RIGHT, Constants::NONE, RIGHT.with(Constants::LEFT, true)] {
             let loaded = forms.get(calls, kernel, constants, 0, Specialise::AtFirstUse).unwrap();
-            assert_eq!(loaded.constants, Some(constants));
+            assert_eq!(loaded.form, Form::of(constants));
         }
         COUNTS.get()
     };

@@ -12,6 +12,7 @@ use super::memory::{self, load_rows};
 use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{Pending, TotalWarpgroup};
+use crate::attention::features::Features;
 use crate::attention::row_statistics::neg_lse_log2;
 use crate::attention::shared_tiles::SharedTiles;
 use crate::attention::total_steps::{OwnKeys, TotalTile, TotalTiles};
@@ -66,7 +67,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
         tiles: SharedTiles<'a>,
     ) -> Self {
         let (block_m, block_n) = (smem.block_m, smem.block_n());
-        let loads = TotalTiles::new(&p.shape, p.mask, block_m, block_n, OwnKeys::whole(block_n), tiles);
+        let loads = TotalTiles::new(&p.shape, *p.features.mask(), block_m, block_n, OwnKeys::whole(block_n), tiles);
         let pipe = TotalPipe {
             p,
             smem,
@@ -250,8 +251,11 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
 mod tests {
     use super::*;
     use crate::arch::Warpgroup;
+    use crate::attention::dropout::NoDropout;
+    use crate::attention::features::Chosen;
     use crate::attention::mask::Window;
     use crate::attention::scheduler::TileOrder;
+    use crate::attention::score::Shaped;
     use half::f16;
 
     /// Runs `run` with one work tile of one query block, all zeros.
@@ -272,11 +276,10 @@ mod tests {
             k: x,
             lse,
             total: 0,
-            scale: 1.0,
             shape,
             order,
             shared_from: order.tiles(),
-            mask: Window::FULL,
+            features: Chosen { mask: Window::FULL, score: Shaped::new(1.0, None, false), weights: NoDropout },
         };
         // SAFETY: the arrays have the sizes of the shape, and nothing is stored.
         let tiles = SharedTiles::new(&order, order.tiles(), 1, 0, 1);

@@ -1,12 +1,16 @@
 //! [`Warpgroup`] on the CPU.
 
+use std::vec::Vec;
+
 use super::convert;
 use super::dropout::Keep;
 use super::elementwise;
 use super::exp2;
 use super::fragment::{ROWS, Rows, Tile};
+use super::memory;
 use crate::arch::{MaxUnit, Pending, RescaleCheck, Warpgroup};
 use crate::attention::dropout::{Dropout, Place};
+use crate::attention::tanh;
 use crate::element::Dtype;
 use crate::ground::tensor::Strided;
 
@@ -31,6 +35,11 @@ impl<P> CpuWarpgroup<P> {
 fn half_of<const N8: usize>(half: usize) -> core::ops::Range<usize> {
     let middle = N8 / 2 * 8;
     if half == 0 { 0..middle } else { middle..8 * N8 }
+}
+
+/// Returns the number of each column.
+fn numbers<const N8: usize>() -> Vec<f32> {
+    (0..8 * N8).map(|column| column as f32).collect()
 }
 
 impl<P> Warpgroup for CpuWarpgroup<P> {
@@ -85,6 +94,36 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
     }
     fn rows(&self, value: f32) -> Rows {
         [value; ROWS]
+    }
+    fn rows_of(&self, f: impl Fn(u32) -> f32) -> Rows {
+        core::array::from_fn(|row| f(row as u32))
+    }
+    #[inline(never)]
+    fn tanh<const N8: usize>(&self, x: &mut Tile<N8>, factor: f32) {
+        let factor = factor * tanh::Polynomial::SCALE;
+        let factors = [factor; ROWS];
+        elementwise::map_rows(self.live(x), 8 * N8, 0..8 * N8, &factors, |x, factor| {
+            tanh::exact(x * factor, Self::exp2, Self::recip)
+        });
+    }
+    #[inline(never)]
+    fn add_columns<const N8: usize>(&self, x: &mut Tile<N8>, slope: f32) -> Rows {
+        elementwise::map_columns(self.live(x), &numbers::<N8>(), |x, column| Self::fma(column, slope, x));
+        [0.0; ROWS]
+    }
+    #[inline(never)]
+    fn subtract_distances<const N8: usize>(&self, x: &mut Tile<N8>, first: Rows, slope: f32) {
+        for (x, first) in self.live(x).chunks_exact_mut(8 * N8).zip(first) {
+            elementwise::map_columns(x, &numbers::<N8>(), |x, column| Self::fma((first + column).abs(), -slope, x));
+        }
+    }
+    #[inline(never)]
+    fn multiply<const N8: usize>(&self, x: &mut Tile<N8>, y: &Tile<N8>) {
+        elementwise::zip_with(self.live(x), y.first_rows(self.live), |x, y| x * y);
+    }
+    fn read_f32(&self, address: u64) -> f32 {
+        // SAFETY: the caller of the kernel has promised its operands, and this lies within one.
+        unsafe { memory::read_f32(address, 0) }
     }
     #[inline(never)]
     fn zip(&self, a: Rows, b: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {

@@ -5,7 +5,9 @@ use core::marker::PhantomData;
 use super::cta::{smem_base, thread_of_warpgroup};
 use super::dropout::Keep;
 use super::fragment::{self, Fragment, Operand, Rows};
+use super::load::load_constant_f32;
 use super::math::{self, Packed, fresh};
+use super::scores;
 use super::wgmma;
 use crate::arch::{MaxUnit, Pending, RescaleCheck, Warpgroup};
 use crate::attention::dropout::{Dropout, Place};
@@ -98,6 +100,36 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
     #[inline(always)]
     fn rows(&self, value: f32) -> Rows {
         [value; 2]
+    }
+    #[inline(always)]
+    fn rows_of(&self, f: impl Fn(u32) -> f32) -> Rows {
+        [0, 1].map(|half| f(self.lane().row(half)))
+    }
+    #[inline(always)]
+    fn tanh<const N8: usize>(&self, x: &mut Fragment<N8>, factor: f32) {
+        scores::tanh(x, factor);
+    }
+    #[inline(always)]
+    fn add_columns<const N8: usize>(&self, x: &mut Fragment<N8>, slope: f32) -> Rows {
+        scores::add_columns(x, slope);
+        [self.lane().column as f32 * slope; 2]
+    }
+    #[inline(always)]
+    fn subtract_distances<const N8: usize>(&self, x: &mut Fragment<N8>, first: Rows, slope: f32) {
+        let column = self.lane().column as f32;
+        scores::subtract_distances(x, first.map(|first| first + column), slope);
+    }
+    #[inline(always)]
+    fn multiply<const N8: usize>(&self, x: &mut Fragment<N8>, y: &Operand<N8>) {
+        for (x, y) in x.0.iter_mut().zip(&y.0) {
+            let [[a, b], [c, d]] = y.map(E::unpack);
+            *x = [x[0] * a, x[1] * b, x[2] * c, x[3] * d];
+        }
+    }
+    #[inline(always)]
+    fn read_f32(&self, address: u64) -> f32 {
+        // SAFETY: I5, the host has checked the array.
+        unsafe { load_constant_f32(address) }
     }
     #[inline(always)]
     fn zip(&self, a: Rows, b: Rows, f: impl Fn(f32, f32) -> f32) -> Rows {

@@ -85,6 +85,20 @@ pub unsafe fn load_f32(address: u64) -> f32 {
     x
 }
 
+/// Loads an f32 from global memory that no kernel of the launch writes.
+///
+/// # Safety
+/// The address is 4-byte aligned and readable, and nothing writes there during the launch.
+#[inline(always)]
+pub unsafe fn load_constant_f32(address: u64) -> f32 {
+    let x: f32;
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("ld.global.nc.f32 {0}, [{1}];", out(reg32) x, in(reg64) address, options(pure, nomem, nostack));
+    }
+    x
+}
+
 /// Loads an f32 from global memory if `live`; otherwise returns `or`.
 ///
 /// # Safety

@@ -33,6 +33,7 @@ pub mod math;
 pub mod named_barrier;
 pub mod producer;
 pub mod rows;
+pub mod scores;
 pub mod store;
 pub mod tma;
 pub mod total_attention;

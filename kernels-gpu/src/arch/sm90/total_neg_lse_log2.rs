@@ -8,7 +8,7 @@ use super::barrier::Mbarrier;
 use super::cta::{smem_base, thread_of_warpgroup};
 use super::load::load_f32_or;
 use super::store::store_shared_f32;
-use crate::attention::mask::Mask;
+use crate::attention::features::Features;
 use crate::attention::row_statistics::neg_lse_log2;
 use crate::attention::shared_tiles::TilePart;
 use crate::attention::total_steps::{OwnKeys, TotalTiles};
@@ -24,8 +24,8 @@ const LANE_ROWS: usize = (WARPGROUP_THREADS / WARP_THREADS) as usize;
 
 /// Follows the producer of tiles through the ring of Q, in one whole warp. A block has at most 128 queries.
 #[inline(always)]
-pub fn produce_neg_lse_log2<M: Mask>(
-    p: &TotalParams<TensorMap, M>,
+pub fn produce_neg_lse_log2<F: Features>(
+    p: &TotalParams<TensorMap, F>,
     smem: &TotalSmem,
     tiles: impl Iterator<Item = TilePart>,
 ) {
@@ -41,7 +41,8 @@ pub fn produce_neg_lse_log2<M: Mask>(
         })
     };
     let block_n = smem.block_n();
-    let mut steps = TotalTiles::new(&p.shape, p.mask, block_m, block_n, OwnKeys::whole(block_n), tiles).steps();
+    let mut steps =
+        TotalTiles::new(&p.shape, *p.features.mask(), block_m, block_n, OwnKeys::whole(block_n), tiles).steps();
     let mut position = Position::PRODUCER;
     let mut loaded = steps.next().map(load);
     while let Some(lse) = loaded {

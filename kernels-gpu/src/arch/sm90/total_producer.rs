@@ -5,7 +5,7 @@ use core::mem::offset_of;
 use super::barrier::Mbarrier;
 use super::cta::{Leader, smem_base};
 use super::tma::{BoxOrigin, MapAddress, load_box, prefetch_map};
-use crate::attention::mask::Mask;
+use crate::attention::features::Features;
 use crate::attention::shared_tiles::TilePart;
 use crate::attention::total_steps::{OwnKeys, TotalTiles};
 use crate::ground::places::KvBlock;
@@ -18,8 +18,8 @@ use crate::tile::smem_total::TotalSmem;
 /// Loads K and Q of the work tiles, in order, in the first warp of the warpgroup. `parameters` is the address of `p` in
 /// the kernel's parameter space.
 #[inline(always)]
-pub fn produce<M: Mask>(
-    p: &TotalParams<TensorMap, M>,
+pub fn produce<F: Features>(
+    p: &TotalParams<TensorMap, F>,
     parameters: u64,
     smem: &TotalSmem,
     tiles: impl Iterator<Item = TilePart>,
@@ -29,7 +29,7 @@ pub fn produce<M: Mask>(
     }
     let base = smem_base();
     let map = |tensor: usize| MapAddress(parameters + tensor as u64);
-    let (q, k) = (offset_of!(TotalParams<TensorMap, M>, q), offset_of!(TotalParams<TensorMap, M>, k));
+    let (q, k) = (offset_of!(TotalParams<TensorMap, F>, q), offset_of!(TotalParams<TensorMap, F>, k));
     prefetch_map(map(q));
     prefetch_map(map(k));
     // Waits for the slot, then fills it.
@@ -47,7 +47,7 @@ pub fn produce<M: Mask>(
     };
     let (block_m, block_n) = (smem.block_m, smem.block_n());
     let (mut k_position, mut q_position) = (Position::PRODUCER, Position::PRODUCER);
-    for tile in TotalTiles::new(&p.shape, p.mask, block_m, block_n, OwnKeys::whole(block_n), tiles) {
+    for tile in TotalTiles::new(&p.shape, *p.features.mask(), block_m, block_n, OwnKeys::whole(block_n), tiles) {
         let KvBlock { batch, head, .. } = tile.keys;
         let Position { slot, parity } = k_position;
         let at = BoxOrigin { column: 0, row: tile.first_key, head: p.order.group.divide(head).0, batch };
