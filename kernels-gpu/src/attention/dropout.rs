@@ -35,6 +35,8 @@
 //! lanes away holds. So threads of even rows make the calls of every second tile, threads of odd rows make the rest,
 //! and they exchange halves. If rows are queries, these are always the last two words.
 
+pub mod mask;
+
 use super::philox::Philox;
 use crate::arch::bytes::select_bytes;
 use crate::tile::lane::Lane;
@@ -228,12 +230,18 @@ impl Dropout {
     ///
     /// `p` is at least 0 and below 1. Returns nothing if no element is dropped: if p·2⁴⁰ rounds to 0.
     pub fn new(p: f32, seed: u64, offset: u64) -> Option<Self> {
+        let dropout = Dropout::of(p, seed, offset);
+        (dropout.fraction > 0 || dropout.bounds[0] > 0 || dropout.flipped != 0).then_some(dropout)
+    }
+
+    /// Returns what [`Dropout::new`] does, but also for a probability that drops nothing.
+    pub fn of(p: f32, seed: u64, offset: u64) -> Self {
         // Exact but for p below 2⁻¹⁶, because an f32 has 24 bits.
         let steps = (p as f64 * (1u64 << 40) as f64 + 0.5) as u64;
         let (threshold, fraction) = ((steps >> 32) as u32, steps as u32);
         let flipped = threshold >= 128;
         let bounds = [threshold, threshold + 1].map(|t| if flipped { 256 - t } else { t });
-        (steps > 0).then(|| Dropout {
+        Dropout {
             philox: Philox::with_tweak(seed, (offset >> 32) as u32),
             offset: offset as u32,
             fraction,
@@ -243,7 +251,7 @@ impl Dropout {
             flipped: if flipped { u32::MAX } else { 0 },
             scale: (1.0 / (1.0 - p as f64)) as f32,
             p,
-        })
+        }
     }
 
     /// Returns the probability that an element is kept.

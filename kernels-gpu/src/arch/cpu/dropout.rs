@@ -1,7 +1,19 @@
 //! Dropout mask of a tile of P on the CPU: one bit per element.
 
 use super::fragment::{ROWS, Tile};
+use crate::attention::dropout::mask::MaskPart;
 use crate::attention::dropout::{Dropout, Place, Rows};
+
+/// Returns [`Dropout::kept_rows`] as bytes.
+pub fn mask_rows(dropout: &Dropout, part: &MaskPart) -> [[u8; 32]; 4] {
+    let mut rows = [[0; 32]; 4];
+    for (row, words) in rows.iter_mut().zip(dropout.kept_rows(part)) {
+        for (bytes, word) in row.as_chunks_mut().0.iter_mut().zip(words) {
+            *bytes = word.to_le_bytes();
+        }
+    }
+    rows
+}
 
 /// Dropout mask, `[row][column group]`, with one bit per column, set if the element is kept.
 #[derive(Clone, Copy)]

@@ -25,6 +25,7 @@ mod rows;
 mod total_attention;
 mod warpgroup;
 
+pub use dropout::mask_rows;
 pub use launch::{backward_by_gradients, backward_by_keys, forward, total_attention};
 pub use pipeline::Fault;
 pub use rows::{add_parts, finish, prepare};
