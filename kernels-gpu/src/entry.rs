@@ -240,11 +240,11 @@ macro_rules! total_entries {
     })*) => {$(
         #[cfg(family = "total")]
         #[unsafe(export_name = concat!("total_", dtype!(), "_", stringify!($row)))]
-        pub unsafe extern "ptx-kernel" fn $row(p: TotalParams<TensorMap, features::Plain>) {
+        pub unsafe extern "ptx-kernel" fn $row(p: TotalParams<TensorMap, features::Scored>) {
             const SMEM: TotalSmem =
                 TotalSmem { head_dim: $head_dim, consumers: $consumers, block_m: $block_m, stages: $stages };
             let parameters = crate::parameter_address!(concat!("total_", dtype!(), "_", stringify!($row)));
-            total::<Element, features::Plain, { $head_dim / 8 }, { $block_m / 8 }>(&p, parameters, &SMEM);
+            total::<Element, features::Scored, { $head_dim / 8 }, { $block_m / 8 }>(&p, parameters, &SMEM);
         }
     )*};
 }

@@ -6,7 +6,7 @@
 use core::mem::offset_of;
 
 use crate::attention::dropout::{Dropout, mask::MaskPart};
-use crate::attention::features::Plain;
+use crate::attention::features::Scored;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::Sharing;
 use crate::attention::scheduler::TileOrder;
@@ -210,7 +210,7 @@ impl DropoutMaskParams {
 /// Launch parameters of the kernel that computes total attention.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct TotalParams<T, F = Plain> {
+pub struct TotalParams<T, F = Scored> {
     pub q: T,
     pub k: T,
     /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; natural logarithms, −∞ for a row without a key.

@@ -85,8 +85,6 @@ pub trait Warpgroup: Sized {
     fn add_columns<const N8: usize>(&self, x: &mut Self::Acc<N8>, slope: f32) -> Self::Rows;
     /// Subtracts slope·|first + c| from every element of column c, with `first` of its row.
     fn subtract_distances<const N8: usize>(&self, x: &mut Self::Acc<N8>, first: Self::Rows, slope: f32);
-    /// Multiplies every element by the one of `y` in the same place.
-    fn multiply<const N8: usize>(&self, x: &mut Self::Acc<N8>, y: &Self::Operand<N8>);
     /// Multiplies each row by its factor, after the skip-rescale check if `check` asks for it.
     fn scale_rows<const N8: usize>(&self, x: &mut Self::Acc<N8>, factors: Self::Rows, check: RescaleCheck);
     /// Folds each row's elements. The result is partial: [`Warpgroup::reduce`] joins it to that of the whole row.
@@ -106,6 +104,8 @@ pub trait Warpgroup: Sized {
     fn pack<const N8: usize>(&self, x: &Self::Acc<N8>) -> Self::Operand<N8>;
     /// Returns the dropout mask of the elements of P in the tile at a place.
     fn keep<const N8: usize>(&self, dropout: &Dropout, at: &Place) -> Self::Keep<N8>;
+    /// Sets dropped elements to 0.
+    fn drop<const N8: usize>(&self, x: &mut Self::Acc<N8>, keep: &Self::Keep<N8>);
     /// Marks dropped elements of P by their sign bit: set if dropped, clear if kept.
     fn mark<const N8: usize>(&self, x: &mut Self::Acc<N8>, keep: &Self::Keep<N8>);
     /// Sets the elements of `x` to 0 whose element of P, in `weights`, has its sign bit set ([`Warpgroup::mark`]).
@@ -241,9 +241,9 @@ pub trait BackwardWarpgroup: Warpgroup {
         ds: Self::Operand<M8>,
         slot: Self::Slot,
     ) -> Pending<Self::Acc<D8>>;
-    /// Writes the query block's P to shared memory, for the warpgroup that accumulates dK. Waits first until that
-    /// warpgroup has read the P before it.
-    fn pass_weights<const M8: usize>(&mut self, p: &Self::Acc<M8>, slot: Self::Slot);
+    /// Writes the query block's P, times `by` if that is something, to shared memory, for the warpgroup that accumulates
+    /// dK. Waits first until that warpgroup has read the P before it.
+    fn pass_weights<const M8: usize>(&mut self, p: &Self::Acc<M8>, by: Option<&Self::Operand<M8>>, slot: Self::Slot);
     /// Waits for the query block's P in shared memory and reads it.
     fn take_weights<const M8: usize>(&mut self, slot: Self::Slot) -> Self::Acc<M8>;
     /// Accumulates dS·K into dQ of the query block, at once (`cpu`) or by another warpgroup (`sm90`). In the second

@@ -5,7 +5,7 @@ use super::dropout::{Dropout, NoDropout};
 use super::features::{Chosen, Features};
 use super::mask::{Interval, Mask, Window};
 use super::query_blocks::blocks_of;
-use super::score::Shaped;
+use super::score::{Scaled, Shaped};
 use super::visits::Visits;
 use crate::ground::constants::Constants;
 use crate::ground::sequence::Sequence;
@@ -153,7 +153,7 @@ pub trait FromAny: Features {
     }
 }
 
-/// Mask or dropout that can be made from a run-time value.
+/// Mask, score or dropout that can be made from a run-time value.
 pub trait FromValue<T>: Sized {
     fn from_value(value: &T) -> Option<Self>;
 }
@@ -167,14 +167,25 @@ impl FromValue<Option<Dropout>> for Dropout {
         *dropout
     }
 }
-impl<M, R> FromAny for Chosen<M, Shaped, R>
+impl FromValue<Shaped> for Shaped {
+    fn from_value(score: &Shaped) -> Option<Self> {
+        Some(*score)
+    }
+}
+impl FromValue<Shaped> for Scaled {
+    fn from_value(score: &Shaped) -> Option<Self> {
+        score.scaled()
+    }
+}
+impl<M, S, R> FromAny for Chosen<M, S, R>
 where
     Self: Features,
     M: FromValue<AnyMask>,
+    S: FromValue<Shaped>,
     R: FromValue<Option<Dropout>>,
 {
     fn from_any(any: &AnyFeatures) -> Option<Self> {
-        let (mask, weights) = (M::from_value(&any.mask)?, R::from_value(&any.dropout)?);
-        Some(Chosen { mask, score: any.score, weights })
+        let (mask, score) = (M::from_value(&any.mask)?, S::from_value(&any.score)?);
+        Some(Chosen { mask, score, weights: R::from_value(&any.dropout)? })
     }
 }

@@ -17,6 +17,8 @@ pub trait Dropping: Drops {
     fn mark<W: Warpgroup, const N8: usize>(wg: &W, p: &mut W::Acc<N8>, keep: &Self::Keep<W, N8>);
     /// Packs P, with 0 for marked elements. The others still lack the scale.
     fn pack_unmarked<W: Warpgroup, const N8: usize>(wg: &W, p: &W::Acc<N8>) -> W::Operand<N8>;
+    /// Zeroes dP of dropped elements. The others still lack the scale.
+    fn drop_scores<W: Warpgroup, const N8: usize>(wg: &W, dp: &mut W::Acc<N8>, keep: &Self::Keep<W, N8>);
     /// Zeroes dP of marked elements. The others still lack the scale.
     fn drop_marked<W: Warpgroup, const N8: usize>(wg: &W, dp: &mut W::Acc<N8>, p: &W::Acc<N8>);
     /// Returns an element without its mark.
@@ -42,6 +44,8 @@ impl Dropping for NoDropout {
     fn pack_unmarked<W: Warpgroup, const N8: usize>(wg: &W, p: &W::Acc<N8>) -> W::Operand<N8> {
         wg.pack(p)
     }
+    #[inline(always)]
+    fn drop_scores<W: Warpgroup, const N8: usize>(_: &W, _: &mut W::Acc<N8>, _: &()) {}
     #[inline(always)]
     fn drop_marked<W: Warpgroup, const N8: usize>(_: &W, _: &mut W::Acc<N8>, _: &W::Acc<N8>) {}
     #[inline(always)]
@@ -78,6 +82,10 @@ impl Dropping for Dropout {
     #[inline(always)]
     fn pack_unmarked<W: Warpgroup, const N8: usize>(wg: &W, p: &W::Acc<N8>) -> W::Operand<N8> {
         wg.pack_unmarked(p)
+    }
+    #[inline(always)]
+    fn drop_scores<W: Warpgroup, const N8: usize>(wg: &W, dp: &mut W::Acc<N8>, keep: &W::Keep<N8>) {
+        wg.drop(dp, keep);
     }
     #[inline(always)]
     fn drop_marked<W: Warpgroup, const N8: usize>(wg: &W, dp: &mut W::Acc<N8>, p: &W::Acc<N8>) {

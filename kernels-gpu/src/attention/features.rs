@@ -9,7 +9,7 @@ use super::by_distance::ByDistance;
 use super::dropout::{Dropout, NoDropout};
 use super::dropping::Dropping;
 use super::mask::{Mask, Window};
-use super::score::{Score, Shaped};
+use super::score::{Scaled, Score, Shaped};
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::ground::constants::ConstantPlace;
 
@@ -68,8 +68,9 @@ impl<M: Mask, S: Score, R: Dropping> Features for Chosen<M, S, R> {
     }
 }
 
-/// Features of the compiled kernels.
-pub type Plain = Chosen<Window, Shaped, NoDropout>;
+/// Features of the compiled kernels. Those of the first have neither softcap nor ALiBi.
+pub type Plain = Chosen<Window, Scaled, NoDropout>;
+pub type Scored = Chosen<Window, Shaped, NoDropout>;
 pub type WithDropout = Chosen<Window, Shaped, Dropout>;
 pub type Piecewise = Chosen<ByDistance<Window>, Shaped, NoDropout>;
 pub type PiecewiseWithDropout = Chosen<ByDistance<Window>, Shaped, Dropout>;

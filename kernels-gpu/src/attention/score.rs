@@ -22,41 +22,35 @@ use crate::ground::sequence::Sequence;
 use crate::ground::tensor::PerHead;
 use crate::tile::lane::WARPGROUP_ROWS;
 
-/// Rule that turns products of queries and keys into scores. It is a value in the launch parameters.
+/// Rule that turns products of queries and keys into scores, in two parts: a curve, which depends on the product alone,
+/// and a bias, which depends on the place alone. It is a value in the launch parameters.
 ///
 /// A wrong rule gives wrong results, but never an access outside the tensors.
 pub trait Score: Copy {
-    /// What the backward pass keeps of a block: the derivative of its scores by scale·q·k.
-    type Derivative<W: Warpgroup, const N8: usize>: Copy;
-
     /// Places of its specialisation constants, from its own start.
     #[cfg(not(target_arch = "nvptx64"))]
     const CONSTANTS: &'static [ConstantPlace] = &[];
 
     /// Returns the unit of scores: a score is a kernel's number times this.
     fn unit(&self) -> f32;
-    /// True if scores depend on distances.
-    fn has_distances(&self) -> bool;
-    /// Returns what the scores of a query head depend on, if there is anything.
+
+    /// True if there is a curve, so that the derivative is not 1.
+    fn is_curved(&self) -> bool;
+    /// Applies the curve, if there is one, to a block of products.
+    fn curve<W: Warpgroup, const N8: usize>(&self, wg: &W, x: &mut W::Acc<N8>);
+    /// Returns the derivative, by scale·q·k, of a score that the curve has given.
+    fn derivative<W: Warpgroup>(x: f32) -> f32;
+
+    /// Reads what the bias of a query head depends on. Returns nothing if there is no bias.
     fn of_head<W: Warpgroup>(&self, wg: &W, batch: u32, head: u32) -> Option<f32>;
-    /// Turns a block of products into scores, of which a value of each row is still missing: the one returned.
-    fn apply<W: Warpgroup, const N8: usize>(
+    /// Adds the bias to a block of scores, but for a value of each row that is still missing: the one returned.
+    fn bias<W: Warpgroup, const N8: usize>(
         &self,
         wg: &W,
         x: &mut W::Acc<N8>,
         of_head: Option<f32>,
         distances: &Distances,
     ) -> Option<W::Rows>;
-    /// Does what [`Score::apply`] does, and returns the derivative too.
-    fn apply_and_derive<W: Warpgroup, const N8: usize>(
-        &self,
-        wg: &W,
-        x: &mut W::Acc<N8>,
-        of_head: Option<f32>,
-        distances: &Distances,
-    ) -> (Option<W::Rows>, Self::Derivative<W, N8>);
-    /// Turns the gradients of scores into those of scale·q·k.
-    fn back<W: Warpgroup, const N8: usize>(wg: &W, ds: &mut W::Acc<N8>, by: &Self::Derivative<W, N8>);
 }
 
 /// Signed distances of the elements of a fragment of scores: `first` of the first, one less from row to row, and one
@@ -105,6 +99,43 @@ impl Sign {
     }
 }
 
+/// Scores without a curve and without a bias: scale·q·k. It has the layout of [`Shaped`], so that the host need not know
+/// which of the two a kernel takes.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scaled(Shaped);
+
+impl Score for Scaled {
+    #[inline(always)]
+    fn unit(&self) -> f32 {
+        self.0.unit
+    }
+    #[inline(always)]
+    fn is_curved(&self) -> bool {
+        false
+    }
+    #[inline(always)]
+    fn curve<W: Warpgroup, const N8: usize>(&self, _: &W, _: &mut W::Acc<N8>) {}
+    #[inline(always)]
+    fn derivative<W: Warpgroup>(_: f32) -> f32 {
+        1.0
+    }
+    #[inline(always)]
+    fn of_head<W: Warpgroup>(&self, _: &W, _: u32, _: u32) -> Option<f32> {
+        None
+    }
+    #[inline(always)]
+    fn bias<W: Warpgroup, const N8: usize>(
+        &self,
+        _: &W,
+        _: &mut W::Acc<N8>,
+        _: Option<f32>,
+        _: &Distances,
+    ) -> Option<W::Rows> {
+        None
+    }
+}
+
 /// Scores of the library: scale, softcap and ALiBi, each of the last two under a specialisation constant.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -140,6 +171,10 @@ impl Shaped {
     pub fn with_slopes(self, slopes: PerHead) -> Self {
         Shaped { slopes, ..self }
     }
+    /// Returns the scores as those without softcap and ALiBi, if they are.
+    pub fn scaled(&self) -> Option<Scaled> {
+        (self.constants() == Constants::NONE).then_some(Scaled(*self))
+    }
     /// Returns the values of the specialisation constants.
     pub fn constants(&self) -> Constants {
         let cap = Constants::NONE.with(Constants::CAP, self.has_cap.get());
@@ -170,8 +205,6 @@ impl Shaped {
 }
 
 impl Score for Shaped {
-    type Derivative<W: Warpgroup, const N8: usize> = Option<W::Operand<N8>>;
-
     #[cfg(not(target_arch = "nvptx64"))]
     const CONSTANTS: &'static [ConstantPlace] = &[
         ConstantPlace { bit: Constants::CAP, offset: offset_of!(Shaped, has_cap) as u32 },
@@ -182,48 +215,38 @@ impl Score for Shaped {
     fn unit(&self) -> f32 {
         self.unit
     }
+
     #[inline(always)]
-    fn has_distances(&self) -> bool {
-        self.has_slopes.get()
+    fn is_curved(&self) -> bool {
+        self.has_cap.get()
     }
+    #[inline(always)]
+    fn curve<W: Warpgroup, const N8: usize>(&self, wg: &W, x: &mut W::Acc<N8>) {
+        if self.has_cap.get() {
+            wg.tanh(x, self.inner);
+        }
+    }
+    /// The derivative of tanh is 1 − tanh².
+    #[inline(always)]
+    fn derivative<W: Warpgroup>(x: f32) -> f32 {
+        W::fma(-x, x, 1.0)
+    }
+
     #[inline(always)]
     fn of_head<W: Warpgroup>(&self, wg: &W, batch: u32, head: u32) -> Option<f32> {
         if self.has_slopes.get() { Some(wg.read_f32(self.slopes.of(batch, head))) } else { None }
     }
     #[inline(always)]
-    fn apply<W: Warpgroup, const N8: usize>(
+    fn bias<W: Warpgroup, const N8: usize>(
         &self,
         wg: &W,
         x: &mut W::Acc<N8>,
         of_head: Option<f32>,
         distances: &Distances,
     ) -> Option<W::Rows> {
-        if self.has_cap.get() {
-            wg.tanh(x, self.inner);
-        }
-        of_head.map(|slope| self.subtract_distances(wg, x, slope, distances))
-    }
-    #[inline(always)]
-    fn apply_and_derive<W: Warpgroup, const N8: usize>(
-        &self,
-        wg: &W,
-        x: &mut W::Acc<N8>,
-        of_head: Option<f32>,
-        distances: &Distances,
-    ) -> (Option<W::Rows>, Option<W::Operand<N8>>) {
-        let mut derivative = None;
-        if self.has_cap.get() {
-            wg.tanh(x, self.inner);
-            let mut slope = *x;
-            wg.map_rows(&mut slope, wg.rows(1.0), |t, one| W::fma(-t, t, one));
-            derivative = Some(wg.pack(&slope));
-        }
-        (of_head.map(|slope| self.subtract_distances(wg, x, slope, distances)), derivative)
-    }
-    #[inline(always)]
-    fn back<W: Warpgroup, const N8: usize>(wg: &W, ds: &mut W::Acc<N8>, by: &Option<W::Operand<N8>>) {
-        if let Some(by) = by {
-            wg.multiply(ds, by);
+        match of_head {
+            Some(slope) => Some(self.subtract_distances(wg, x, slope, distances)),
+            None => None,
         }
     }
 }

@@ -84,6 +84,11 @@ impl Form {
     pub const fn opening(self, bit: u32) -> Self {
         Form { values: self.values.with(bit, false), open: self.open.with(bit, true) }
     }
+    /// Gives a constant a value.
+    #[must_use]
+    pub const fn closing(self, bit: u32, value: bool) -> Self {
+        Form { values: self.values.with(bit, value), open: self.open.with(bit, false) }
+    }
     /// Returns the values of the constants; 0 for those that are open.
     pub const fn values(self) -> Constants {
         self.values

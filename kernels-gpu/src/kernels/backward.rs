@@ -58,8 +58,8 @@ use crate::ground::tensor::Strided;
 use crate::params::BackwardParams;
 use crate::tuning;
 
-/// Derivative of a block's scores.
-pub type Derivative<W, F, const M8: usize> = <<F as Features>::Score as Score>::Derivative<W, M8>;
+/// Record of which elements of P are kept.
+type Keep<W, F, const M8: usize> = <<F as Features>::Weights as Dropping>::Keep<W, M8>;
 
 /// Gradients that a consumer warpgroup accumulates over the query blocks of a block of keys: dK, dV, or both.
 pub trait Accumulate<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize>: Sized {
@@ -214,56 +214,85 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
         if !early {
             wg.pass_ping_pong();
         }
-        let s = wg.wait::<1, M8>(s);
-        let (p, derivative) = self.weights(wg, at, neg_lse_log2, s); // Pᵀ = exp(Sᵀ − LSE)
-        let delta = read_early(wg, wg.delta(slot));
+        let mut x = wg.wait::<1, M8>(s);
+        // With a curve, its derivative must meet dP before scores turn into P, because there are no registers for all.
+        let curved = self.is_curved();
+        self.p.features.score().curve(wg, &mut x);
+        if !curved {
+            self.weights(wg, at, neg_lse_log2, &mut x); //          Pᵀ = exp(Sᵀ − LSE)
+        }
+        let delta = self.read_early(wg, wg.delta(slot));
         wg.wait_ds(slot);
-        let dp = wg.wait::<0, M8>(dp);
-        let mut ds = self.score_gradients(wg, &p, dp, &delta); //   dSᵀ = Pᵀ∘(dPᵀ − delta)
-        F::Score::back::<W, M8>(wg, &mut ds, &derivative);
+        let mut ds = wg.wait::<0, M8>(dp);
+        if curved {
+            let keep = self.keep(wg, at);
+            F::Weights::drop_scores::<W, M8>(wg, &mut ds, &keep);
+            self.less_delta(wg, &mut ds, &delta);
+            // Fences keep ptxas from interleaving the four steps, which takes more registers than there are.
+            wg.compute(&mut ds);
+            wg.zip_with(&mut ds, &x, |ds, x| ds * F::Score::derivative::<W>(x));
+            wg.compute(&mut ds);
+            self.weights(wg, at, neg_lse_log2, &mut x);
+        } else {
+            F::Weights::drop_marked::<W, M8>(wg, &mut ds, &x);
+            self.less_delta(wg, &mut ds, &delta);
+        }
+        wg.zip_with(&mut ds, &x, |ds, p| ds * F::Weights::unmarked(p)); // dSᵀ = Pᵀ∘(dPᵀ − delta)∘score′
         let ds = wg.pack(&ds);
         wg.add_dq(&ds, slot, at); //                                dQ = dQ + dS·K
-        (F::Weights::pack_unmarked::<W, M8>(wg, &p), ds)
+        (F::Weights::pack_unmarked::<W, M8>(wg, &x), ds)
     }
 
-    /// Turns Sᵀ, as the product has left it, into Pᵀ, masked. Sets the sign bit of dropped elements. Returns the
-    /// derivative of the scores too.
+    /// Turns Sᵀ, on which the curve has worked, into Pᵀ, masked. Sets the sign bit of dropped elements.
     #[inline(always)]
     pub fn weights<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
         &self,
         wg: &W,
         at: &QueryBlock,
         neg_lse_log2: &W::Columns<M8>,
-        mut s: W::Acc<M8>,
-    ) -> (W::Acc<M8>, Derivative<W, F, M8>) {
+        s: &mut W::Acc<M8>,
+    ) {
         let (base, features, first_row) = (&self.p.base, &self.p.features, at.m_block * self.block_m);
         let place = ScorePlace { pair: at.pair, row: first_row, key: self.first_key };
         let (of, score) = (base.shape.sequence(), features.score());
         let of_head = score.of_head(wg, at.batch, at.head);
         let distances = Distances::of_keys(&of, features.mask(), first_row, self.first_key, 8 * M8 as u32);
-        let (missing, derivative) = score.apply_and_derive(wg, &mut s, of_head, &distances);
-        if let Some(missing) = missing {
-            wg.map_rows(&mut s, missing, |s, missing| s + missing);
+        if let Some(missing) = score.bias(wg, s, of_head, &distances) {
+            wg.map_rows(s, missing, |s, missing| s + missing);
         }
         // For a band, masking itself finds out whether the block is full.
         if const { F::Mask::IS_BAND } || !self.blocks.is_full(at) {
-            mask_transposed(wg, &of, features.mask(), &mut s, place);
+            mask_transposed(wg, &of, features.mask(), s, place);
         }
         let c = score.unit() * LOG2_E;
-        wg.map_columns(&mut s, neg_lse_log2, |s, neg_lse_log2| W::exp2(W::fma(s, c, neg_lse_log2)));
-        let keep = features.weights().keep::<W, M8>(wg, |_| Place {
-            head: at.batch * base.shape.heads_q + at.head,
-            row: self.first_key,
-            column: first_row,
-            rows: Rows::Keys,
-        });
-        F::Weights::mark::<W, M8>(wg, &mut s, &keep);
-        wg.compute(&mut s);
-        (s, derivative)
+        wg.map_columns(s, neg_lse_log2, |s, neg_lse_log2| W::exp2(W::fma(s, c, neg_lse_log2)));
+        F::Weights::mark::<W, M8>(wg, s, &self.keep(wg, at));
+        wg.compute(s);
     }
 
-    /// Returns dSᵀ = Pᵀ∘(dPᵀ − δ). With dropout, dPᵀ is 0 for dropped elements and multiplied by the dropout scale for
-    /// the others.
+    /// Decides which elements of a block of P are kept.
+    #[inline(always)]
+    fn keep<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(&self, wg: &W, at: &QueryBlock) -> Keep<W, F, M8> {
+        self.p.features.weights().keep::<W, M8>(wg, |_| Place {
+            head: at.batch * self.p.base.shape.heads_q + at.head,
+            row: self.first_key,
+            column: at.m_block * self.block_m,
+            rows: Rows::Keys,
+        })
+    }
+
+    /// Turns dPᵀ into dPᵀ − δ. With dropout, dPᵀ is multiplied by the dropout scale.
+    #[inline(always)]
+    fn less_delta<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
+        &self,
+        wg: &W,
+        dp: &mut W::Acc<M8>,
+        delta: &W::Columns<M8>,
+    ) {
+        wg.map_columns(dp, delta, |dp, delta| self.p.features.weights().less_delta::<W>(dp, delta));
+    }
+
+    /// Returns dSᵀ = Pᵀ∘(dPᵀ − δ). With dropout, dPᵀ is 0 for dropped elements.
     #[inline(always)]
     pub fn score_gradients<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
         &self,
@@ -273,9 +302,45 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
         delta: &W::Columns<M8>,
     ) -> W::Acc<M8> {
         F::Weights::drop_marked::<W, M8>(wg, &mut dp, p);
-        wg.map_columns(&mut dp, delta, |dp, delta| self.p.features.weights().less_delta::<W>(dp, delta));
+        self.less_delta(wg, &mut dp, delta);
         wg.zip_with(&mut dp, p, |dp, p| dp * F::Weights::unmarked(p));
         dp
+    }
+
+    /// True if scores have a curve.
+    #[inline(always)]
+    fn is_curved(&self) -> bool {
+        self.p.features.score().is_curved()
+    }
+
+    /// Reads `neg_lse_log2` or δ of a block's queries before a wait, if registers allow: up to 64 queries, and without
+    /// a curve. While products run, shared memory is slow to answer.
+    #[inline(always)]
+    fn read_early<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
+        &self,
+        wg: &W,
+        columns: W::Columns<M8>,
+    ) -> W::Columns<M8> {
+        if const { M8 > 8 } || self.is_curved() { columns } else { wg.read(columns) }
+    }
+
+    /// Applies the curve of scores to Sᵀ. Returns its derivative, if there is a curve.
+    #[inline(always)]
+    pub fn curve<W: BackwardWarpgroup<Tensor = T>, const M8: usize>(
+        &self,
+        wg: &W,
+        s: &mut W::Acc<M8>,
+    ) -> Option<W::Operand<M8>> {
+        if !self.is_curved() {
+            return None;
+        }
+        self.p.features.score().curve(wg, s);
+        wg.compute(s);
+        let mut derivative = *s;
+        wg.map_rows(&mut derivative, wg.rows(0.0), |x, _| F::Score::derivative::<W>(x));
+        let derivative = wg.pack(&derivative);
+        wg.compute(s);
+        Some(derivative)
     }
 }
 
@@ -297,7 +362,7 @@ impl<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize> Accumu
     fn start(wg: &mut W, keys: &KeyTile<W::Tensor, F>, at: &QueryBlock, dv: W::Acc<D8>) -> Self {
         let slot = wg.wait_q();
         wg.wait_do(slot);
-        let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
+        let neg_lse_log2 = keys.read_early(wg, wg.neg_lse_log2(slot));
         wg.take_ping_pong();
         let s = wg.kq::<D8, M8>(slot); //                           Sᵀ = K·Qᵀ
         wg.wait_v();
@@ -309,7 +374,7 @@ impl<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize> Accumu
     fn step(&mut self, wg: &mut W, keys: &KeyTile<W::Tensor, F>, at: &QueryBlock) {
         let slot = wg.wait_q();
         wg.wait_do(slot);
-        let neg_lse_log2 = read_early(wg, wg.neg_lse_log2(slot));
+        let neg_lse_log2 = keys.read_early(wg, wg.neg_lse_log2(slot));
         wg.take_ping_pong();
         let s = if const { queues_scores(8 * D8 as u32) } {
             let (dv, dk) = self.issue(wg);
@@ -361,11 +426,4 @@ const fn passes_early(head_dim: u32) -> bool {
 /// pause (notebook 59). dP must still wait for them: it has room only in the registers of P and dS.
 const fn queues_scores(head_dim: u32) -> bool {
     head_dim == tuning::QUEUED_SCORES_HEAD_DIM
-}
-
-/// Reads `neg_lse_log2` or δ of a block's queries before a wait, if registers allow (up to 64 queries). While products
-/// run, shared memory is slow to answer.
-#[inline(always)]
-fn read_early<W: BackwardWarpgroup, const M8: usize>(wg: &W, columns: W::Columns<M8>) -> W::Columns<M8> {
-    if const { M8 <= 8 } { wg.read(columns) } else { columns }
 }

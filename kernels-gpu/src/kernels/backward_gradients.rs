@@ -18,11 +18,10 @@
 //!    overlaps dS of the next one (`Dk::step`).
 //! 2. A consumer with one gradient needs fewer registers, so that the third warpgroup has 72 (notebook 81).
 
-use super::backward::{Accumulate, Derivative, Gradients, KeyTile};
+use super::backward::{Accumulate, Gradients, KeyTile};
 use crate::arch::BackwardWarpgroup;
 use crate::attention::dropping::Dropping;
 use crate::attention::features::Features;
-use crate::attention::score::Score;
 use crate::ground::places::QueryBlock;
 
 /// dV of a block of keys so far, and P of the last query block, whose product dV still lacks.
@@ -42,9 +41,10 @@ impl<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize> Accumu
         let slot = wg.wait_q();
         let s = wg.kq::<D8, M8>(slot); //                            Sᵀ = K·Qᵀ
         let neg_lse_log2 = wg.neg_lse_log2(slot);
-        let s = wg.wait::<0, M8>(s);
-        let (p, derivative) = keys.weights(wg, at, &neg_lse_log2, s); // Pᵀ = exp(Sᵀ − LSE)
-        pass_weights::<W, F, M8>(wg, p, &derivative, slot);
+        let mut p = wg.wait::<0, M8>(s);
+        let derivative = keys.curve(wg, &mut p);
+        keys.weights(wg, at, &neg_lse_log2, &mut p); //              Pᵀ = exp(Sᵀ − LSE)
+        wg.pass_weights(&p, derivative.as_ref(), slot);
         wg.wait_do(slot);
         Dv { dv, p: F::Weights::pack_unmarked::<W, M8>(wg, &p), slot }
     }
@@ -56,9 +56,10 @@ impl<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize> Accumu
         let s = wg.kq::<D8, M8>(slot); //                            Sᵀ = K·Qᵀ
         let dv = wg.p_do::<M8, D8>(self.dv, self.p, self.slot); //   dV = dV + Pᵀ·dO
         let neg_lse_log2 = wg.neg_lse_log2(slot);
-        let s = wg.wait::<1, M8>(s);
-        let (p, derivative) = keys.weights(wg, at, &neg_lse_log2, s); // Pᵀ = exp(Sᵀ − LSE)
-        pass_weights::<W, F, M8>(wg, p, &derivative, slot);
+        let mut p = wg.wait::<1, M8>(s);
+        let derivative = keys.curve(wg, &mut p);
+        keys.weights(wg, at, &neg_lse_log2, &mut p); //              Pᵀ = exp(Sᵀ − LSE)
+        wg.pass_weights(&p, derivative.as_ref(), slot);
         wg.wait_do(slot);
         self.dv = wg.wait::<0, D8>(dv);
         wg.release(self.slot);
@@ -121,18 +122,6 @@ impl<W: BackwardWarpgroup, F: Features, const D8: usize, const M8: usize> Accumu
         wg.release(self.slot);
         Gradients { dk, dv: wg.zeros::<D8>() }
     }
-}
-
-/// Passes P to the warpgroup that has dK, times the derivative of the scores.
-#[inline(always)]
-fn pass_weights<W: BackwardWarpgroup, F: Features, const M8: usize>(
-    wg: &mut W,
-    mut p: W::Acc<M8>,
-    derivative: &Derivative<W, F, M8>,
-    slot: W::Slot,
-) {
-    F::Score::back::<W, M8>(wg, &mut p, derivative);
-    wg.pass_weights(&p, slot);
 }
 
 /// Packs dS as the left operand of dK, and publishes it in the dS ring. The third warpgroup computes dQ from it.

@@ -118,7 +118,9 @@ impl<T, F: Features> Context<'_, T, F> {
         let (row, key) = (wg.first_row(&at.tile), at.visit.n_block * self.block_n);
         let of = self.p.base.shape.sequence();
         let distances = Distances::of_queries(&of, self.p.features.mask(), row, key, self.block_n);
-        self.p.features.score().apply(wg, x, of_head, &distances)
+        let score = self.p.features.score();
+        score.curve(wg, x);
+        score.bias(wg, x, of_head, &distances)
     }
 
     /// Reads what the scores of a block's head depend on.

@@ -82,7 +82,8 @@ impl<W: TotalWarpgroup, F: Features> Mainloop<'_, W, F> {
         let place = ScorePlace { pair: 0, row: m_block * 8 * M8 as u32, key };
         let of_head = score.of_head(wg, tile.keys.batch, tile.keys.head);
         let distances = Distances::of_keys(&of, mask, place.row, place.key, 8 * M8 as u32);
-        if let Some(missing) = score.apply(wg, &mut s, of_head, &distances) {
+        score.curve(wg, &mut s);
+        if let Some(missing) = score.bias(wg, &mut s, of_head, &distances) {
             wg.map_rows(&mut s, missing, |s, missing| s + missing);
         }
         if !tile.is_full(m_block) {

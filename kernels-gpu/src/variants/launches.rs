@@ -4,7 +4,7 @@ use core::mem::offset_of;
 use std::vec::Vec;
 
 use super::{BACKWARD_VARIANTS, TOTAL_VARIANTS, VARIANTS};
-use crate::attention::features::{Features, Plain};
+use crate::attention::features::{Features, Scored};
 use crate::ground::constants::{ConstantPlace, Form};
 use crate::ground::tensor::TensorMap;
 use crate::params::{BackwardParams, ForwardParams, ROW_KERNEL_THREADS, TotalParams};
@@ -53,17 +53,16 @@ pub struct Launch {
     pub mainloop: bool,
     /// Places of its specialisation constants.
     pub constants: Vec<ConstantPlace>,
-    /// Forms that the build makes. The general one is made in any case.
+    /// Forms that the build makes.
     pub prebuilt: &'static [Form],
 }
 
 impl Launch {
-    /// Returns the forms that the build makes: the general one, or the only one of a kernel without constants, then
-    /// those of `prebuilt`.
+    /// Returns the forms that the build makes: the only one of a kernel without constants, or those of `prebuilt`.
     pub fn forms(&self) -> Vec<Form> {
         let mut forms: Vec<Form> = Vec::new();
-        for form in [Form::GENERAL].iter().chain(self.prebuilt) {
-            let form = form.only(&self.constants);
+        let only = if self.constants.is_empty() { &[Form::GENERAL] } else { self.prebuilt };
+        for form in only.iter().map(|form| form.only(&self.constants)) {
             if !forms.contains(&form) {
                 forms.push(form);
             }
@@ -79,9 +78,9 @@ fn at(offset: usize, places: &[ConstantPlace]) -> Vec<ConstantPlace> {
 
 /// Lists every kernel, each once.
 pub fn launches() -> Vec<Launch> {
-    let forward_features = offset_of!(ForwardParams<TensorMap, Plain>, features);
-    let backward_features = offset_of!(BackwardParams<TensorMap, Plain>, features);
-    let total_features = offset_of!(TotalParams<TensorMap, Plain>, features);
+    let forward_features = offset_of!(ForwardParams<TensorMap, Scored>, features);
+    let backward_features = offset_of!(BackwardParams<TensorMap, Scored>, features);
+    let total_features = offset_of!(TotalParams<TensorMap, Scored>, features);
     let forward = VARIANTS.iter().map(|v| Launch {
         symbol: v.symbol,
         family: Family(v.family),
@@ -106,7 +105,7 @@ pub fn launches() -> Vec<Launch> {
         threads: v.threads(),
         cluster: 1,
         mainloop: true,
-        constants: at(total_features, &Plain::constants()),
+        constants: at(total_features, &Scored::constants()),
         prebuilt: v.prebuilt,
     });
     let mut rows: Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
@@ -128,11 +127,24 @@ pub fn launches() -> Vec<Launch> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ground::constants::Constants;
 
     #[test]
     fn every_kernel_is_in_a_family() {
         let launches = launches();
         assert!(launches.iter().all(|launch| Family::ALL.contains(&launch.family)));
         assert!(Family::ALL.iter().all(|family| launches.iter().any(|launch| launch.family == *family)));
+    }
+
+    /// Kernels that are used for some masks alone need no other forms.
+    #[test]
+    fn forms_cover_every_combination_of_constants() {
+        for launch in launches().iter().filter(|launch| !launch.symbol.contains("_c2") && !launch.symbol.contains("_n"))
+        {
+            for bits in 0..1 << Constants::NAMES.len() {
+                let wanted = Constants::from_bits(bits).only(&launch.constants);
+                assert!(launch.forms().iter().any(|form| form.covers(wanted)), "{} {wanted:?}", launch.symbol);
+            }
+        }
     }
 }

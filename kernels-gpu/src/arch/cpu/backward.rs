@@ -350,8 +350,12 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
     }
     fn pass_ds(&mut self, _: u32) {}
     #[inline(never)]
-    fn pass_weights<const M8: usize>(&mut self, p: &Tile<M8>, _: u32) {
-        self.pipe.weights.borrow_mut().push_back(p.elements().to_vec());
+    fn pass_weights<const M8: usize>(&mut self, p: &Tile<M8>, by: Option<&Tile<M8>>, _: u32) {
+        let mut passed = p.elements().to_vec();
+        if let Some(by) = by {
+            elementwise::zip_with(&mut passed, by.elements(), |p, by| p * by);
+        }
+        self.pipe.weights.borrow_mut().push_back(passed);
     }
     #[inline(never)]
     fn take_weights<const M8: usize>(&mut self, ordinal: u32) -> Tile<M8> {

@@ -8,7 +8,7 @@ use super::forward::ForwardPipe;
 use super::total_attention::TotalPipe;
 use super::warpgroup::CpuWarpgroup;
 use crate::attention::any_features::{AnyFeatures, FromAny};
-use crate::attention::features::{Features, Plain};
+use crate::attention::features::{Features, Scored};
 use crate::attention::key_parts::{KeyPart, SplitPart};
 use crate::attention::query_blocks::{QueryBlocks, key_block};
 use crate::attention::scheduler::CtaTiles;
@@ -177,7 +177,7 @@ pub unsafe fn total_attention<const D8: usize, const M8: usize>(
     for consumer in 0..smem.consumers {
         // SAFETY: the caller's promise; consumers own different keys of each work tile.
         let mut warpgroup = unsafe { CpuWarpgroup::<TotalPipe>::total(p, dtype, smem, consumer, tiles) };
-        consume_total::<_, Plain, D8, M8>(&mut warpgroup, p, &smem, tiles);
+        consume_total::<_, Scored, D8, M8>(&mut warpgroup, p, &smem, tiles);
         warpgroup.finish();
     }
 }

@@ -117,10 +117,6 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
             elementwise::map_columns(x, &numbers::<N8>(), |x, column| Self::fma((first + column).abs(), -slope, x));
         }
     }
-    #[inline(never)]
-    fn multiply<const N8: usize>(&self, x: &mut Tile<N8>, y: &Tile<N8>) {
-        elementwise::zip_with(self.live(x), y.first_rows(self.live), |x, y| x * y);
-    }
     fn read_f32(&self, address: u64) -> f32 {
         // SAFETY: the caller of the kernel has promised its operands, and this lies within one.
         unsafe { memory::read_f32(address, 0) }
@@ -138,6 +134,10 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
     #[inline(never)]
     fn keep<const N8: usize>(&self, dropout: &Dropout, at: &Place) -> Keep<N8> {
         Keep::new(dropout, at)
+    }
+    #[inline(never)]
+    fn drop<const N8: usize>(&self, x: &mut Tile<N8>, keep: &Keep<N8>) {
+        keep.drop(x);
     }
     #[inline(never)]
     fn mark<const N8: usize>(&self, x: &mut Tile<N8>, keep: &Keep<N8>) {

@@ -120,13 +120,6 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         scores::subtract_distances(x, first.map(|first| first + column), slope);
     }
     #[inline(always)]
-    fn multiply<const N8: usize>(&self, x: &mut Fragment<N8>, y: &Operand<N8>) {
-        for (x, y) in x.0.iter_mut().zip(&y.0) {
-            let [[a, b], [c, d]] = y.map(E::unpack);
-            *x = [x[0] * a, x[1] * b, x[2] * c, x[3] * d];
-        }
-    }
-    #[inline(always)]
     fn read_f32(&self, address: u64) -> f32 {
         // SAFETY: I5, the host has checked the array.
         unsafe { load_constant_f32(address) }
@@ -142,6 +135,10 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
     #[inline(always)]
     fn keep<const N8: usize>(&self, dropout: &Dropout, at: &Place) -> Keep<N8> {
         Keep::new(dropout, at, self.lane())
+    }
+    #[inline(always)]
+    fn drop<const N8: usize>(&self, x: &mut Fragment<N8>, keep: &Keep<N8>) {
+        keep.drop(x);
     }
     #[inline(always)]
     fn mark<const N8: usize>(&self, x: &mut Fragment<N8>, keep: &Keep<N8>) {

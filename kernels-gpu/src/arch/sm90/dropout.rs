@@ -69,6 +69,18 @@ impl<const N8: usize> Keep<N8> {
         }
     }
 
+    /// Sets dropped elements to 0, if rows are keys.
+    #[inline(always)]
+    pub fn drop(&self, x: &mut Fragment<N8>) {
+        for (group, registers) in x.0.iter_mut().enumerate() {
+            for (i, x) in registers.iter_mut().enumerate() {
+                let (word, byte) = self.rows.byte(Element { lower: i / 2, right: group % 2, odd: i % 2 });
+                let at_the_top = self.bytes[group][word] << (8 * (3 - byte));
+                *x = f32::from_bits(x.to_bits() & (at_the_top as i32 >> 31) as u32);
+            }
+        }
+    }
+
     /// Sets dropped elements of P to 0, two at a time, if rows are queries. The f16 units compare, because the integer
     /// pipe is busy with Philox.
     #[inline(always)]
