@@ -198,6 +198,14 @@ pub enum Error {
         /// The shape whose elements they are.
         shape: &'static str,
     },
+    /// The buffer of a dropout mask is not exactly (batch, heads_q, seqlen_q, seqlen_k).
+    #[error("dropout_mask has {len} elements; exactly {expected} are needed (batch × heads_q × seqlen_q × seqlen_k)")]
+    MaskLength {
+        /// Elements of the buffer.
+        len: usize,
+        /// Elements that the problem has.
+        expected: u128,
+    },
     /// The workspace is smaller than the plan asks for.
     #[error("workspace has {bytes} bytes; the plan needs {required}")]
     WorkspaceTooSmall {

@@ -88,7 +88,7 @@ pub use attention::{Attention, Lse, Output, Piecewise, PiecewiseGradients, Plans
 pub use backend::cuda::{self, Cuda};
 pub use backend::{Backend, Workspace, cpu::Cpu};
 pub use bytemuck::Pod;
-pub use dropout::{Dropout, dropout_mask};
+pub use dropout::{Dropout, dropout_mask, dropout_mask_into};
 pub use element::Element;
 pub use error::{Dim, Error, Operand, Result};
 pub use half::{bf16, f16};

@@ -8,6 +8,8 @@ mod common;
 mod context;
 #[path = "gpu/driver.rs"]
 mod driver;
+#[path = "gpu/dropout.rs"]
+mod dropout;
 #[path = "gpu/first_tiles.rs"]
 mod first_tiles;
 #[path = "gpu/graph.rs"]
@@ -81,6 +83,9 @@ fn main() {
             Box::new(move |cuda| common::dropout::mask_is_recovered(cuda, head_dim, mask)),
         ));
     }
+    trials.push(test("dropout masks", Box::new(dropout::masks)));
+    trials.push(test("a dropout mask of more than 2^32 weights", Box::new(dropout::large_mask)));
+    trials.push(test("speed of dropout masks", Box::new(dropout::speed)));
     for mask in [Mask::None, Mask::Causal] {
         trials.push(test(&format!("large logits, {mask}"), Box::new(move |cuda| common::large_logits(cuda, mask))));
         for head_dim in [64, 96, 128, 192, 256] {

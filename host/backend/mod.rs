@@ -8,10 +8,12 @@ use std::ops::Range;
 use bytemuck::Pod;
 
 use crate::{
+    dropout::Dropout,
     element::Element,
     error::{Operand, Result},
     operands::{BackwardInputs, Gradients, Inputs, Pair, SecondTensors, TotalInputs},
     plan::{BackwardPlan, Plan, TotalPlan},
+    problem::Problem,
     tensor::Tensor,
 };
 
@@ -134,6 +136,12 @@ pub trait Backend: sealed::Sealed {
         inputs: TotalInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
         total: Self::SliceMut<'_, f32>,
     ) -> Result<()>;
+
+    /// Writes a dropout mask; see [`dropout_mask_into`](crate::dropout_mask_into).
+    ///
+    /// # Errors
+    /// Errors of [`dropout_mask_into`](crate::dropout_mask_into).
+    fn dropout_mask_into(&self, problem: &Problem, dropout: &Dropout, kept: Self::SliceMut<'_, u8>) -> Result<()>;
 }
 
 /// Workspace of backward passes. It can be kept and used again, so that a pass allocates nothing.

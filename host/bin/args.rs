@@ -67,7 +67,7 @@ pub struct PassArgs {
     /// Whether gradients are the same bits on every run (exact, slower); the results of the forward pass always are.
     #[arg(long, value_parser = determinism, default_value = "fast", value_name = "fast|exact")]
     pub determinism: Determinism,
-    /// Probability that an attention weight is dropped: at least 0 and below 1, resolved to 1/256.
+    /// Probability that an attention weight is dropped: at least 0 and below 1.
     #[arg(long, value_parser = dropout, default_value = "0", value_name = "P", allow_negative_numbers = true)]
     pub dropout: f32,
     #[command(flatten)]
@@ -269,7 +269,7 @@ fn input_std(text: &str) -> Result<f32, String> {
 fn dropout(text: &str) -> Result<f32, String> {
     let p = text.parse().map_err(|_| "a number is needed".to_owned())?;
     let dropout = ferroflash::Dropout { p, ..Default::default() };
-    dropout.probability().map(|_| p).map_err(|error| error.to_string())
+    dropout.validate().map(|()| p).map_err(|error| error.to_string())
 }
 
 fn order(text: &str) -> Result<Order, String> {

@@ -225,6 +225,16 @@ fn check_strides(operand: Operand, layout: &Layout) -> Result<()> {
     Ok(())
 }
 
+/// Checks the address of a dropout mask of so many bytes.
+#[cfg(feature = "cuda")]
+pub(crate) fn check_memory_of_mask(address: u64, bytes: u128) -> Result<()> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    check_span(Operand::DropoutMask, address, bytes)?;
+    check_address(Operand::DropoutMask, address, 1)
+}
+
 /// Checks that the tensor's last byte has an address, and that offsets from its first fit in 63 bits.
 pub(super) fn check_span(operand: Operand, address: u64, bytes: u128) -> Result<()> {
     let limit = (u64::MAX as u128 + 1 - address as u128).min(i64::MAX as u128);

@@ -29,6 +29,8 @@ use crate::error::Error;
 pub use backward::{BackwardTensors, RawBackward};
 pub use check::AddressSpace;
 pub(crate) use check::Check;
+#[cfg(feature = "cuda")]
+pub(crate) use check::check_memory_of_mask;
 pub use forward::{ForwardTensors, RawForward};
 pub use gradients::{BackwardInputs, Gradients};
 pub use inputs::{Inputs, OptionalInputs, Slopes, TotalInputs};

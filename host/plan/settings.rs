@@ -65,9 +65,8 @@ impl Settings {
             options.mask,
         )?;
         write_shaping(f, options.softcap, options.alibi, options.sinks)?;
-        match options.dropout.probability() {
-            Ok(p) if p > 0.0 => write!(f, ", dropout {p}")?,
-            _ => {}
+        if options.dropout.p > 0.0 {
+            write!(f, ", dropout {}", options.dropout.p)?;
         }
         options.dist_threshold.map_or(Ok(()), |threshold| write!(f, ", dist_threshold {threshold}"))
     }

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use crate::arch::sm90::backward_dq;
 use crate::arch::sm90::consumer::Consumer;
 use crate::arch::sm90::cta::{self, Role};
+use crate::arch::sm90::dropout_mask;
 use crate::arch::sm90::forward::ForwardPipe;
 use crate::arch::sm90::fragment::{Fragment, Operand};
 use crate::arch::sm90::math::Packed;
@@ -28,7 +29,9 @@ use crate::kernels::backward::{Both, consume as consume_backward};
 use crate::kernels::backward_gradients::{Dk, Dv};
 use crate::kernels::forward::consume;
 use crate::kernels::total_attention::consume as consume_total;
-use crate::params::{BackwardParams, FinishParams, ForwardParams, PrepareParams, SinkGradientParams, TotalParams};
+use crate::params::{
+    BackwardParams, DropoutMaskParams, FinishParams, ForwardParams, PrepareParams, SinkGradientParams, TotalParams,
+};
 use crate::tile::smem::Split;
 use crate::tile::smem::{BackwardSmem, ForwardSmem};
 use crate::tile::smem_total::TotalSmem;
@@ -286,4 +289,10 @@ pub unsafe extern "ptx-kernel" fn prepare_bf16(p: PrepareParams) {
 #[unsafe(export_name = "sink_gradients")]
 pub unsafe extern "ptx-kernel" fn gradients_of_sinks(p: SinkGradientParams) {
     sink_gradients::sink_gradients(&p);
+}
+
+#[cfg(family = "backward")]
+#[unsafe(export_name = "dropout_mask")]
+pub unsafe extern "ptx-kernel" fn write_dropout_mask(p: DropoutMaskParams) {
+    dropout_mask::write(&p);
 }

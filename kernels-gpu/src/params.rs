@@ -5,6 +5,7 @@
 
 use core::mem::offset_of;
 
+use crate::attention::dropout::{Dropout, mask::MaskPart};
 use crate::attention::features::Scored;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::Sharing;
@@ -202,6 +203,29 @@ pub const SINK_GRADIENTS: &str = "sink_gradients";
 /// Shared memory of its CTAs, in bytes: a sum of each warp.
 pub const SINK_GRADIENTS_SMEM_BYTES: u32 = ROW_KERNEL_THREADS / WARP_THREADS * 4;
 
+/// Parameters of the kernel that writes a dropout mask.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct DropoutMaskParams {
+    /// Address of u8 (batch · heads_q, seqlen_q, seqlen_k), contiguous.
+    pub kept: u64,
+    /// Number of parts of the mask, at least 1: of heads, calls along the queries and tiles along the keys.
+    pub parts: u64,
+    pub seqlen_q: u32,
+    pub seqlen_k: u32,
+    pub dropout: Dropout,
+}
+
+impl DropoutMaskParams {
+    /// Returns the parameters of a mask, which has an element, of so many heads.
+    pub fn new(kept: u64, heads: u64, [seqlen_q, seqlen_k]: [u32; 2], dropout: Dropout) -> Self {
+        let [calls, tiles] = [MaskPart::calls(seqlen_q), MaskPart::tiles(seqlen_k)];
+        // More parts than 64 bits count are more elements than an address does.
+        let parts = heads.saturating_mul(calls as u64).saturating_mul(tiles as u64);
+        DropoutMaskParams { kept, parts, seqlen_q, seqlen_k, dropout }
+    }
+}
+
 /// Launch parameters of the kernel that computes total attention.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -245,6 +269,7 @@ check_parameters! {
     PrepareParams: ;
     FinishParams: ;
     SinkGradientParams: ;
+    DropoutMaskParams: ;
 }
 /// Stands for the largest features.
 type Widest = [u32; 64];

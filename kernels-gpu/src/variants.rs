@@ -29,7 +29,7 @@ pub use crate::tile::lane::{WARP_ROWS, WARP_THREADS, WARPGROUP_ROWS, WARPGROUP_T
 #[cfg(feature = "cpu")]
 pub use backward::CpuBackward;
 pub use backward::{BACKWARD_VARIANTS, BackwardVariant, backward};
-pub use launches::{Family, Launch, launches};
+pub use launches::{DROPOUT_MASK, Family, Launch, launches};
 #[cfg(feature = "cpu")]
 pub use total::CpuTotal;
 pub use total::{TOTAL_VARIANTS, TotalVariant, total};

@@ -54,7 +54,7 @@ fn work_tiles_have_their_own_masks() {
     }
 }
 
-/// A probability that is resolved to 0 changes neither a bit nor the kernel.
+/// A probability that drops nothing changes neither a bit nor the kernel.
 #[test]
 fn no_dropout_changes_nothing() {
     let case = Case { seed: 1, ..Case::new(PROBLEM, Mask::Causal) };
@@ -80,7 +80,7 @@ fn no_dropout_changes_nothing() {
         (out, gradients, symbols)
     };
     let without = Attention::new(PROBLEM).mask(Mask::Causal);
-    for p in [0.0, -0.0, 0.5 / 256.0 - 1e-6] {
+    for p in [0.0, -0.0, 1e-13] {
         assert!(run(without) == run(without.dropout(Dropout { p, seed: 3, offset: 4 })), "{p}");
     }
     let with = run(without.dropout(Dropout { p: 0.5, seed: 3, offset: 4 }));
@@ -137,6 +137,9 @@ fn probabilities_out_of_range_are_refused() {
 fn plans_say_what_is_dropped() {
     let attention = Attention::new(PROBLEM).dropout(Dropout { p: 0.1, seed: 0, offset: 0 });
     for text in [attention.plan(8).unwrap().to_string(), attention.plan_backward(8).unwrap().to_string()] {
-        assert!(text.contains("dropout 0.1015625") && text.contains("_dropout"), "{text}");
+        assert!(
+            (text.contains("dropout 0.1\n") || text.contains("dropout 0.1, ")) && text.contains("_dropout"),
+            "{text}"
+        );
     }
 }

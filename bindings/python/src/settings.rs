@@ -63,8 +63,8 @@ pub fn dropout_mask(
     })
 }
 
-/// Returns the probability that is used for `p`: a multiple of 1/256.
+/// Returns the probability that is used for `p`: `p` itself, as f32.
 #[pyfunction]
 pub fn dropout_probability(p: f32) -> PyResult<f32> {
-    Dropout { p, seed: 0, offset: 0 }.probability().map_err(exception)
+    Dropout { p, seed: 0, offset: 0 }.validate().map(|()| p).map_err(exception)
 }

@@ -39,8 +39,8 @@ def test_piecewise(device):
 
 
 def test_probability():
-    assert ferroflash.dropout_probability(0.1) == 26 / 256
-    assert ferroflash.dropout_probability(0.999) == 255 / 256
+    assert abs(ferroflash.dropout_probability(0.1) - 0.1) < 1e-8
+    assert ferroflash.dropout_probability(0.999) < 1.0
     share = ferroflash.dropout_mask(1, 2, 100, 200, 0.25, (7, 0)).float().mean().item()
     assert abs(share - 0.75) < 0.02
     assert ferroflash.dropout_mask(0, 2, 100, 200, 0.25, (7, 0)).shape == (0, 2, 100, 200)

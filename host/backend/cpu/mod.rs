@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use crate::{
     backend::{Backend, Workspace, sealed::Sealed},
+    dropout::{Dropout, MaskShape},
     element::Element,
     error::{Error, Operand, Result},
     operands::{
@@ -14,11 +15,13 @@ use crate::{
         SecondTensors, TotalInputs, TotalTensors,
     },
     plan::{BackwardPlan, Plan, TotalPlan},
+    problem::Problem,
     tensor::Tensor,
 };
 use bytemuck::Pod;
 
 mod backward;
+pub(crate) mod dropout_mask;
 mod pool;
 mod raw;
 mod total_attention;
@@ -113,6 +116,17 @@ impl Backend for Cpu {
     ) -> Result<()> {
         total_attention::run_into(plan, TotalTensors::new(inputs, total))
     }
+
+    fn dropout_mask_into(&self, problem: &Problem, dropout: &Dropout, kept: &mut [u8]) -> Result<()> {
+        let shape = MaskShape::of(problem)?;
+        let launched = dropout.launched()?;
+        shape.check_len(kept.len())?;
+        match launched {
+            Some(launched) => dropout_mask::write(kept, shape.lens, &launched, |kept| kept)?,
+            None => kept.fill(1),
+        }
+        Ok(())
+    }
 }
 
 /// Copies host memory.
@@ -152,7 +166,7 @@ mod tests {
 
     use super::*;
     use crate::plan::Options;
-    use crate::problem::{Mask, Problem};
+    use crate::problem::Mask;
 
     #[test]
     fn plan_and_kernel_count_the_same_tiles() {

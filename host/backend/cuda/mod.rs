@@ -26,6 +26,7 @@ mod cudarc;
 mod cust;
 mod device;
 mod driver;
+mod dropout_mask;
 mod kernels;
 mod lowering;
 mod memory;
@@ -57,6 +58,7 @@ pub use memory::{DeviceBuffer, DeviceSlice, DeviceSliceMut};
 pub use specialise::Specialise;
 
 use crate::backend::{Backend, Workspace, sealed::Sealed};
+use crate::dropout::Dropout;
 use crate::element::Element;
 use crate::error::{Operand, Result};
 use crate::operands::{
@@ -64,6 +66,7 @@ use crate::operands::{
     TotalTensors,
 };
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
+use crate::problem::Problem;
 use crate::tensor::Tensor;
 use device::{Device, device_attribute, device_count, driver_version};
 use driver::{Extent, check};
@@ -356,5 +359,9 @@ impl Backend for Cuda {
         total: DeviceSliceMut<'_, f32>,
     ) -> Result<()> {
         self.run_total(plan, TotalTensors::new(inputs, total))
+    }
+
+    fn dropout_mask_into(&self, problem: &Problem, dropout: &Dropout, kept: DeviceSliceMut<'_, u8>) -> Result<()> {
+        self.write_dropout_mask(problem, dropout, kept)
     }
 }

@@ -18,7 +18,13 @@ pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
 
 /// Returns the four of the eight bytes of `a` and `b` that the digits of `selector` name.
 #[cfg(not(target_arch = "nvptx64"))]
+#[inline(always)]
 pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
-    let bytes = (a as u64 | (b as u64) << 32).to_le_bytes();
-    u32::from_le_bytes(core::array::from_fn(|digit| bytes[(selector >> (4 * digit)) as usize % 8]))
+    let bytes = a as u64 | (b as u64) << 32;
+    let mut selected = 0;
+    for digit in 0..4 {
+        let byte = bytes >> (8 * (selector >> (4 * digit) & 7)) & 0xff;
+        selected |= (byte as u32) << (8 * digit);
+    }
+    selected
 }

@@ -1,11 +1,20 @@
 //! Dropout of elements of P. Whether an element is kept is a function of (seed, offset, head, query, key), and of
 //! nothing else.
 //!
-//! An element has a random byte, of whose 256 values t drop it. One Philox call gives four words of eight nibbles each.
-//! Each nibble is the upper half of the byte of one of 32 elements. The lower half of that byte is the exclusive or of
-//! the three nibbles that the other words have at the same position. So every byte is uniform, and the bytes of any
-//! three elements are independent of each other. Four can be dependent, as in the extended Hamming code, but only if an
-//! upper half leaves open whether its element is kept. One of the sixteen values of an upper half does so.
+//! An element has a random byte, of whose 256 values t or t + 1 drop it. The probability is p = (t + f/2³²)/256, and
+//! each call takes t + 1 with probability f/2³² for all of its elements.
+//!
+//! One Philox call gives four words of eight nibbles each. Each nibble is the upper half of the byte of one of 32
+//! elements. The lower half of that byte is the exclusive or of the three nibbles that the other words have at the same
+//! position. So every byte is uniform, and the bytes of any three elements are independent of each other. Four can be
+//! dependent, as in the extended Hamming code, but only if an upper half leaves open whether its element is kept. One of
+//! the sixteen values of an upper half does so, or two at most for both t and t + 1.
+//!
+//! Two threads apply the same call, and both have its parity, the exclusive or of its words. So the parity chooses
+//! between t and t + 1. A comparison of the parity with f would look at its upper nibble first. That nibble also is the
+//! exclusive or of the two halves of some bytes: if such a byte is t, its nibble of the parity is known, and so is the
+//! choice. These elements would have a probability of t/256 or (t + 1)/256. So the parity is first multiplied by an odd
+//! constant. The bits of all nibbles then decide, and the choice is as good as independent of any single nibble.
 //!
 //! The 32 elements are chosen from a tile of 16 queries × 32 keys so that few threads hold them in the fragments of
 //! both passes, whose rows are queries or keys. For query i and key j:
@@ -26,6 +35,8 @@
 //! lanes away holds. So threads of even rows make the calls of every second tile, threads of odd rows make the rest,
 //! and they exchange halves. If rows are queries, these are always the last two words.
 
+pub mod mask;
+
 use super::philox::Philox;
 use crate::arch::bytes::select_bytes;
 use crate::tile::lane::Lane;
@@ -38,25 +49,32 @@ const QUERIES: u32 = 16;
 const KEYS: u32 = 32;
 /// Factor that copies a byte to each byte of a word.
 const EACH_BYTE: u32 = 0x0101_0101;
+/// Odd factor, 2³² over the golden ratio, by which multiples of any power of two spread evenly over all words.
+const SPREAD: u32 = 0x9e37_79b1;
 /// Top bit of each byte.
 const TOP_BITS: u32 = 0x8080_8080;
 
-/// Dropout as launch parameters.
+/// Dropout as launch parameters. Of each pair, a call takes the second with probability fraction/2³².
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
     philox: Philox<ROUNDS>,
     /// Lower half of the offset.
     offset: u32,
-    threshold: u32,
-    /// Bound of at most 128. Bytes that are at least as large keep an element.
-    bound: u32,
+    /// Probability that a call takes t + 1, times 2³².
+    fraction: u32,
+    /// Bounds of at most 128. Bytes that are at least as large keep an element.
+    bounds: [u32; 2],
+    /// Addends that carry into the top bit of each byte of seven bits that is as large as the bound.
+    addends: [u32; 2],
+    /// Two f16, each with the bound in bits 7 to 14 of its magnitude.
+    bounds_f16x2: [u32; 2],
     /// All ones if such bytes drop the element instead; 0 otherwise.
     pub flipped: u32,
-    /// Two f16, each with `bound` in bits 7 to 14 of its magnitude.
-    pub bound_f16x2: u32,
-    /// Factor of kept elements: 1 / (1 − threshold/256).
+    /// Factor of kept elements: 1 / (1 − p).
     pub scale: f32,
+    /// Probability that an element is dropped.
+    p: f32,
 }
 
 /// Property of a kernel, known when it is compiled: with or without dropout.
@@ -207,27 +225,50 @@ pub fn top_bits([both]: [u32; 1], row: u32) -> Bytes {
 }
 
 impl Dropout {
-    /// Drops elements with probability threshold/256. The Philox key is `seed` plus the upper half of `offset`, in its
-    /// place; counters contain the lower half. So no two masks of one seed are the same.
-    pub fn new(threshold: u8, seed: u64, offset: u64) -> Self {
-        let key = seed.wrapping_add(offset & (u32::MAX as u64) << 32);
-        let scale = 256.0 / (256.0 - threshold as f32);
-        let threshold = threshold as u32;
-        let bound = threshold.min(256 - threshold);
+    /// Drops elements with probability `p`. The key of Philox is `seed`, the last word of counters the lower half of
+    /// `offset`, and the tweak its upper half. So no two pairs of seed and offset have the same generator and counters.
+    ///
+    /// `p` is at least 0 and below 1. Returns nothing if no element is dropped: if p·2⁴⁰ rounds to 0.
+    pub fn new(p: f32, seed: u64, offset: u64) -> Option<Self> {
+        let dropout = Dropout::of(p, seed, offset);
+        (dropout.fraction > 0 || dropout.bounds[0] > 0 || dropout.flipped != 0).then_some(dropout)
+    }
+
+    /// Returns what [`Dropout::new`] does, but also for a probability that drops nothing.
+    pub fn of(p: f32, seed: u64, offset: u64) -> Self {
+        // Exact but for p below 2⁻¹⁶, because an f32 has 24 bits.
+        let steps = (p as f64 * (1u64 << 40) as f64 + 0.5) as u64;
+        let (threshold, fraction) = ((steps >> 32) as u32, steps as u32);
+        let flipped = threshold >= 128;
+        let bounds = [threshold, threshold + 1].map(|t| if flipped { 256 - t } else { t });
         Dropout {
-            philox: Philox::new(key),
+            philox: Philox::with_tweak(seed, (offset >> 32) as u32),
             offset: offset as u32,
-            threshold,
-            bound,
-            flipped: if bound == threshold { 0 } else { u32::MAX },
-            bound_f16x2: (bound << 7) * 0x0001_0001,
-            scale,
+            fraction,
+            bounds,
+            addends: bounds.map(|bound| (0x80 - bound) * EACH_BYTE),
+            bounds_f16x2: bounds.map(|bound| (bound << 7) * 0x0001_0001),
+            flipped: if flipped { u32::MAX } else { 0 },
+            scale: (1.0 / (1.0 - p as f64)) as f32,
+            p,
         }
     }
 
     /// Returns the probability that an element is kept.
     pub fn keeps(&self) -> f32 {
-        1.0 - self.threshold as f32 / 256.0
+        1.0 - self.p
+    }
+
+    /// Returns what a call takes for its elements, by its parity: `a` with t, `b` with t + 1.
+    #[inline(always)]
+    fn chosen(&self, parity: u32, [a, b]: [u32; 2]) -> u32 {
+        if parity.wrapping_mul(SPREAD) < self.fraction { b } else { a }
+    }
+
+    /// Returns the bound of the bytes of a call that [`in_sight`] returns, in both half words.
+    #[inline(always)]
+    pub fn bound_f16x2(&self, parity: u32) -> u32 {
+        self.chosen(parity, self.bounds_f16x2)
     }
 
     /// Makes the call that decides on the element of query `i` and key `j`, and on 31 others. `head` counts query heads
@@ -240,8 +281,9 @@ impl Dropout {
     /// True if the element of query `i` and key `j` is kept, by the words of its call.
     fn kept_by(&self, words: [u32; 4], i: u32, j: u32) -> bool {
         let (word, half, byte) = decides(i, j);
-        let byte = bytes(words[word], parity(words), half).to_le_bytes()[byte];
-        (byte as u32 >= self.bound) != (self.flipped != 0)
+        let parity = parity(words);
+        let byte = bytes(words[word], parity, half).to_le_bytes()[byte];
+        (byte as u32 >= self.chosen(parity, self.bounds)) != (self.flipped != 0)
     }
 
     /// True if the element of query `i` and key `j` is kept. `head` counts query heads over the batch.
@@ -264,11 +306,12 @@ impl Dropout {
         }
     }
 
-    /// Sets the top bit of each byte that keeps its element, and clears it in the others.
+    /// Sets the top bit of each byte that keeps its element, and clears it in the others. `addend` is the call's of
+    /// `addends`.
     #[inline(always)]
-    fn compare(&self, bytes: u32) -> u32 {
+    fn compare(&self, bytes: u32, addend: u32) -> u32 {
         // Compares the lower seven bits by an addition that carries into the eighth, and no further.
-        let lower = (bytes & !TOP_BITS).wrapping_add((0x80 - self.bound) * EACH_BYTE);
+        let lower = (bytes & !TOP_BITS).wrapping_add(addend);
         (bytes | lower) ^ self.flipped
     }
 
@@ -303,8 +346,10 @@ impl Dropout {
         let words = self.words_at(at, lane, pair);
         let (parity, half) = (parity(words), (at.row + lane.row(0)) / 16 % 2);
         let [a, b, c, d] = words.map(|word| bytes(word, parity, half));
+        let addend = self.chosen(parity, self.addends);
         let [even, odd] = [0x5410, 0x7632].map(|bytes| {
-            let [first, second] = [select_bytes(a, b, bytes), select_bytes(c, d, bytes)].map(|x| self.compare(x));
+            let [first, second] =
+                [select_bytes(a, b, bytes), select_bytes(c, d, bytes)].map(|x| self.compare(x, addend));
             [first ^ (first ^ second >> 1) & !TOP_BITS]
         });
         Call { own: where_odd(lane, even, odd), sent: where_odd(lane, odd, even) }

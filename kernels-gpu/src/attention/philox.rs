@@ -15,13 +15,23 @@ pub struct Philox<const ROUNDS: usize> {
 
 impl<const ROUNDS: usize> Philox<ROUNDS> {
     pub fn new(key: u64) -> Self {
-        let mut next = [key as u32, (key >> 32) as u32];
-        let keys = [(); ROUNDS].map(|()| {
-            let key = next;
-            next = [key[0].wrapping_add(KEY_STEPS[0]), key[1].wrapping_add(KEY_STEPS[1])];
-            key
-        });
-        Philox { keys }
+        Philox::with_tweak(key, 0)
+    }
+
+    /// Returns the generator of a key and a tweak, which enters the keys of odd rounds by an exclusive or. No two pairs
+    /// of key and tweak have the same keys in all rounds: round 0 tells the key, and round 1 then the tweak. With tweak
+    /// 0 it is Philox as published.
+    pub fn with_tweak(key: u64, tweak: u32) -> Self {
+        let key = [key as u32, (key >> 32) as u32];
+        let step = |word: usize, round: u32| key[word].wrapping_add(KEY_STEPS[word].wrapping_mul(round));
+        let keys = |round| [step(0, round) ^ round % 2 * tweak, step(1, round)];
+        Philox { keys: core::array::from_fn(|round| keys(round as u32)) }
+    }
+
+    /// Returns the keys of a round.
+    #[cfg(test)]
+    pub(super) fn key(&self, round: usize) -> [u32; 2] {
+        self.keys[round]
     }
 
     /// Returns 128 random bits for a counter, lowest word first.

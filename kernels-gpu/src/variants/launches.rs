@@ -34,6 +34,11 @@ impl Family {
     }
 }
 
+/// Name of the kernel that writes a dropout mask. Its parameter is a
+/// [`DropoutMaskParams`](crate::params::DropoutMaskParams), its CTAs have [`ROW_KERNEL_THREADS`], and any number of
+/// them will do.
+pub const DROPOUT_MASK: &str = "dropout_mask";
+
 /// Facts that the build needs about a kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
@@ -104,6 +109,7 @@ pub fn launches() -> Vec<Launch> {
         prebuilt: v.prebuilt,
     });
     let mut rows: Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
+    rows.push(DROPOUT_MASK);
     rows.sort_unstable();
     rows.dedup();
     rows.push(SINK_GRADIENTS);

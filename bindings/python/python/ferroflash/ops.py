@@ -44,7 +44,7 @@ def attention(
         window_size: Keys before and behind its place that a query attends to; -1 is no bound. With `causal` none are
             behind.
         softmax_scale: Above 0; 1 / sqrt(head_dim) by default.
-        dropout_p: Probability that a weight is dropped, at least 0 and below 1, rounded to a multiple of 1/256.
+        dropout_p: Probability that a weight is dropped, at least 0 and below 1.
         deterministic: Gives dQ the same bits in every run. dK, dV and O always have the same bits.
         return_lse: Returns the LSE too. Gradients also flow through it.
         seed_offset: Two integers that the dropout mask is a function of. By default they come from torch's generator of
@@ -186,7 +186,7 @@ def dropout_mask(
 
 
 def dropout_probability(dropout_p: float) -> float:
-    """Returns the probability that is used for `dropout_p`: a multiple of 1/256, at most 255/256."""
+    """Returns the probability that is used for `dropout_p`: `dropout_p` itself, as float32."""
     return _native.dropout_probability(dropout_p)
 
 

@@ -1,7 +1,19 @@
 //! Dropout mask of a tile of P on the CPU: one bit per element.
 
 use super::fragment::{ROWS, Tile};
+use crate::attention::dropout::mask::MaskPart;
 use crate::attention::dropout::{Dropout, Place, Rows};
+
+/// Returns [`Dropout::kept_rows`] as bytes.
+pub fn mask_rows(dropout: &Dropout, part: &MaskPart) -> [[u8; 32]; 4] {
+    let mut rows = [[0; 32]; 4];
+    for (row, words) in rows.iter_mut().zip(dropout.kept_rows(part)) {
+        for (bytes, word) in row.as_chunks_mut().0.iter_mut().zip(words) {
+            *bytes = word.to_le_bytes();
+        }
+    }
+    rows
+}
 
 /// Dropout mask, `[row][column group]`, with one bit per column, set if the element is kept.
 #[derive(Clone, Copy)]
@@ -56,7 +68,7 @@ mod tests {
 
     #[test]
     fn tiles_keep_what_is_kept() {
-        let dropout = Dropout::new(77, 1 << 40 | 3, 9);
+        let dropout = Dropout::new(0.3, 1 << 40 | 3, 9).unwrap();
         for rows in [Rows::Queries, Rows::Keys] {
             let at = Place { head: 6, row: 320, column: 192, rows };
             let mut tile = Tile::<16>([[[1.0; 8]; 16]; ROWS]);

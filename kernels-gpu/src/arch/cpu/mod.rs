@@ -26,6 +26,7 @@ mod sink_gradients;
 mod total_attention;
 mod warpgroup;
 
+pub use dropout::mask_rows;
 pub use launch::{backward_by_gradients, backward_by_keys, forward, total_attention};
 pub use pipeline::Fault;
 pub use rows::{add_parts, finish, prepare};

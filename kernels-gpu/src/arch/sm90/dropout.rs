@@ -14,9 +14,10 @@ const SIGN: u32 = 1 << 31;
 #[derive(Clone, Copy)]
 pub struct Keep<const N8: usize> {
     bytes: [Bytes; N8],
+    /// Bound of each group's bytes if rows are queries. The groups of a tile share it.
+    bounds_f16x2: [u32; N8],
     rows: Rows,
-    /// Bound of the random bytes; this and `flipped` are copies from [`Dropout`].
-    bound_f16x2: u32,
+    /// Copy from [`Dropout`].
     flipped: u32,
 }
 
@@ -29,14 +30,17 @@ fn exchange<const WORDS: usize>(call: Call<WORDS>, lane: Lane) -> [[u32; WORDS];
 impl<const N8: usize> Keep<N8> {
     #[inline(always)]
     pub fn new(dropout: &Dropout, at: &Place, lane: Lane) -> Self {
-        let mut bytes = [[0; 2]; N8];
+        let (mut bytes, mut bounds_f16x2) = ([[0; 2]; N8], [0; N8]);
         let mut sixteen = |index: usize, x: Bytes| (bytes[2 * index], bytes[2 * index + 1]) = (x, x);
         match at.rows {
             Rows::Queries => {
                 for pair in 0..N8 / 8 {
-                    let tiles = exchange(dropout.call(at, lane, pair as u32), lane).map(halves);
-                    for (i, x) in tiles.as_flattened().iter().enumerate() {
+                    let tiles = exchange(dropout.call(at, lane, pair as u32), lane);
+                    for (i, x) in tiles.map(halves).as_flattened().iter().enumerate() {
                         sixteen(4 * pair + i, *x);
+                    }
+                    for (i, [_, _, parity]) in tiles.into_iter().enumerate() {
+                        bounds_f16x2[8 * pair + 4 * i..][..4].fill(dropout.bound_f16x2(parity));
                     }
                 }
             }
@@ -49,7 +53,7 @@ impl<const N8: usize> Keep<N8> {
                 }
             }
         }
-        Keep { bytes, rows: at.rows, bound_f16x2: dropout.bound_f16x2, flipped: dropout.flipped }
+        Keep { bytes, bounds_f16x2, rows: at.rows, flipped: dropout.flipped }
     }
 
     /// Sets the sign bit of dropped elements of P, if rows are keys. Every element comes from `ex2` with a clear sign
@@ -85,7 +89,7 @@ impl<const N8: usize> Keep<N8> {
             for (lower, x) in registers.iter_mut().enumerate() {
                 let (word, byte) = self.rows.byte(Element { lower, right: group % 2, odd: 0 });
                 let word = in_sight(self.bytes[group][word], group / 2 % 2, byte);
-                *x &= at_least_f16x2(word, self.bound_f16x2) ^ self.flipped;
+                *x &= at_least_f16x2(word, self.bounds_f16x2[group]) ^ self.flipped;
             }
         }
     }

@@ -25,6 +25,7 @@ pub mod barrier;
 pub mod consumer;
 pub mod cta;
 pub mod dropout;
+pub mod dropout_mask;
 pub mod first_values;
 pub mod forward;
 pub mod fragment;

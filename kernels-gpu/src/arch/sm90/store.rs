@@ -31,6 +31,19 @@ pub unsafe fn store_16_bytes(live: bool, address: u64, x: [u32; 4]) {
     }
 }
 
+/// Stores the lowest byte of `x` at `address` if `live`.
+///
+/// # Safety
+/// If `live`, the address is writable, and no other thread accesses it.
+#[inline(always)]
+pub unsafe fn store_8_bits(live: bool, address: u64, x: u32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("{{ .reg .pred p; setp.ne.u32 p, {0}, 0; @p st.global.b8 [{1}], {2}; }}",
+             in(reg32) live as u32, in(reg64) address, in(reg32) x, options(nostack));
+    }
+}
+
 /// Stores an f32 at `address` if `live`.
 ///
 /// # Safety

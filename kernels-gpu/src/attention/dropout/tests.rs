@@ -4,14 +4,22 @@ use std::vec::Vec;
 
 const PLACES: [(u32, u32, u32); 4] = [(0, 0, 0), (5, 64, 128), (71, 4096, 64), (3, 0x7fff_ff00, 0x7fff_ff80)];
 
+/// Returns dropout for each t from 0 to 255, with the choice between t and t + 1, and the chosen one of the two.
+fn thresholds() -> impl Iterator<Item = (Dropout, usize, usize)> {
+    (0..512usize).map(|x| {
+        let dropout = Dropout::new(((x / 2) as f32 + 0.5) / 256.0, 0, 0).unwrap();
+        assert_eq!(dropout.fraction, 1 << 31);
+        (dropout, x % 2, x / 2 + x % 2)
+    })
+}
+
 #[test]
 fn bytes_are_compared_one_by_one() {
-    for threshold in 0..=255u8 {
-        let dropout = Dropout::new(threshold, 0, 0);
+    for (dropout, choice, threshold) in thresholds() {
         for byte in 0..=255u8 {
             let word = u32::from_le_bytes([byte, 255 - byte, byte ^ 0x80, byte]);
-            let kept = dropout.compare(word).to_le_bytes().map(|x| x & 0x80 != 0);
-            let expected = |x: u8| (x as u32 >= dropout.bound) != (dropout.flipped != 0);
+            let kept = dropout.compare(word, dropout.addends[choice]).to_le_bytes().map(|x| x & 0x80 != 0);
+            let expected = |x: u8| (x as u32 >= dropout.bounds[choice]) != (dropout.flipped != 0);
             assert_eq!(kept, word.to_le_bytes().map(expected), "{byte} against {threshold}");
         }
     }
@@ -27,7 +35,7 @@ fn joined(nibbles: u32, half: usize) -> u32 {
 #[test]
 fn threads_find_what_is_kept() {
     const COLUMNS: u32 = 128;
-    let dropout = Dropout::new(100, 0x0123_4567_89ab_cdef, 1 << 33 | 7);
+    let dropout = Dropout::new(100.4 / 256.0, 0x0123_4567_89ab_cdef, 1 << 33 | 7).unwrap();
     for (head, row, column) in PLACES {
         for rows in [Rows::Queries, Rows::Keys] {
             let at = Place { head, row, column, rows };
@@ -41,14 +49,13 @@ fn threads_find_what_is_kept() {
                     match rows {
                         Rows::Queries => {
                             let received = dropout.call(&at, neighbour, pair).sent;
-                            let tiles = dropout.call(&at, lane, pair).joined(lane, received).map(halves);
-                            tiles
-                                .as_flattened()
-                                .iter()
-                                .enumerate()
-                                .map(|(sixteen, x)| x.map(|x| joined(x, sixteen % 2)))
-                                .map(|x| x.map(|x| dropout.compare(x)))
-                                .collect()
+                            let tiles = dropout.call(&at, lane, pair).joined(lane, received);
+                            let seen = |words: [u32; 3]| {
+                                let addend = dropout.chosen(words[2], dropout.addends);
+                                let halves = halves(words);
+                                [0, 1].map(|half| halves[half].map(|x| dropout.compare(joined(x, half), addend)))
+                            };
+                            tiles.map(seen).as_flattened().to_vec()
                         }
                         Rows::Keys => {
                             let received = dropout.kept_call(&at, neighbour, pair).sent;
@@ -81,15 +88,107 @@ fn threads_find_what_is_kept() {
 /// same as comparing its bits.
 #[test]
 fn thresholds_are_exact() {
-    for threshold in 0..=255u8 {
-        let dropout = Dropout::new(threshold, 0, 0);
-        let kept = (0..=255).filter(|&byte| dropout.compare(byte) & 0x80 != 0).count();
-        assert_eq!(kept, 256 - threshold as usize);
-        let bound = f16::from_bits(dropout.bound_f16x2 as u16).to_f64();
+    for (dropout, choice, threshold) in thresholds() {
+        let addend = dropout.addends[choice];
+        let kept = (0..=255).filter(|&byte| dropout.compare(byte, addend) & 0x80 != 0).count();
+        assert_eq!(kept, 256 - threshold);
+        let bound = f16::from_bits(dropout.bounds_f16x2[choice] as u16).to_f64();
+        assert_eq!(dropout.bounds_f16x2[choice] >> 16, dropout.bounds_f16x2[choice] & 0xffff);
         for bits in 0..=u16::MAX {
             let x = f16::from_bits(bits).to_f64().abs();
-            assert_eq!(x >= bound || x.is_nan(), (bits >> 7 & 0xff) as u32 >= dropout.bound, "{bits} {threshold}");
+            let large = (bits >> 7 & 0xff) as u32 >= dropout.bounds[choice];
+            assert_eq!(x >= bound || x.is_nan(), large, "{bits} {threshold}");
         }
+    }
+}
+
+#[test]
+fn probabilities_have_forty_bits() {
+    let parts = |p| Dropout::new(p, 0, 0).map(|dropout| (dropout.bounds, dropout.flipped, dropout.fraction));
+    assert_eq!(parts(0.0), None);
+    assert_eq!(parts(-0.0), None);
+    assert_eq!(parts(f32::MIN_POSITIVE), None);
+    assert_eq!(parts((-41f32).exp2().next_down()), None);
+    assert_eq!(parts((-41f32).exp2()), Some(([0, 1], 0, 1)));
+    assert_eq!(parts(1.0 / 512.0), Some(([0, 1], 0, 1 << 31)));
+    assert_eq!(parts(0.5f32.next_down()), Some(([127, 128], 0, 0u32.wrapping_sub(1 << 15))));
+    assert_eq!(parts(0.5), Some(([128, 127], u32::MAX, 0)));
+    assert_eq!(parts(1.0f32.next_down()), Some(([1, 0], u32::MAX, 0u32.wrapping_sub(1 << 16))));
+    for p in [0.17f32, 0.8, 0.1, 1.0 / 512.0, 1.0f32.next_down(), 1e-30] {
+        let dropout = Dropout::new(p.max(1e-12), 0, 0).unwrap();
+        let p = p.max(1e-12) as f64;
+        assert_eq!(dropout.scale, (1.0 / (1.0 - p)) as f32);
+        assert_eq!(dropout.keeps(), (1.0 - p) as f32);
+    }
+}
+
+/// Shares of dropped elements, over many calls.
+struct Shares {
+    calls: u32,
+    /// Number of calls that drop the element, by its position.
+    dropped: [u32; 32],
+    /// Number of calls with t as the element's byte, and of those that drop it.
+    at_threshold: [[u32; 2]; 32],
+    /// Number of calls that drop both elements, by their positions.
+    both: [[u32; 32]; 32],
+}
+
+impl Shares {
+    fn new(dropout: &Dropout, threshold: u32) -> Self {
+        let calls = 1 << 20;
+        let mut shares = Shares { calls, dropped: [0; 32], at_threshold: [[0; 2]; 32], both: [[0; 32]; 32] };
+        for call in 0..calls {
+            let words = dropout.philox.at([call, 1, 2, 3]);
+            let mut dropped = 0u32;
+            for (position, at_threshold) in shares.at_threshold.iter_mut().enumerate() {
+                let (i, j) = ((position / 16 * 8 + position / 8 % 2) as u32, (position % 8) as u32);
+                let (i, j) = (i, j / 2 * 8 + j % 2);
+                let drops = !dropout.kept_by(words, i, j);
+                dropped |= (drops as u32) << position;
+                let (word, half, byte) = decides(i, j);
+                let byte = bytes(words[word], parity(words), half).to_le_bytes()[byte] as u32;
+                if byte == if dropout.flipped == 0 { threshold } else { 255 - threshold } {
+                    at_threshold[0] += 1;
+                    at_threshold[1] += drops as u32;
+                }
+            }
+            for a in (0..32).filter(|a| dropped >> a & 1 != 0) {
+                shares.dropped[a] += 1;
+                (0..a).for_each(|b| shares.both[a][b] += dropped >> b & 1);
+            }
+        }
+        shares
+    }
+}
+
+/// Checks that `count` of `of` trials is a share of `p`, to within so many standard deviations.
+#[track_caller]
+fn is_share(count: u32, of: u32, p: f64, sigmas: f64) {
+    let (count, of) = (count as f64, of as f64);
+    assert!((count - of * p).powi(2) <= sigmas.powi(2) * of * p * (1.0 - p), "{count} of {of} at {p}");
+}
+
+/// Checks the share of dropped elements at each position of a call, and that of pairs. The choice between t and t + 1
+/// may depend on no element: elements whose byte is t are dropped with probability f/2³².
+#[test]
+fn every_position_has_the_probability() {
+    for (p, threshold) in [(0.17f32, 43), (0.8, 204), (0.1, 25), (1.0 / 512.0, 0), (0.9999, 255), (0.5, 128)] {
+        let dropout = Dropout::new(p, 11, 12).unwrap();
+        let (p, f) = (p as f64, dropout.fraction as f64 / (1u64 << 32) as f64);
+        assert!((p - (threshold as f64 + f) / 256.0).abs() < 1e-12);
+        let shares = Shares::new(&dropout, threshold);
+        // Elements share the choice, so any two have this covariance, and their number a larger deviation.
+        let shared = f * (1.0 - f) / 65536.0;
+        for (a, dropped) in shares.dropped.into_iter().enumerate() {
+            is_share(dropped, shares.calls, p, 5.0);
+            let [count, dropped] = shares.at_threshold[a];
+            is_share(count, shares.calls, 1.0 / 256.0, 5.0);
+            is_share(dropped, count, f, 5.0);
+            (0..a).for_each(|b| is_share(shares.both[a][b], shares.calls, p * p + shared, 5.5));
+        }
+        let (dropped, all) = (shares.dropped.iter().sum::<u32>() as f64, shares.calls as f64 * 32.0);
+        let sigma = (all * (p * (1.0 - p) + 31.0 * shared)).sqrt();
+        assert!((dropped - all * p).abs() < 5.0 * sigma, "{dropped} of {all} at {p}");
     }
 }
 
@@ -132,6 +231,24 @@ fn any_three_bytes_are_independent() {
     }
 }
 
+/// Checks that seeds and offsets have keys and counters of their own: what a generator is made of tells both.
+#[test]
+fn generators_tell_seed_and_offset() {
+    let mut x = 1u64;
+    let mut next = || {
+        x = x.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        x ^ x >> 29
+    };
+    for _ in 0..1000 {
+        let (seed, offset) = (next(), next());
+        let dropout = Dropout::new(0.5, seed, offset).unwrap();
+        let [[a, b], [c, _]] = [dropout.philox.key(0), dropout.philox.key(1)];
+        assert_eq!(a as u64 | (b as u64) << 32, seed);
+        let upper = c ^ Philox::<ROUNDS>::new(seed).key(1)[0];
+        assert_eq!(dropout.offset as u64 | (upper as u64) << 32, offset);
+    }
+}
+
 /// Checks that the masks of neighbouring seeds, offsets and heads are independent.
 #[test]
 fn masks_are_independent() {
@@ -139,13 +256,15 @@ fn masks_are_independent() {
     let kept = |dropout: Dropout, head| -> Vec<bool> {
         (0..SIDE * SIDE).map(|x| dropout.kept(head, x / SIDE, x % SIDE)).collect()
     };
-    let first = kept(Dropout::new(128, 1, 0), 0);
+    let first = kept(Dropout::new(0.5, 1, 0).unwrap(), 0);
     for other in [
-        kept(Dropout::new(128, 2, 0), 0),
-        kept(Dropout::new(128, 1, 1), 0),
-        kept(Dropout::new(128, 1, 1 << 32), 0),
-        kept(Dropout::new(128, 1 << 32 | 1, 0), 0),
-        kept(Dropout::new(128, 1, 0), 1),
+        kept(Dropout::new(0.5, 2, 0).unwrap(), 0),
+        kept(Dropout::new(0.5, 1, 1).unwrap(), 0),
+        kept(Dropout::new(0.5, 1, 1 << 32).unwrap(), 0),
+        kept(Dropout::new(0.5, 1 << 32 | 1, 0).unwrap(), 0),
+        kept(Dropout::new(0.5, 1 << 32 | 1, 1 << 32).unwrap(), 0),
+        kept(Dropout::new(0.5, 1 << 32, 1 << 32 | 1).unwrap(), 0),
+        kept(Dropout::new(0.5, 1, 0).unwrap(), 1),
     ] {
         let same = first.iter().zip(&other).filter(|(a, b)| a == b).count() as f64;
         let (mean, sigma) = ((SIDE * SIDE) as f64 / 2.0, (SIDE * SIDE) as f64 / 4.0);
