@@ -110,7 +110,6 @@ impl Drops for Dropout {
     #[cfg(not(target_arch = "nvptx64"))]
     const CONSTANTS: &'static [ConstantPlace] =
         &[ConstantPlace { bit: Constants::SEED, offset: offset_of!(Dropout, from_memory) as u32 }];
-
 }
 
 /// Orientation of a tile of P.
