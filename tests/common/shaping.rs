@@ -4,8 +4,8 @@ use ferroflash::cases::{Case, Order, PiecewiseCase};
 use ferroflash::reference::Rows;
 use ferroflash::{Alibi, Backend, Determinism, Dtype, Mask, Problem, Sinks, bf16};
 
-/// Returns a case without softcap, for gradients of random cases. The derivative of softcap is rounded to 16 bits, which
-/// the plain implementation does not do, so the error is within the tolerance in most cases only.
+/// Returns a case without softcap, for gradients of random cases. The derivative of softcap is rounded to 16 bits,
+/// which the plain implementation does not do, so the error is within the tolerance in most cases only.
 pub fn without_softcap(case: Case) -> Case {
     Case { softcap: None, ..case }
 }
