@@ -230,7 +230,7 @@ fn random_cases_backward(cuda: &Cuda) {
     let cases = std::env::var("FERROFLASH_GPU_CASES").ok().and_then(|n| n.parse().ok());
     for seed in 0..cases.unwrap_or(RANDOM_BACKWARD_CASES) {
         let determinism = if seed % 2 == 0 { Determinism::Fast } else { Determinism::Exact };
-        common::pass_backward(cuda, &common::shaping::without_softcap(Case::random(seed, 1e8)), determinism);
+        common::pass_backward(cuda, &Case::random(seed, 1e8), determinism);
     }
 }
 
@@ -253,7 +253,7 @@ fn random_dropout(cuda: &Cuda) {
         let case = Case::random_dropout(seed, 1e8);
         let determinism = if seed % 2 == 0 { Determinism::Fast } else { Determinism::Exact };
         common::pass(cuda, &case);
-        common::pass_backward(cuda, &common::shaping::without_softcap(case), determinism);
+        common::pass_backward(cuda, &case, determinism);
     }
 }
 

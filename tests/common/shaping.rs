@@ -4,22 +4,11 @@ use ferroflash::cases::{Case, Order, PiecewiseCase};
 use ferroflash::reference::Rows;
 use ferroflash::{Alibi, Backend, Determinism, Dtype, Mask, Problem, Sinks, bf16};
 
-/// Returns a case without softcap, for gradients of random cases. The derivative of softcap is rounded to 16 bits,
-/// which the plain implementation does not do, so the error is within the tolerance in most cases only.
-pub fn without_softcap(case: Case) -> Case {
-    Case { softcap: None, ..case }
-}
-
-/// Does the work of [`without_softcap`] for a piecewise case.
-pub fn piecewise_without_softcap(case: PiecewiseCase) -> PiecewiseCase {
-    PiecewiseCase { case: without_softcap(case.case), ..case }
-}
-
 /// Returns (name, case): every combination of softcap, ALiBi and sinks, with masks, grouped heads and head dims of
 /// every kernel; and shapes that broke other libraries.
 pub fn named() -> Vec<(String, Case)> {
     let problem =
-        Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 150, seqlen_k: 210, head_dim: 64, dtype: Dtype::Bf16 };
+        Problem { batch: 2, heads_q: 6, heads_kv: 2, seqlen_q: 150, seqlen_k: 210, head_dim: 64, dtype: Dtype::Bf16 };
     let mut cases = Vec::new();
     let masks = [Mask::None, Mask::Causal, Mask::Window { left: Some(70), right: Some(20) }];
     let dims = [64, 128, 256, 40, 104];
@@ -33,7 +22,7 @@ pub fn named() -> Vec<(String, Case)> {
                     let (order, padding) = if index.is_multiple_of(3) { (Order::Bshd, 8) } else { (Order::Bhsd, 0) };
                     let dropout = if index % 4 == 1 { 0.1 } else { 0.0 };
                     let case =
-                        Case { softcap, alibi, sinks, order, padding, dropout, seed: 3, ..Case::new(problem, mask) };
+                        Case { softcap, alibi, sinks, order, padding, dropout, seed: 1, ..Case::new(problem, mask) };
                     cases.push((format!("softcap {softcap:?}, ALiBi {alibi:?}, sinks {sinks:?}, mask {mask}"), case));
                 }
             }

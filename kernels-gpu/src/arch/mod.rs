@@ -38,6 +38,13 @@ pub enum MaxUnit {
     Float,
 }
 
+/// Column that others are counted from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edge {
+    First,
+    Last,
+}
+
 /// Skip-rescale check of [`Warpgroup::scale_rows`]: tests if any factor differs from 1.
 #[derive(Clone, Copy)]
 pub enum RescaleCheck {
@@ -80,9 +87,10 @@ pub trait Warpgroup: Sized {
     );
     /// Replaces every element x by tanh(factor·x).
     fn tanh<const N8: usize>(&self, x: &mut Self::Acc<N8>, factor: f32);
-    /// Adds slope·c to every element of column c, but for a part that is still missing from each row: the one returned.
-    /// It is partial, as the result of [`Warpgroup::fold`] is: each thread's part belongs to its own elements.
-    fn add_columns<const N8: usize>(&self, x: &mut Self::Acc<N8>, slope: f32) -> Self::Rows;
+    /// Adds slope·c to every element, with c its column's distance from the column at an edge, but for a part that is
+    /// still missing from each row: the one returned. Columns before the edge have a negative c. The part is partial, as
+    /// the result of [`Warpgroup::fold`] is: each thread's belongs to its own elements.
+    fn add_columns<const N8: usize>(&self, x: &mut Self::Acc<N8>, slope: f32, edge: Edge) -> Self::Rows;
     /// Subtracts slope·|first + c| from every element of column c, with `first` of its row.
     fn subtract_distances<const N8: usize>(&self, x: &mut Self::Acc<N8>, first: Self::Rows, slope: f32);
     /// Multiplies each row by its factor, after the skip-rescale check if `check` asks for it.

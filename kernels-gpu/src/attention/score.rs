@@ -13,8 +13,8 @@
 use core::mem::offset_of;
 
 use super::mask::Mask;
-use crate::arch::Warpgroup;
 use crate::arch::constant::Constant;
+use crate::arch::{Edge, Warpgroup};
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::ground::constants::ConstantPlace;
 use crate::ground::constants::Constants;
@@ -202,14 +202,21 @@ impl Shaped {
         Distances { first, sign }: &Distances,
     ) -> W::Rows {
         let slope = slope * self.per_unit;
-        let first = wg.rows_of(|r| first.wrapping_sub(r as i32) as f32);
-        if *sign == Sign::Mixed {
-            wg.subtract_distances(x, first, slope);
-            return wg.rows(0.0);
-        }
-        let slope = if *sign == Sign::Negative { slope } else { -slope };
-        let missing = wg.add_columns(x, slope);
-        wg.zip(first, missing, |first, missing| W::fma(first, slope, missing))
+        let rows = |first: i32| wg.rows_of(|r| first.wrapping_sub(r as i32) as f32);
+        // Columns count from the edge with the smallest distances, because the largest weights are there: the sum of
+        // the value of the row and that of the column must not cancel.
+        let (slope, missing, rows) = match *sign {
+            Sign::Mixed => {
+                wg.subtract_distances(x, rows(*first), slope);
+                return wg.rows(0.0);
+            }
+            Sign::Negative => {
+                let last = 8 * N8 as i32 - 1;
+                (slope, wg.add_columns(x, slope, Edge::Last), rows(first.wrapping_add(last)))
+            }
+            Sign::Positive => (-slope, wg.add_columns(x, -slope, Edge::First), rows(*first)),
+        };
+        wg.zip(rows, missing, |row, missing| W::fma(row, slope, missing))
     }
 }
 

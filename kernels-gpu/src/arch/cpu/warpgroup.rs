@@ -8,7 +8,7 @@ use super::elementwise;
 use super::exp2;
 use super::fragment::{ROWS, Rows, Tile};
 use super::memory;
-use crate::arch::{MaxUnit, Pending, RescaleCheck, Warpgroup};
+use crate::arch::{Edge, MaxUnit, Pending, RescaleCheck, Warpgroup};
 use crate::attention::dropout::{Dropout, Place};
 use crate::attention::tanh;
 use crate::element::Dtype;
@@ -107,8 +107,9 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
         });
     }
     #[inline(never)]
-    fn add_columns<const N8: usize>(&self, x: &mut Tile<N8>, slope: f32) -> Rows {
-        elementwise::map_columns(self.live(x), &numbers::<N8>(), |x, column| Self::fma(column, slope, x));
+    fn add_columns<const N8: usize>(&self, x: &mut Tile<N8>, slope: f32, edge: Edge) -> Rows {
+        let from = if edge == Edge::Last { (8 * N8 - 1) as f32 } else { 0.0 };
+        elementwise::map_columns(self.live(x), &numbers::<N8>(), |x, column| Self::fma(column - from, slope, x));
         [0.0; ROWS]
     }
     #[inline(never)]

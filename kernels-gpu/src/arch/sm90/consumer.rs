@@ -9,7 +9,7 @@ use super::load::load_constant_f32;
 use super::math::{self, Packed, fresh};
 use super::scores;
 use super::wgmma;
-use crate::arch::{MaxUnit, Pending, RescaleCheck, Warpgroup};
+use crate::arch::{Edge, MaxUnit, Pending, RescaleCheck, Warpgroup};
 use crate::attention::dropout::{Dropout, Place};
 use crate::ground::tensor::TensorMap;
 use crate::tile::lane::Lane;
@@ -110,8 +110,11 @@ impl<E: Packed, P> Warpgroup for Consumer<E, P> {
         scores::tanh(x, factor);
     }
     #[inline(always)]
-    fn add_columns<const N8: usize>(&self, x: &mut Fragment<N8>, slope: f32) -> Rows {
-        scores::add_columns(x, slope);
+    fn add_columns<const N8: usize>(&self, x: &mut Fragment<N8>, slope: f32, edge: Edge) -> Rows {
+        match edge {
+            Edge::First => scores::add_columns(x, slope, 0),
+            Edge::Last => scores::add_columns(x, slope, 8 * N8 as i32 - 1),
+        }
         [self.lane().column as f32 * slope; 2]
     }
     #[inline(always)]

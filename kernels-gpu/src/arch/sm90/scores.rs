@@ -30,12 +30,13 @@ pub fn tanh<const N8: usize>(x: &mut Fragment<N8>, factor: f32) {
     }
 }
 
-/// Adds slope·c to every element, with c the column's distance from the thread's first column.
+/// Adds slope·(c − from) to every element, with c the column's distance from the thread's first column. `from` is a
+/// constant, so that each factor is an immediate operand.
 #[inline(always)]
-pub fn add_columns<const N8: usize>(x: &mut Fragment<N8>, slope: f32) {
+pub fn add_columns<const N8: usize>(x: &mut Fragment<N8>, slope: f32, from: i32) {
     for (group, registers) in x.0.iter_mut().enumerate() {
         for (i, x) in registers.iter_mut().enumerate() {
-            *x = math::fma((8 * group + i % 2) as f32, slope, *x);
+            *x = math::fma(((8 * group + i % 2) as i32 - from) as f32, slope, *x);
         }
     }
 }
