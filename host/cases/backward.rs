@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::operands::{BackwardInputs, BackwardPair, BackwardTensors, Gradients, Pair, Pass};
 use crate::plan::Determinism;
 use crate::problem::Problem;
-use crate::reference::{Backward, GradientAccuracy, Scores, backward_f64, backward_plain};
+use crate::reference::{Backward, Beyond, GradientAccuracy, Limits, Scores, backward_f64, backward_plain};
 use crate::tensor::Tensor;
 
 /// Changes the seed, so that the gradients of a case are other numbers than its inputs.
@@ -60,12 +60,19 @@ pub struct BackwardOutcome {
     pub gradients: GradientAccuracy,
     /// True if all memory outside of the outputs' rows is unchanged.
     pub untouched: bool,
+    /// Set if the gradients have no tolerance.
+    pub beyond: Option<Beyond>,
 }
 
 impl BackwardOutcome {
     /// True if the errors are within the tolerance and nothing else was written.
     pub fn passed(&self) -> bool {
         self.gradients.passed() && self.untouched
+    }
+
+    /// True if other memory was written, or if the gradients are up to their limit and not within the tolerance.
+    pub fn failed(&self) -> bool {
+        !self.untouched || self.beyond.is_none() && !self.passed()
     }
 }
 
@@ -113,8 +120,10 @@ impl Case {
             dv: self.gather(dv, of_kv),
             second: None,
         };
-        let gradients = self.judge_gradients(&gradients, data, Scores::plain(q, k), v)?;
-        Ok(BackwardOutcome { gradients, untouched: found.untouched })
+        let scores = Scores::plain(q, k);
+        let gradients = self.judge_gradients(&gradients, data, scores, v)?;
+        let beyond = self.beyond("gradients", Limits::of(self.problem.dtype).gradients, &data.lse, scores, v)?;
+        Ok(BackwardOutcome { gradients, untouched: found.untouched, beyond })
     }
 
     /// Judges the gradients of a run with the given scores and values.

@@ -22,6 +22,7 @@ use crate::tensor::{Layout, Tensor};
 mod backward;
 mod forward;
 mod guarded;
+mod limits;
 mod piecewise;
 mod total_attention;
 mod upload;
