@@ -62,7 +62,7 @@ impl Beyond {
 impl fmt::Display for Beyond {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Beyond { results, largest_lse, limit } = self;
-        write!(f, "beyond the limit of {results}: |LSE| {largest_lse:.1e}, limit {limit:.1e}")
+        write!(f, "beyond the limit of {results}: |LSE| {largest_lse:.1e} is above {limit}")
     }
 }
 
@@ -76,8 +76,8 @@ pub fn largest_lse(lse: &[f64]) -> f64 {
 pub fn may_exceed(problem: &Problem, mask: Mask, lse: &[f32], limit: f64) -> bool {
     let mut rows = lse.iter().zip((0..problem.seqlen_q.max(1)).cycle());
     rows.any(|(lse, i)| {
-        let near = f64::from(lse.abs()) <= limit / 2.0;
-        !near && (lse.is_nan() || lse.is_finite() || !live_keys(problem, mask, i).is_empty())
+        let below = f64::from(lse.abs()) <= limit / 2.0;
+        !below && (lse.is_nan() || lse.is_finite() || !live_keys(problem, mask, i).is_empty())
     })
 }
 
@@ -107,6 +107,6 @@ mod tests {
     fn a_limit_is_within_the_limit() {
         assert_eq!(Beyond::of("O", 4096.0, Limits::of(Dtype::F16).o), None);
         let beyond = Beyond::of("O", 5000.0, Limits::of(Dtype::F16).o).unwrap();
-        assert_eq!(beyond.to_string(), "beyond the limit of O: |LSE| 5.0e3, limit 4.1e3");
+        assert_eq!(beyond.to_string(), "beyond the limit of O: |LSE| 5.0e3 is above 4096");
     }
 }

@@ -189,7 +189,7 @@ mod tests {
         let outcome = TotalOutcome { total: accuracy, untouched: true, beyond };
         let verdict = Verdict::total_attention(&outcome);
         assert!(!verdict.failed && verdict.is_beyond());
-        assert_eq!(verdict.words(), "beyond the limit of total attention: |LSE| 2.0e2, limit 1.3e2");
+        assert_eq!(verdict.words(), "beyond the limit of total attention: |LSE| 2.0e2 is above 128");
         for outcome in [TotalOutcome { untouched: false, ..outcome }, TotalOutcome { beyond: None, ..outcome }] {
             let verdict = Verdict::total_attention(&outcome);
             assert!(verdict.failed && !verdict.is_beyond() && verdict.words().starts_with("FAIL"));
