@@ -110,7 +110,15 @@ impl Case {
         data: &BackwardData<E>,
         determinism: Determinism,
     ) -> Result<BackwardOutcome> {
-        let found = self.gradients::<B, E>(backend, data, determinism)?;
+        self.judge_found_gradients(data, &self.gradients::<B, E>(backend, data, determinism)?)
+    }
+
+    /// Judges the gradients of a run from the given data.
+    pub(super) fn judge_found_gradients<E: Element>(
+        &self,
+        data: &BackwardData<E>,
+        found: &CaseGradients<E>,
+    ) -> Result<BackwardOutcome> {
         let [q, k, v] = self.tensors(&data.inputs);
         let [dq, dk, dv] = &found.gradients;
         let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());

@@ -22,6 +22,7 @@ use crate::tensor::{Layout, Tensor};
 mod backward;
 mod forward;
 mod guarded;
+mod launch;
 mod limits;
 mod piecewise;
 mod total_attention;
@@ -30,6 +31,7 @@ mod upload;
 pub use backward::{BackwardData, BackwardOutcome, CaseGradients};
 pub use forward::{CaseOutput, Outcome};
 use guarded::POISON;
+pub use launch::Judging;
 pub use piecewise::PiecewiseCase;
 pub use total_attention::{CaseTotal, TotalData, TotalOutcome};
 

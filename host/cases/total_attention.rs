@@ -86,8 +86,12 @@ impl Case {
     /// # Errors
     /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn judge_total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<TotalOutcome> {
+        self.judge_found_total(data, &self.total::<B, E>(backend, data)?)
+    }
+
+    /// Judges the total attention of a run from the given data.
+    pub(super) fn judge_found_total<E: Element>(&self, data: &TotalData<E>, found: &CaseTotal) -> Result<TotalOutcome> {
         let (problem, mask, scale) = (&self.problem, self.mask, self.effective_scale());
-        let found = self.total::<B, E>(backend, data)?;
         let [q, k, v] = self.tensors(&data.inputs);
         let exact = total_f64(problem, mask, scale, [q, k])?;
         let plain = total_plain(problem, mask, scale, [q, k], &data.lse)?;
