@@ -71,9 +71,9 @@ pub struct InFlight {
 
 /// Does a sweep whose steps have a second part. `launch` takes the first part of every item on this thread, one after
 /// the other; the rest of several is done at the same time, on rayon's threads. Another item is launched when what is
-/// under way and the item together stay within `at_most`, or when nothing is under way; `bytes` says what an item takes.
-/// After Ctrl-C or an error what is under way is finished. Results have the order of the items, and end before the first
-/// item that failed.
+/// under way and the item together stay within `at_most`, or when nothing is under way; `bytes` says what an item
+/// takes. After Ctrl-C or an error what is under way is finished. Results have the order of the items, and end before
+/// the first item that failed.
 pub fn sweep_in_flight<I, T: Send>(
     items: &[I],
     name: impl Fn(&I) -> String,

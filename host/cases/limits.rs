@@ -8,8 +8,8 @@ use crate::reference::{Beyond, Rows, Scores, forward_f64, largest_lse, may_excee
 use crate::tensor::Tensor;
 
 impl Case {
-    /// Returns the results as beyond `limit` if the largest exact |LSE| is. The exact LSE is computed only if `lse`, the
-    /// machine's own, leaves that open.
+    /// Returns the results as beyond `limit` if the largest exact |LSE| is. The exact LSE is computed only if `lse`,
+    /// the machine's own, leaves that open.
     pub(super) fn beyond<E: Element>(
         &self,
         results: &'static str,
