@@ -93,6 +93,44 @@ fn dropout_is_checked_and_measured() {
     assert_eq!(written.matches("\"dropout\": 0.5").count(), 2, "{written}");
 }
 
+/// Beyond a limit a case neither passes nor fails. The same case with smaller inputs passes.
+#[test]
+fn check_knows_the_limits() {
+    let forward = ["forward", "--heads-q", "1", "--seqlen-q", "64", "--seqlen-k", "64", "--head-dim", "64"];
+    let backward = ["backward", "--heads-q", "2", "--heads-kv", "1", "--seqlen-q", "200", "--seqlen-k", "300"];
+    let total = ["total-attention", "--heads-q", "1", "--seqlen-q", "64", "--seqlen-k", "64", "--head-dim", "64"];
+    for (op, dtype, std, limit) in [
+        (&forward, "bf16", "100000", Some("O and LSE: |LSE| 4.1e10 is above 536870912")),
+        (&forward, "f16", "12000", Some("O and LSE: |LSE| 6.0e8 is above 67108864")),
+        (&forward, "f16", "400", Some("O: |LSE| 6.6e5 is above 4096")),
+        (&forward, "bf16", "80", None),
+        (&forward, "f16", "30", None),
+        (&backward, "f16", "64", Some("gradients")),
+        (&backward, "f16", "128", Some("gradients")),
+        (&backward, "f16", "256", Some("gradients")),
+        (&backward, "bf16", "192", Some("gradients")),
+        (&backward, "f16", "20", None),
+        (&backward, "bf16", "58", None),
+        (&total, "f16", "8", Some("total attention")),
+        (&total, "f16", "5", None),
+    ] {
+        let flags = ["check", "--device", "cpu", "--dtype", dtype, "--input-std", std, "--op"];
+        let output = ferroflash(&[&flags[..], op].concat());
+        let table = text(&output.stdout);
+        assert!(output.status.success(), "{op:?} {dtype} {std}: {table}");
+        match limit {
+            Some(limit) => {
+                assert!(table.contains(&format!("beyond the limit of {limit}")), "{op:?} {dtype} {std}: {table}");
+                assert!(table.contains("0 passed, 0 failed, 1 beyond a limit"), "{op:?} {dtype} {std}: {table}");
+            }
+            None => assert!(table.ends_with("1 passed, 0 failed\n"), "{op:?} {dtype} {std}: {table}"),
+        }
+    }
+    // The help is wrapped at the terminal's width.
+    let help = text(&ferroflash(&["check", "--help"]).stdout);
+    assert!(help.split_whitespace().collect::<Vec<_>>().join(" ").contains("\"beyond the limit\""), "{help}");
+}
+
 #[test]
 fn both_passes_are_checked_in_one_run() {
     let output = ferroflash(&["check", "--device", "cpu", "--op", "forward,backward", "--seqlen-q", "65"]);

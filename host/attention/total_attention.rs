@@ -47,6 +47,9 @@ impl Attention {
     /// # Ok::<(), ferroflash::Error>(())
     /// ```
     ///
+    /// A weight has a relative error of up to about |LSE|·2⁻²³, which is 10⁻⁵ or less if no |LSE| is above 128
+    /// (docs/numerics.md).
+    ///
     /// # Errors
     /// Errors of [`TotalPlan::new`]; [`Error::DtypeMismatch`](crate::Error::DtypeMismatch) and every error that names
     /// `q`, `k` or `lse`; [`Error::OutOfMemory`](crate::Error::OutOfMemory); errors of the machine.

@@ -7,7 +7,7 @@ use crate::op::OpName;
 /// Fails where this computer has no memory for a pass's tensors, of which a run needs `copies`, and for a workspace of
 /// its own. Linux would promise the memory all the same, and end the process when it is used.
 pub fn check_memory(op: OpName, problem: &Problem, copies: u128, workspace: usize) -> Result<()> {
-    let Some(available) = proc_kib("/proc/meminfo", "MemAvailable:") else { return Ok(()) };
+    let Some(available) = available_memory() else { return Ok(()) };
     let mut needed = 0u128;
     let tensors = op.tensors(problem).into_iter().map(|(operand, bytes)| (operand, bytes, copies));
     for (operand, bytes, copies) in tensors.chain([(Operand::Workspace, workspace as u128, 1)]) {
@@ -17,6 +17,11 @@ pub fn check_memory(op: OpName, problem: &Problem, copies: u128, workspace: usiz
         }
     }
     Ok(())
+}
+
+/// The memory that this computer can still give.
+pub fn available_memory() -> Option<usize> {
+    proc_kib("/proc/meminfo", "MemAvailable:")
 }
 
 /// The most memory that this process has held since [`forget_peak_memory`].

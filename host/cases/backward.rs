@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::operands::{BackwardInputs, BackwardPair, BackwardTensors, Gradients, Pair, Pass};
 use crate::plan::Determinism;
 use crate::problem::Problem;
-use crate::reference::{Backward, GradientAccuracy, Scores, backward_f64, backward_plain};
+use crate::reference::{Backward, Beyond, GradientAccuracy, Limits, Scores, backward_f64, backward_plain};
 use crate::tensor::Tensor;
 
 /// Changes the seed, so that the gradients of a case are other numbers than its inputs.
@@ -75,12 +75,19 @@ pub struct BackwardOutcome {
     pub gradients: GradientAccuracy,
     /// True if all memory outside of the outputs' rows is unchanged.
     pub untouched: bool,
+    /// Set if the gradients have no tolerance.
+    pub beyond: Option<Beyond>,
 }
 
 impl BackwardOutcome {
     /// True if the errors are within the tolerance and nothing else was written.
     pub fn passed(&self) -> bool {
         self.gradients.passed() && self.untouched
+    }
+
+    /// True if other memory was written, or if the gradients are up to their limit and not within the tolerance.
+    pub fn failed(&self) -> bool {
+        !self.untouched || self.beyond.is_none() && !self.passed()
     }
 }
 
@@ -118,7 +125,15 @@ impl Case {
         data: &BackwardData<E>,
         determinism: Determinism,
     ) -> Result<BackwardOutcome> {
-        let found = self.gradients::<B, E>(backend, data, determinism)?;
+        self.judge_found_gradients(data, &self.gradients::<B, E>(backend, data, determinism)?)
+    }
+
+    /// Judges the gradients of a run from the given data.
+    pub(super) fn judge_found_gradients<E: Element>(
+        &self,
+        data: &BackwardData<E>,
+        found: &CaseGradients<E>,
+    ) -> Result<BackwardOutcome> {
         let [q, k, v] = self.tensors(&data.inputs);
         let [dq, dk, dv] = &found.gradients;
         let (of_q, of_kv) = (self.problem.q_shape(), self.problem.kv_shape());
@@ -129,8 +144,10 @@ impl Case {
             d_sinks: found.sinks(),
             ..Backward::default()
         };
-        let gradients = self.judge_gradients(&gradients, data, Scores::plain(q, k), v)?;
-        Ok(BackwardOutcome { gradients, untouched: found.untouched })
+        let scores = Scores::plain(q, k);
+        let gradients = self.judge_gradients(&gradients, data, scores, v)?;
+        let beyond = self.beyond("gradients", Limits::of(self.problem.dtype).gradients, &data.lse, scores, v)?;
+        Ok(BackwardOutcome { gradients, untouched: found.untouched, beyond })
     }
 
     /// Judges the gradients of a run with the given scores and values.

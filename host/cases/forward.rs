@@ -10,7 +10,7 @@ use crate::attention::Piecewise;
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::operands::{ForwardTensors, Inputs as AttentionInputs, Pair, Pass};
-use crate::reference::{Accuracy, Forward, Rows, Scores, forward_f64, forward_plain};
+use crate::reference::{Accuracy, Beyond, Forward, Limits, Rows, Scores, forward_f64, forward_plain, largest_lse};
 use crate::tensor::Tensor;
 
 /// Result of a case.
@@ -20,12 +20,34 @@ pub struct Outcome {
     pub lse: Accuracy,
     /// True if all memory outside of the outputs' rows is unchanged.
     pub untouched: bool,
+    /// The largest exact |LSE| of the rows that were judged.
+    pub largest_lse: f64,
+    pub limits: Limits,
 }
 
 impl Outcome {
     /// True if the errors are within the tolerance and nothing else was written.
     pub fn passed(&self) -> bool {
         self.o.passed() && self.lse.passed() && self.untouched
+    }
+
+    /// Returns the results whose limit is exceeded, if any is.
+    pub fn beyond(&self) -> Option<Beyond> {
+        let Outcome { largest_lse, limits, .. } = *self;
+        Beyond::of("O and LSE", largest_lse, limits.lse).or(Beyond::of("O", largest_lse, limits.o))
+    }
+
+    /// True if a promise is broken: that of the tolerance up to the limits; up to the LSE's limit, that of a finite O
+    /// and of the LSE's tolerance; and in every case that of other memory.
+    pub fn failed(&self) -> bool {
+        let kept = if self.largest_lse > self.limits.lse {
+            true
+        } else if self.largest_lse > self.limits.o {
+            self.o.error.is_finite() && self.lse.passed()
+        } else {
+            self.o.passed() && self.lse.passed()
+        };
+        !(kept && self.untouched)
     }
 }
 
@@ -85,6 +107,8 @@ impl Case {
             o: Accuracy::of_o(&found, &plain, &exact),
             lse: Accuracy::of_lse(&found, &plain, &exact),
             untouched: output.untouched,
+            largest_lse: largest_lse(&exact.lse),
+            limits: Limits::of(problem.dtype),
         })
     }
 

@@ -17,7 +17,7 @@ use crate::backend::Backend;
 use crate::error::Result;
 use crate::operands::{Gradients, Pair};
 use crate::plan::Determinism;
-use crate::reference::{Backward, Rows, Scores};
+use crate::reference::{Backward, Limits, Rows, Scores};
 use crate::tensor::Tensor;
 
 /// Changes the seed, so that the second pair has other numbers than the first.
@@ -187,7 +187,9 @@ impl PiecewiseCase {
             ..Backward::default()
         };
         let gradients = self.case.judge_gradients(&gradients, data, scores, v)?;
-        Ok(BackwardOutcome { gradients, untouched: found.untouched })
+        let limit = Limits::of(self.case.problem.dtype).gradients;
+        let beyond = self.case.beyond("gradients", limit, &data.lse, scores, v)?;
+        Ok(BackwardOutcome { gradients, untouched: found.untouched, beyond })
     }
 
     fn scores<'a, E>(&self, inputs: &'a [Vec<E>; 5]) -> (Scores<Tensor<&'a [E]>>, Tensor<&'a [E]>) {

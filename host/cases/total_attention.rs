@@ -10,7 +10,7 @@ use super::upload::{Output, Upload, slopes_of};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::operands::{Pass, TotalInputs, TotalTensors};
-use crate::reference::{Accuracy, total_f64, total_plain};
+use crate::reference::{Accuracy, Beyond, Limits, Scores, total_f64, total_plain};
 
 /// Inputs of a case's total attention.
 #[derive(Clone, Debug)]
@@ -43,12 +43,19 @@ pub struct TotalOutcome {
     pub total: Accuracy,
     /// True if all memory outside of the result is unchanged.
     pub untouched: bool,
+    /// Set if the result has no tolerance.
+    pub beyond: Option<Beyond>,
 }
 
 impl TotalOutcome {
     /// True if the error is within the tolerance and nothing else was written.
     pub fn passed(&self) -> bool {
         self.total.passed() && self.untouched
+    }
+
+    /// True if other memory was written, or if the result is up to its limit and not within the tolerance.
+    pub fn failed(&self) -> bool {
+        !self.untouched || self.beyond.is_none() && !self.passed()
     }
 }
 
@@ -79,13 +86,19 @@ impl Case {
     /// # Errors
     /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     pub fn judge_total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<TotalOutcome> {
+        self.judge_found_total(data, &self.total::<B, E>(backend, data)?)
+    }
+
+    /// Judges the total attention of a run from the given data.
+    pub(super) fn judge_found_total<E: Element>(&self, data: &TotalData<E>, found: &CaseTotal) -> Result<TotalOutcome> {
         let (problem, options, shaping) = (&self.problem, &self.options(), self.shaping());
-        let found = self.total::<B, E>(backend, data)?;
-        let [q, k, _] = self.tensors(&data.inputs);
+        let [q, k, v] = self.tensors(&data.inputs);
         let exact = total_f64(problem, options, [q, k], shaping.inputs())?;
         let plain = total_plain(problem, options, [q, k], shaping.inputs(), &data.lse)?;
         let total: Vec<f64> = found.total.iter().map(|&x| x.into()).collect();
-        Ok(TotalOutcome { total: Accuracy::of_total(&total, &plain, &exact), untouched: found.untouched })
+        let limit = Limits::of(problem.dtype).total;
+        let beyond = self.beyond("total attention", limit, &data.lse, Scores::plain(q, k), v)?;
+        Ok(TotalOutcome { total: Accuracy::of_total(&total, &plain, &exact), untouched: found.untouched, beyond })
     }
 
     /// Returns random inputs, and the LSE of the backend's forward pass.

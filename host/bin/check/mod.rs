@@ -5,15 +5,15 @@ mod report;
 use std::fmt::{self, Display};
 use std::process::ExitCode;
 
-use ferroflash::cases::{Case, PiecewiseCase};
+use ferroflash::cases::{Case, Judging, PiecewiseCase};
 use ferroflash::reference::Rows;
 use ferroflash::{Alibi, Attention, Determinism, InputKinds, Result, Sinks};
 
 use crate::args::CheckArgs;
 use crate::machine::{Job, Machine, Timed};
-use crate::memory::check_memory;
+use crate::memory::{available_memory, check_memory};
 use crate::op::OpName;
-use crate::sweep::{Swept, sweep};
+use crate::sweep::{InFlight, Rest, Swept, sweep_in_flight};
 use crate::{EXIT_BAD_FLAGS, say};
 use report::{Judged, Verdict, report};
 
@@ -32,6 +32,11 @@ const SAMPLED_ROWS: usize = 64;
 const GRADIENT_SCORES: usize = 1 << 26;
 /// Copies of its tensors that a case needs at least: the test's own, and the backend's.
 const COPIES: u128 = 2;
+/// Bytes that a case takes while it is judged, for each byte of its tensors: the results in f64 of the reference and of
+/// the plain implementation, each twice while heads are joined, and those to be judged.
+const REFERENCE_COPIES: u128 = 20;
+/// Bytes of all cases that are judged at the same time, where the system does not tell how much memory it has.
+const FALLBACK_BYTES: u128 = 4 << 30;
 
 pub fn run(args: &CheckArgs) -> Result<ExitCode> {
     let machine = Machine::open(&args.device)?;
@@ -138,18 +143,48 @@ impl Job for Check<'_> {
     type Result = Swept<Judged>;
 
     fn run<B: Timed>(self, backend: &B, _: &Machine) -> Self::Result {
-        sweep(self.steps, Step::to_string, |&step| {
-            let Step { op, case, determinism, .. } = step;
-            let rows = rows(&case);
-            let verdict = match (op, step.piecewise()) {
-                (OpName::TotalAttention, _) => Verdict::total_attention(&case.run_total(backend)?),
-                (OpName::Forward | OpName::Piecewise, None) => Verdict::forward(&case.run(backend, &rows)?, rows),
-                (OpName::Forward | OpName::Piecewise, Some(case)) => Verdict::forward(&case.run(backend, &rows)?, rows),
-                (_, None) => Verdict::backward(&case.run_backward(backend, determinism)?),
-                (_, Some(case)) => Verdict::backward(&case.run_backward(backend, determinism)?),
-            };
-            Ok(Judged { step, verdict })
+        let at_most = InFlight {
+            items: rayon::current_num_threads(),
+            bytes: available_memory().map_or(FALLBACK_BYTES, |bytes| bytes as u128 / 2),
+        };
+        sweep_in_flight(self.steps, Step::to_string, at_most, Step::reference_bytes, |step| step.launch(backend))
+    }
+}
+
+impl Step {
+    /// Runs the case. What is returned judges it.
+    fn launch<B: Timed>(&self, backend: &B) -> Result<Rest<Judged>> {
+        let step = *self;
+        let Step { op, case, determinism, .. } = step;
+        // A verdict from a judgement.
+        fn rest<T: 'static>(
+            step: Step,
+            judging: Judging<T>,
+            verdict: impl FnOnce(T) -> Verdict + Send + 'static,
+        ) -> Rest<Judged> {
+            Box::new(move || Ok(Judged { step, verdict: verdict(judging()?) }))
+        }
+        let rows = rows(&case);
+        Ok(match (op, step.piecewise()) {
+            (OpName::TotalAttention, _) => {
+                rest(step, case.launch_total(backend)?, |outcome| Verdict::total_attention(&outcome))
+            }
+            (OpName::Forward | OpName::Piecewise, None) => {
+                rest(step, case.launch(backend, rows.clone())?, |outcome| Verdict::forward(&outcome, rows))
+            }
+            (OpName::Forward | OpName::Piecewise, Some(case)) => {
+                rest(step, case.launch(backend, rows.clone())?, |outcome| Verdict::forward(&outcome, rows))
+            }
+            (_, None) => rest(step, case.launch_backward(backend, determinism)?, |outcome| Verdict::backward(&outcome)),
+            (_, Some(case)) => {
+                rest(step, case.launch_backward(backend, determinism)?, |outcome| Verdict::backward(&outcome))
+            }
         })
+    }
+
+    /// Memory that the case takes until it is judged, about.
+    fn reference_bytes(&self) -> u128 {
+        self.op.tensor_bytes(&self.case.problem).saturating_mul(REFERENCE_COPIES)
     }
 }
 

@@ -1,7 +1,7 @@
 //! What `check` says of the cases that ran.
 
 use ferroflash::cases::{BackwardOutcome, Outcome, TotalOutcome};
-use ferroflash::reference::{Accuracy, Rows};
+use ferroflash::reference::{Accuracy, Beyond, Rows};
 
 use super::Step;
 use crate::shaping::Shaping;
@@ -22,8 +22,10 @@ pub struct Verdict {
     tensor: &'static str,
     accuracy: Accuracy,
     lse: Option<Accuracy>,
-    /// Within every bar, and nothing else written.
-    passed: bool,
+    /// A promise is broken.
+    failed: bool,
+    /// The results that have no bar.
+    beyond: Option<Beyond>,
     untouched: bool,
     sampled: bool,
 }
@@ -35,7 +37,8 @@ impl Verdict {
             tensor: "O",
             accuracy: outcome.o,
             lse: Some(outcome.lse),
-            passed: outcome.passed(),
+            failed: outcome.failed(),
+            beyond: outcome.beyond(),
             untouched: outcome.untouched,
             sampled: matches!(rows, Rows::Some(_)),
         }
@@ -47,7 +50,15 @@ impl Verdict {
             if closeness(&b.1) > closeness(&a.1) { b } else { a }
         };
         let (tensor, accuracy) = outcome.gradients.named().into_iter().reduce(worse).unwrap_or_default();
-        Verdict { tensor, accuracy, lse: None, passed: outcome.passed(), untouched: outcome.untouched, sampled: false }
+        Verdict {
+            tensor,
+            accuracy,
+            lse: None,
+            failed: outcome.failed(),
+            beyond: outcome.beyond,
+            untouched: outcome.untouched,
+            sampled: false,
+        }
     }
 
     /// Of total attention.
@@ -56,19 +67,26 @@ impl Verdict {
             tensor: "total",
             accuracy: outcome.total,
             lse: None,
-            passed: outcome.passed(),
+            failed: outcome.failed(),
+            beyond: outcome.beyond,
             untouched: outcome.untouched,
             sampled: false,
         }
     }
 
-    fn words(&self) -> &'static str {
+    fn words(&self) -> String {
         match self {
-            Verdict { passed: true, sampled: false, .. } => "pass",
-            Verdict { passed: true, sampled: true, .. } => "pass (sampled rows)",
-            Verdict { passed: false, untouched: true, .. } => "FAIL",
-            Verdict { passed: false, untouched: false, .. } => "FAIL (wrote outside)",
+            Verdict { failed: true, untouched: true, .. } => "FAIL".to_owned(),
+            Verdict { failed: true, untouched: false, .. } => "FAIL (wrote outside)".to_owned(),
+            Verdict { beyond: Some(beyond), .. } => beyond.to_string(),
+            Verdict { sampled: true, .. } => "pass (sampled rows)".to_owned(),
+            Verdict { .. } => "pass".to_owned(),
         }
+    }
+
+    /// Neither passed nor failed.
+    fn is_beyond(&self) -> bool {
+        !self.failed && self.beyond.is_some()
     }
 }
 
@@ -77,12 +95,13 @@ fn closeness(accuracy: &Accuracy) -> f64 {
     accuracy.error / accuracy.bar
 }
 
-/// Prints the cases that failed and those closest to the bar; how many failed.
+/// Prints the cases that failed, those beyond a limit and those closest to the bar; how many failed.
 pub fn report(results: &[Judged]) -> usize {
     let mut order: Vec<&Judged> = results.iter().collect();
     order.sort_by(|a, b| closeness(&b.verdict.accuracy).total_cmp(&closeness(&a.verdict.accuracy)));
-    order.sort_by_key(|judged| judged.verdict.passed);
-    let failed = results.iter().filter(|judged| !judged.verdict.passed).count();
+    order.sort_by_key(|judged| (!judged.verdict.failed, !judged.verdict.is_beyond()));
+    let failed = results.iter().filter(|judged| judged.verdict.failed).count();
+    let beyond = results.iter().filter(|judged| judged.verdict.is_beyond()).count();
     let mut table = table([
         "op",
         "B",
@@ -111,10 +130,14 @@ pub fn report(results: &[Judged]) -> usize {
         let hidden = results.len() - SHOWN.max(failed);
         say(format_args!("(those closest to the bar; {hidden} more are further from it)"));
     }
-    for judged in results.iter().filter(|judged| !judged.verdict.passed) {
+    for judged in results.iter().filter(|judged| judged.verdict.failed) {
         say(format_args!("to run it again: ferroflash check {}", judged.step));
     }
-    say(format_args!("{} passed, {} failed", results.len() - failed, failed));
+    let passed = results.len() - failed - beyond;
+    match beyond {
+        0 => say(format_args!("{passed} passed, {failed} failed")),
+        _ => say(format_args!("{passed} passed, {failed} failed, {beyond} beyond a limit")),
+    }
     failed
 }
 
@@ -129,7 +152,7 @@ fn row(Judged { step, verdict }: &Judged) -> Vec<String> {
     row.extend([case.input_std.to_string(), verdict.tensor.to_owned()]);
     row.extend([accuracy.error, accuracy.plain, accuracy.bar].map(number));
     row.extend(lse.map_or(["-".to_owned(), "-".to_owned()], |lse| [lse.error, lse.bar].map(number)));
-    row.push(verdict.words().to_owned());
+    row.push(verdict.words());
     row
 }
 
@@ -150,14 +173,28 @@ mod tests {
         ] {
             let [dq, dk, dv] = errors.map(accuracy);
             let gradients = GradientAccuracy { dq, dk, dv, ..GradientAccuracy::default() };
-            let outcome = BackwardOutcome { gradients, untouched: true };
+            let outcome = BackwardOutcome { gradients, untouched: true, beyond: None };
             let verdict = Verdict::backward(&outcome);
-            assert_eq!((verdict.tensor, verdict.passed), (name, outcome.passed()), "{errors:?}");
+            assert_eq!((verdict.tensor, verdict.failed), (name, !outcome.passed()), "{errors:?}");
             let second = Some(Pair { q: accuracy(0.1), k: accuracy(2.0) });
             let outcome = BackwardOutcome { gradients: GradientAccuracy { second, ..gradients }, ..outcome };
             let verdict = Verdict::backward(&outcome);
             let name = if errors.contains(&f64::INFINITY) { "dK1" } else { "dK2" };
-            assert_eq!((verdict.tensor, verdict.passed), (name, false), "{errors:?}");
+            assert_eq!((verdict.tensor, verdict.failed), (name, true), "{errors:?}");
+        }
+    }
+
+    #[test]
+    fn beyond_the_limit_is_neither() {
+        let accuracy = Accuracy { error: 2.0, plain: 0.5, bar: 1.0 };
+        let beyond = Beyond::of("total attention", 200.0, 128.0);
+        let outcome = TotalOutcome { total: accuracy, untouched: true, beyond };
+        let verdict = Verdict::total_attention(&outcome);
+        assert!(!verdict.failed && verdict.is_beyond());
+        assert_eq!(verdict.words(), "beyond the limit of total attention: |LSE| 2.0e2 is above 128");
+        for outcome in [TotalOutcome { untouched: false, ..outcome }, TotalOutcome { beyond: None, ..outcome }] {
+            let verdict = Verdict::total_attention(&outcome);
+            assert!(verdict.failed && !verdict.is_beyond() && verdict.words().starts_with("FAIL"));
         }
     }
 }

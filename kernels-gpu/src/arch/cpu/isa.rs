@@ -1,8 +1,9 @@
 //! Instruction sets. Every loop over elements is compiled for the features that the target guarantees, and for AVX2. At
 //! run time the processor decides which copy runs.
 //!
-//! The copies of an elementwise loop do the same operations in the same order, so they give the same bits. Products use
-//! fused multiply-add if the processor has it ([`super::matmul`]), so their bits depend on the processor.
+//! The copies of an elementwise loop do the same operations in the same order, so they give the same bits: if the
+//! processor has no fused multiply-add, a function computes it. Products use fused multiply-add only if the processor
+//! has it ([`super::matmul`]), so their bits depend on the processor.
 
 /// Instruction set that loops are compiled for. A later one includes all earlier ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

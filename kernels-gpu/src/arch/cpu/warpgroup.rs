@@ -171,7 +171,8 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
     }
     #[inline(always)]
     fn fma(a: f32, b: f32, c: f32) -> f32 {
-        a * b + c
+        // Rounds once, as on a GPU. Loops that are compiled without FMA call a function for it.
+        a.mul_add(b, c)
     }
     #[inline(always)]
     fn larger(a: f32, b: f32) -> f32 {
