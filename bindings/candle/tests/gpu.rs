@@ -102,7 +102,7 @@ fn tensors(device: &Device, seqlen: usize) -> Result<[Tensor; 3]> {
 }
 
 /// Returns O and the gradients.
-fn with_gradients(attention: FlashAttn, tensors: &[Tensor; 3]) -> Result<Vec<Vec<f32>>> {
+fn with_gradients(attention: &FlashAttn, tensors: &[Tensor; 3]) -> Result<Vec<Vec<f32>>> {
     let [q, k, v] = [0, 1, 2].map(|index: usize| Var::from_tensor(&tensors[index]));
     let (q, k, v) = (q?, k?, v?);
     let o = attention.forward(&q, &k, &v)?;
@@ -114,9 +114,9 @@ fn with_gradients(attention: FlashAttn, tensors: &[Tensor; 3]) -> Result<Vec<Vec
 fn same_bits(device: &Device) -> Result<Outcome> {
     let tensors = tensors(device, 1000)?;
     let attention = FlashAttn::new().causal().determinism(Determinism::Exact);
-    let first = with_gradients(attention, &tensors)?;
+    let first = with_gradients(&attention, &tensors)?;
     for run in 1..10 {
-        if with_gradients(attention, &tensors)? != first {
+        if with_gradients(&attention, &tensors)? != first {
             return Ok(Err(format!("run {run} differs")));
         }
     }
@@ -126,8 +126,8 @@ fn same_bits(device: &Device) -> Result<Outcome> {
 /// The CPU drops the same weights, so results differ by rounding alone.
 fn dropout(device: &Device) -> Result<Outcome> {
     let attention = FlashAttn::new().causal().dropout(Dropout { p: 0.25, seed: 3, offset: 5 });
-    let gpu = with_gradients(attention, &tensors(device, 100)?)?;
-    let cpu = with_gradients(attention, &tensors(&Device::Cpu, 100)?)?;
+    let gpu = with_gradients(&attention, &tensors(device, 100)?)?;
+    let cpu = with_gradients(&attention, &tensors(&Device::Cpu, 100)?)?;
     let apart = |(a, b): (&Vec<f32>, &Vec<f32>)| {
         let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         worst / b.iter().map(|b| b.abs()).fold(0.0, f32::max)
@@ -139,9 +139,9 @@ fn dropout(device: &Device) -> Result<Outcome> {
 /// Threads that share a device, each with its own stream if the device has the thread's default stream.
 fn threads(device: &Device) -> Result<Outcome> {
     let attention = FlashAttn::new().causal().determinism(Determinism::Exact);
-    let expected = with_gradients(attention, &tensors(device, 500)?)?;
+    let expected = with_gradients(&attention, &tensors(device, 500)?)?;
     let run = || {
-        (0..10).all(|_| tensors(device, 500).and_then(|t| with_gradients(attention, &t)).is_ok_and(|r| r == expected))
+        (0..10).all(|_| tensors(device, 500).and_then(|t| with_gradients(&attention, &t)).is_ok_and(|r| r == expected))
     };
     let equal = std::thread::scope(|scope| {
         let threads = [0; 4].map(|_| scope.spawn(run));

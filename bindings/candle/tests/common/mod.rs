@@ -9,7 +9,7 @@ pub mod eager;
 pub mod training;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use ferroflash_candle::{FlashAttn, Mask};
+use ferroflash_candle::{Dropout, FlashAttn, Mask};
 
 /// One case: what is computed, how the inputs lie in memory, and what the loss depends on.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +19,10 @@ pub struct Case {
     pub size: Size,
     pub mask: Mask,
     pub inputs: Inputs,
+    pub softcap: Option<f32>,
+    pub slopes: Slopes,
+    pub sinks: Sinks,
+    pub dropout: Dropout,
     pub loss: Loss,
 }
 
@@ -49,6 +53,30 @@ pub enum Inputs {
     Repeated,
 }
 
+/// Slopes of ALiBi.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Slopes {
+    None,
+    /// f32 (heads).
+    PerHead,
+    /// f32 (batch, heads).
+    PerItem,
+    /// f32 (batch, heads) with the dims transposed in memory.
+    Transposed,
+}
+
+/// Sinks, f32 (heads).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Sinks {
+    None,
+    /// Sinks without a gradient.
+    Constant,
+    /// A variable.
+    Variable,
+    /// Every second element of a variable.
+    Strided,
+}
+
 /// What the loss depends on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Loss {
@@ -63,9 +91,31 @@ pub enum Loss {
 }
 
 const SIZE: Size = Size { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 136, seqlen_k: 200, head_dim: 64 };
-const CASE: Case =
-    Case { name: "", dtype: DType::BF16, size: SIZE, mask: Mask::None, inputs: Inputs::Separate, loss: Loss::Output };
+const CASE: Case = Case {
+    name: "",
+    dtype: DType::BF16,
+    size: SIZE,
+    mask: Mask::None,
+    inputs: Inputs::Separate,
+    softcap: None,
+    slopes: Slopes::None,
+    sinks: Sinks::None,
+    dropout: Dropout::NONE,
+    loss: Loss::Output,
+};
 const SQUARE: Size = Size { heads_kv: 4, seqlen_k: 136, ..SIZE };
+const DROPOUT: Dropout = Dropout { p: 0.25, seed: 3, offset: 5 };
+/// Everything at once.
+const ALL: Case = Case {
+    dtype: DType::F16,
+    mask: Mask::Window { left: Some(70), right: Some(20) },
+    softcap: Some(2.0),
+    slopes: Slopes::PerItem,
+    sinks: Sinks::Variable,
+    dropout: DROPOUT,
+    loss: Loss::Both,
+    ..CASE
+};
 
 /// Every case.
 pub const CASES: &[Case] = &[
@@ -89,6 +139,50 @@ pub const CASES: &[Case] = &[
     Case { name: "head_dim_40", size: Size { head_dim: 40, ..SIZE }, mask: Mask::Causal, ..CASE },
     Case { name: "head_dim_128", size: Size { head_dim: 128, ..SIZE }, mask: Mask::Causal, ..CASE },
     Case { name: "head_dim_256", size: Size { head_dim: 256, ..SIZE }, ..CASE },
+    Case { name: "dropout", mask: Mask::Causal, dropout: DROPOUT, ..CASE },
+    Case { name: "softcap", softcap: Some(2.0), ..CASE },
+    Case {
+        name: "softcap_causal",
+        dtype: DType::F16,
+        mask: Mask::Causal,
+        softcap: Some(2.0),
+        loss: Loss::Both,
+        ..CASE
+    },
+    Case { name: "alibi", slopes: Slopes::PerHead, ..CASE },
+    Case { name: "alibi_causal", dtype: DType::F16, mask: Mask::Causal, slopes: Slopes::PerHead, ..CASE },
+    Case { name: "alibi_per_item", slopes: Slopes::PerItem, loss: Loss::Both, ..CASE },
+    Case {
+        name: "alibi_heads_first",
+        mask: Mask::Window { left: Some(30), right: Some(10) },
+        inputs: Inputs::HeadsFirst,
+        slopes: Slopes::Transposed,
+        ..CASE
+    },
+    Case { name: "sinks", sinks: Sinks::Variable, ..CASE },
+    Case { name: "sinks_causal", dtype: DType::F16, mask: Mask::Causal, sinks: Sinks::Variable, ..CASE },
+    Case { name: "sinks_gradient_of_the_lse", sinks: Sinks::Variable, loss: Loss::Lse, ..CASE },
+    Case { name: "sinks_gradient_of_both", mask: Mask::Causal, sinks: Sinks::Variable, loss: Loss::Both, ..CASE },
+    Case { name: "sinks_without_gradient", mask: Mask::Causal, sinks: Sinks::Constant, ..CASE },
+    Case { name: "sinks_strided", sinks: Sinks::Strided, inputs: Inputs::StridedHeadDim, ..CASE },
+    Case {
+        name: "sinks_rows_without_keys",
+        size: Size { seqlen_q: 200, seqlen_k: 136, ..SIZE },
+        mask: Mask::Causal,
+        sinks: Sinks::Variable,
+        loss: Loss::Both,
+        ..CASE
+    },
+    Case { name: "sinks_packed_qkv", size: SQUARE, inputs: Inputs::Packed, sinks: Sinks::Variable, ..CASE },
+    Case { name: "sinks_repeated_heads", inputs: Inputs::Repeated, sinks: Sinks::Variable, ..CASE },
+    Case { name: "softcap_and_alibi", softcap: Some(2.0), slopes: Slopes::PerHead, mask: Mask::Causal, ..CASE },
+    Case { name: "softcap_and_sinks", softcap: Some(2.0), sinks: Sinks::Variable, mask: Mask::Causal, ..CASE },
+    Case { name: "alibi_and_sinks", slopes: Slopes::PerHead, sinks: Sinks::Variable, ..CASE },
+    Case { name: "sinks_and_dropout", sinks: Sinks::Variable, dropout: DROPOUT, ..CASE },
+    Case { name: "all", ..ALL },
+    Case { name: "all_one_key_head", dtype: DType::BF16, size: Size { heads_kv: 1, ..SIZE }, ..ALL },
+    Case { name: "all_head_dim_128", size: Size { head_dim: 128, ..SIZE }, mask: Mask::Causal, ..ALL },
+    Case { name: "all_head_dim_256", size: Size { head_dim: 256, ..SIZE }, ..ALL },
 ];
 
 /// Errors of one result.
@@ -145,11 +239,29 @@ fn run(case: &Case, device: &Device, way: Way) -> Result<Vec<(String, Vec<f32>)>
         _ => Ok(variable.as_tensor().clone()),
     });
     let [q, k, v] = views(case, &tensors.collect::<Result<Vec<_>>>()?)?;
+    let slopes = slopes(case, device)?;
+    let sinks = Var::from_tensor(&values(&[2 * case.size.heads_q], 4, DType::F32, device)?)?;
 
     let (o, lse) = match way {
-        Way::Flash => FlashAttn::new().mask(case.mask).forward_with_lse(&q, &k, &v)?,
-        Way::Eager => eager::attention(&q, &k, &v, case.mask, None)?,
-        Way::Rounded => eager::attention(&q, &k, &v, case.mask, Some(case.dtype))?,
+        Way::Flash => {
+            let mut attention = FlashAttn::new().mask(case.mask).dropout(case.dropout);
+            if let Some(cap) = case.softcap {
+                attention = attention.softcap(cap);
+            }
+            if let Some(slopes) = &slopes {
+                attention = attention.alibi_slopes(slopes);
+            }
+            if let Some(sinks) = sinks_of(case, &sinks)? {
+                attention = attention.sinks(&sinks);
+            }
+            attention.forward_with_lse(&q, &k, &v)?
+        }
+        Way::Eager | Way::Rounded => {
+            let Case { mask, softcap, dropout, .. } = *case;
+            let rounded = (way == Way::Rounded).then_some(case.dtype);
+            let sinks = sinks_of(case, &sinks)?;
+            eager::attention(&q, &k, &v, &eager::Options { mask, softcap, slopes, sinks, dropout, rounded })?
+        }
     };
     let weighted = |tensor: &Tensor, seed| -> Result<Tensor> {
         (tensor.to_dtype(DType::F32)? * values(tensor.dims(), seed, case.dtype, device)?)?.sum_all()
@@ -171,7 +283,35 @@ fn run(case: &Case, device: &Device, way: Way) -> Result<Vec<(String, Vec<f32>)>
         };
         results.push((format!("gradient {index}"), gradient));
     }
+    match gradients.get(&sinks) {
+        Some(gradient) => results.push(("gradient of the sinks".to_owned(), flat(gradient)?)),
+        None if matches!(case.sinks, Sinks::None | Sinks::Constant) => {}
+        None => candle_core::bail!("there is no gradient of the sinks"),
+    }
     Ok(results)
+}
+
+/// Returns the slopes of the case.
+fn slopes(case: &Case, device: &Device) -> Result<Option<Tensor>> {
+    let Size { batch, heads_q, .. } = case.size;
+    let make = |shape: &[usize]| values(shape, 7, DType::F32, device)? * 0.03;
+    match case.slopes {
+        Slopes::None => Ok(None),
+        Slopes::PerHead => make(&[heads_q]).map(Some),
+        Slopes::PerItem => make(&[batch, heads_q]).map(Some),
+        Slopes::Transposed => make(&[heads_q, batch])?.t().map(Some),
+    }
+}
+
+/// Returns the sinks of the case, which are part of a variable twice as long.
+fn sinks_of(case: &Case, variable: &Var) -> Result<Option<Tensor>> {
+    let heads = case.size.heads_q;
+    match case.sinks {
+        Sinks::None => Ok(None),
+        Sinks::Constant => variable.detach().narrow(0, 3, heads).map(Some),
+        Sinks::Variable => variable.narrow(0, 3, heads).map(Some),
+        Sinks::Strided => variable.reshape((heads, 2))?.narrow(1, 1, 1)?.squeeze(1).map(Some),
+    }
 }
 
 /// Returns the values of the variables in f32, rounded to the case's dtype.
