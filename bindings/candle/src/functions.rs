@@ -83,8 +83,8 @@ pub fn flash_attn_alibi_windowed(
     windowed(k, softmax_scale, window_size_left, window_size_right)?.alibi_slopes(alibi_slopes).forward(q, k, v)
 }
 
-/// Returns what [`flash_attn_alibi_windowed`] does with bounded scores ([`FlashAttn::softcap`]). Without slopes there is
-/// no ALiBi, and a `softcap` of 0 is no bound.
+/// Returns what [`flash_attn_alibi_windowed`] does with bounded scores ([`FlashAttn::softcap`]). Without slopes there
+/// is no ALiBi, and a `softcap` of 0 is no bound.
 ///
 /// # Errors
 /// Errors of [`FlashAttn::forward`].

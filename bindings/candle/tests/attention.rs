@@ -3,9 +3,10 @@
 mod common;
 
 use candle_core::Device;
+use common::cases::CASES;
 
 fn judge(name: &str) {
-    let case = common::CASES.iter().find(|case| case.name == name).expect("a case of this name");
+    let case = CASES.iter().find(|case| case.name == name).expect("a case of this name");
     let judged = common::judge(case, &Device::Cpu).unwrap();
     let failures = judged.iter().filter(|judged| !judged.passes()).collect::<Vec<_>>();
     assert!(failures.is_empty(), "{name}: {failures:#?}");
@@ -21,7 +22,7 @@ macro_rules! tests {
 
         #[test]
         fn every_case_has_a_test() {
-            let names = common::CASES.iter().map(|case| case.name).collect::<Vec<_>>();
+            let names = CASES.iter().map(|case| case.name).collect::<Vec<_>>();
             assert_eq!(names, [$(stringify!($name)),*]);
         }
     };

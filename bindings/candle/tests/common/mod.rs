@@ -13,7 +13,7 @@ pub mod training;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use ferroflash_candle::FlashAttn;
 
-pub use cases::{CASES, Case, Inputs, Loss, Sinks, Size, Slopes};
+use cases::{Case, Inputs, Loss, Sinks, Size, Slopes};
 
 /// Errors of one result.
 #[derive(Clone, Debug)]
