@@ -3,9 +3,9 @@
 //! They differ in three ways: they have gradients, they take tensors on the CPU too, and what ferroflash does not
 //! support so far is an error that names the argument.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 
-use crate::{flash::FlashAttn, unsupported};
+use crate::flash::FlashAttn;
 
 /// Returns softmax(scale · Q·Kᵀ) · V for tensors (batch, seqlen, heads, head_dim), with the causal mask if `causal`.
 ///
@@ -49,20 +49,45 @@ pub fn flash_attn_windowed(
     window_size_left: Option<usize>,
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
-    let seqlen_k = k.dim(1)?;
-    let within = |bound: Option<usize>| bound.filter(|&keys| keys <= seqlen_k);
-    let (left, right) = match (within(window_size_left), within(window_size_right)) {
-        (Some(left), None) => (Some(left), Some(seqlen_k)),
-        other => other,
-    };
-    FlashAttn::new().scale(softmax_scale).window(left, right).forward(q, k, v)
+    windowed(k, softmax_scale, window_size_left, window_size_right)?.forward(q, k, v)
 }
 
-/// Returns what [`flash_attn_windowed`] does if `alibi_slopes` is `None` and `softcap` 0; nothing else is supported so
-/// far.
+/// Returns what [`flash_attn`] does with ALiBi ([`FlashAttn::alibi_slopes`]), whose slopes are f32 (heads).
 ///
 /// # Errors
-/// Errors of [`FlashAttn::forward`], and an error that names `alibi_slopes` or `softcap` if one is given.
+/// Errors of [`FlashAttn::forward`].
+pub fn flash_attn_alibi(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    softmax_scale: f32,
+    causal: bool,
+) -> Result<Tensor> {
+    masked(softmax_scale, causal).alibi_slopes(alibi_slopes).forward(q, k, v)
+}
+
+/// Returns what [`flash_attn_windowed`] does with ALiBi ([`FlashAttn::alibi_slopes`]), whose slopes are f32 (heads).
+///
+/// # Errors
+/// Errors of [`FlashAttn::forward`].
+pub fn flash_attn_alibi_windowed(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    alibi_slopes: &Tensor,
+    softmax_scale: f32,
+    window_size_left: Option<usize>,
+    window_size_right: Option<usize>,
+) -> Result<Tensor> {
+    windowed(k, softmax_scale, window_size_left, window_size_right)?.alibi_slopes(alibi_slopes).forward(q, k, v)
+}
+
+/// Returns what [`flash_attn_alibi_windowed`] does with bounded scores ([`FlashAttn::softcap`]). Without slopes there
+/// is no ALiBi, and a `softcap` of 0 is no bound.
+///
+/// # Errors
+/// Errors of [`FlashAttn::forward`].
 #[allow(clippy::too_many_arguments)]
 pub fn flash_attn_alibi_windowed_softcap(
     q: &Tensor,
@@ -74,17 +99,28 @@ pub fn flash_attn_alibi_windowed_softcap(
     window_size_right: Option<usize>,
     softcap: f32,
 ) -> Result<Tensor> {
-    let function = "flash_attn_alibi_windowed_softcap";
-    if alibi_slopes.is_some() {
-        return Err(unsupported::alibi(function));
+    let mut attention = windowed(k, softmax_scale, window_size_left, window_size_right)?;
+    if let Some(slopes) = alibi_slopes {
+        attention = attention.alibi_slopes(slopes);
     }
     if softcap != 0.0 {
-        bail!("{function}: softcap is {softcap}, which is not supported so far; 0 is, for scores without a cap")
+        attention = attention.softcap(softcap);
     }
-    flash_attn_windowed(q, k, v, softmax_scale, window_size_left, window_size_right)
+    attention.forward(q, k, v)
 }
 
 fn masked(softmax_scale: f32, causal: bool) -> FlashAttn {
     let attention = FlashAttn::new().scale(softmax_scale);
     if causal { attention.causal() } else { attention }
+}
+
+/// Returns attention in the window that candle-flash-attn makes of these bounds.
+fn windowed(k: &Tensor, softmax_scale: f32, left: Option<usize>, right: Option<usize>) -> Result<FlashAttn> {
+    let seqlen_k = k.dim(1)?;
+    let within = |bound: Option<usize>| bound.filter(|&keys| keys <= seqlen_k);
+    let (left, right) = match (within(left), within(right)) {
+        (Some(left), None) => (Some(left), Some(seqlen_k)),
+        other => other,
+    };
+    Ok(FlashAttn::new().scale(softmax_scale).window(left, right))
 }

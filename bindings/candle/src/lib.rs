@@ -1,10 +1,10 @@
 //! Exact attention for [candle](https://docs.rs/candle-core), with gradients, on NVIDIA GPUs and on the CPU.
 //!
 //! - [`FlashAttn`] has every option.
-//! - [`flash_attn`], [`flash_attn_windowed`] and [`flash_attn_with_lse`] are functions in the manner of the crate
-//!   candle-flash-attn.
-//! - The other functions of that crate exist too, so that a program compiles with either crate. What ferroflash does
-//!   not support so far is an error that names the argument.
+//! - [`flash_attn`] and the functions beginning with its name are those of the crate candle-flash-attn, and
+//!   [`flash_attn_with_lse`] is one in their manner.
+//! - The functions for sequences of different lengths exist too, so that a program compiles with either crate. What
+//!   ferroflash does not support so far is an error that names the argument.
 //!
 //! Tensors have the shape (batch, seqlen, heads, head_dim), and the dtype F16 or BF16. With the feature `cuda` they may
 //! be on a GPU of compute capability 9.0; candle then compiles its own CUDA kernels, with nvcc.
@@ -32,16 +32,21 @@ mod lse;
 #[allow(unsafe_code)]
 mod machine;
 mod op;
+mod optional;
+mod passed;
 mod shapes;
+mod sinks;
 mod unsupported;
 
 pub use ferroflash::{Determinism, Dropout, Mask};
 pub use flash::FlashAttn;
-pub use functions::{flash_attn, flash_attn_alibi_windowed_softcap, flash_attn_windowed, flash_attn_with_lse};
+pub use functions::{
+    flash_attn, flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_alibi_windowed_softcap, flash_attn_windowed,
+    flash_attn_with_lse,
+};
 pub use unsupported::{
-    flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_varlen, flash_attn_varlen_alibi,
-    flash_attn_varlen_alibi_windowed, flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed,
-    flash_attn_varlen_windowed,
+    flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,
+    flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed,
 };
 
 #[cfg(doctest)]

@@ -4,14 +4,16 @@
 //! is O. candle runs its backward pass before that of O. It leaves the LSE's gradient here, where O's backward pass
 //! finds it, and passes O a gradient of zeros, so that O's backward pass runs even if nothing else depends on O.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread::{self, ThreadId};
+use std::sync::{Arc, OnceLock};
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, backend::BackendStorage, bail};
 
-use crate::machine::{CpuMachine, Machine};
+use crate::{
+    machine::{CpuMachine, Machine},
+    passed::Passed,
+};
 
 /// Shared by the operations of one call.
 #[derive(Clone, Default)]
@@ -20,8 +22,8 @@ pub(crate) struct Lse(Arc<Kept>);
 #[derive(Default)]
 struct Kept {
     lse: OnceLock<Tensor>,
-    /// The LSE's gradient in a backward pass that has not reached O yet, by the thread that runs the pass.
-    gradients: Mutex<Vec<(ThreadId, Tensor)>>,
+    /// The LSE's gradient in a backward pass that has not reached O yet.
+    gradient: Passed,
 }
 
 impl Lse {
@@ -40,16 +42,7 @@ impl Lse {
 
     /// Takes the gradient that this thread's backward pass has left.
     pub(crate) fn take_gradient(&self) -> Option<Tensor> {
-        let mut gradients = self.0.gradients.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = gradients.iter().position(|(thread, _)| *thread == thread::current().id())?;
-        Some(gradients.swap_remove(place).1)
-    }
-
-    fn leave_gradient(&self, gradient: Tensor) {
-        // If an earlier pass failed, its gradient is still here.
-        drop(self.take_gradient());
-        let mut gradients = self.0.gradients.lock().unwrap_or_else(PoisonError::into_inner);
-        gradients.push((thread::current().id(), gradient));
+        self.0.gradient.take()
     }
 
     /// Returns the LSE of the call that gave `o`, with a gradient if `o` has one.
@@ -83,7 +76,7 @@ impl CustomOp1 for Returned {
     }
 
     fn bwd(&self, o: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        self.0.leave_gradient(gradient.contiguous()?);
+        self.0.0.gradient.leave(gradient.contiguous()?);
         o.zeros_like().map(Some)
     }
 }

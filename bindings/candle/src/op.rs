@@ -12,6 +12,8 @@ use crate::machine::CudaMachine;
 use crate::{
     lse::Lse,
     machine::{self, CpuMachine, Gradients, Machine, Source},
+    optional,
+    passed::Passed,
     shapes,
 };
 
@@ -20,20 +22,23 @@ static PLANS: ff::Plans = ff::Plans::new();
 
 /// The forward pass of one call.
 pub(crate) struct Forward {
-    attention: ff::Attention,
+    /// The computation, for optional inputs of these kinds.
+    pub(crate) attention: ff::Attention,
+    /// Slopes and sinks, contiguous.
+    pub(crate) optional: ff::OptionalInputs<Tensor>,
     /// `None` if neither a backward pass nor the caller needs the LSE.
-    lse: Option<Lse>,
+    pub(crate) lse: Option<Lse>,
+    /// Place for the gradient of the sinks, if they need one.
+    pub(crate) d_sinks: Option<Passed>,
 }
 
 impl Forward {
-    pub(crate) fn new(attention: ff::Attention, lse: Option<Lse>) -> Self {
-        Forward { attention, lse }
-    }
-
     fn run<M: Machine>(&self, machine: &M, inputs: [Source<'_, M::Storage>; 3]) -> Result<(M::Storage, Shape)> {
         let plan = PLANS.forward(&self.attention, machine.sm_count()).map_err(Error::wrap)?;
         let shape = inputs[0].layout.shape().clone();
-        let (o, lse) = machine::forward(machine, &plan, inputs, self.lse.is_some())?;
+        let optional = optional::try_map(&self.optional, |tensor| Ok(tensor.storage_and_layout()))?;
+        let optional = optional::try_map(&optional, Source::of::<M>)?;
+        let (o, lse) = machine::forward(machine, &plan, inputs, optional, self.lse.is_some())?;
         if let (Some(kept), Some(lse)) = (&self.lse, lse) {
             let [batch, heads, seqlen, _] = plan.problem().q_shape();
             kept.set(leaf(M::wrap(lse), (batch, heads, seqlen)))?;
@@ -83,7 +88,7 @@ impl CustomOp3 for Forward {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let Some(lse) = &self.lse else { bail!("the forward pass kept no LSE, because no argument was tracked") };
         let backward = Backward {
-            attention: &self.attention,
+            forward: self,
             o,
             // The gradient of a sum is one number in every place, with a stride of 0 in the last dim too.
             d_o: shapes::taken(d_o, ff::Operand::DO)?,
@@ -92,47 +97,60 @@ impl CustomOp3 for Forward {
             others: Cell::new(None),
         };
         let dq = q.apply_op3_no_bwd(k, v, &backward)?;
-        let (dk, dv) = backward.others.take().unzip();
-        Ok((Some(dq), dk, dv))
+        let Some(Others { dk, dv, d_sinks }) = backward.others.take() else { bail!("there was no backward pass") };
+        if let (Some(place), Some(d_sinks)) = (&self.d_sinks, d_sinks) {
+            place.leave(d_sinks);
+        }
+        Ok((Some(dq), Some(dk), Some(dv)))
     }
 }
 
 /// A backward pass as an operation on Q, K and V, which gives dQ.
 ///
-/// candle locks the three together even if they are parts of one tensor. The other inputs are results of operations,
-/// and have memory of their own.
+/// candle locks the three together even if they are parts of one tensor. The other inputs are of another dtype or
+/// results of operations, and have memory of their own.
 struct Backward<'a> {
-    attention: &'a ff::Attention,
+    forward: &'a Forward,
     o: &'a Tensor,
     d_o: Tensor,
     lse: &'a Tensor,
     d_lse: Option<Tensor>,
-    /// dK and dV, once they are computed.
-    others: Cell<Option<(Tensor, Tensor)>>,
+    /// The other gradients, once they are computed.
+    others: Cell<Option<Others>>,
+}
+
+/// The gradients except dQ.
+struct Others {
+    dk: Tensor,
+    dv: Tensor,
+    d_sinks: Option<Tensor>,
 }
 
 impl Backward<'_> {
     fn run<M: Machine>(&self, machine: &M, [q, k, v]: [Source<'_, M::Storage>; 3]) -> Result<(M::Storage, Shape)> {
-        let plan = PLANS.backward(self.attention, machine.sm_count()).map_err(Error::wrap)?;
-        let (o, o_layout) = self.o.storage_and_layout();
-        let (d_o, d_o_layout) = self.d_o.storage_and_layout();
-        let (lse, lse_layout) = self.lse.storage_and_layout();
+        let Forward { attention, optional, d_sinks, .. } = self.forward;
+        let plan = PLANS.backward(attention, machine.sm_count()).map_err(Error::wrap)?;
+        let o = self.o.storage_and_layout();
+        let d_o = self.d_o.storage_and_layout();
+        let lse = self.lse.storage_and_layout();
         let d_lse = self.d_lse.as_ref().map(Tensor::storage_and_layout);
+        let optional = optional::try_map(optional, |tensor| Ok(tensor.storage_and_layout()))?;
         let inputs = machine::Inputs {
             q,
             k,
             v,
-            o: Source::new(M::storage(&o)?, o_layout),
-            d_o: Source::new(M::storage(&d_o)?, d_o_layout),
-            lse: Source::new(M::storage(&lse)?, lse_layout),
-            d_lse: match &d_lse {
-                Some((storage, layout)) => Some(Source::new(M::storage(storage)?, layout)),
-                None => None,
-            },
+            o: Source::of::<M>(&o)?,
+            d_o: Source::of::<M>(&d_o)?,
+            lse: Source::of::<M>(&lse)?,
+            d_lse: d_lse.as_ref().map(Source::of::<M>).transpose()?,
+            optional: optional::try_map(&optional, Source::of::<M>)?,
         };
-        let Gradients { dq, dk, dv } = machine::backward(machine, &plan, inputs)?;
-        let tensor = |gradient, like: Source<'_, _>| leaf(M::wrap(gradient), like.layout.shape());
-        self.others.set(Some((tensor(dk, k), tensor(dv, v))));
+        let Gradients { dq, dk, dv, d_sinks } = machine::backward(machine, &plan, inputs, d_sinks.is_some())?;
+        self.others.set(Some(Others {
+            dk: leaf(M::wrap(dk), k.layout.shape()),
+            dv: leaf(M::wrap(dv), v.layout.shape()),
+            d_sinks: d_sinks.map(|d_sinks| leaf(M::wrap(d_sinks), plan.problem().heads_q)),
+        }));
         Ok((dq, q.layout.shape().clone()))
     }
 }

@@ -5,37 +5,6 @@
 
 use candle_core::{Error, Result, Tensor};
 
-/// Attention with ALiBi, which is not supported so far.
-///
-/// # Errors
-/// Always, naming `alibi_slopes`.
-pub fn flash_attn_alibi(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    alibi_slopes: &Tensor,
-    softmax_scale: f32,
-    causal: bool,
-) -> Result<Tensor> {
-    Err(alibi("flash_attn_alibi"))
-}
-
-/// Attention with ALiBi in a window, which is not supported so far.
-///
-/// # Errors
-/// Always, naming `alibi_slopes`.
-pub fn flash_attn_alibi_windowed(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    alibi_slopes: &Tensor,
-    softmax_scale: f32,
-    window_size_left: Option<usize>,
-    window_size_right: Option<usize>,
-) -> Result<Tensor> {
-    Err(alibi("flash_attn_alibi_windowed"))
-}
-
 /// Attention with sequences of different lengths, which is not supported so far.
 ///
 /// # Errors
@@ -102,7 +71,7 @@ pub fn flash_attn_varlen_paged_windowed(
 /// Attention with sequences of different lengths and ALiBi, which is not supported so far.
 ///
 /// # Errors
-/// Always, naming `alibi_slopes`.
+/// Always, naming `seqlens_q` and `seqlens_k`.
 pub fn flash_attn_varlen_alibi(
     q: &Tensor,
     k: &Tensor,
@@ -115,13 +84,13 @@ pub fn flash_attn_varlen_alibi(
     softmax_scale: f32,
     causal: bool,
 ) -> Result<Tensor> {
-    Err(alibi("flash_attn_varlen_alibi"))
+    Err(varlen("flash_attn_varlen_alibi"))
 }
 
 /// Attention with sequences of different lengths and ALiBi in a window, which is not supported so far.
 ///
 /// # Errors
-/// Always, naming `alibi_slopes`.
+/// Always, naming `seqlens_q` and `seqlens_k`.
 pub fn flash_attn_varlen_alibi_windowed(
     q: &Tensor,
     k: &Tensor,
@@ -135,7 +104,7 @@ pub fn flash_attn_varlen_alibi_windowed(
     window_size_left: Option<usize>,
     window_size_right: Option<usize>,
 ) -> Result<Tensor> {
-    Err(alibi("flash_attn_varlen_alibi_windowed"))
+    Err(varlen("flash_attn_varlen_alibi_windowed"))
 }
 
 /// Attention with sequences of different lengths, ALiBi and a soft cap, which is not supported so far.
@@ -159,17 +128,11 @@ pub fn flash_attn_varlen_alibi_windowed_softcap(
     Err(varlen("flash_attn_varlen_alibi_windowed_softcap"))
 }
 
-/// Returns the error for ALiBi slopes.
-pub(crate) fn alibi(function: &str) -> Error {
-    Error::msg(format!(
-        "{function}: alibi_slopes are not supported so far; scores without a bias are, by flash_attn_windowed"
-    ))
-}
-
 /// Returns the error for sequences of different lengths.
 fn varlen(function: &str) -> Error {
     Error::msg(format!(
         "{function}: seqlens_q and seqlens_k, sequences of different lengths, are not supported so far; one length for \
-         all sequences is, by flash_attn_windowed with (batch, seqlen, heads, head_dim)"
+         all sequences is, by {} with (batch, seqlen, heads, head_dim)",
+        function.replace("_varlen", "")
     ))
 }

@@ -27,20 +27,31 @@ fn message(result: Result<Tensor>) -> String {
 #[test]
 fn functions_are_the_builder() {
     let (q, k, v) = qkv(50, 70);
-    let builder = FlashAttn::new().scale(SCALE);
+    let builder = || FlashAttn::new().scale(SCALE);
     let same = |function: Result<Tensor>, builder: FlashAttn| {
         assert_eq!(flat(&function.unwrap()).unwrap(), flat(&builder.forward(&q, &k, &v).unwrap()).unwrap());
     };
-    same(flash_attn(&q, &k, &v, SCALE, false), builder);
-    same(flash_attn(&q, &k, &v, SCALE, true), builder.causal());
-    same(flash_attn_windowed(&q, &k, &v, SCALE, None, Some(0)), builder.causal());
-    same(flash_attn_windowed(&q, &k, &v, SCALE, Some(7), Some(3)), builder.window(Some(7), Some(3)));
-    same(flash_attn_alibi_windowed_softcap(&q, &k, &v, None, SCALE, Some(7), None, 0.0), builder.window(Some(7), None));
+    same(flash_attn(&q, &k, &v, SCALE, false), builder());
+    same(flash_attn(&q, &k, &v, SCALE, true), builder().causal());
+    same(flash_attn_windowed(&q, &k, &v, SCALE, None, Some(0)), builder().causal());
+    same(flash_attn_windowed(&q, &k, &v, SCALE, Some(7), Some(3)), builder().window(Some(7), Some(3)));
+
+    let slopes = Tensor::new(&[0.5f32, 0.25, 0.1, -0.01], &Device::Cpu).unwrap();
+    let alibi = || builder().alibi_slopes(&slopes);
+    same(flash_attn_alibi(&q, &k, &v, &slopes, SCALE, false), alibi());
+    same(flash_attn_alibi(&q, &k, &v, &slopes, SCALE, true), alibi().causal());
+    same(flash_attn_alibi_windowed(&q, &k, &v, &slopes, SCALE, Some(7), None), alibi().window(Some(7), None));
+    let full = |slopes, right, cap| flash_attn_alibi_windowed_softcap(&q, &k, &v, slopes, SCALE, Some(7), right, cap);
+    same(full(None, None, 0.0), builder().window(Some(7), None));
+    same(full(None, Some(0), 2.0), builder().window(Some(7), Some(0)).softcap(2.0));
+    same(full(Some(&slopes), None, 0.0), alibi().window(Some(7), None));
+    same(full(Some(&slopes), Some(2), 2.0), alibi().window(Some(7), Some(2)).softcap(2.0));
+
     // The default scale is 1/√64.
     same(flash_attn(&q, &k, &v, SCALE, true), FlashAttn::new().causal());
 
     let (o, lse) = flash_attn_with_lse(&q, &k, &v, SCALE, true).unwrap();
-    let (expected_o, expected_lse) = builder.causal().forward_with_lse(&q, &k, &v).unwrap();
+    let (expected_o, expected_lse) = builder().causal().forward_with_lse(&q, &k, &v).unwrap();
     assert_eq!((flat(&o).unwrap(), flat(&lse).unwrap()), (flat(&expected_o).unwrap(), flat(&expected_lse).unwrap()));
     assert_eq!((lse.dims(), lse.dtype()), (&[2, 4, 50][..], DType::F32));
 }
@@ -54,7 +65,8 @@ fn windows_are_those_of_candle_flash_attn() {
             let o = flash_attn_windowed(&q, &k, &v, SCALE, given.0, given.1).unwrap();
             let wide = |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap();
             let mask = Mask::Window { left: as_mask.0, right: as_mask.1 };
-            let (expected, _) = eager::attention(&wide(&q), &wide(&k), &wide(&v), mask, None).unwrap();
+            let options = eager::Options { mask, ..Default::default() };
+            let (expected, _) = eager::attention(&wide(&q), &wide(&k), &wide(&v), &options).unwrap();
             let apart = (wide(&o) - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             assert!(apart < 0.02, "{seqlens:?} {given:?}: {apart}");
         };
@@ -178,8 +190,108 @@ fn errors_name_the_argument() {
     let short = |tensor: &Tensor| tensor.narrow(3, 0, 60).unwrap();
     assert_eq!(run(&short(&q), &short(&k), &short(&v)), "head_dim is 60; allowed are the multiples of 8 from 8 to 256");
     assert_eq!(message(flash_attn(&q, &k, &v, 0.0, false)), "scale is 0; a finite number above 0 is needed");
+    assert_eq!(
+        message(flash_attn_alibi_windowed_softcap(&q, &k, &v, None, SCALE, None, None, -1.0)),
+        "softcap is -1; a finite number above 0 is needed"
+    );
     let dropout = FlashAttn::new().dropout(Dropout { p: 1.0, seed: 0, offset: 0 });
     assert_eq!(message(dropout.forward(&q, &k, &v)), "dropout.p is 1; at least 0 and below 1 is needed");
+}
+
+#[test]
+fn errors_name_the_optional_input() {
+    let (q, k, v) = qkv(10, 20);
+    let zeros = |shape: &[usize], dtype| Tensor::zeros(shape, dtype, &Device::Cpu).unwrap();
+    let alibi = |slopes: Tensor| message(flash_attn_alibi(&q, &k, &v, &slopes, SCALE, true));
+    let shape = "(heads) or (batch, heads) is needed, as q has [2, 10, 4, 64]";
+    for wrong in [&[2][..], &[2, 2], &[4, 2], &[1, 4], &[2, 4, 1], &[]] {
+        assert_eq!(alibi(zeros(wrong, DType::F32)), format!("alibi_slopes has the shape {wrong:?}; {shape}"));
+    }
+    assert_eq!(
+        alibi(zeros(&[4], DType::BF16)),
+        "alibi_slopes is BF16; F32 is needed, so convert it with Tensor::to_dtype"
+    );
+    let sinks = |sinks: Tensor| message(FlashAttn::new().sinks(&sinks).forward(&q, &k, &v));
+    for wrong in [&[2][..], &[2, 4], &[]] {
+        assert_eq!(
+            sinks(zeros(wrong, DType::F32)),
+            format!("sinks has the shape {wrong:?}; (heads) is needed, as q has [2, 10, 4, 64]")
+        );
+    }
+    assert_eq!(sinks(zeros(&[4], DType::F64)), "sinks is F64; F32 is needed, so convert it with Tensor::to_dtype");
+}
+
+/// Sinks may be the only variable, of another dtype, and shared by calls. A gradient stays in its own pass.
+#[test]
+fn sinks_have_gradients() {
+    let (q, k, v) = qkv(40, 40);
+    let values = values(&[4], 9, DType::BF16, &Device::Cpu).unwrap();
+    let run = |attention: &FlashAttn, sinks: &Var| {
+        let o = attention.clone().sinks(&sinks.to_dtype(DType::F32).unwrap()).forward(&q, &k, &v).unwrap();
+        assert!(o.track_op());
+        o.to_dtype(DType::F32).unwrap().sqr().unwrap().sum_all().unwrap()
+    };
+    let gradient = |loss: &Tensor, sinks: &Var| flat(loss.backward().unwrap().get(sinks).unwrap()).unwrap();
+    let (whole, causal) = (FlashAttn::new(), FlashAttn::new().causal());
+    let sinks = Var::from_tensor(&values).unwrap();
+    let expected = [&whole, &causal].map(|attention| gradient(&run(attention, &sinks), &sinks));
+    assert!(expected[0] != expected[1] && expected.iter().flatten().all(|&gradient| gradient < 0.0), "{expected:?}");
+
+    // A graph may be used again, also at the same time.
+    let losses = [&whole, &causal].map(|attention| run(attention, &sinks));
+    std::thread::scope(|scope| {
+        for index in 0..4 {
+            let (loss, expected, sinks, gradient) = (&losses[index % 2], &expected[index % 2], &sinks, &gradient);
+            scope.spawn(move || (0..5).for_each(|_| assert_eq!(&gradient(loss, sinks), expected)));
+        }
+    });
+
+    // Both calls in one graph have the sum, in f32.
+    let wide = Var::from_tensor(&values.to_dtype(DType::F32).unwrap()).unwrap();
+    let parts = [&whole, &causal].map(|attention| gradient(&run(attention, &wide), &wide));
+    let sum = gradient(&(run(&whole, &wide) + run(&causal, &wide)).unwrap(), &wide);
+    let apart = (0..4).map(|head| (sum[head] - parts[0][head] - parts[1][head]).abs()).fold(0.0, f32::max);
+    assert!(apart < 1e-3, "{apart}");
+}
+
+/// Sinks alone decide about a query without keys, and about all if they are large or small.
+#[test]
+fn sinks_have_limits() {
+    let (q, k, v) = qkv(60, 20);
+    let run = |sink: f32| {
+        let sinks = Tensor::full(sink, 4, &Device::Cpu).unwrap();
+        let (o, lse) = FlashAttn::new().causal().sinks(&sinks).forward_with_lse(&q, &k, &v).unwrap();
+        (flat(&o).unwrap(), flat(&lse).unwrap())
+    };
+    let (o, lse) = run(1e4);
+    assert!(o.iter().all(|&o| o == 0.0) && lse.iter().all(|&lse| lse == 1e4));
+    let (o, lse) = run(-1e4);
+    let (expected_o, expected_lse) = FlashAttn::new().causal().forward_with_lse(&q, &k, &v).unwrap();
+    assert_eq!(o, flat(&expected_o).unwrap());
+    let expected_lse = flat(&expected_lse).unwrap();
+    assert!(lse.iter().zip(&expected_lse).all(|(&lse, &expected)| lse == expected.max(-1e4)));
+
+    // No query, or no key, leaves a gradient of zeros.
+    for (seqlen_q, seqlen_k) in [(0, 20), (60, 0)] {
+        let sinks = Var::zeros(4, DType::F32, &Device::Cpu).unwrap();
+        let part = |tensor: &Tensor, seqlen| tensor.narrow(1, 0, seqlen).unwrap();
+        let (k, v) = (part(&k, seqlen_k), part(&v, seqlen_k));
+        let o = FlashAttn::new().sinks(&sinks).forward(&part(&q, seqlen_q), &k, &v).unwrap();
+        let gradients = o.to_dtype(DType::F32).unwrap().sum_all().unwrap().backward().unwrap();
+        assert_eq!(flat(gradients.get(&sinks).unwrap()).unwrap(), [0.0; 4]);
+    }
+}
+
+/// Slopes have no gradient, and are no reason to keep anything.
+#[test]
+fn slopes_have_no_gradient() {
+    let (q, k, v) = qkv(20, 20);
+    let slopes = Var::ones(4, DType::F32, &Device::Cpu).unwrap();
+    assert!(!flash_attn_alibi(&q, &k, &v, &slopes, SCALE, true).unwrap().track_op());
+    let q = Var::from_tensor(&q).unwrap();
+    let o = flash_attn_alibi(&q, &k, &v, &slopes, SCALE, true).unwrap();
+    let gradients = o.to_dtype(DType::F32).unwrap().sum_all().unwrap().backward().unwrap();
+    assert!(gradients.get(&q).is_some() && gradients.get(&slopes).is_none());
 }
 
 #[test]
@@ -187,14 +299,10 @@ fn what_is_not_supported_is_an_error() {
     let (q, k, v) = qkv(10, 10);
     let x = &q;
     for (argument, result) in [
-        ("alibi_slopes", flash_attn_alibi(&q, &k, &v, x, SCALE, true)),
-        ("alibi_slopes", flash_attn_alibi_windowed(&q, &k, &v, x, SCALE, None, None)),
-        ("alibi_slopes", flash_attn_alibi_windowed_softcap(&q, &k, &v, Some(x), SCALE, None, None, 0.0)),
-        ("softcap", flash_attn_alibi_windowed_softcap(&q, &k, &v, None, SCALE, None, None, 30.0)),
         ("seqlens_q", flash_attn_varlen(&q, &k, &v, x, x, 1, 1, SCALE, true)),
         ("seqlens_q", flash_attn_varlen_windowed(&q, &k, &v, x, x, 1, 1, SCALE, None, None)),
-        ("alibi_slopes", flash_attn_varlen_alibi(&q, &k, &v, x, x, x, 1, 1, SCALE, true)),
-        ("alibi_slopes", flash_attn_varlen_alibi_windowed(&q, &k, &v, x, x, x, 1, 1, SCALE, None, None)),
+        ("seqlens_q", flash_attn_varlen_alibi(&q, &k, &v, x, x, x, 1, 1, SCALE, true)),
+        ("seqlens_q", flash_attn_varlen_alibi_windowed(&q, &k, &v, x, x, x, 1, 1, SCALE, None, None)),
         ("seqlens_q", flash_attn_varlen_alibi_windowed_softcap(&q, &k, &v, None, x, x, 1, 1, SCALE, None, None, 0.0)),
         ("block_table", flash_attn_varlen_paged_windowed(&q, &k, &v, x, x, x, None, 1, 1, SCALE, None, None, 16, None)),
     ] {

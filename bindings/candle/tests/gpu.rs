@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::ops::{softmax, softmax_last_dim};
+use common::cases::CASES;
 use common::training::{Kind, compare, train};
-use common::{CASES, eager, flat, judge, values};
+use common::{eager, flat, judge, values};
 use ferroflash_candle::{Determinism, Dropout, FlashAttn, Mask, flash_attn};
 
 /// Speed that is asked for, as a multiple of candle's own.
@@ -79,6 +80,8 @@ fn check(stream: &str, device: &Device, report: &mut Report) {
         ("training, bf16", (|device| trained(device, DType::BF16)) as fn(&Device) -> Result<Outcome>),
         ("training, f16", |device| trained(device, DType::F16)),
         ("the same bits", same_bits),
+        ("the same bits, all options", same_bits_of_all),
+        ("inputs on another device", other_device),
         ("dropout as on the CPU", dropout),
         ("other threads", threads),
         ("nothing to do", nothing),
@@ -102,7 +105,7 @@ fn tensors(device: &Device, seqlen: usize) -> Result<[Tensor; 3]> {
 }
 
 /// Returns O and the gradients.
-fn with_gradients(attention: FlashAttn, tensors: &[Tensor; 3]) -> Result<Vec<Vec<f32>>> {
+fn with_gradients(attention: &FlashAttn, tensors: &[Tensor; 3]) -> Result<Vec<Vec<f32>>> {
     let [q, k, v] = [0, 1, 2].map(|index: usize| Var::from_tensor(&tensors[index]));
     let (q, k, v) = (q?, k?, v?);
     let o = attention.forward(&q, &k, &v)?;
@@ -114,20 +117,59 @@ fn with_gradients(attention: FlashAttn, tensors: &[Tensor; 3]) -> Result<Vec<Vec
 fn same_bits(device: &Device) -> Result<Outcome> {
     let tensors = tensors(device, 1000)?;
     let attention = FlashAttn::new().causal().determinism(Determinism::Exact);
-    let first = with_gradients(attention, &tensors)?;
+    let first = with_gradients(&attention, &tensors)?;
     for run in 1..10 {
-        if with_gradients(attention, &tensors)? != first {
+        if with_gradients(&attention, &tensors)? != first {
             return Ok(Err(format!("run {run} differs")));
         }
     }
     Ok(Ok("10 runs".to_owned()))
 }
 
+/// The same with softcap, ALiBi and sinks, whose gradient is one more result.
+fn same_bits_of_all(device: &Device) -> Result<Outcome> {
+    let [q, k, v] = tensors(device, 1000)?;
+    let slopes = (values(&[8], 7, DType::F32, device)? * 0.03)?;
+    let sinks = Var::from_tensor(&values(&[8], 4, DType::F32, device)?)?;
+    let attention = FlashAttn::new().causal().softcap(20.0).alibi_slopes(&slopes).sinks(&sinks);
+    let attention = attention.determinism(Determinism::Exact);
+    let run = || -> Result<Vec<Vec<f32>>> {
+        let q = Var::from_tensor(&q)?;
+        let (o, lse) = attention.forward_with_lse(&q, &k, &v)?;
+        let loss = (o.to_dtype(DType::F32)?.sqr()?.sum_all()? + lse.sum_all()?)?;
+        let gradients = loss.backward()?;
+        let gradient = |of: &Var| flat(gradients.get(of).expect("a gradient"));
+        Ok(vec![flat(&o)?, flat(&lse)?, gradient(&q)?, gradient(&sinks)?])
+    };
+    let first = run()?;
+    for index in 1..10 {
+        if run()? != first {
+            return Ok(Err(format!("run {index} differs")));
+        }
+    }
+    Ok(Ok("10 runs".to_owned()))
+}
+
+/// Slopes and sinks that are not on the device of Q.
+fn other_device(device: &Device) -> Result<Outcome> {
+    let [q, k, v] = tensors(device, 20)?;
+    let wrong = Tensor::zeros(8, DType::F32, &Device::Cpu)?;
+    for (name, attention) in
+        [("alibi_slopes", FlashAttn::new().alibi_slopes(&wrong)), ("sinks", FlashAttn::new().sinks(&wrong))]
+    {
+        match attention.forward(&q, &k, &v) {
+            Err(error) if error.to_string().starts_with(&format!("{name} is on Cpu")) => {}
+            other => return Ok(Err(format!("{name}: {:?}", other.map(|o| o.shape().clone())))),
+        }
+    }
+    Ok(Ok(String::new()))
+}
+
 /// The CPU drops the same weights, so results differ by rounding alone.
 fn dropout(device: &Device) -> Result<Outcome> {
     let attention = FlashAttn::new().causal().dropout(Dropout { p: 0.25, seed: 3, offset: 5 });
-    let gpu = with_gradients(attention, &tensors(device, 100)?)?;
-    let cpu = with_gradients(attention, &tensors(&Device::Cpu, 100)?)?;
+    let gpu = with_gradients(&attention, &tensors(device, 100)?)?;
+    let cpu = with_gradients(&attention, &tensors(&Device::Cpu, 100)?)?;
     let apart = |(a, b): (&Vec<f32>, &Vec<f32>)| {
         let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         worst / b.iter().map(|b| b.abs()).fold(0.0, f32::max)
@@ -139,9 +181,9 @@ fn dropout(device: &Device) -> Result<Outcome> {
 /// Threads that share a device, each with its own stream if the device has the thread's default stream.
 fn threads(device: &Device) -> Result<Outcome> {
     let attention = FlashAttn::new().causal().determinism(Determinism::Exact);
-    let expected = with_gradients(attention, &tensors(device, 500)?)?;
+    let expected = with_gradients(&attention, &tensors(device, 500)?)?;
     let run = || {
-        (0..10).all(|_| tensors(device, 500).and_then(|t| with_gradients(attention, &t)).is_ok_and(|r| r == expected))
+        (0..10).all(|_| tensors(device, 500).and_then(|t| with_gradients(&attention, &t)).is_ok_and(|r| r == expected))
     };
     let equal = std::thread::scope(|scope| {
         let threads = [0; 4].map(|_| scope.spawn(run));

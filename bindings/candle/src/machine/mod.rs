@@ -7,10 +7,12 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
+use std::ops::Deref;
+
 use candle_core::{DType, Error, Layout, Result, Storage, backend::BackendStorage, bail};
 use ferroflash as ff;
 
-use crate::shapes;
+use crate::{optional, shapes};
 pub(crate) use cpu::CpuMachine;
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::CudaMachine;
@@ -84,6 +86,13 @@ impl<'a, S: BackendStorage> Source<'a, S> {
         Source { storage, layout }
     }
 
+    /// Returns a tensor's storage, which is locked, and its layout.
+    pub(crate) fn of<M: Machine<Storage = S>>(
+        (storage, layout): &'a (impl Deref<Target = Storage>, &'a Layout),
+    ) -> Result<Self> {
+        Ok(Source::new(M::storage(storage)?, layout))
+    }
+
     fn read<M: Machine<Storage = S>>(self, machine: &'a M, dtype: DType) -> Result<Read<'a, M>> {
         if self.storage.dtype() != dtype {
             bail!("an input is {:?}, and {dtype:?} is needed", self.storage.dtype())
@@ -108,12 +117,12 @@ impl<M: Machine> Read<'_, M> {
         Ok(ff::RawTensor { address, layout })
     }
 
-    /// Returns the address of contiguous elements that lie within the storage.
-    fn line(&self) -> Result<u64> {
-        if !self.layout.is_contiguous() {
-            bail!("an LSE or its gradient is not contiguous")
+    /// Returns the address of so many contiguous elements, which lie within the storage.
+    fn line(&self, elements: usize) -> Result<u64> {
+        if !self.layout.is_contiguous() || self.layout.shape().elem_count() != elements {
+            bail!("{:?} is not the layout of {elements} contiguous elements", self.layout)
         }
-        self.address(self.layout.shape().elem_count())
+        self.address(elements)
     }
 
     /// Returns the address of the first of `elements` elements.
@@ -135,6 +144,7 @@ pub(crate) struct Inputs<'a, S> {
     pub(crate) d_o: Source<'a, S>,
     pub(crate) lse: Source<'a, S>,
     pub(crate) d_lse: Option<Source<'a, S>>,
+    pub(crate) optional: ff::OptionalInputs<Source<'a, S>>,
 }
 
 /// Results of a backward pass, contiguous.
@@ -142,6 +152,7 @@ pub(crate) struct Gradients<S> {
     pub(crate) dq: S,
     pub(crate) dk: S,
     pub(crate) dv: S,
+    pub(crate) d_sinks: Option<S>,
 }
 
 /// Runs a forward plan. Returns O, contiguous, and the LSE if it is wanted.
@@ -149,6 +160,7 @@ pub(crate) fn forward<M: Machine>(
     machine: &M,
     plan: &ff::Plan,
     [q, k, v]: [Source<'_, M::Storage>; 3],
+    optional: ff::OptionalInputs<Source<'_, M::Storage>>,
     with_lse: bool,
 ) -> Result<(M::Storage, Option<M::Storage>)> {
     let problem = plan.problem();
@@ -160,6 +172,7 @@ pub(crate) fn forward<M: Machine>(
     };
     {
         let (q, k, v) = (q.read(machine, dtype)?, k.read(machine, dtype)?, v.read(machine, dtype)?);
+        let optional = optional::try_map(&optional, |line| line.read(machine, DType::F32))?;
         let o = machine.write(&mut o)?;
         let lse = lse.as_mut().map(|lse| machine.write(lse)).transpose()?;
         let args = ff::RawForward {
@@ -167,64 +180,82 @@ pub(crate) fn forward<M: Machine>(
             k: k.tensor()?,
             v: v.tensor()?,
             second: None,
-            optional: ff::OptionalInputs::NONE,
-            optional: OptionalInputs::NONE,
+            optional: optional_lines(problem, &optional)?,
             o: result(&o, problem.q_shape()),
             lse: lse.as_ref().map(|lse| lse.address),
         };
         // SAFETY: each address is that of a place above. `Read` has checked the inputs' bounds and dtype, and the
-        // results were allocated for the plan's shapes, to which the call compares all layouts.
+        // results were allocated for the plan's shapes, to which the call compares all layouts. The lines have the
+        // plan's lengths, and the call compares the kinds of the optional inputs to the plan's.
         unsafe { machine.run(plan, &args) }.map_err(Error::wrap)?;
     }
     Ok((o, lse))
 }
 
-/// Runs a backward plan.
+/// Runs a backward plan. Returns the gradient of the sinks if there are sinks and it is wanted.
 pub(crate) fn backward<M: Machine>(
     machine: &M,
     plan: &ff::BackwardPlan,
     inputs: Inputs<'_, M::Storage>,
+    with_d_sinks: bool,
 ) -> Result<Gradients<M::Storage>> {
     let problem = plan.problem();
     let (dtype, line) = (shapes::dtype(problem.dtype), DType::F32);
     let mut dq = machine.allocate(volume(problem.q_shape()), dtype)?;
     let mut dk = machine.allocate(volume(problem.kv_shape()), dtype)?;
     let mut dv = machine.allocate(volume(problem.kv_shape()), dtype)?;
-    if [Some(inputs.lse), inputs.d_lse].iter().flatten().any(|of| of.layout.shape().elem_count() != problem.lse_len()) {
-        bail!("the LSE or its gradient does not have {} elements", problem.lse_len())
-    }
+    let mut d_sinks = match inputs.optional.sinks {
+        Some(_) if with_d_sinks => Some(machine.allocate(problem.heads_q, line)?),
+        _ => None,
+    };
     {
         let (q, k, v) =
             (inputs.q.read(machine, dtype)?, inputs.k.read(machine, dtype)?, inputs.v.read(machine, dtype)?);
         let (o, d_o) = (inputs.o.read(machine, dtype)?, inputs.d_o.read(machine, dtype)?);
         let lse = inputs.lse.read(machine, line)?;
         let d_lse = inputs.d_lse.map(|d_lse| d_lse.read(machine, line)).transpose()?;
+        let optional = optional::try_map(&inputs.optional, |of| of.read(machine, line))?;
         let (dq, dk, dv) = (machine.write(&mut dq)?, machine.write(&mut dk)?, machine.write(&mut dv)?);
+        let d_sinks = d_sinks.as_mut().map(|d_sinks| machine.write(d_sinks)).transpose()?;
         let args = ff::RawBackward {
             q: q.tensor()?,
             k: k.tensor()?,
             v: v.tensor()?,
             second: None,
-            optional: ff::OptionalInputs::NONE,
-            d_sinks: None,
-            optional: OptionalInputs::NONE,
-            d_sinks: None,
+            optional: optional_lines(problem, &optional)?,
             o: o.tensor()?,
             d_o: d_o.tensor()?,
-            lse: lse.line()?,
-            d_lse: d_lse.as_ref().map(Read::line).transpose()?,
+            lse: lse.line(problem.lse_len())?,
+            d_lse: d_lse.as_ref().map(|d_lse| d_lse.line(problem.lse_len())).transpose()?,
             dq: result(&dq, problem.q_shape()),
             dk: result(&dk, problem.kv_shape()),
             dv: result(&dv, problem.kv_shape()),
+            d_sinks: d_sinks.as_ref().map(|d_sinks| d_sinks.address),
             workspace: 0,
             workspace_bytes: 0,
         };
         // SAFETY: each address is that of a place above. `Read` has checked the inputs' bounds and dtype, and the
         // results were allocated for the plan's shapes, to which the call compares all layouts. The lines have the
-        // plan's length.
+        // plan's lengths, and the call compares the kinds of the optional inputs to the plan's.
         unsafe { machine.run_backward(plan, args) }?;
     }
-    Ok(Gradients { dq, dk, dv })
+    Ok(Gradients { dq, dk, dv, d_sinks })
+}
+
+/// Returns the addresses of the optional inputs, whose lengths are those of the problem.
+fn optional_lines<M: Machine>(
+    problem: &ff::Problem,
+    optional: &ff::OptionalInputs<Read<'_, M>>,
+) -> Result<ff::OptionalInputs<u64>> {
+    let mut lines = ff::OptionalInputs::NONE;
+    let heads = problem.heads_q;
+    lines.slopes = match &optional.slopes {
+        None => None,
+        Some(ff::Slopes::PerHead(slopes)) => Some(ff::Slopes::PerHead(slopes.line(heads)?)),
+        Some(ff::Slopes::PerItem(slopes)) => Some(ff::Slopes::PerItem(slopes.line(problem.batch * heads)?)),
+    };
+    lines.sinks = optional.sinks.as_ref().map(|sinks| sinks.line(heads)).transpose()?;
+    Ok(lines)
 }
 
 /// Returns a result in the order batch, seqlen, heads, head_dim.

@@ -5,91 +5,15 @@
 
 #![allow(dead_code)]
 
+pub mod cases;
 pub mod eager;
+pub mod sinks;
 pub mod training;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use ferroflash_candle::{FlashAttn, Mask};
+use ferroflash_candle::FlashAttn;
 
-/// One case: what is computed, how the inputs lie in memory, and what the loss depends on.
-#[derive(Clone, Copy, Debug)]
-pub struct Case {
-    pub name: &'static str,
-    pub dtype: DType,
-    pub size: Size,
-    pub mask: Mask,
-    pub inputs: Inputs,
-    pub loss: Loss,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub struct Size {
-    pub batch: usize,
-    pub heads_q: usize,
-    pub heads_kv: usize,
-    pub seqlen_q: usize,
-    pub seqlen_k: usize,
-    pub head_dim: usize,
-}
-
-/// Memory of Q, K and V.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Inputs {
-    /// Three tensors (batch, seqlen, heads, head_dim).
-    Separate,
-    /// Three tensors (batch, heads, seqlen, head_dim).
-    HeadsFirst,
-    /// One tensor (batch, seqlen, 3, heads, head_dim).
-    Packed,
-    /// Three tensors (batch, seqlen, head_dim, heads): the last dim is strided.
-    StridedHeadDim,
-    /// Three tensors that begin 3 elements after the start of an allocation.
-    Misaligned,
-    /// K and V of one head, repeated for all by a stride of 0.
-    Repeated,
-}
-
-/// What the loss depends on.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Loss {
-    /// O, each element with a weight of its own.
-    Output,
-    /// The sum of O, whose gradient is one number.
-    Sum,
-    /// The LSE.
-    Lse,
-    /// O and the LSE.
-    Both,
-}
-
-const SIZE: Size = Size { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 136, seqlen_k: 200, head_dim: 64 };
-const CASE: Case =
-    Case { name: "", dtype: DType::BF16, size: SIZE, mask: Mask::None, inputs: Inputs::Separate, loss: Loss::Output };
-const SQUARE: Size = Size { heads_kv: 4, seqlen_k: 136, ..SIZE };
-
-/// Every case.
-pub const CASES: &[Case] = &[
-    Case { name: "bf16", ..CASE },
-    Case { name: "bf16_causal", mask: Mask::Causal, ..CASE },
-    Case { name: "f16", dtype: DType::F16, ..CASE },
-    Case { name: "f16_causal", dtype: DType::F16, mask: Mask::Causal, ..CASE },
-    Case { name: "packed_qkv", size: SQUARE, mask: Mask::Causal, inputs: Inputs::Packed, ..CASE },
-    Case { name: "gradient_of_a_sum", mask: Mask::Causal, loss: Loss::Sum, ..CASE },
-    Case { name: "strided_head_dim", inputs: Inputs::StridedHeadDim, ..CASE },
-    Case { name: "misaligned", inputs: Inputs::Misaligned, ..CASE },
-    Case { name: "heads_first", mask: Mask::Causal, inputs: Inputs::HeadsFirst, ..CASE },
-    Case { name: "repeated_heads", inputs: Inputs::Repeated, ..CASE },
-    Case { name: "one_key_head", size: Size { heads_kv: 1, ..SIZE }, mask: Mask::Causal, ..CASE },
-    Case { name: "gradient_of_the_lse", mask: Mask::Causal, loss: Loss::Lse, ..CASE },
-    Case { name: "gradient_of_both", dtype: DType::F16, mask: Mask::Causal, loss: Loss::Both, ..CASE },
-    Case { name: "window", mask: Mask::Window { left: Some(30), right: Some(10) }, ..CASE },
-    Case { name: "causal_window", mask: Mask::Window { left: Some(50), right: Some(0) }, ..CASE },
-    Case { name: "rows_without_keys", size: Size { seqlen_q: 200, seqlen_k: 136, ..SIZE }, mask: Mask::Causal, ..CASE },
-    Case { name: "one_query", size: Size { seqlen_q: 1, seqlen_k: 300, ..SIZE }, mask: Mask::Causal, ..CASE },
-    Case { name: "head_dim_40", size: Size { head_dim: 40, ..SIZE }, mask: Mask::Causal, ..CASE },
-    Case { name: "head_dim_128", size: Size { head_dim: 128, ..SIZE }, mask: Mask::Causal, ..CASE },
-    Case { name: "head_dim_256", size: Size { head_dim: 256, ..SIZE }, ..CASE },
-];
+use cases::{Case, Inputs, Loss, Sinks, Size, Slopes};
 
 /// Errors of one result.
 #[derive(Clone, Debug)]
@@ -110,13 +34,14 @@ pub fn judge(case: &Case, device: &Device) -> Result<Vec<Judged>> {
     let computed = run(case, device, Way::Flash)?;
     let exact = run(case, device, Way::Eager)?;
     let rounded = run(case, device, Way::Rounded)?;
-    let judged =
-        computed.into_iter().zip(exact).zip(rounded).map(|(((result, computed), (_, exact)), (_, rounded))| Judged {
-            result,
-            error: distance(&computed, &exact),
-            allowed: 2.0 * distance(&rounded, &exact) + 1e-5,
-        });
-    Ok(judged.collect())
+    let named = computed.named.into_iter().zip(exact.named).zip(rounded.named);
+    let judged = named.map(|(((result, computed), (_, exact)), (_, rounded))| Judged {
+        result,
+        error: distance(&computed, &exact),
+        allowed: 2.0 * distance(&rounded, &exact) + 1e-5,
+    });
+    // That of candle's own operations shows that the formula holds.
+    Ok(judged.chain(computed.sinks).chain(exact.sinks).collect())
 }
 
 /// Returns the largest difference. It is NaN if there is a NaN, and infinite if the lengths differ.
@@ -135,8 +60,16 @@ enum Way {
     Rounded,
 }
 
-/// Returns O, the LSE and the gradients, each with its name.
-fn run(case: &Case, device: &Device, way: Way) -> Result<Vec<(String, Vec<f32>)>> {
+/// Results of one way.
+struct Results {
+    /// O, the LSE, and the gradients of Q, K and V, each with its name.
+    named: Vec<(String, Vec<f32>)>,
+    /// The gradient of the sinks, if they have one.
+    sinks: Option<Judged>,
+}
+
+/// Computes everything in one way.
+fn run(case: &Case, device: &Device, way: Way) -> Result<Results> {
     let dtype = if way == Way::Eager { DType::F32 } else { case.dtype };
     let variable = |tensor: Tensor| Var::from_tensor(&tensor.to_dtype(dtype)?);
     let variables = variables(case, device)?.into_iter().map(variable).collect::<Result<Vec<_>>>()?;
@@ -145,33 +78,97 @@ fn run(case: &Case, device: &Device, way: Way) -> Result<Vec<(String, Vec<f32>)>
         _ => Ok(variable.as_tensor().clone()),
     });
     let [q, k, v] = views(case, &tensors.collect::<Result<Vec<_>>>()?)?;
+    let slopes = slopes(case, device)?;
+    let variable = Var::from_tensor(&values(&[2 * case.size.heads_q], 4, DType::F32, device)?)?;
+    let sinks = sinks(case, &variable)?;
 
     let (o, lse) = match way {
-        Way::Flash => FlashAttn::new().mask(case.mask).forward_with_lse(&q, &k, &v)?,
-        Way::Eager => eager::attention(&q, &k, &v, case.mask, None)?,
-        Way::Rounded => eager::attention(&q, &k, &v, case.mask, Some(case.dtype))?,
+        Way::Flash => {
+            let mut attention = FlashAttn::new().mask(case.mask).dropout(case.dropout);
+            if let Some(cap) = case.softcap {
+                attention = attention.softcap(cap);
+            }
+            if let Some(slopes) = &slopes {
+                attention = attention.alibi_slopes(slopes);
+            }
+            if let Some(sinks) = &sinks {
+                attention = attention.sinks(sinks);
+            }
+            attention.forward_with_lse(&q, &k, &v)?
+        }
+        Way::Eager | Way::Rounded => {
+            let Case { mask, softcap, dropout, .. } = *case;
+            let rounded = (way == Way::Rounded).then_some(case.dtype);
+            let sinks = sinks.clone();
+            eager::attention(&q, &k, &v, &eager::Options { mask, softcap, slopes, sinks, dropout, rounded })?
+        }
     };
-    let weighted = |tensor: &Tensor, seed| -> Result<Tensor> {
-        (tensor.to_dtype(DType::F32)? * values(tensor.dims(), seed, case.dtype, device)?)?.sum_all()
+    let weights = |tensor: &Tensor, seed| values(tensor.dims(), seed, case.dtype, device);
+    let d_o = match case.loss {
+        Loss::Output | Loss::Both => weights(&o, 11)?,
+        Loss::Sum => o.ones_like()?.to_dtype(DType::F32)?,
+        Loss::Lse => o.zeros_like()?.to_dtype(DType::F32)?,
     };
+    let d_lse = match case.loss {
+        Loss::Lse | Loss::Both => weights(&lse, 12)?,
+        Loss::Output | Loss::Sum => lse.zeros_like()?,
+    };
+    let of_o = |o: &Tensor| (o.to_dtype(DType::F32)? * &d_o)?.sum_all();
+    let of_lse = |lse: &Tensor| (lse * &d_lse)?.sum_all();
     let loss = match case.loss {
-        Loss::Output => weighted(&o, 11)?,
+        Loss::Output => of_o(&o)?,
         Loss::Sum => o.sum_all()?,
-        Loss::Lse => weighted(&lse, 12)?,
-        Loss::Both => (weighted(&o, 11)? + weighted(&lse, 12)?)?,
+        Loss::Lse => of_lse(&lse)?,
+        Loss::Both => (of_o(&o)? + of_lse(&lse)?)?,
     };
     let gradients = loss.backward()?;
 
-    let mut results = vec![("o".to_owned(), flat(&o)?), ("lse".to_owned(), flat(&lse)?)];
+    let mut named = vec![("o".to_owned(), flat(&o)?), ("lse".to_owned(), flat(&lse)?)];
     for (index, variable) in variables.iter().enumerate() {
         let gradient = match gradients.get(variable) {
             Some(gradient) => flat(gradient)?,
             // The LSE does not depend on V.
             None => vec![0.0; variable.elem_count()],
         };
-        results.push((format!("gradient {index}"), gradient));
+        named.push((format!("gradient {index}"), gradient));
     }
-    Ok(results)
+    let gradient = gradients.get(&variable).map(|gradient| sinks_of(case, gradient)).transpose()?;
+    let sinks = match (sinks, gradient) {
+        (Some(sinks), Some(gradient)) => Some(sinks::judge(&sinks, [&o, &d_o], [&lse, &d_lse], &gradient)?),
+        _ if matches!(case.sinks, Sinks::None | Sinks::Constant) => None,
+        _ => candle_core::bail!("there is no gradient of the sinks"),
+    };
+    Ok(Results { named, sinks })
+}
+
+/// Returns the slopes of the case.
+fn slopes(case: &Case, device: &Device) -> Result<Option<Tensor>> {
+    let Size { batch, heads_q, .. } = case.size;
+    let make = |shape: &[usize]| values(shape, 7, DType::F32, device)? * 0.03;
+    match case.slopes {
+        Slopes::None => Ok(None),
+        Slopes::PerHead => make(&[heads_q]).map(Some),
+        Slopes::PerItem => make(&[batch, heads_q]).map(Some),
+        Slopes::Transposed => make(&[heads_q, batch])?.t().map(Some),
+    }
+}
+
+/// Returns the sinks of the case.
+fn sinks(case: &Case, variable: &Var) -> Result<Option<Tensor>> {
+    match case.sinks {
+        Sinks::None => Ok(None),
+        Sinks::Constant => sinks_of(case, &variable.as_detached_tensor()).map(Some),
+        Sinks::Variable | Sinks::Strided => sinks_of(case, variable).map(Some),
+    }
+}
+
+/// Returns the part that the sinks are of a tensor twice as long.
+fn sinks_of(case: &Case, all: &Tensor) -> Result<Tensor> {
+    let heads = case.size.heads_q;
+    match case.sinks {
+        Sinks::Strided => all.reshape((heads, 2))?.narrow(1, 1, 1)?.squeeze(1),
+        _ => all.narrow(0, 3, heads),
+    }
 }
 
 /// Returns the values of the variables in f32, rounded to the case's dtype.

@@ -75,7 +75,8 @@ impl Model {
             }
             Kind::Eager => {
                 let [q, k, v] = heads(&qkv)?;
-                eager::attention(&q, &k, &v, Mask::Causal, None)?.0
+                let causal = eager::Options { mask: Mask::Causal, ..Default::default() };
+                eager::attention(&q, &k, &v, &causal)?.0
             }
         };
         times(&o.reshape((BATCH, SEQLEN, WIDTH))?, &self.projection)
