@@ -82,15 +82,8 @@ def attention(
 
     Returns the output, (batch, tokens, heads, head dim), and None in place of the attention weights.
     """
-    for feature, wanted in (
-        ("softcap", softcap is not None),
-        ("attention sinks (s_aux)", s_aux is not None),
-        ("a position bias", kwargs.get("position_bias") is not None),
-    ):
-        if wanted:
-            raise NotImplementedError(
-                f'ferroflash has no {feature} yet; use attn_implementation="eager" for this model'
-            )
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError('ferroflash has no position bias yet; use attn_implementation="eager" for this model')
     if kwargs.get("output_attentions", False):
         logger.warning_once('ferroflash returns no attention weights; use attn_implementation="eager" for them.')
     if attention_mask is not None:
