@@ -92,7 +92,7 @@ def flash_attn_qkvpacked_func(
     seed_offset = _seed_offset(qkv, dropout_p, return_attn_probs)
     if _is_eager(qkv, qkv):
         dropout = None if dropout_p == 0.0 else (dropout_p, *ops.draw(qkv, seed_offset))
-        slopes = None if alibi_slopes is None else ops.per_head(alibi_slopes).detach()
+        slopes = ops.slopes_of(alibi_slopes)
         result = _eager.qkv_packed(qkv, slopes, (*options, dropout, deterministic), return_attn_probs)
     else:
         rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, None, seed_offset)
@@ -124,7 +124,7 @@ def flash_attn_kvpacked_func(
     seed_offset = _seed_offset(q, dropout_p, return_attn_probs)
     if _is_eager(q, kv):
         dropout = None if dropout_p == 0.0 else (dropout_p, *ops.draw(q, seed_offset))
-        slopes = None if alibi_slopes is None else ops.per_head(alibi_slopes).detach()
+        slopes = ops.slopes_of(alibi_slopes)
         result = _eager.kv_packed(q, kv, slopes, (*options, dropout, deterministic), return_attn_probs)
     else:
         rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, None, seed_offset)

@@ -101,9 +101,9 @@ def run(
         rest = (softcap, dropout_p, deterministic, return_lse, slopes, sinks, seed_offset)
         return _padded(lambda q, k, v, scale: run(q, k, v, left, right, scale, *rest), (q, k, v), head_dim, scale)
     if slopes is not None:
-        slopes = per_head(slopes).detach()
+        slopes = slopes_of(slopes)
     if sinks is not None:
-        sinks = per_head(sinks)
+        sinks = per_head(sinks, "sinks")
     if not _is_compiling() and _is_plain(q, k, v) and (sinks is None or _is_plain(sinks, sinks, sinks)):
         dropout = None if dropout_p == 0.0 else (dropout_p, *draw(q, seed_offset))
         options = (left, right, scale, softcap, dropout, deterministic)
@@ -115,12 +115,18 @@ def run(
     return (o, lse) if return_lse else o
 
 
-def per_head(x):
-    """Returns slopes or sinks as kernels take them, contiguous and in float32, to which gradients flow back."""
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        # An error of the native function.
-        return x
+def per_head(x, name):
+    """Returns slopes or sinks as kernels take them: in float32 and contiguous. Gradients flow back."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is {type(x)}; a torch.Tensor is needed")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is {x.dtype}; floating-point numbers are needed")
     return x.float().contiguous()
+
+
+def slopes_of(alibi_slopes):
+    """Returns the slopes of ALiBi as kernels take them, which have no gradient; None if there are none."""
+    return None if alibi_slopes is None else per_head(alibi_slopes, "alibi_slopes").detach()
 
 
 def piecewise(
@@ -167,8 +173,8 @@ def piecewise(
             head_dim,
             softmax_scale,
         )
-    slopes = None if alibi_slopes is None else per_head(alibi_slopes).detach()
-    sinks = None if sinks is None else per_head(sinks)
+    slopes = slopes_of(alibi_slopes)
+    sinks = None if sinks is None else per_head(sinks, "sinks")
     if not _is_compiling() and _is_plain(q1, k1, v) and _is_plain(q2, k2, v if sinks is None else sinks):
         dropout = None if dropout_p == 0.0 else (dropout_p, *draw(q1, seed_offset))
         options = (-1, right, softmax_scale, softcap, dropout, deterministic)
@@ -227,7 +233,7 @@ def total_attention(
             head_dim,
             softmax_scale,
         )
-    slopes = None if alibi_slopes is None else per_head(alibi_slopes).detach()
+    slopes = slopes_of(alibi_slopes)
     function = torch.ops.ferroflash.total_attention
     if not _is_compiling() and _is_plain(q, k, lse):
         function = _launch.total_attention
