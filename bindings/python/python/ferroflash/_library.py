@@ -55,9 +55,7 @@ def _or_empty(q, result):
     return q.new_empty((0,), dtype=torch.float32) if result is None else result
 
 
-def forward(
-    q, k, v, slopes, sinks, left, right, scale, softcap, dropout_p, seed_offset, deterministic, return_lse
-):
+def forward(q, k, v, slopes, sinks, left, right, scale, softcap, dropout_p, seed_offset, deterministic, return_lse):
     dropout = _dropout(dropout_p, seed_offset)
     o, lse = _launch.forward(q, k, v, None, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
     return o, _or_empty(q, lse)

@@ -1,7 +1,7 @@
 """Native functions, for the package's own use: `ferroflash.ops` has those for users.
 
-Tensors are (batch, seqlen, heads, head_dim). `slopes` are float32 (heads_q) or (batch, heads_q), and `sinks` float32
-(heads_q). A negative `left` or `right` is no bound, `scale` None is 1 / sqrt(head_dim), `softcap` None or 0 is no bound,
+Tensors are (batch, seqlen, heads, head_dim). `slopes` are float32 (heads_q) or (batch, heads_q), `sinks` float32
+(heads_q). A negative `left` or `right` is no bound, `scale` None is 1 / sqrt(head_dim), `softcap` None or 0 no bound,
 and `dropout` is (p, seed, offset). An integer as the result tells which inputs to copy first: bit i stands for input i
 of q, k, v, q2, k2, o, d_o.
 """
