@@ -139,7 +139,8 @@ impl AnyFeatures {
     }
     /// Returns the specialisation constants of a kernel for these features.
     pub fn constants(&self) -> Constants {
-        Constants::from_bits(self.mask.constants().bits() | self.score.constants().bits())
+        let dropout = self.dropout.map_or(Constants::NONE, |dropout| dropout.constants());
+        Constants::from_bits(self.mask.constants().bits() | self.score.constants().bits() | dropout.bits())
     }
 }
 

@@ -37,8 +37,15 @@
 
 pub mod mask;
 
-use super::philox::Philox;
-use crate::arch::bytes::select_bytes;
+#[cfg(not(target_arch = "nvptx64"))]
+use core::mem::offset_of;
+
+use super::philox::{Philox, Start};
+use crate::arch::bytes::{load_constant_16_bytes, select_bytes};
+use crate::arch::constant::Constant;
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::ground::constants::ConstantPlace;
+use crate::ground::constants::Constants;
 use crate::tile::lane::Lane;
 
 /// Number of Philox rounds, the same as FlashAttention's.
@@ -58,6 +65,10 @@ const TOP_BITS: u32 = 0x8080_8080;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
+    /// Address of two u64, seed and offset; read if they are not fixed.
+    seed_offset: u64,
+    /// Tells if seed and offset are read from there, or else are those of `philox` and `offset`.
+    from_memory: Constant<{ Constants::SEED }>,
     philox: Philox<ROUNDS>,
     /// Lower half of the offset.
     offset: u32,
@@ -81,6 +92,9 @@ pub struct Dropout {
 pub trait Drops: Copy {
     /// True if the kernel can drop elements.
     const DROPS: bool;
+    /// Places of its specialisation constants, from its own start.
+    #[cfg(not(target_arch = "nvptx64"))]
+    const CONSTANTS: &'static [ConstantPlace] = &[];
 }
 
 /// No dropout: every element is kept.
@@ -93,6 +107,9 @@ impl Drops for NoDropout {
 
 impl Drops for Dropout {
     const DROPS: bool = true;
+    #[cfg(not(target_arch = "nvptx64"))]
+    const CONSTANTS: &'static [ConstantPlace] =
+        &[ConstantPlace { bit: Constants::SEED, offset: offset_of!(Dropout, from_memory) as u32 }];
 }
 
 /// Orientation of a tile of P.
@@ -242,6 +259,8 @@ impl Dropout {
         let flipped = threshold >= 128;
         let bounds = [threshold, threshold + 1].map(|t| if flipped { 256 - t } else { t });
         Dropout {
+            seed_offset: 0,
+            from_memory: Constant::new(false),
             philox: Philox::with_tweak(seed, (offset >> 32) as u32),
             offset: offset as u32,
             fraction,
@@ -252,6 +271,25 @@ impl Dropout {
             scale: (1.0 / (1.0 - p as f64)) as f32,
             p,
         }
+    }
+
+    /// Returns the same dropout with seed and offset in memory, two u64. Kernels read them, after
+    /// [`Dropout::with_address`].
+    #[cfg(not(target_arch = "nvptx64"))]
+    pub fn from_memory(self) -> Self {
+        Dropout { from_memory: Constant::new(true), ..self }
+    }
+
+    /// Sets the address of seed and offset: that of 16 bytes, on the GPU a multiple of 16.
+    #[cfg(not(target_arch = "nvptx64"))]
+    pub fn with_address(self, seed_offset: u64) -> Self {
+        Dropout { seed_offset, ..self }
+    }
+
+    /// Returns the values of the specialisation constants.
+    #[cfg(not(target_arch = "nvptx64"))]
+    pub fn constants(&self) -> Constants {
+        Constants::NONE.with(Constants::SEED, self.from_memory.get())
     }
 
     /// Returns the probability that an element is kept.
@@ -271,11 +309,23 @@ impl Dropout {
         self.chosen(parity, self.bounds_f16x2)
     }
 
+    /// Makes the call of a counter, of which the offset is still missing.
+    #[inline(always)]
+    fn draw(&self, [i, j, head]: [u32; 3]) -> [u32; 4] {
+        let start = Start::new([i, head]);
+        if self.from_memory.get_for(j) {
+            // SAFETY: I5, the host has checked the array.
+            let [low, high, offset, tweak] = unsafe { load_constant_16_bytes(self.seed_offset) };
+            return Philox::<ROUNDS>::draw([low, high], tweak, &start, [j, offset]);
+        }
+        self.philox.from(&start, [j, self.offset])
+    }
+
     /// Makes the call that decides on the element of query `i` and key `j`, and on 31 others. `head` counts query heads
     /// over the batch.
     #[inline(always)]
     fn words(&self, head: u32, i: u32, j: u32) -> [u32; 4] {
-        self.philox.at([call(i, QUERIES), call(j, KEYS), head, self.offset])
+        self.draw([call(i, QUERIES), call(j, KEYS), head])
     }
 
     /// True if the element of query `i` and key `j` is kept, by the words of its call.
@@ -323,7 +373,7 @@ impl Dropout {
             // Calls are counted along rows and columns as lanes are. Eight lanes share two rows, which belong to one
             // call along their axis. The calls of these lanes are all that the two tiles have in those rows.
             let [i, j] = [at.row / 4 + lane.thread / 8, at.column / 8 + 8 * pair + lane.thread % 8];
-            return self.philox.at([i, j, at.head, self.offset]);
+            return self.draw([i, j, at.head]);
         }
         let row = at.row + lane.row(0);
         let column = at.column + QUERIES * (2 * pair + lane.row(0) % 2) + lane.column;

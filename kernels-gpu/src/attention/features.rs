@@ -52,7 +52,8 @@ impl<M: Mask, S: Score, R: Dropping> Features for Chosen<M, S, R> {
         };
         let mask = at(offset_of!(Self, mask), M::CONSTANTS);
         let score = at(offset_of!(Self, score), S::CONSTANTS);
-        mask.chain(score).collect()
+        let weights = at(offset_of!(Self, weights), R::CONSTANTS);
+        mask.chain(score).chain(weights).collect()
     }
     #[inline(always)]
     fn mask(&self) -> &M {

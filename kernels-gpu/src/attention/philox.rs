@@ -1,6 +1,8 @@
 //! Philox-4x32: random numbers from a counter and a key, with no state in between (Salmon, Moraes, Dror and Shaw,
 //! "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
+use crate::arch::bytes::wide_product;
+
 /// Multipliers, one for each half of the counter.
 const MULTIPLIERS: [u32; 2] = [0xd251_1f53, 0xcd9e_8d57];
 /// Difference between the keys of one round and the next.
@@ -37,26 +39,55 @@ impl<const ROUNDS: usize> Philox<ROUNDS> {
     /// Returns 128 random bits for a counter, lowest word first.
     #[inline(always)]
     pub fn at(&self, counter: [u32; 4]) -> [u32; 4] {
-        let mut x = counter;
-        for round in 0..ROUNDS {
-            let [key_0, key_1] = self.keys[round];
-            let [a, b] = [product(MULTIPLIERS[0], x[0]), product(MULTIPLIERS[1], x[2])];
-            x = [b.high ^ x[1] ^ key_0, b.low, a.high ^ x[3] ^ key_1, a.low];
+        self.from(&Start::new([counter[0], counter[2]]), [counter[1], counter[3]])
+    }
+
+    /// Returns what [`Philox::at`] returns, from the start for words 0 and 2 of the counter, and the other two.
+    #[inline(always)]
+    pub fn from(&self, start: &Start, others: [u32; 2]) -> [u32; 4] {
+        let mut x = start.joined(others, self.keys[0]);
+        for round in 1..ROUNDS {
+            x = next(x, self.keys[round]);
+        }
+        x
+    }
+
+    /// Returns what [`Philox::from`] returns, but for a key and a tweak. Computes the keys of the rounds.
+    #[inline(always)]
+    pub fn draw([low, high]: [u32; 2], tweak: u32, start: &Start, others: [u32; 2]) -> [u32; 4] {
+        let (mut x, mut key) = (start.joined(others, [low, high]), [low, high]);
+        for round in 1..ROUNDS as u32 {
+            key = [key[0].wrapping_add(KEY_STEPS[0]), key[1].wrapping_add(KEY_STEPS[1])];
+            x = next(x, [key[0] ^ round % 2 * tweak, key[1]]);
         }
         x
     }
 }
 
-/// Product of two words.
-struct Product {
-    low: u32,
-    high: u32,
+/// Products of the first round, which depend on words 0 and 2 of the counter alone.
+#[derive(Clone, Copy)]
+pub struct Start([[u32; 2]; 2]);
+
+impl Start {
+    #[inline(always)]
+    pub fn new([x_0, x_2]: [u32; 2]) -> Self {
+        let [a, b] = [MULTIPLIERS[0] as u64 * x_0 as u64, MULTIPLIERS[1] as u64 * x_2 as u64];
+        Start([[a as u32, (a >> 32) as u32], [b as u32, (b >> 32) as u32]])
+    }
+
+    /// Completes the first round.
+    #[inline(always)]
+    fn joined(&self, [x_1, x_3]: [u32; 2], [key_0, key_1]: [u32; 2]) -> [u32; 4] {
+        let Start([[a_low, a_high], [b_low, b_high]]) = *self;
+        [b_high ^ x_1 ^ key_0, b_low, a_high ^ x_3 ^ key_1, a_low]
+    }
 }
 
+/// Computes a round.
 #[inline(always)]
-fn product(a: u32, b: u32) -> Product {
-    let product = a as u64 * b as u64;
-    Product { low: product as u32, high: (product >> 32) as u32 }
+fn next(x: [u32; 4], [key_0, key_1]: [u32; 2]) -> [u32; 4] {
+    let (a, b) = (wide_product(MULTIPLIERS[0], x[0]), wide_product(MULTIPLIERS[1], x[2]));
+    [b.high ^ x[1] ^ key_0, b.low, a.high ^ x[3] ^ key_1, a.low]
 }
 
 #[cfg(test)]
