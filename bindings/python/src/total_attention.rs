@@ -39,8 +39,8 @@ pub fn total_attention(
     let lse = read_float32(torch, lse, "lse", [batch, heads, seqlen_q], LSE_DIMS, queries)?;
     let slopes = slopes.map(|slopes| read_slopes(torch, slopes, queries)).transpose()?;
     let settings = Settings { window: (left, right), scale, softcap, dropout: None, deterministic: false };
-    let mut kinds = InputKinds::default();
-    kinds.alibi = slopes.as_ref().map_or(Alibi::None, Slopes::kind);
+    let alibi = slopes.as_ref().map_or(Alibi::None, Slopes::kind);
+    let kinds = InputKinds { alibi, ..InputKinds::default() };
     let attention = settings.attention(queries, keys).for_inputs(kinds);
     let machine = queries.device.open(py, torch)?;
     let plan = PLANS.total_attention(&attention, machine.sm_count()).map_err(exception)?;
