@@ -31,8 +31,8 @@ use ferroflash::cases::Case;
 use ferroflash::cuda::Cuda;
 use ferroflash::reference::Rows;
 use ferroflash::{
-    Attention, Backend, Determinism, Dtype, Layout, Mask, Operand, OptionalInputs, Problem, RawBackward, RawForward,
-    RawTensor, bf16,
+    Alibi, Attention, Backend, Determinism, Dtype, Layout, Mask, Operand, OptionalInputs, Problem, RawBackward,
+    RawForward, RawTensor, Sinks, bf16,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use proptest::prelude::*;
@@ -136,6 +136,26 @@ fn main() {
         let name = format!("work tiles that store dQ, head dim {head_dim}");
         trials.push(test(&name, Box::new(move |cuda| first_tiles::backward(cuda, head_dim))));
     }
+    for (name, case) in common::shaping::named() {
+        for determinism in [Determinism::Fast, Determinism::Exact] {
+            let run = move |cuda: &Cuda| common::shaping::pass_all(cuda, &case, determinism);
+            trials.push(test(&format!("{name}, {determinism}"), Box::new(run)));
+        }
+    }
+    for case in common::shaping::named_piecewise() {
+        let run = move |cuda: &Cuda| common::shaping::pass_piecewise(cuda, &case, Determinism::Exact);
+        trials.push(test(&format!("shaped: {case}"), Box::new(run)));
+    }
+    for head_dim in [64, 128, 256] {
+        let case = Case { seed: 1, softcap: Some(10.0), ..Case::new(Problem { head_dim, ..BIG }, Mask::Causal) };
+        let case = Case { alibi: Alibi::PerHead, sinks: Sinks::PerHead, ..case };
+        let repeat = move |cuda: &Cuda| {
+            common::repeats_backward(cuda, &case, Determinism::Exact, 20);
+            common::repeats_backward(cuda, &case, Determinism::Fast, 20);
+        };
+        trials.push(test(&format!("20 repeats with softcap, ALiBi and sinks, head dim {head_dim}"), Box::new(repeat)));
+    }
+    trials.push(test("sinks are logits", Box::new(common::shaping::sinks_are_logits)));
     trials.extend(piecewise::tests().into_iter().map(|(name, run)| test(&name, run)));
     trials.extend(specialise::tests().into_iter().map(|(name, run)| test(name, run)));
     trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));
@@ -210,7 +230,7 @@ fn random_cases_backward(cuda: &Cuda) {
     let cases = std::env::var("FERROFLASH_GPU_CASES").ok().and_then(|n| n.parse().ok());
     for seed in 0..cases.unwrap_or(RANDOM_BACKWARD_CASES) {
         let determinism = if seed % 2 == 0 { Determinism::Fast } else { Determinism::Exact };
-        common::pass_backward(cuda, &Case::random(seed, 1e8), determinism);
+        common::pass_backward(cuda, &common::shaping::without_softcap(Case::random(seed, 1e8)), determinism);
     }
 }
 
@@ -233,7 +253,7 @@ fn random_dropout(cuda: &Cuda) {
         let case = Case::random_dropout(seed, 1e8);
         let determinism = if seed % 2 == 0 { Determinism::Fast } else { Determinism::Exact };
         common::pass(cuda, &case);
-        common::pass_backward(cuda, &case, determinism);
+        common::pass_backward(cuda, &common::shaping::without_softcap(case), determinism);
     }
 }
 

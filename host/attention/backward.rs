@@ -89,8 +89,8 @@ impl Attention {
     /// caller's.
     ///
     /// `dq` is (batch, heads_q, seqlen_q, head_dim), `dk` and `dv` are (batch, heads_kv, seqlen_k, head_dim). Each may
-    /// have any stride order, but no two rows may share memory. `d_sinks` is (heads_q). Memory between rows is not written. See
-    /// [`Attention::backward`] for the formulas.
+    /// have any stride order, but no two rows may share memory. `d_sinks` is (heads_q). Memory between rows is not
+    /// written. See [`Attention::backward`] for the formulas.
     ///
     /// # Errors
     /// Errors of [`Attention::backward`], and every error that names an output. Unless the error comes from running,

@@ -233,8 +233,8 @@ impl Attention {
     /// [`Attention::forward_with`] for the inputs.
     ///
     /// # Errors
-    /// Errors of [`Attention::forward_with`], and every error that names `o` or `lse`. Unless the error comes from running,
-    /// nothing was written.
+    /// Errors of [`Attention::forward_with`], and every error that names `o` or `lse`. Unless the error comes from
+    /// running, nothing was written.
     pub fn forward_into<B: Backend, E: Element>(
         &self,
         backend: &B,

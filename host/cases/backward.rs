@@ -23,6 +23,9 @@ use crate::tensor::Tensor;
 /// Changes the seed, so that the gradients of a case are other numbers than its inputs.
 const GRADIENT_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// Gradients in the host's memory.
+type Downloaded<E> = PiecewiseGradients<Vec<E>, Vec<f32>>;
+
 /// Inputs of a case's backward pass, each tensor in the case's layout.
 #[derive(Clone, Debug)]
 pub struct BackwardData<E, const INPUTS: usize = 3> {
@@ -218,7 +221,7 @@ impl Case {
         inputs: Inputs<'_, E>,
         data: &BackwardData<E, INPUTS>,
         determinism: Determinism,
-    ) -> Result<(PiecewiseGradients<Vec<E>, Vec<f32>>, bool)> {
+    ) -> Result<(Downloaded<E>, bool)> {
         let shaping = self.shaping();
         let uploaded = inputs.backward(data, shaping.inputs()).visit(&mut Upload::new(backend, self))?;
         let BackwardTensors { q, k, second, v, o, d_o, lse, d_lse, optional, dq, dk, dv, d_sinks, .. } = uploaded;

@@ -153,9 +153,9 @@ impl RawBackward {
     /// each other or with an input.
     ///
     /// # Errors
-    /// [`Error::OptionalInput`], [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
-    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::WorkspaceTooSmall`], [`Error::OutputAliasesItself`],
-    /// [`Error::Overlap`].
+    /// [`Error::OptionalInput`], [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`],
+    /// [`Error::SpanTooLarge`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::WorkspaceTooSmall`],
+    /// [`Error::OutputAliasesItself`], [`Error::Overlap`].
     pub fn validate(&self, plan: &BackwardPlan) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Device);
         self.lower(plan, plan.problem().dtype, &mut check)?;

@@ -83,8 +83,9 @@ impl RawForward {
     /// strides, alignment. Outputs must not share memory with themselves or with another tensor.
     ///
     /// # Errors
-    /// [`Error::OptionalInput`], [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
-    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::OutputAliasesItself`], [`Error::Overlap`].
+    /// [`Error::OptionalInput`], [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`],
+    /// [`Error::SpanTooLarge`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::OutputAliasesItself`],
+    /// [`Error::Overlap`].
     pub fn validate(&self, plan: &Plan) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Device);
         self.lower(plan, plan.problem().dtype, &mut check)?;

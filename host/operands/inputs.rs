@@ -139,7 +139,7 @@ macro_rules! optional_inputs {
 ///
 /// let attention = Attention::new(problem).mask(Mask::Causal);
 /// let (slopes, sinks) = ([0.5, 0.25, 0.125, 0.0625], [1.0, 0.0, -1.0, 2.0]);
-/// let out = attention.forward_with(&Cpu, Inputs::new(q, kv, kv).slopes(&slopes).sinks(&sinks))?;
+/// let out = attention.forward_with(&Cpu, Inputs::new(q, kv, kv).slopes(&slopes[..]).sinks(&sinks[..]))?;
 /// assert_eq!(out.o.len(), 4 * 50 * 64); // (batch, heads_q, seqlen_q, head_dim)
 /// # Ok::<(), ferroflash::Error>(())
 /// ```

@@ -79,8 +79,8 @@ impl RawTotalAttention {
     /// strides, alignment. The result must not share memory with an input.
     ///
     /// # Errors
-    /// [`Error::OptionalInput`], [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`], [`Error::SpanTooLarge`],
-    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
+    /// [`Error::OptionalInput`], [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`],
+    /// [`Error::SpanTooLarge`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn validate(&self, plan: &TotalPlan) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Device);
         self.lower(plan, plan.problem().dtype, &mut check)?;

@@ -70,8 +70,9 @@ impl BackwardPlan {
     /// those of the forward pass.
     ///
     /// # Errors
-    /// Errors of [`Plan::forward`](super::Plan::forward); [`Error::TooLarge`] for more than 2³¹ query rows of all heads and pairs, each head's rounded up to 128, for 2³⁰ query
-    /// blocks or more of one CTA, counted as if there was no mask, or for an `sm_count` above 2²⁰.
+    /// Errors of [`Plan::forward`](super::Plan::forward); [`Error::TooLarge`] for more than 2³¹ query rows of all heads
+    /// and pairs, each head's rounded up to 128, for 2³⁰ query blocks or more of one CTA, counted as if there was no
+    /// mask, or for an `sm_count` above 2²⁰.
     pub fn new(problem: &Problem, options: &Options, determinism: Determinism, sm_count: u32) -> Result<BackwardPlan> {
         let settings = Settings::new(problem, options)?;
         let dist_threshold = options.dist_threshold;

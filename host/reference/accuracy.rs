@@ -78,7 +78,8 @@ impl GradientAccuracy {
     /// Otherwise `cancelled` is 1.
     ///
     /// The gradient of a sink is a sum in f32 over all rows of a head, in an order of the machine's own. Its 10⁻⁵ count
-    /// in units of the sum of the terms' absolute values, which bounds the rounding of a sum, or of 1 if that is larger.
+    /// in units of the sum of the terms' absolute values, which bounds the rounding of a sum, or of 1 if that is
+    /// larger.
     pub fn of(found: &Backward, plain: &Backward, exact: &Backward, cancelled: f64) -> Self {
         let compare = |of: fn(&Backward) -> &[f64], slack| Accuracy::compare(of(found), of(plain), of(exact), slack);
         let slack = SLACK * cancelled.max(1.0);

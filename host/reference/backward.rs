@@ -4,8 +4,8 @@
 //! With S = scale·Q·Kᵀ and P = softmax(S + mask): dV = Pᵀ·dO, dP = dO·Vᵀ, δᵢ = Σⱼ Pᵢⱼ·dPᵢⱼ − dLSEᵢ, dS = P∘(dP − δ), dQ
 //! = scale·dS·K and dK = scale·dSᵀ·Q (FlashAttention-2, arXiv 2307.08691, section 2.2). dLSE enters because ∂LSEᵢ/∂Sᵢⱼ
 //! = Pᵢⱼ. With softcap, dSᵢⱼ is multiplied by 1 − (Sᵢⱼ / cap)², where S is without ALiBi. A sink is the score of a key
-//! without a value, so its gradient is −Σᵢ exp(sink − LSEᵢ)·δᵢ. With dropout, dV = (P∘Z)ᵀ·dO and dP = (dO·Vᵀ)∘Z, where Z is 0 or 1 / (1 − p). If scores come from two pairs
-//! of Q and K, each dSᵢⱼ goes to the pair that Sᵢⱼ came from.
+//! without a value, so its gradient is −Σᵢ exp(sink − LSEᵢ)·δᵢ. With dropout, dV = (P∘Z)ᵀ·dO and dP = (dO·Vᵀ)∘Z, where
+//! Z is 0 or 1 / (1 − p). If scores come from two pairs of Q and K, each dSᵢⱼ goes to the pair that Sᵢⱼ came from.
 
 use std::ops::Range;
 

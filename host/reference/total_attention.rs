@@ -32,8 +32,8 @@ pub fn total_f64<E: Element>(
 }
 
 /// Computes the same sums in the precision of a kernel, without its tiles. Products of 16-bit inputs, softcap, ALiBi, P
-/// = exp(s − LSE) and its sums are f32. `lse` is the LSE that a kernel is given: (batch, heads_q, seqlen_q), contiguous;
-/// it has the sinks.
+/// = exp(s − LSE) and its sums are f32. `lse` is the LSE that a kernel is given: (batch, heads_q, seqlen_q),
+/// contiguous; it has the sinks.
 ///
 /// # Errors
 /// Errors of [`total_f64`]; [`Error::LseLength`].

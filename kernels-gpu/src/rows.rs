@@ -118,7 +118,7 @@ macro_rules! backward_rows {
             // With softcap or ALiBi, blocks of 128 queries lack registers.
             d64_scored: {
                 family: "backward", features: Scored, head_dim: 64, block_m: 64, block_n: 128, split: Keys,
-                k_stages: 1, prebuilt: OPEN,
+                k_stages: 1, prebuilt: SCORED,
             }
             d128: {
                 family: "backward", features: Scored, head_dim: 128, block_m: 64, block_n: 128, split: Keys,

@@ -107,6 +107,9 @@ mod prebuilt {
     const RIGHT: Form = Form::of(Constants::NONE.with(Constants::RIGHT, true));
     /// Any window, and nothing else.
     const WINDOW: Form = PLAIN.opening(Constants::LEFT).opening(Constants::RIGHT);
+    /// Softcap, without a mask and with the causal mask.
+    const CAP: Form = PLAIN.closing(Constants::CAP, true);
+    const CAP_AND_RIGHT: Form = RIGHT.closing(Constants::CAP, true);
     /// Everything but softcap. If both outcomes of softcap were in one form, registers would spill.
     const UNCAPPED: Form = WINDOW.opening(Constants::ALIBI).opening(Constants::SEED);
     /// Everything, with softcap.
@@ -116,10 +119,12 @@ mod prebuilt {
     pub const FULL_AND_CAUSAL: &[Form] = &[PLAIN, RIGHT, WINDOW];
     pub const FULL: &[Form] = &[PLAIN];
     pub const CAUSAL: &[Form] = &[RIGHT, WINDOW];
-    /// All of these, and softcap and ALiBi.
-    pub const ALL: &[Form] = &[PLAIN, RIGHT, WINDOW, UNCAPPED, CAPPED];
-    /// The same without a form for windows alone.
+    /// All of these, softcap in the same way, and everything else.
+    pub const ALL: &[Form] = &[PLAIN, RIGHT, WINDOW, CAP, CAP_AND_RIGHT, UNCAPPED, CAPPED];
+    /// The same without a form for windows alone, and without those for softcap.
     pub const MOST: &[Form] = &[PLAIN, RIGHT, UNCAPPED, CAPPED];
+    /// What another row has not: softcap and ALiBi.
+    pub const SCORED: &[Form] = &[CAP, CAP_AND_RIGHT, UNCAPPED, CAPPED];
     /// Everything, up to 4 % slower than what is benchmarked.
     pub const OPEN: &[Form] = &[UNCAPPED, CAPPED];
 }

@@ -7,6 +7,7 @@ use ferroflash::reference::Rows;
 use ferroflash::{Backend, Determinism, Dtype, Element, Mask, Problem, bf16, f16};
 
 pub mod dropout;
+pub mod shaping;
 
 /// Returns (name, case): the shapes that are easy to get wrong in attention kernels.
 pub fn named() -> Vec<(&'static str, Case)> {
@@ -104,14 +105,16 @@ pub fn pass_backward<B: Backend>(backend: &B, case: &Case, determinism: Determin
 /// dK and dV.
 pub fn repeats_backward<B: Backend>(backend: &B, case: &Case, determinism: Determinism, runs: usize) {
     let data: BackwardData<bf16> = case.backward_data(backend).unwrap();
-    let bits = || case.gradients(backend, &data, determinism).unwrap().bits();
+    let run = || case.gradients(backend, &data, determinism).unwrap();
     let same_from = match determinism {
         Determinism::Fast => 1,
         Determinism::Exact => 0,
     };
-    let first = bits();
-    for run in 1..runs {
-        assert!(bits()[same_from..] == first[same_from..], "{case}: run {run} differs");
+    let first = run();
+    for index in 1..runs {
+        let found = run();
+        assert!(found.bits()[same_from..] == first.bits()[same_from..], "{case}: run {index} differs");
+        assert!(found.sink_bits() == first.sink_bits(), "{case}: dSinks of run {index} differs");
     }
 }
 

@@ -22,8 +22,8 @@ impl Cpu {
     ///
     /// # Safety
     /// Until the call returns, the addresses are valid for the whole span of their layouts, as initialised elements of
-    /// the plan's dtype, or f32 for the LSE, slopes and sinks. They have exposed provenance, as pointers from outside Rust have. Nothing else writes
-    /// the inputs or accesses O and the LSE.
+    /// the plan's dtype, or f32 for the LSE, slopes and sinks. They have exposed provenance, as pointers from outside
+    /// Rust have. Nothing else writes the inputs or accesses O and the LSE.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Host);
         args.lower(plan, plan.problem().dtype, &mut check)?;
@@ -40,8 +40,8 @@ impl Cpu {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); [`Error::KernelFault`](crate::Error::KernelFault).
     ///
     /// # Safety
-    /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes, sinks and gradients of LSE and sinks. Nothing else writes the inputs or accesses the
-    /// outputs.
+    /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes, sinks and gradients of LSE and sinks. Nothing else writes
+    /// the inputs or accesses the outputs.
     pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward) -> Result<()> {
         let plan = &backward::replan(plan)?;
         let mut check = Check::new(plan.problem(), AddressSpace::Host);
@@ -57,8 +57,8 @@ impl Cpu {
     /// Errors of [`Cpu::forward_raw`].
     ///
     /// # Safety
-    /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes and the result. Nothing else writes the inputs or accesses the
-    /// result.
+    /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes and the result. Nothing else writes the inputs or accesses
+    /// the result.
     pub unsafe fn total_attention_raw(&self, plan: &TotalPlan, args: &RawTotalAttention) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Host);
         args.lower(plan, plan.problem().dtype, &mut check)?;

@@ -31,8 +31,8 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for the whole span of their layouts: elements
-    /// of the plan's dtype, and f32 for the LSE, slopes and the result. Nothing else writes the inputs or accesses the result.
-    /// `stream` is a stream of this device's primary context, or null.
+    /// of the plan's dtype, and f32 for the LSE, slopes and the result. Nothing else writes the inputs or accesses the
+    /// result. `stream` is a stream of this device's primary context, or null.
     pub unsafe fn total_attention_raw(
         &self,
         plan: &TotalPlan,

@@ -243,7 +243,7 @@ pub trait BackwardWarpgroup: Warpgroup {
     ) -> Pending<Self::Acc<D8>>;
     /// Writes the query block's P, times `by` if that is something, to shared memory, for the warpgroup that accumulates
     /// dK. Waits first until that warpgroup has read the P before it.
-    fn pass_weights<const M8: usize>(&mut self, p: &Self::Acc<M8>, by: Option<&Self::Operand<M8>>, slot: Self::Slot);
+    fn pass_weights<const M8: usize>(&mut self, p: &Self::Acc<M8>, by: Option<&Self::Acc<M8>>, slot: Self::Slot);
     /// Waits for the query block's P in shared memory and reads it.
     fn take_weights<const M8: usize>(&mut self, slot: Self::Slot) -> Self::Acc<M8>;
     /// Accumulates dS·K into dQ of the query block, at once (`cpu`) or by another warpgroup (`sm90`). In the second

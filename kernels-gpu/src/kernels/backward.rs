@@ -309,7 +309,7 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
 
     /// True if scores have a curve.
     #[inline(always)]
-    fn is_curved(&self) -> bool {
+    pub fn is_curved(&self) -> bool {
         self.p.features.score().is_curved()
     }
 
@@ -330,7 +330,7 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
         &self,
         wg: &W,
         s: &mut W::Acc<M8>,
-    ) -> Option<W::Operand<M8>> {
+    ) -> Option<W::Acc<M8>> {
         if !self.is_curved() {
             return None;
         }
@@ -338,8 +338,7 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
         wg.compute(s);
         let mut derivative = *s;
         wg.map_rows(&mut derivative, wg.rows(0.0), |x, _| F::Score::derivative::<W>(x));
-        let derivative = wg.pack(&derivative);
-        wg.compute(s);
+        wg.compute(&mut derivative);
         Some(derivative)
     }
 }

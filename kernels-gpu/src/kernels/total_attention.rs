@@ -81,7 +81,7 @@ impl<W: TotalWarpgroup, F: Features> Mainloop<'_, W, F> {
         let key = tile.first_key + wg.own_keys().first_key;
         let place = ScorePlace { pair: 0, row: m_block * 8 * M8 as u32, key };
         let of_head = score.of_head(wg, tile.keys.batch, tile.keys.head);
-        let distances = Distances::of_keys(&of, mask, place.row, place.key, 8 * M8 as u32);
+        let distances = Distances::of_keys(&of, mask, place.row, place.key, 8 * M8 as u32).one_by_one();
         score.curve(wg, &mut s);
         if let Some(missing) = score.bias(wg, &mut s, of_head, &distances) {
             wg.map_rows(&mut s, missing, |s, missing| s + missing);

@@ -106,7 +106,7 @@ macro_rules! total_table {
             consumers: $consumers,
             block_m: $block_m,
             stages: $stages,
-            prebuilt: prebuilt::ALL,
+            prebuilt: prebuilt::MOST,
             #[cfg(feature = "cpu")]
             run: crate::arch::cpu::total_attention::<{ $head_dim / 8 }, { $block_m / 8 }>,
         }

@@ -15,7 +15,8 @@ const SUMS: usize = ROW_KERNEL_THREADS as usize;
 ///
 /// # Safety
 /// `p` describes sinks that are valid for reading, a gradient that is valid for writing and whose element of this head
-/// nothing else accesses, and a workspace that [`prepare`](super::prepare) has filled for this head of every batch item.
+/// nothing else accesses, and a workspace that [`prepare`](super::prepare) has filled for this head of every batch
+/// item.
 pub unsafe fn sink_gradient(p: &SinkGradientParams, head: u32) {
     let mut sums = [0.0; SUMS];
     // SAFETY: the caller's promise.

@@ -103,7 +103,7 @@ impl<P> Warpgroup for CpuWarpgroup<P> {
         let factor = factor * tanh::Polynomial::SCALE;
         let factors = [factor; ROWS];
         elementwise::map_rows(self.live(x), 8 * N8, 0..8 * N8, &factors, |x, factor| {
-            tanh::exact(x * factor, Self::exp2, Self::recip)
+            tanh::exact(x * factor, Self::exp2, Self::recip, Self::fma)
         });
     }
     #[inline(never)]

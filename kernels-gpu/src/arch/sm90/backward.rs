@@ -132,13 +132,6 @@ impl<const M8: usize> Columns<M8> {
     }
 }
 
-/// Returns the elements of an n8 column group times those of an operand.
-#[inline(always)]
-fn multiplied<E: Packed>(x: [f32; 4], by: [u32; 2]) -> [f32; 4] {
-    let [[a, b], [c, d]] = by.map(E::unpack);
-    [x[0] * a, x[1] * b, x[2] * c, x[3] * d]
-}
-
 impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     /// Ordinal of the query block, counted from the first, with the top two bits of [`BackwardPipe::count`]. Slots of
     /// the rings and phase parities follow from it.
@@ -270,7 +263,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
 
     #[inline(always)]
-    fn pass_weights<const M8: usize>(&mut self, p: &Fragment<M8>, by: Option<&Operand<M8>>, ordinal: u32) {
+    fn pass_weights<const M8: usize>(&mut self, p: &Fragment<M8>, by: Option<&Fragment<M8>>, ordinal: u32) {
         let smem = self.pipe.smem;
         // SAFETY: I1, the barriers are initialised. Each thread overwrites only what one thread of the other warpgroup
         // has read (the empty barrier), and that thread alone reads it next.
@@ -278,7 +271,7 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
             Mbarrier(self.base() + smem.weights_empty()).wait(ordinal & 1 ^ 1);
             for (group, p) in p.0.iter().enumerate() {
                 let p = match by {
-                    Some(by) => multiplied::<E>(*p, by.0[group]),
+                    Some(by) => core::array::from_fn(|i| p[i] * by.0[group][i]),
                     None => *p,
                 };
                 store_shared_16_bytes(self.weights(group), p.map(f32::to_bits));

@@ -4,10 +4,13 @@ use super::fragment::{Fragment, Rows};
 use super::math;
 use crate::attention::tanh::{Polynomial, exact};
 
+/// Number of n8 column groups whose polynomials are evaluated together: 16 independent chains for each thread.
+const TOGETHER: usize = 4;
+
 /// Replaces every element x by tanh(factor·x).
 ///
-/// Most scores are small compared with the cap. If all of a warp's are, a polynomial does, which takes no time of the
-/// SFU. Otherwise the warp takes two operations of the SFU for each element.
+/// Most scores are small compared with the cap. If all of a warp's are below half of it, a polynomial does, which takes
+/// no time of the SFU. Otherwise the warp takes two operations of the SFU for each element.
 #[inline(always)]
 pub fn tanh<const N8: usize>(x: &mut Fragment<N8>, factor: f32) {
     let argument = factor * Polynomial::SCALE;
@@ -18,12 +21,12 @@ pub fn tanh<const N8: usize>(x: &mut Fragment<N8>, factor: f32) {
     }
     if math::any(bits & Polynomial::OUTSIDE != 0) {
         for x in x.0.as_flattened_mut() {
-            *x = exact(*x, math::exp2, math::recip);
+            *x = exact(*x, math::exp2, math::recip, math::fma);
         }
     } else {
-        for x in x.0.as_flattened_mut() {
-            *x = Polynomial::at(*x, math::fma);
-        }
+        let (many, rest) = x.0.as_flattened_mut().as_chunks_mut::<{ 4 * TOGETHER }>();
+        many.iter_mut().for_each(|x| Polynomial::map(x, math::fma));
+        rest.as_chunks_mut::<4>().0.iter_mut().for_each(|x| Polynomial::map(x, math::fma));
     }
 }
 
