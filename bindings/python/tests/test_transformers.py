@@ -182,9 +182,10 @@ def test_other_masks_are_right(case, device, monkeypatch):
     assert len(calls) == (6 if case == "cached chunk" else 0)
 
 
-def test_compiled_models_are_right(device):
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_compiled_models_are_right(kind, device):
     """Without a graph break. Their masks are tensors, so torch computes the attention."""
-    model = build("llama", "ferroflash", device)
+    model = build(kind, "ferroflash", device)
     ids = tokens(device)
     expected = model(ids, labels=ids).loss
     loss = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, labels=ids, use_cache=False).loss

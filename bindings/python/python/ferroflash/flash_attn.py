@@ -66,9 +66,9 @@ def flash_attn_func(
     """
     left, right = window_size
     right = 0 if causal else right
-    options = (left, right, softmax_scale, softcap)
     if not return_attn_probs:
-        return _run(q, k, v, *options, dropout_p, deterministic, False, alibi_slopes)
+        return _run(q, k, v, left, right, softmax_scale, softcap, dropout_p, deterministic, False, alibi_slopes)
+    options = (left, right, softmax_scale, softcap)
     seed_offset = _seed_offset(q, dropout_p, True)
     result = _run(q, k, v, *options, dropout_p, deterministic, True, alibi_slopes, None, seed_offset)
     return _with_probs(result, q, k, *options, alibi_slopes, dropout_p, seed_offset)
