@@ -1,22 +1,24 @@
 //! The backward pass of torch tensors, with one pair of queries and keys or two.
 
-use ferroflash::{BackwardPair, OptionalInputs, Pair, Piecewise, RawBackward};
+use ferroflash::{BackwardPair, Pair, Piecewise, RawBackward};
 use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction, types::PyTuple};
 
 use crate::{
     error::{exception, is_layout},
     forward::{Inputs, Second, allocate, refused},
     machine::PLANS,
+    optional,
     settings::Settings,
-    tensor::{Tensor, address, read_float32},
+    tensor::{LSE_DIMS, Tensor, address, read_float32},
     torch::Torch,
 };
 
 /// Names of the gradients, in the order of [`Inputs::iter`].
 const GRADIENTS: [&str; 5] = ["dq", "dk", "dv", "dq2", "dk2"];
 
-/// Returns the gradients (dQ, dK, dV), with a second pair also dQ2 and dK2, or an integer whose bit i tells that input
-/// i (q, k, v, q2, k2, then o and d_o) has to be copied first. `gradients` are tensors to write; `None` allocates them.
+/// Returns the gradients (dQ, dK, dV), with a second pair also dQ2 and dK2, and with sinks also theirs as the last; or
+/// an integer whose bit i tells that input i (q, k, v, q2, k2, then o and d_o) has to be copied first. `gradients` are
+/// tensors to write; `None` allocates them.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "a call with a few positional arguments is the fastest there is")]
 pub fn backward(
@@ -25,6 +27,8 @@ pub fn backward(
     k: &Bound<'_, PyAny>,
     v: &Bound<'_, PyAny>,
     second: Option<Second<'_>>,
+    slopes: Option<&Bound<'_, PyAny>>,
+    sinks: Option<&Bound<'_, PyAny>>,
     o: &Bound<'_, PyAny>,
     lse: &Bound<'_, PyAny>,
     d_o: &Bound<'_, PyAny>,
@@ -33,6 +37,7 @@ pub fn backward(
     left: i64,
     right: i64,
     scale: Option<f32>,
+    softcap: Option<f32>,
     dropout: Option<(f32, u64, u64)>,
     deterministic: bool,
 ) -> PyResult<Py<PyAny>> {
@@ -48,12 +53,13 @@ pub fn backward(
         return all().into_py_any(py);
     }
     let [batch, heads, seqlen, _] = inputs.q.raw.layout.shape;
-    let line = |object, name| read_float32(torch, object, name, [batch, heads, seqlen], &inputs.q);
+    let line = |object, name| read_float32(torch, object, name, [batch, heads, seqlen], LSE_DIMS, &inputs.q);
     let lse = line(lse, "lse")?;
     let d_lse = d_lse.map(|d_lse| line(d_lse, "d_lse")).transpose()?;
 
-    let settings = Settings { window: (left, right), scale, dropout, deterministic };
-    let attention = settings.attention(&inputs.q, &inputs.k);
+    let optional = optional::read(torch, slopes, sinks, &inputs.q)?;
+    let settings = Settings { window: (left, right), scale, softcap, dropout, deterministic };
+    let attention = settings.attention(&inputs.q, &inputs.k).for_inputs(optional.kinds());
     let machine = inputs.q.device.open(py, torch)?;
     let plan = match &second {
         None => PLANS.backward(&attention, machine.sm_count()),
@@ -78,6 +84,7 @@ pub fn backward(
             }
         })
         .collect::<PyResult<_>>()?;
+    let d_sinks = sinks.map(|_| torch.empty_float32(q, [heads])).transpose()?;
     // The CPU allocates its own.
     let workspace = match machine.takes_workspace() && plan.workspace_bytes() > 0 {
         true => Some(torch.empty_bytes(q, plan.workspace_bytes())?),
@@ -92,7 +99,7 @@ pub fn backward(
             inputs: Pair { q: pair.q.raw, k: pair.k.raw },
             gradients: Pair { q: raw(3), k: raw(4) },
         }),
-        optional: OptionalInputs::NONE,
+        optional,
         o: results[0].raw,
         d_o: results[1].raw,
         lse,
@@ -100,12 +107,15 @@ pub fn backward(
         dq: raw(0),
         dk: raw(1),
         dv: raw(2),
-        d_sinks: None,
+        d_sinks: d_sinks.as_ref().map(address).transpose()?,
         workspace: workspace.as_ref().map(address).transpose()?.unwrap_or(0),
         workspace_bytes: plan.workspace_bytes(),
     };
     match machine.backward(py, &plan, &args) {
-        Ok(()) => PyTuple::new(py, outputs.into_iter().map(|(object, _)| object))?.into_py_any(py),
+        Ok(()) => {
+            let gradients: Vec<_> = outputs.into_iter().map(|(object, _)| object).chain(d_sinks).collect();
+            PyTuple::new(py, gradients)?.into_py_any(py)
+        }
         Err(error) => match all() {
             bits if bits != 0 && is_layout(&error) => bits.into_py_any(py),
             _ => Err(exception(error)),

@@ -1,11 +1,12 @@
 //! The forward pass of torch tensors, with one pair of queries and keys or two.
 
-use ferroflash::{Attention, OptionalInputs, Pair, Piecewise, RawForward};
+use ferroflash::{Attention, Pair, Piecewise, RawForward};
 use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction};
 
 use crate::{
     error::{exception, is_layout},
     machine::PLANS,
+    optional,
     settings::Settings,
     tensor::{Tensor, address},
     torch::Torch,
@@ -78,9 +79,12 @@ pub fn forward(
     k: &Bound<'_, PyAny>,
     v: &Bound<'_, PyAny>,
     second: Option<Second<'_>>,
+    slopes: Option<&Bound<'_, PyAny>>,
+    sinks: Option<&Bound<'_, PyAny>>,
     left: i64,
     right: i64,
     scale: Option<f32>,
+    softcap: Option<f32>,
     dropout: Option<(f32, u64, u64)>,
     return_lse: bool,
 ) -> PyResult<Py<PyAny>> {
@@ -89,8 +93,9 @@ pub fn forward(
     if !inputs.iter().all(Tensor::is_packed) {
         return refused(inputs.iter()).into_py_any(py);
     }
-    let settings = Settings { window: (left, right), scale, dropout, deterministic: false };
-    let attention: Attention = settings.attention(&inputs.q, &inputs.k);
+    let optional = optional::read(torch, slopes, sinks, &inputs.q)?;
+    let settings = Settings { window: (left, right), scale, softcap, dropout, deterministic: false };
+    let attention: Attention = settings.attention(&inputs.q, &inputs.k).for_inputs(optional.kinds());
     let machine = inputs.q.device.open(py, torch)?;
     let plan = match &second {
         None => PLANS.forward(&attention, machine.sm_count()),
@@ -110,7 +115,7 @@ pub fn forward(
         k: inputs.k.raw,
         v: inputs.v.raw,
         second: inputs.second.as_ref().map(|pair| Pair { q: pair.q.raw, k: pair.k.raw }),
-        optional: OptionalInputs::NONE,
+        optional,
         o: raw_o.raw,
         lse: lse.as_ref().map(address).transpose()?,
     };

@@ -1,7 +1,8 @@
 //! A GPU, for builds with the feature `cuda`.
 
 use ferroflash::{
-    BackwardPlan, Cuda, Plan, RawBackward, RawForward, RawTotalAttention, Result, TotalPlan, cuda::KERNELS,
+    BackwardPlan, Cuda, Dropout, Plan, Problem, RawBackward, RawForward, RawTotalAttention, Result, TotalPlan,
+    cuda::KERNELS,
 };
 
 /// A GPU that stays open until the process ends.
@@ -39,6 +40,13 @@ impl Gpu {
     pub unsafe fn total_attention(self, plan: &TotalPlan, args: &RawTotalAttention, stream: usize) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.0.total_attention_raw(plan, args, stream as *mut _) }
+    }
+
+    /// # Safety
+    /// The requirements of [`Cuda::dropout_mask_raw`].
+    pub unsafe fn dropout_mask(self, problem: &Problem, dropout: &Dropout, kept: u64, stream: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.dropout_mask_raw(problem, dropout, kept, stream as *mut _) }
     }
 }
 

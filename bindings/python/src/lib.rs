@@ -14,6 +14,7 @@ mod forward;
 #[cfg_attr(not(feature = "cuda"), path = "no_gpu.rs")]
 mod gpu;
 mod machine;
+mod optional;
 mod settings;
 mod tensor;
 mod torch;
@@ -33,7 +34,7 @@ mod _native {
         backward::backward,
         forward::forward,
         machine::{device_count, kernel_count},
-        settings::{dropout_mask, dropout_probability},
+        settings::dropout_mask,
         total_attention::total_attention,
     };
 }

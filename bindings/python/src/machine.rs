@@ -1,6 +1,9 @@
 //! The machine that a call runs on: the CPU, or a GPU on a stream of torch's.
 
-use ferroflash::{BackwardPlan, Cpu, Error, Plan, Plans, RawBackward, RawForward, RawTotalAttention, TotalPlan};
+use ferroflash::{
+    BackwardPlan, Cpu, Dropout, Error, Plan, Plans, Problem, RawBackward, RawForward, RawTotalAttention, TotalPlan,
+    dropout_mask_into,
+};
 use pyo3::{Bound, PyAny, PyResult, Python, exceptions::PyValueError, intern, pyfunction, types::PyAnyMethods};
 
 use crate::{
@@ -127,6 +130,36 @@ impl Machine {
             Machine::Cpu => unsafe { Cpu.total_attention_raw(plan, args) },
             // SAFETY: see the `impl` block.
             Machine::Cuda { gpu, stream } => unsafe { gpu.total_attention(plan, args, stream) },
+        })
+    }
+
+    /// Writes a dropout mask of `elements` bytes without the interpreter's lock.
+    ///
+    /// # Errors
+    /// Errors of [`dropout_mask_into`].
+    pub fn dropout_mask(
+        self,
+        py: Python<'_>,
+        problem: &Problem,
+        dropout: &Dropout,
+        kept: u64,
+        elements: usize,
+    ) -> Result<(), Error> {
+        let Problem { batch, heads_q, seqlen_q, seqlen_k, .. } = *problem;
+        let expected =
+            [batch, heads_q, seqlen_q, seqlen_k].iter().fold(1, |len: u128, &n| len.saturating_mul(n as u128));
+        if elements as u128 != expected {
+            return Err(Error::MaskLength { len: elements, expected });
+        }
+        py.detach(|| match self {
+            Machine::Cpu if elements == 0 => dropout_mask_into(&Cpu, problem, dropout, &mut []),
+            Machine::Cpu => {
+                // SAFETY: see the `impl` block. The tensor has as many bytes.
+                let kept = unsafe { std::slice::from_raw_parts_mut(kept as *mut u8, elements) };
+                dropout_mask_into(&Cpu, problem, dropout, kept)
+            }
+            // SAFETY: see the `impl` block. The tensor has the mask's number of bytes.
+            Machine::Cuda { gpu, stream } => unsafe { gpu.dropout_mask(problem, dropout, kept, stream) },
         })
     }
 }

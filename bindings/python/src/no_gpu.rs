@@ -1,6 +1,8 @@
 //! Stand-in for [`gpu`](crate::gpu) in builds without the feature `cuda`: there is no GPU to open.
 
-use ferroflash::{BackwardPlan, Error, Plan, RawBackward, RawForward, RawTotalAttention, Result, TotalPlan};
+use ferroflash::{
+    BackwardPlan, Dropout, Error, Plan, Problem, RawBackward, RawForward, RawTotalAttention, Result, TotalPlan,
+};
 
 /// No value.
 #[derive(Clone, Copy)]
@@ -32,6 +34,12 @@ impl Gpu {
     /// # Safety
     /// None: it is never called.
     pub unsafe fn total_attention(self, _: &TotalPlan, _: &RawTotalAttention, _: usize) -> Result<()> {
+        match self {}
+    }
+
+    /// # Safety
+    /// None: it is never called.
+    pub unsafe fn dropout_mask(self, _: &Problem, _: &Dropout, _: u64, _: usize) -> Result<()> {
         match self {}
     }
 }

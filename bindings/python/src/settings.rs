@@ -1,9 +1,14 @@
 //! Options of an attention as Python hands them over, and its dropout mask.
 
 use ferroflash::{Attention, Determinism, Dropout, Dtype, Mask, Problem};
-use pyo3::{Bound, PyResult, Python, pyfunction, types::PyByteArray};
+use pyo3::{Bound, PyAny, PyResult, Python, pyfunction, types::PyAnyMethods};
 
-use crate::{error::exception, tensor::Tensor};
+use crate::{
+    error::exception,
+    machine::Device,
+    tensor::{Tensor, address},
+    torch::Torch,
+};
 
 /// Options of a pass.
 pub struct Settings {
@@ -11,6 +16,8 @@ pub struct Settings {
     pub window: (i64, i64),
     /// Factor of the scores; `None` is 1/√head_dim.
     pub scale: Option<f32>,
+    /// Bound of the scores; `None` and 0 are no bound.
+    pub softcap: Option<f32>,
     /// Probability, seed and offset.
     pub dropout: Option<(f32, u64, u64)>,
     pub deterministic: bool,
@@ -25,6 +32,8 @@ impl Settings {
         let determinism = if self.deterministic { Determinism::Exact } else { Determinism::Fast };
         let attention = Attention::new(problem).mask(self.mask(&problem)).determinism(determinism);
         let attention = self.scale.map_or(attention, |scale| attention.scale(scale));
+        let softcap = self.softcap.filter(|&cap| cap != 0.0);
+        let attention = softcap.map_or(attention, |cap| attention.softcap(cap));
         let (p, seed, offset) = self.dropout.unwrap_or_default();
         attention.dropout(Dropout { p, seed, offset })
     }
@@ -44,27 +53,19 @@ impl Settings {
     }
 }
 
-/// Returns the weights that dropout keeps, one byte each: 1 for a kept weight, (batch, heads_q, seqlen_q, seqlen_k).
+/// Writes the weights that dropout keeps to a tensor of bytes, 1 for a kept weight and 0 for others. `kept` is
+/// contiguous, and `shape` is (batch, heads_q, seqlen_q, seqlen_k).
 #[pyfunction]
 pub fn dropout_mask(
     py: Python<'_>,
+    kept: &Bound<'_, PyAny>,
     shape: (usize, usize, usize, usize),
     dropout: (f32, u64, u64),
-) -> PyResult<Bound<'_, PyByteArray>> {
+) -> PyResult<()> {
     let (batch, heads_q, seqlen_q, seqlen_k) = shape;
     let problem = Problem { batch, heads_q, heads_kv: 1, seqlen_q, seqlen_k, head_dim: 8, dtype: Dtype::Bf16 };
     let (p, seed, offset) = dropout;
-    let kept = py.detach(|| ferroflash::dropout_mask(&problem, &Dropout { p, seed, offset })).map_err(exception)?;
-    PyByteArray::new_with(py, kept.len(), |bytes| {
-        for (byte, kept) in bytes.iter_mut().zip(kept) {
-            *byte = u8::from(kept);
-        }
-        Ok(())
-    })
-}
-
-/// Returns the probability that is used for `p`: `p` itself, as f32.
-#[pyfunction]
-pub fn dropout_probability(p: f32) -> PyResult<f32> {
-    Dropout { p, seed: 0, offset: 0 }.validate().map(|()| p).map_err(exception)
+    let machine = Device::of(kept, "kept")?.open(py, Torch::get(py)?)?;
+    let elements = kept.call_method0("numel")?.extract()?;
+    machine.dropout_mask(py, &problem, &Dropout { p, seed, offset }, address(kept)?, elements).map_err(exception)
 }

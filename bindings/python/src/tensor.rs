@@ -2,7 +2,7 @@
 
 use ferroflash::{AddressSpace, Dtype, Layout, Operand, RawTensor};
 use pyo3::{
-    Bound, PyAny, PyResult,
+    Bound, FromPyObject, PyAny, PyResult,
     exceptions::{PyTypeError, PyValueError},
     intern,
     types::{PyAnyMethods, PyTuple, PyTupleMethods},
@@ -86,17 +86,25 @@ impl Tensor {
     }
 }
 
-/// Reads the address of a contiguous f32 tensor of a given shape, on the device of `like`, which is called `first`.
+/// Shape of an LSE or its gradient in errors.
+pub const LSE_DIMS: &str = "(batch, heads, seqlen)";
+
+/// Reads the address of a contiguous f32 tensor of a given shape, on the device of `like`. `dims` names the dimensions
+/// in errors.
 ///
 /// # Errors
 /// `TypeError` for an object that is no f32 tensor, `ValueError` for another shape, strides or device.
-pub fn read_float32(
+pub fn read_float32<const N: usize>(
     torch: &Torch,
     object: &Bound<'_, PyAny>,
     name: &str,
-    shape: [usize; 3],
+    shape: [usize; N],
+    dims: &str,
     like: &Tensor,
-) -> PyResult<u64> {
+) -> PyResult<u64>
+where
+    [usize; N]: for<'a, 'py> FromPyObject<'a, 'py>,
+{
     let py = object.py();
     let dtype = object.getattr(intern!(py, "dtype")).map_err(|_| no_tensor(object, name))?;
     if !torch.is_float32(&dtype) {
@@ -104,8 +112,8 @@ pub fn read_float32(
     }
     like.device.check_same(Device::of(object, name)?, name, "q")?;
     let found = object.getattr(intern!(py, "shape"))?.cast_into::<PyTuple>()?;
-    if !found.extract::<[usize; 3]>().is_ok_and(|found| found == shape) {
-        let text = format!("{name} has the shape {found}; {shape:?} (batch, heads, seqlen) is needed");
+    if !found.extract::<[usize; N]>().is_ok_and(|found| found == shape) {
+        let text = format!("{name} has the shape {found}; {shape:?} {dims} is needed");
         return Err(PyValueError::new_err(text));
     }
     if !object.call_method0(intern!(py, "is_contiguous"))?.extract::<bool>()? {

@@ -1,7 +1,9 @@
 //! The parts of torch that native functions call: dtypes, allocation, the current stream.
 
 use pyo3::{
-    Bound, Py, PyAny, PyResult, Python, intern,
+    Bound, Py, PyAny, PyResult, Python,
+    call::PyCallArgs,
+    intern,
     sync::PyOnceLock,
     types::{IntoPyDict, PyAnyMethods, PyDict},
 };
@@ -69,7 +71,14 @@ impl Torch {
     }
 
     /// Allocates a contiguous f32 tensor on the same device.
-    pub fn empty_float32<'py>(&self, like: &Bound<'py, PyAny>, shape: [usize; 3]) -> PyResult<Bound<'py, PyAny>> {
+    pub fn empty_float32<'py, const N: usize>(
+        &self,
+        like: &Bound<'py, PyAny>,
+        shape: [usize; N],
+    ) -> PyResult<Bound<'py, PyAny>>
+    where
+        ([usize; N],): PyCallArgs<'py>,
+    {
         let py = like.py();
         like.call_method(intern!(py, "new_empty"), (shape,), Some(self.as_float32.bind(py)))
     }

@@ -1,28 +1,32 @@
 //! Total attention of torch tensors.
 
-use ferroflash::RawTotalAttention;
+use ferroflash::{Alibi, InputKinds, RawTotalAttention, Slopes};
 use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction};
 
 use crate::{
     error::{exception, is_layout},
     forward::refused,
     machine::PLANS,
+    optional::read_slopes,
     settings::Settings,
-    tensor::{Tensor, address, read_float32},
+    tensor::{LSE_DIMS, Tensor, address, read_float32},
     torch::Torch,
 };
 
 /// Returns the total attention, f32 (batch, heads_q, seqlen_k), or an integer whose bit i tells that input i (q, k) has
 /// to be copied first.
 #[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "a call with a few positional arguments is the fastest there is")]
 pub fn total_attention(
     py: Python<'_>,
     q: &Bound<'_, PyAny>,
     k: &Bound<'_, PyAny>,
     lse: &Bound<'_, PyAny>,
+    slopes: Option<&Bound<'_, PyAny>>,
     left: i64,
     right: i64,
     scale: Option<f32>,
+    softcap: Option<f32>,
 ) -> PyResult<Py<PyAny>> {
     let torch = Torch::get(py)?;
     let queries = &Tensor::read(torch, q, "q")?;
@@ -32,12 +36,16 @@ pub fn total_attention(
         return all().into_py_any(py);
     }
     let ([batch, heads, seqlen_q, _], [_, _, seqlen_k, _]) = (queries.raw.layout.shape, keys.raw.layout.shape);
-    let lse = read_float32(torch, lse, "lse", [batch, heads, seqlen_q], queries)?;
-    let settings = Settings { window: (left, right), scale, dropout: None, deterministic: false };
+    let lse = read_float32(torch, lse, "lse", [batch, heads, seqlen_q], LSE_DIMS, queries)?;
+    let slopes = slopes.map(|slopes| read_slopes(torch, slopes, queries)).transpose()?;
+    let settings = Settings { window: (left, right), scale, softcap, dropout: None, deterministic: false };
+    let alibi = slopes.as_ref().map_or(Alibi::None, Slopes::kind);
+    let kinds = InputKinds { alibi, ..InputKinds::default() };
+    let attention = settings.attention(queries, keys).for_inputs(kinds);
     let machine = queries.device.open(py, torch)?;
-    let plan = PLANS.total_attention(&settings.attention(queries, keys), machine.sm_count()).map_err(exception)?;
+    let plan = PLANS.total_attention(&attention, machine.sm_count()).map_err(exception)?;
     let total = torch.empty_float32(q, [batch, heads, seqlen_k])?;
-    let args = RawTotalAttention { q: queries.raw, k: keys.raw, lse, slopes: None, total: address(&total)? };
+    let args = RawTotalAttention { q: queries.raw, k: keys.raw, lse, slopes, total: address(&total)? };
     match machine.total_attention(py, &plan, &args) {
         Ok(()) => total.into_py_any(py),
         Err(error) => match all() {

@@ -17,10 +17,26 @@ def live(seqlen_q, seqlen_k, left, right, device):
     return result
 
 
-def attention(q, k, v, *, left=-1, right=-1, scale=None, second=None, kept=None, p=0.0, dtype=torch.float64):
+def attention(
+    q,
+    k,
+    v,
+    *,
+    left=-1,
+    right=-1,
+    scale=None,
+    softcap=None,
+    slopes=None,
+    sinks=None,
+    second=None,
+    kept=None,
+    p=0.0,
+    dtype=torch.float64,
+):
     """Returns (O, LSE, P) of tensors (batch, seqlen, heads, head_dim), computed in `dtype`.
 
-    `second` is (q2, k2, dist_threshold), `kept` a dropout mask (batch, heads_q, seqlen_q, seqlen_k).
+    `second` is (q2, k2, dist_threshold), `kept` a dropout mask (batch, heads_q, seqlen_q, seqlen_k), `slopes` are
+    (heads_q) or (batch, heads_q) and `sinks` (heads_q).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[2] // k.shape[2]
@@ -29,16 +45,24 @@ def attention(q, k, v, *, left=-1, right=-1, scale=None, second=None, kept=None,
         return x.to(dtype).transpose(1, 2).repeat_interleave(repeat, 1)
 
     scores = heads(q) @ heads(k, group).transpose(2, 3) * scale
+    queries, keys = scores.shape[2:]
+    place = torch.arange(queries, device=q.device)[:, None] + keys - queries
+    distance = place - torch.arange(keys, device=q.device)[None, :]
     if second is not None:
         q2, k2, threshold = second
         far = heads(q2) @ heads(k2, group).transpose(2, 3) * scale
-        queries, keys = scores.shape[2:]
-        place = torch.arange(queries, device=q.device)[:, None] + keys - queries
-        distance = place - torch.arange(keys, device=q.device)[None, :]
         scores = torch.where(distance >= threshold, far, scores)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores - slopes.to(dtype).reshape(-1, q.shape[2], 1, 1) * distance.abs()
     mask = live(q.shape[1], k.shape[1], left, right, q.device)
     scores = scores.masked_fill(~mask, -math.inf)
-    lse = torch.logsumexp(scores.float() if dtype != torch.float64 else scores, -1)
+    logits = scores
+    if sinks is not None:
+        column = sinks.to(dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        logits = torch.cat((scores, column), -1)
+    lse = torch.logsumexp(logits.float() if dtype != torch.float64 else logits, -1)
     # A row without keys has P = 0.
     floor = torch.where(lse.isfinite(), lse, torch.zeros_like(lse)).to(dtype)
     weights = (scores - floor[..., None]).exp()

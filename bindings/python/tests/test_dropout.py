@@ -11,9 +11,8 @@ from reference import assert_close, attention, gradients, tensors
 def test_both_passes_use_the_mask(device, p):
     inputs = tensors((2, 60, 4, 64), (2, 90, 2, 64), device=device)
     seed_offset = (-5, 2**64 - 4)
-    used = ferroflash.dropout_probability(p)
-    kept = ferroflash.dropout_mask(2, 4, 60, 90, p, seed_offset).to(device)
-    assert kept.shape == (2, 4, 60, 90) and kept.dtype == torch.bool
+    kept = ferroflash.dropout_mask(2, 4, 60, 90, p, seed_offset, device=device)
+    assert kept.shape == (2, 4, 60, 90) and kept.dtype == torch.bool and kept.device.type == device
     weights = [torch.randn(2, 60, 4, 64, device=device), torch.randn(2, 4, 60, device=device)]
 
     def both(results, inputs):
@@ -22,14 +21,14 @@ def test_both_passes_use_the_mask(device, p):
     options = {"causal": True, "dropout_p": p, "seed_offset": seed_offset, "return_lse": True}
     found = both(ferroflash.attention(*inputs, **options), inputs)
     copies = [[x.detach().to(dtype).requires_grad_() for x in inputs] for dtype in (torch.float64, torch.bfloat16)]
-    exact, plain = (both(attention(*x, right=0, kept=kept, p=used, dtype=x[0].dtype)[:2], x) for x in copies)
+    exact, plain = (both(attention(*x, right=0, kept=kept, p=p, dtype=x[0].dtype)[:2], x) for x in copies)
     for name, *three in zip(("o", "lse", "dq", "dk", "dv"), found, exact, plain, strict=True):
         assert_close(*three, name)
 
 
 def test_piecewise(device):
     q1, k1, v, q2, k2 = tensors((1, 60, 2, 64), (1, 60, 2, 64), device=device, count=5)
-    kept = ferroflash.dropout_mask(1, 2, 60, 60, 0.5, (3, 8)).to(device)
+    kept = ferroflash.dropout_mask(1, 2, 60, 60, 0.5, (3, 8), device=device)
     o = ferroflash.piecewise(q1, k1, q2, k2, v, 11, dropout_p=0.5, seed_offset=(3, 8))
     exact, plain = (
         attention(q1, k1, v, second=(q2, k2, 11), kept=kept, p=0.5, dtype=dtype)[0]
@@ -38,12 +37,18 @@ def test_piecewise(device):
     assert_close(o, exact, plain)
 
 
-def test_probability():
-    assert abs(ferroflash.dropout_probability(0.1) - 0.1) < 1e-8
-    assert ferroflash.dropout_probability(0.999) < 1.0
-    share = ferroflash.dropout_mask(1, 2, 100, 200, 0.25, (7, 0)).float().mean().item()
-    assert abs(share - 0.75) < 0.02
-    assert ferroflash.dropout_mask(0, 2, 100, 200, 0.25, (7, 0)).shape == (0, 2, 100, 200)
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.17, 0.8])
+def test_probability(device, p):
+    """The probability is the one asked for: deviations are within five of their standard deviations."""
+    kept = ferroflash.dropout_mask(2, 4, 1000, 1003, p, (7, 0), device=device)
+    deviation = (p * (1 - p) / kept.numel()) ** 0.5
+    assert abs(kept.double().mean().item() - (1 - p)) < 5 * deviation
+    assert kept.cpu().equal(ferroflash.dropout_mask(2, 4, 1000, 1003, p, (7, 0)))
+
+
+def test_masks_without_dropout_and_without_weights(device):
+    assert ferroflash.dropout_mask(1, 2, 10, 20, 0.0, (7, 0), device=device).all()
+    assert ferroflash.dropout_mask(0, 2, 100, 200, 0.25, (7, 0), device=device).shape == (0, 2, 100, 200)
 
 
 def test_the_generator_gives_the_mask(device):

@@ -12,12 +12,20 @@ def both_passes(inputs, d_o, **options):
     return o, *torch.autograd.grad(o, inputs, d_o)
 
 
-def test_cpu_and_gpu_agree(gpu):
+def scores(inputs):
+    """Returns keyword arguments of softcap, ALiBi and sinks."""
+    slopes = torch.linspace(0.05, 0.2, 4, device=inputs[0].device)
+    return {"softcap": 3.0, "alibi_slopes": slopes, "sinks": slopes * 5}
+
+
+@pytest.mark.parametrize("with_scores", [False, True])
+def test_cpu_and_gpu_agree(gpu, with_scores):
     inputs = tensors((2, 200, 4, 64), (2, 250, 2, 64))
     d_o = torch.randn_like(inputs[0])
     options = {"dropout_p": 0.25, "seed_offset": (9, 4)}
-    expected = both_passes(inputs, d_o, **options)
+    expected = both_passes(inputs, d_o, **options, **(scores(inputs) if with_scores else {}))
     moved = [x.detach().to(gpu).requires_grad_() for x in inputs]
+    options |= scores(moved) if with_scores else {}
     for found, exact in zip(both_passes(moved, d_o.to(gpu), **options), expected, strict=True):
         assert torch.allclose(found.cpu(), exact, atol=2e-2, rtol=2e-2)
 
@@ -45,14 +53,17 @@ def test_graph_of_a_forward_pass(gpu, compiled):
         assert o.equal(expected[0]) and lse.equal(expected[1])
 
 
+@pytest.mark.parametrize("with_scores", [False, True])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_graph_of_a_training_step(gpu, deterministic):
+def test_graph_of_a_training_step(gpu, deterministic, with_scores):
     inputs = tensors((2, 100, 4, 64), (2, 100, 4, 64), device=gpu)
     d_o = torch.randn_like(inputs[0])
+    options = scores(inputs) if with_scores else {}
+    learned = [*inputs, options["sinks"].requires_grad_()] if with_scores else inputs
 
     def run():
-        o = ferroflash.attention(*inputs, causal=True, deterministic=deterministic)
-        return o, *torch.autograd.grad(o, inputs, d_o)
+        o = ferroflash.attention(*inputs, causal=True, deterministic=deterministic, **options)
+        return o, *torch.autograd.grad(o, learned, d_o)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

@@ -20,40 +20,67 @@ def seed_offset():
     return torch.tensor([3, 4])
 
 
-def test_opcheck_forward_and_backward(device):
+def per_head(device, sinks=True):
+    """Returns slopes and sinks."""
+    slopes = torch.rand(4, device=device)
+    return slopes, torch.randn(4, device=device).requires_grad_() if sinks else None
+
+
+OPTIONS = [(-1, -1, None, None, 0.0, None, False), (5, 0, 0.2, 3.0, 0.25, seed_offset(), True)]
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=["none", "all"])
+def test_opcheck_forward_and_backward(device, options, sinks):
     q, k, v = small(device=device)
-    for options in [(-1, -1, None, 0.0, None, False), (5, 0, 0.2, 0.25, seed_offset(), True)]:
-        torch.library.opcheck(OPS.forward, (q, k, v, *options, True))
-        with torch.no_grad():
-            o, lse = OPS.forward(q, k, v, *options, True)
-            torch.library.opcheck(OPS.forward, (q.detach(), k.detach(), v.detach(), *options, False))
-        inputs = [x.detach() for x in (q, k, v, o, lse)]
-        d_o, d_lse = torch.randn_like(o), torch.randn_like(lse)
-        torch.library.opcheck(OPS.backward, (*inputs, d_o, d_lse, *options))
-        torch.library.opcheck(OPS.backward, (*inputs, d_o, None, *options))
-
-
-def test_opcheck_piecewise(device):
-    q1, k1, v, q2, k2 = small(5, device=device)
-    options = (7, -1, 0, None, 0.0, None, False)
-    torch.library.opcheck(OPS.piecewise_forward, (q1, k1, q2, k2, v, *options, True))
+    optional = per_head(device) if sinks else (None, None)
+    torch.library.opcheck(OPS.forward, (q, k, v, *optional, *options, True))
+    optional = tuple(None if x is None else x.detach() for x in optional)
     with torch.no_grad():
-        o, lse = OPS.piecewise_forward(q1, k1, q2, k2, v, *options, True)
-    inputs = [x.detach() for x in (q1, k1, q2, k2, v, o, lse)]
-    torch.library.opcheck(OPS.piecewise_backward, (*inputs, torch.randn_like(o), None, *options))
+        o, lse = OPS.forward(q, k, v, *optional, *options, True)
+        torch.library.opcheck(OPS.forward, (q.detach(), k.detach(), v.detach(), *optional, *options, False))
+    inputs = [x.detach() for x in (q, k, v)]
+    results = [x.detach() for x in (o, lse)]
+    d_o, d_lse = torch.randn_like(o), torch.randn_like(lse)
+    torch.library.opcheck(OPS.backward, (*inputs, *optional, *results, d_o, d_lse, *options))
+    torch.library.opcheck(OPS.backward, (*inputs, *optional, *results, d_o, None, *options))
 
 
-def test_opcheck_total_attention(device):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_opcheck_piecewise(device, sinks):
+    q1, k1, v, q2, k2 = small(5, device=device)
+    options = (7, -1, 0, None, 2.0 if sinks else None, 0.0, None, False)
+    optional = per_head(device) if sinks else (None, None)
+    torch.library.opcheck(OPS.piecewise_forward, (q1, k1, q2, k2, v, *optional, *options, True))
+    optional = tuple(None if x is None else x.detach() for x in optional)
+    with torch.no_grad():
+        o, lse = OPS.piecewise_forward(q1, k1, q2, k2, v, *optional, *options, True)
+    inputs = [x.detach() for x in (q1, k1, q2, k2, v)]
+    results = (o, lse, torch.randn_like(o), None)
+    torch.library.opcheck(OPS.piecewise_backward, (*inputs, *optional, *results, *options))
+
+
+def test_opcheck_total_attention_and_dropout_mask(device):
     q, k, v = small(device=device)
     _, lse = ferroflash.attention(q, k, v, return_lse=True)
-    torch.library.opcheck(OPS.total_attention, (q.detach(), k.detach(), lse.detach(), -1, -1, None))
+    slopes, _ = per_head(device)
+    for rest in ((None, -1, -1, None, None), (slopes, 5, 0, 0.2, 3.0)):
+        torch.library.opcheck(OPS.total_attention, (q.detach(), k.detach(), lse.detach(), *rest))
+    torch.library.opcheck(OPS.dropout_mask, (q.detach(), (2, 4, 20, 30), 0.25, seed_offset()))
 
 
 def test_opcheck_strided(device):
+    none = (None, None, -1, 0, None, None, 0.0, None, False, True)
     qkv = torch.randn(2, 20, 3, 4, 32, device=device).to(torch.float16).requires_grad_()
-    torch.library.opcheck(OPS.forward, (*qkv.unbind(2), -1, 0, None, 0.0, None, False, True))
+    torch.library.opcheck(OPS.forward, (*qkv.unbind(2), *none))
     heads_first = [torch.randn(2, 4, 20, 32, device=device).half().transpose(1, 2).requires_grad_() for _ in range(3)]
-    torch.library.opcheck(OPS.forward, (*heads_first, -1, 0, None, 0.0, None, False, True))
+    torch.library.opcheck(OPS.forward, (*heads_first, *none))
+
+
+def scores(q, softcap=2.0):
+    """Returns keyword arguments whose sinks depend on q, so that a gradient flows through them."""
+    sinks = q[0, 0, :, 0]
+    return {"softcap": softcap, "alibi_slopes": torch.linspace(0.1, 0.4, 4, device=q.device), "sinks": sinks}
 
 
 FUNCTIONS = {
@@ -63,7 +90,10 @@ FUNCTIONS = {
     "flash_attn_func": lambda q, k, v: ferroflash.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[:2],
     "qkvpacked": lambda q, k, v: ferroflash.flash_attn_qkvpacked_func(torch.stack((k, k, v), 2), causal=True),
     "kvpacked": lambda q, k, v: ferroflash.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=True),
+    "scores": lambda q, k, v: ferroflash.attention(q, k, v, causal=True, return_lse=True, **scores(q)),
+    "scores padded": lambda q, k, v: ferroflash.attention(q[..., :27], k[..., :27], v[..., :27], **scores(q)),
     "piecewise": lambda q, k, v: ferroflash.piecewise(q, k, q * 0.5, k * 2, v, 8, causal=True),
+    "piecewise scores": lambda q, k, v: ferroflash.piecewise(q, k, q * 0.5, k * 2, v, 8, **scores(q)),
     "total": lambda q, k, v: ferroflash.total_attention(q, k, ferroflash.attention(q, k, v, return_lse=True)[1]),
 }
 
@@ -71,7 +101,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compile(device, name, backend):
-    few = ("attention",) if device == "cpu" else ("attention", "padded", "piecewise")
+    few = ("attention",) if device == "cpu" else ("attention", "padded", "piecewise", "scores")
     if backend == "inductor" and name not in few:
         pytest.skip("slow to compile, and the same operators as others")
     if backend == "inductor" and device == "cpu" and shutil.which("g++") is None:
@@ -111,6 +141,21 @@ def test_export(device):
     exported = torch.export.export(Module(), inputs)
     assert any("ferroflash" in str(node.target) for node in exported.graph.nodes)
     assert exported.module()(*inputs).equal(ferroflash.attention(*inputs, causal=True))
+
+
+def test_export_with_sinks(device):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sinks = torch.nn.Parameter(torch.randn(4, device=device).bfloat16())
+            self.register_buffer("slopes", torch.linspace(0.1, 0.4, 4, device=device))
+
+        def forward(self, q, k, v):
+            return ferroflash.attention(q, k, v, softcap=2.0, sinks=self.sinks, alibi_slopes=self.slopes)
+
+    inputs, module = tuple(x.detach() for x in small(device=device)), Module()
+    exported = torch.export.export(module, inputs)
+    assert exported.module()(*inputs).equal(module(*inputs))
 
 
 def test_dispatch_modes_see_the_operators(device):
@@ -161,11 +206,11 @@ def test_fake_tensors_have_the_strides_of_real_ones(device):
 def test_gradients_need_the_lse(device):
     q, k, v = small(device=device)
     with pytest.raises(RuntimeError, match="return_lse is False"):
-        OPS.forward(q, k, v, -1, -1, None, 0.0, None, False, False)
+        OPS.forward(q, k, v, None, None, -1, -1, None, None, 0.0, None, False, False)
 
 
 def test_total_attention_has_no_gradient(device):
     q, k, v = small(device=device)
     _, lse = ferroflash.attention(q, k, v, return_lse=True)
     with pytest.raises(NotImplementedError, match="no gradient"):
-        OPS.total_attention(q, k, lse.detach(), -1, -1, None).sum().backward()
+        OPS.total_attention(q, k, lse.detach(), None, -1, -1, None, None).sum().backward()

@@ -19,13 +19,12 @@ from .flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from .ops import attention, dropout_mask, dropout_probability, piecewise, total_attention
+from .ops import attention, dropout_mask, piecewise, total_attention
 
 __all__ = [
     "__version__",
     "attention",
     "dropout_mask",
-    "dropout_probability",
     "flag_attn",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

@@ -34,12 +34,12 @@ def _apply(function):
     return super(torch.autograd.Function, function).apply
 
 
-def _op_options(left, right, scale, dropout, deterministic):
+def _op_options(left, right, scale, softcap, dropout, deterministic):
     """Returns the options as operators take them."""
     if dropout is None:
-        return left, right, scale, 0.0, None, deterministic
+        return left, right, scale, softcap, 0.0, None, deterministic
     p, seed, offset = dropout
-    return left, right, scale, p, seed_offset_tensor(seed, offset), deterministic
+    return left, right, scale, softcap, p, seed_offset_tensor(seed, offset), deterministic
 
 
 def seed_offset_tensor(seed, offset):
@@ -54,19 +54,21 @@ def _watched(d_o, d_lse):
     return _is_compiling() or _is_grad_enabled() or not is_plain(first, first, second)
 
 
-def _gradients(ctx, d_o, d_lse, q, k, v, o, lse, given=None):
-    """Returns dQ, dK and dV; writes them to `given` if the pass is plain."""
+def _gradients(ctx, d_o, d_lse, q, k, v, slopes, sinks, o, lse, given=None):
+    """Returns dQ, dK, dV, and with sinks their gradient; writes the first three to `given` if the pass is plain."""
     if _watched(d_o, d_lse):
         if d_o is None:
             d_o = torch.zeros_like(o)
-        return torch.ops.ferroflash.backward(q, k, v, o, lse, d_o, d_lse, *_op_options(*ctx.options))
+        options = _op_options(*ctx.options)
+        gradients = torch.ops.ferroflash.backward(q, k, v, slopes, sinks, o, lse, d_o, d_lse, *options)
+        return gradients[:3] if sinks is None else gradients
     gradients = None if given is None else given()
-    return _launch.backward(q, k, v, None, o, lse, d_o, d_lse, gradients, *ctx.options)
+    return _launch.backward(q, k, v, None, slopes, sinks, o, lse, d_o, d_lse, gradients, *ctx.options)
 
 
-def _save(ctx, inputs, q, k, v, options, return_lse):
+def _save(ctx, inputs, q, k, v, slopes, sinks, options, return_lse):
     """Runs the forward pass, and keeps what the backward pass needs."""
-    o, lse = _launch.forward(q, k, v, None, *options[:4], True)
+    o, lse = _launch.forward(q, k, v, None, slopes, sinks, *options[:5], True)
     ctx.save_for_backward(*inputs, o, lse)
     ctx.options = options
     if return_lse:
@@ -77,28 +79,29 @@ def _save(ctx, inputs, q, k, v, options, return_lse):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, options, return_lse):
-        return _save(ctx, (q, k, v), q, k, v, options, return_lse)
+    def forward(ctx, q, k, v, slopes, sinks, options, return_lse):
+        return _save(ctx, (q, k, v, slopes, sinks), q, k, v, slopes, sinks, options, return_lse)
 
     @staticmethod
     def backward(ctx, d_o, d_lse=None):
         if d_o is None and d_lse is None:
-            return None, None, None, None, None
-        return *_gradients(ctx, d_o, d_lse, *ctx.saved_tensors), None, None
+            return (None,) * 7
+        dq, dk, dv, *d_sinks = _gradients(ctx, d_o, d_lse, *ctx.saved_tensors)
+        return dq, dk, dv, None, d_sinks[0] if d_sinks else None, None, None
 
 
 class _QkvPacked(torch.autograd.Function):
     """Attention over one tensor (batch, seqlen, 3, heads, head_dim), whose gradient is one tensor."""
 
     @staticmethod
-    def forward(ctx, qkv, options, return_lse):
-        return _save(ctx, (qkv,), *qkv.unbind(2), options, return_lse)
+    def forward(ctx, qkv, slopes, options, return_lse):
+        return _save(ctx, (qkv, slopes), *qkv.unbind(2), slopes, None, options, return_lse)
 
     @staticmethod
     def backward(ctx, d_o, d_lse=None):
         if d_o is None and d_lse is None:
-            return None, None, None
-        qkv, o, lse = ctx.saved_tensors
+            return None, None, None, None
+        qkv, slopes, o, lse = ctx.saved_tensors
         packed = None
 
         def given():
@@ -106,22 +109,22 @@ class _QkvPacked(torch.autograd.Function):
             packed = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
             return packed.unbind(2)
 
-        gradients = _gradients(ctx, d_o, d_lse, *qkv.unbind(2), o, lse, given)
-        return torch.stack(gradients, 2) if packed is None else packed, None, None
+        gradients = _gradients(ctx, d_o, d_lse, *qkv.unbind(2), slopes, None, o, lse, given)
+        return torch.stack(gradients, 2) if packed is None else packed, None, None, None
 
 
 class _KvPacked(torch.autograd.Function):
     """Attention over q and one tensor (batch, seqlen_k, 2, heads_kv, head_dim), whose gradient is one tensor."""
 
     @staticmethod
-    def forward(ctx, q, kv, options, return_lse):
-        return _save(ctx, (q, kv), q, *kv.unbind(2), options, return_lse)
+    def forward(ctx, q, kv, slopes, options, return_lse):
+        return _save(ctx, (q, kv, slopes), q, *kv.unbind(2), slopes, None, options, return_lse)
 
     @staticmethod
     def backward(ctx, d_o, d_lse=None):
         if d_o is None and d_lse is None:
-            return None, None, None, None
-        q, kv, o, lse = ctx.saved_tensors
+            return (None,) * 5
+        q, kv, slopes, o, lse = ctx.saved_tensors
         packed = None
 
         def given():
@@ -129,15 +132,15 @@ class _KvPacked(torch.autograd.Function):
             packed = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
             return torch.empty(q.shape, dtype=q.dtype, device=q.device), *packed.unbind(2)
 
-        dq, dk, dv = _gradients(ctx, d_o, d_lse, q, *kv.unbind(2), o, lse, given)
-        return dq, torch.stack((dk, dv), 2) if packed is None else packed, None, None
+        dq, dk, dv = _gradients(ctx, d_o, d_lse, q, *kv.unbind(2), slopes, None, o, lse, given)
+        return dq, torch.stack((dk, dv), 2) if packed is None else packed, None, None, None
 
 
 class _Piecewise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q1, k1, q2, k2, v, dist_threshold, options, return_lse):
-        o, lse = _launch.forward(q1, k1, v, (q2, k2, dist_threshold), *options[:4], True)
-        ctx.save_for_backward(q1, k1, q2, k2, v, o, lse)
+    def forward(ctx, q1, k1, q2, k2, v, slopes, sinks, dist_threshold, options, return_lse):
+        o, lse = _launch.forward(q1, k1, v, (q2, k2, dist_threshold), slopes, sinks, *options[:5], True)
+        ctx.save_for_backward(q1, k1, q2, k2, v, slopes, sinks, o, lse)
         ctx.dist_threshold, ctx.options = dist_threshold, options
         if return_lse:
             ctx.set_materialize_grads(False)
@@ -147,18 +150,21 @@ class _Piecewise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_o, d_lse=None):
         if d_o is None and d_lse is None:
-            return (None,) * 8
-        q1, k1, q2, k2, v, o, lse = ctx.saved_tensors
+            return (None,) * 10
+        q1, k1, q2, k2, v, slopes, sinks, o, lse = ctx.saved_tensors
         if _watched(d_o, d_lse):
             if d_o is None:
                 d_o = torch.zeros_like(o)
-            gradients = torch.ops.ferroflash.piecewise_backward(
-                q1, k1, q2, k2, v, o, lse, d_o, d_lse, ctx.dist_threshold, *_op_options(*ctx.options)
+            dq1, dk1, dq2, dk2, dv, d_sinks = torch.ops.ferroflash.piecewise_backward(
+                q1, k1, q2, k2, v, slopes, sinks, o, lse, d_o, d_lse, ctx.dist_threshold, *_op_options(*ctx.options)
             )
-            return *gradients, None, None, None
-        second = (q2, k2, ctx.dist_threshold)
-        dq1, dk1, dv, dq2, dk2 = _launch.backward(q1, k1, v, second, o, lse, d_o, d_lse, None, *ctx.options)
-        return dq1, dk1, dq2, dk2, dv, None, None, None
+            d_sinks = [] if sinks is None else [d_sinks]
+        else:
+            second = (q2, k2, ctx.dist_threshold)
+            dq1, dk1, dv, dq2, dk2, *d_sinks = _launch.backward(
+                q1, k1, v, second, slopes, sinks, o, lse, d_o, d_lse, None, *ctx.options
+            )
+        return dq1, dk1, dq2, dk2, dv, None, d_sinks[0] if d_sinks else None, None, None, None
 
 
 _apply_attention = _apply(_Attention)
@@ -167,36 +173,33 @@ _apply_kv_packed = _apply(_KvPacked)
 _apply_piecewise = _apply(_Piecewise)
 
 
-def attention(q, k, v, options, return_lse):
-    """Returns O, or (O, LSE). `options` are (left, right, scale, dropout, deterministic)."""
-    if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _apply_attention(q, k, v, options, return_lse)
-    o, lse = _launch.forward(q, k, v, None, *options[:4], return_lse)
+def attention(q, k, v, slopes, sinks, options, return_lse):
+    """Returns O, or (O, LSE). `options` are (left, right, scale, softcap, dropout, deterministic)."""
+    if _is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    ):
+        return _apply_attention(q, k, v, slopes, sinks, options, return_lse)
+    o, lse = _launch.forward(q, k, v, None, slopes, sinks, *options[:5], return_lse)
     return (o, lse) if return_lse else o
 
 
-def qkv_packed(qkv, options, return_lse):
+def qkv_packed(qkv, slopes, options, return_lse):
     """Attention over one packed tensor."""
     if _is_grad_enabled() and qkv.requires_grad:
-        return _apply_qkv_packed(qkv, options, return_lse)
-    return attention(*qkv.unbind(2), options, return_lse)
+        return _apply_qkv_packed(qkv, slopes, options, return_lse)
+    return attention(*qkv.unbind(2), slopes, None, options, return_lse)
 
 
-def kv_packed(q, kv, options, return_lse):
+def kv_packed(q, kv, slopes, options, return_lse):
     """Attention over queries, and keys and values in one packed tensor."""
     if _is_grad_enabled() and kv.requires_grad:
-        return _apply_kv_packed(q, kv, options, return_lse)
-    return attention(q, *kv.unbind(2), options, return_lse)
+        return _apply_kv_packed(q, kv, slopes, options, return_lse)
+    return attention(q, *kv.unbind(2), slopes, None, options, return_lse)
 
 
-def piecewise(q1, k1, q2, k2, v, dist_threshold, options, return_lse):
+def piecewise(q1, k1, q2, k2, v, slopes, sinks, dist_threshold, options, return_lse):
     """Piecewise attention."""
-    if _is_grad_enabled() and any(x.requires_grad for x in (q1, k1, q2, k2, v)):
-        return _apply_piecewise(q1, k1, q2, k2, v, dist_threshold, options, return_lse)
-    o, lse = _launch.forward(q1, k1, v, (q2, k2, dist_threshold), *options[:4], return_lse)
+    if _is_grad_enabled() and any(x is not None and x.requires_grad for x in (q1, k1, q2, k2, v, sinks)):
+        return _apply_piecewise(q1, k1, q2, k2, v, slopes, sinks, dist_threshold, options, return_lse)
+    o, lse = _launch.forward(q1, k1, v, (q2, k2, dist_threshold), slopes, sinks, *options[:5], return_lse)
     return (o, lse) if return_lse else o
-
-
-def total_attention(q, k, lse, left, right, scale):
-    """Total attention, which has no gradient."""
-    return _launch.total_attention(q, k, lse, left, right, scale)

@@ -50,9 +50,9 @@ def _copied(bits, tensors):
     return result
 
 
-def forward(q, k, v, second, left, right, scale, dropout, return_lse):
+def forward(q, k, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse):
     """Returns (O, LSE or None). `second` is None or (q2, k2, dist_threshold), `dropout` None or (p, seed, offset)."""
-    done = _native.forward(q, k, v, second, left, right, scale, dropout, return_lse)
+    done = _native.forward(q, k, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
     if type(done) is not int:
         return done
     if second is None:
@@ -60,33 +60,41 @@ def forward(q, k, v, second, left, right, scale, dropout, return_lse):
     else:
         q, k, v, q2, k2 = _copied(done, (q, k, v, *second[:2]))
         second = (q2, k2, second[2])
-    return _native.forward(q, k, v, second, left, right, scale, dropout, return_lse)
+    return _native.forward(q, k, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
 
 
-def backward(q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale, dropout, deterministic):
-    """Returns (dQ, dK, dV), and with a second pair also dQ2 and dK2. `gradients` are tensors to write, or None.
+def backward(q, k, v, second, slopes, sinks, o, lse, d_o, d_lse, gradients, *options):
+    """Returns (dQ, dK, dV), with a second pair also dQ2 and dK2, and with sinks also their gradient.
 
-    The gradient of a result may be None, which is zero.
+    `gradients` are tensors to write, or None. The gradient of a result may be None, which is zero. `options` are
+    (left, right, scale, softcap, dropout, deterministic).
     """
     if d_o is None:
         d_o = torch.zeros_like(o)
     if d_lse is not None:
         d_lse = d_lse.contiguous()
-    done = _native.backward(q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale, dropout, deterministic)
+    done = _native.backward(q, k, v, second, slopes, sinks, o, lse, d_o, d_lse, gradients, *options)
     if type(done) is not int:
         return done
     q2, k2 = (None, None) if second is None else second[:2]
     q, k, v, q2, k2, o, d_o = _copied(done, (q, k, v, q2, k2, o, d_o))
     if second is not None:
         second = (q2, k2, second[2])
-    return _native.backward(q, k, v, second, o, lse, d_o, d_lse, gradients, left, right, scale, dropout, deterministic)
+    return _native.backward(q, k, v, second, slopes, sinks, o, lse, d_o, d_lse, gradients, *options)
 
 
-def total_attention(q, k, lse, left, right, scale):
+def total_attention(q, k, lse, slopes, left, right, scale, softcap):
     """Returns the total attention, f32 (batch, heads_q, seqlen_k)."""
     lse = lse.contiguous()
-    done = _native.total_attention(q, k, lse, left, right, scale)
+    done = _native.total_attention(q, k, lse, slopes, left, right, scale, softcap)
     if type(done) is not int:
         return done
     q, k = _copied(done, (q, k))
-    return _native.total_attention(q, k, lse, left, right, scale)
+    return _native.total_attention(q, k, lse, slopes, left, right, scale, softcap)
+
+
+def dropout_mask(shape, dropout_p, seed, offset, device):
+    """Returns the weights that dropout keeps, bool of a shape (batch, heads_q, seqlen_q, seqlen_k)."""
+    kept = torch.empty(shape, dtype=torch.bool, device=device)
+    _native.dropout_mask(kept, tuple(shape), (dropout_p, seed % 2**64, offset % 2**64))
+    return kept

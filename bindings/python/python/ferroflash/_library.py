@@ -4,7 +4,8 @@ They are defined for the CPU and for CUDA, with fake kernels and gradients. Plai
 (`_eager.py`), because an operator in Python costs tens of microseconds.
 
 `seed_offset` is an int64 tensor of two elements on the CPU, so that a compiled graph can draw it anew in every run; it
-is None without dropout. A negative `left` or `right` is no bound. Without `return_lse` the LSE has no elements.
+is None without dropout. A negative `left` or `right` is no bound. Without `return_lse` the LSE has no elements, and
+without `sinks` neither has their gradient. `slopes` and `sinks` are float32 and contiguous.
 """
 
 from __future__ import annotations
@@ -13,20 +14,29 @@ import torch
 
 from . import _launch
 
-_OPTIONS = "SymInt left, SymInt right, float? scale, float dropout_p, Tensor? seed_offset, bool deterministic"
+_OPTIONS = (
+    "SymInt left, SymInt right, float? scale, float? softcap, float dropout_p, Tensor? seed_offset, bool deterministic"
+)
+_OPTIONAL = "Tensor? slopes, Tensor? sinks"
 _RESULTS = "Tensor o, Tensor lse, Tensor d_o, Tensor? d_lse"
 _SCHEMAS = {
-    "forward": f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse) -> (Tensor, Tensor)",
-    "backward": f"(Tensor q, Tensor k, Tensor v, {_RESULTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "forward": f"(Tensor q, Tensor k, Tensor v, {_OPTIONAL}, {_OPTIONS}, bool return_lse) -> (Tensor, Tensor)",
+    "backward": (
+        f"(Tensor q, Tensor k, Tensor v, {_OPTIONAL}, {_RESULTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     "piecewise_forward": (
-        f"(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, SymInt dist_threshold, {_OPTIONS}, bool return_lse)"
-        " -> (Tensor, Tensor)"
+        f"(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, {_OPTIONAL}, SymInt dist_threshold, {_OPTIONS}, "
+        "bool return_lse) -> (Tensor, Tensor)"
     ),
     "piecewise_backward": (
-        f"(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, {_RESULTS}, SymInt dist_threshold, {_OPTIONS})"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, {_OPTIONAL}, {_RESULTS}, SymInt dist_threshold, "
+        f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
-    "total_attention": "(Tensor q, Tensor k, Tensor lse, SymInt left, SymInt right, float? scale) -> Tensor",
+    "total_attention": (
+        "(Tensor q, Tensor k, Tensor lse, Tensor? slopes, SymInt left, SymInt right, float? scale, float? softcap)"
+        " -> Tensor"
+    ),
+    "dropout_mask": "(Tensor device_of, SymInt[] shape, float dropout_p, Tensor seed_offset) -> Tensor",
 }
 
 
@@ -40,41 +50,50 @@ def _dropout(p, seed_offset):
     return p, seed % 2**64, offset % 2**64
 
 
-def _lse(q, lse):
-    return q.new_empty((0,), dtype=torch.float32) if lse is None else lse
+def _or_empty(q, result):
+    """Returns a float32 result, or a tensor without elements if there is none."""
+    return q.new_empty((0,), dtype=torch.float32) if result is None else result
 
 
-def forward(q, k, v, left, right, scale, dropout_p, seed_offset, deterministic, return_lse):
+def forward(q, k, v, slopes, sinks, left, right, scale, softcap, dropout_p, seed_offset, deterministic, return_lse):
     dropout = _dropout(dropout_p, seed_offset)
-    o, lse = _launch.forward(q, k, v, None, left, right, scale, dropout, return_lse)
-    return o, _lse(q, lse)
+    o, lse = _launch.forward(q, k, v, None, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
+    return o, _or_empty(q, lse)
 
 
-def backward(q, k, v, o, lse, d_o, d_lse, left, right, scale, dropout_p, seed_offset, deterministic):
+def backward(
+    q, k, v, slopes, sinks, o, lse, d_o, d_lse, left, right, scale, softcap, dropout_p, seed_offset, deterministic
+):
     dropout = _dropout(dropout_p, seed_offset)
-    return _launch.backward(q, k, v, None, o, lse, d_o, d_lse, None, left, right, scale, dropout, deterministic)
-
-
-def piecewise_forward(
-    q1, k1, q2, k2, v, dist_threshold, left, right, scale, dropout_p, seed_offset, deterministic, return_lse
-):
-    dropout, second = _dropout(dropout_p, seed_offset), (q2, k2, dist_threshold)
-    o, lse = _launch.forward(q1, k1, v, second, left, right, scale, dropout, return_lse)
-    return o, _lse(q1, lse)
-
-
-def piecewise_backward(
-    q1, k1, q2, k2, v, o, lse, d_o, d_lse, dist_threshold, left, right, scale, dropout_p, seed_offset, deterministic
-):
-    dropout, second = _dropout(dropout_p, seed_offset), (q2, k2, dist_threshold)
-    dq1, dk1, dv, dq2, dk2 = _launch.backward(
-        q1, k1, v, second, o, lse, d_o, d_lse, None, left, right, scale, dropout, deterministic
+    dq, dk, dv, *d_sinks = _launch.backward(
+        q, k, v, None, slopes, sinks, o, lse, d_o, d_lse, None, left, right, scale, softcap, dropout, deterministic
     )
-    return dq1, dk1, dq2, dk2, dv
+    return dq, dk, dv, _or_empty(q, d_sinks[0] if d_sinks else None)
 
 
-def total_attention(q, k, lse, left, right, scale):
-    return _launch.total_attention(q, k, lse, left, right, scale)
+def piecewise_forward(q1, k1, q2, k2, v, slopes, sinks, dist_threshold, *options):
+    left, right, scale, softcap, dropout_p, seed_offset, _, return_lse = options
+    dropout, second = _dropout(dropout_p, seed_offset), (q2, k2, dist_threshold)
+    o, lse = _launch.forward(q1, k1, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
+    return o, _or_empty(q1, lse)
+
+
+def piecewise_backward(q1, k1, q2, k2, v, slopes, sinks, o, lse, d_o, d_lse, dist_threshold, *options):
+    left, right, scale, softcap, dropout_p, seed_offset, deterministic = options
+    dropout, second = _dropout(dropout_p, seed_offset), (q2, k2, dist_threshold)
+    dq1, dk1, dv, dq2, dk2, *d_sinks = _launch.backward(
+        q1, k1, v, second, slopes, sinks, o, lse, d_o, d_lse, None, left, right, scale, softcap, dropout, deterministic
+    )
+    return dq1, dk1, dq2, dk2, dv, _or_empty(q1, d_sinks[0] if d_sinks else None)
+
+
+def total_attention(q, k, lse, slopes, left, right, scale, softcap):
+    return _launch.total_attention(q, k, lse, slopes, left, right, scale, softcap)
+
+
+def dropout_mask(device_of, shape, dropout_p, seed_offset):
+    seed, offset = seed_offset.tolist()
+    return _launch.dropout_mask(shape, dropout_p, seed, offset, device_of.device)
 
 
 def _result_like(x):
@@ -89,7 +108,12 @@ def _fake_forward(q, return_lse):
     return _result_like(q), q.new_empty(shape, dtype=torch.float32)
 
 
-def _fake_total_attention(q, k, lse, left, right, scale):
+def _fake_gradients(inputs, sinks):
+    d_sinks = inputs[0].new_empty((0,) if sinks is None else sinks.shape, dtype=torch.float32)
+    return *map(_result_like, inputs), d_sinks
+
+
+def _fake_total_attention(q, k, *rest):
     return q.new_empty((q.shape[0], q.shape[2], k.shape[1]), dtype=torch.float32)
 
 
@@ -105,19 +129,20 @@ def _save(ctx, inputs, output, count):
 
 
 def _setup_context(ctx, inputs, output):
-    _save(ctx, inputs, output, 3)
+    _save(ctx, inputs, output, 5)
 
 
 def _setup_piecewise_context(ctx, inputs, output):
-    _save(ctx, inputs, output, 5)
+    _save(ctx, inputs, output, 7)
 
 
 def _gradients(op, ctx, d_o, d_lse):
     *tensors, o, lse, seed_offset = ctx.saved_tensors
     if d_o is None:
         d_o = torch.zeros_like(o)
-    gradients = op(*tensors, o, lse, d_o, d_lse, *ctx.rest, seed_offset, ctx.deterministic)
-    return *gradients, *(None for _ in ctx.rest), None, None, None
+    *gradients, d_sinks = op(*tensors, o, lse, d_o, d_lse, *ctx.rest, seed_offset, ctx.deterministic)
+    # Slopes have no gradient.
+    return *gradients, None, None if tensors[-1] is None else d_sinks, *(None for _ in ctx.rest), None, None, None
 
 
 def _backward(ctx, d_o, d_lse):
@@ -140,10 +165,14 @@ def _register():
     """Defines the operators. The tags promise what torch.compile needs, and ask it for inputs strided as traced."""
     kernels = {
         "forward": (forward, lambda q, *rest: _fake_forward(q, rest[-1])),
-        "backward": (backward, lambda q, k, v, *rest: tuple(map(_result_like, (q, k, v)))),
+        "backward": (backward, lambda q, k, v, slopes, sinks, *rest: _fake_gradients((q, k, v), sinks)),
         "piecewise_forward": (piecewise_forward, lambda q1, *rest: _fake_forward(q1, rest[-1])),
-        "piecewise_backward": (piecewise_backward, lambda *inputs: tuple(map(_result_like, inputs[:5]))),
+        "piecewise_backward": (piecewise_backward, lambda *inputs: _fake_gradients(inputs[:5], inputs[6])),
         "total_attention": (total_attention, _fake_total_attention),
+        "dropout_mask": (
+            dropout_mask,
+            lambda device_of, shape, *rest: device_of.new_empty(shape, dtype=torch.bool),
+        ),
     }
     gradients = {
         "forward": (_backward, _setup_context),
@@ -159,8 +188,9 @@ def _register():
         kernel, fake = kernels[name]
         torch.library.impl(operator, ("cpu", "cuda"), kernel)
         torch.library.register_fake(operator, fake)
-        gradient, setup = gradients[name]
-        torch.library.register_autograd(operator, gradient, setup_context=setup)
+        if name in gradients:
+            gradient, setup = gradients[name]
+            torch.library.register_autograd(operator, gradient, setup_context=setup)
 
 
 _register()

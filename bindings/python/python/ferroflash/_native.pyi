@@ -1,8 +1,9 @@
 """Native functions, for the package's own use: `ferroflash.ops` has those for users.
 
-Tensors are (batch, seqlen, heads, head_dim). A negative `left` or `right` is no bound, `scale` None is
-1 / sqrt(head_dim), and `dropout` is (p, seed, offset). An integer as the result tells which inputs to copy first: bit i
-stands for input i of q, k, v, q2, k2, o, d_o.
+Tensors are (batch, seqlen, heads, head_dim). `slopes` are float32 (heads_q) or (batch, heads_q), `sinks` float32
+(heads_q). A negative `left` or `right` is no bound, `scale` None is 1 / sqrt(head_dim), `softcap` None or 0 no bound,
+and `dropout` is (p, seed, offset). An integer as the result tells which inputs to copy first: bit i stands for input i
+of q, k, v, q2, k2, o, d_o.
 """
 
 from torch import Tensor
@@ -17,9 +18,12 @@ def forward(
     k: Tensor,
     v: Tensor,
     second: _Second | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
     left: int,
     right: int,
     scale: float | None,
+    softcap: float | None,
     dropout: _Dropout | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None] | int:
@@ -30,6 +34,8 @@ def backward(
     k: Tensor,
     v: Tensor,
     second: _Second | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
     o: Tensor,
     lse: Tensor,
     d_o: Tensor,
@@ -38,19 +44,29 @@ def backward(
     left: int,
     right: int,
     scale: float | None,
+    softcap: float | None,
     dropout: _Dropout | None,
     deterministic: bool,
 ) -> tuple[Tensor, ...] | int:
-    """Returns (dQ, dK, dV), and with a second pair also dQ2 and dK2. `gradients`: where the first three go."""
+    """Returns (dQ, dK, dV), with a second pair also dQ2 and dK2, and with sinks also their gradient.
 
-def total_attention(q: Tensor, k: Tensor, lse: Tensor, left: int, right: int, scale: float | None) -> Tensor | int:
+    `gradients` tells where the first three go.
+    """
+
+def total_attention(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    slopes: Tensor | None,
+    left: int,
+    right: int,
+    scale: float | None,
+    softcap: float | None,
+) -> Tensor | int:
     """Returns the total attention, float32 (batch, heads_q, seqlen_k)."""
 
-def dropout_mask(shape: tuple[int, int, int, int], dropout: _Dropout) -> bytearray:
-    """Returns one byte for each weight, 1 for a kept one; `shape` is (batch, heads_q, seqlen_q, seqlen_k)."""
-
-def dropout_probability(p: float) -> float:
-    """Returns the probability that is used for `p`."""
+def dropout_mask(kept: Tensor, shape: tuple[int, int, int, int], dropout: _Dropout) -> None:
+    """Writes True for kept weights to a contiguous tensor of bools; `shape` is (batch, heads_q, seqlen_q, seqlen_k)."""
 
 def device_count() -> int:
     """Number of GPUs that NVIDIA's driver shows; 0 without a driver."""

@@ -5,10 +5,12 @@ Replace `from flash_attn import flash_attn_func` by `from ferroflash import flas
 
 - The LSE of a query that attends to no key is -inf, and not +inf. Its O is 0 in both.
 - The tensors may also be on the CPU.
-- What is not built yet raises NotImplementedError, which names the argument: softcap, alibi_slopes, S_dmask with
-  dropout, packed sequences (varlen) and KV caches.
+- Packed sequences (varlen) and KV caches are not built yet. They raise NotImplementedError, which names the argument.
 
-With `return_attn_probs` a function returns (out, softmax_lse, None); softmax_lse is float32 (batch, heads_q, seqlen_q).
+With `return_attn_probs` a function returns (out, softmax_lse, S_dmask); softmax_lse is float32 (batch, heads_q,
+seqlen_q). S_dmask is None without dropout. With dropout it is exp(score - largest score of its row), (batch, heads_q,
+seqlen_q, seqlen_k) in the dtype of q, negative for weights that were dropped. It is for tests: torch operators compute
+it, and it takes the memory of all scores.
 """
 
 from __future__ import annotations
@@ -27,22 +29,22 @@ def _unsupported(argument, advice):
     return NotImplementedError(f"{argument} is not supported by ferroflash yet: {advice}")
 
 
-def _check(dropout_p, softcap, alibi_slopes, return_attn_probs):
-    """Refuses what is not built yet."""
-    if softcap != 0.0:
-        raise _unsupported("softcap", "pass 0.0, or use another attention for models that cap their scores")
-    if alibi_slopes is not None:
-        raise _unsupported("alibi_slopes", "pass None, or use another attention for models with ALiBi")
-    if return_attn_probs and dropout_p > 0.0:
-        raise _unsupported(
-            "return_attn_probs with dropout_p above 0",
-            "pass dropout_p=0.0, or call ferroflash.attention with return_lse and seed_offset and take the mask from "
-            "ferroflash.dropout_mask",
-        )
+def _seed_offset(q, dropout_p, return_attn_probs):
+    """Returns seed and offset of the dropout mask if S_dmask is computed from them."""
+    if not return_attn_probs or dropout_p == 0.0:
+        return None
+    if _is_compiling() or not _eager.is_plain(q, q, q):
+        return ops.traced_seed_offset(None)
+    return ops.draw(q, None)
 
 
-def _result(result, return_attn_probs):
-    return (*result, None) if return_attn_probs else result
+def _with_probs(result, q, k, left, right, scale, softcap, slopes, dropout_p, seed_offset):
+    """Returns (out, softmax_lse, S_dmask) for a result (out, softmax_lse)."""
+    if seed_offset is None:
+        return *result, None
+    from ._scores import s_dmask
+
+    return *result, s_dmask(q, k, int(left), int(right), scale, softcap, slopes, dropout_p, seed_offset)
 
 
 def flash_attn_func(
@@ -57,17 +59,19 @@ def flash_attn_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Computes attention of q (batch, seqlen_q, heads_q, head_dim), and k and v (batch, seqlen_k, heads_kv, head_dim).
 
     See `ferroflash.attention` for the arguments, and the module for what differs from flash-attention 2.
     """
-    if softcap != 0.0 or alibi_slopes is not None or return_attn_probs:
-        _check(dropout_p, softcap, alibi_slopes, return_attn_probs)
     left, right = window_size
     right = 0 if causal else right
-    result = _run(q, k, v, left, right, softmax_scale, dropout_p, deterministic, return_attn_probs)
-    return _result(result, return_attn_probs)
+    if not return_attn_probs:
+        return _run(q, k, v, left, right, softmax_scale, softcap, dropout_p, deterministic, False, alibi_slopes)
+    options = (left, right, softmax_scale, softcap)
+    seed_offset = _seed_offset(q, dropout_p, True)
+    result = _run(q, k, v, *options, dropout_p, deterministic, True, alibi_slopes, None, seed_offset)
+    return _with_probs(result, q, k, *options, alibi_slopes, dropout_p, seed_offset)
 
 
 def flash_attn_qkvpacked_func(
@@ -80,19 +84,22 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Computes attention of one tensor (batch, seqlen, 3, heads, head_dim). Its gradient is one tensor too."""
-    _check(dropout_p, softcap, alibi_slopes, return_attn_probs)
     left, right = window_size
     right = 0 if causal else right
+    options = (left, right, softmax_scale, softcap)
+    seed_offset = _seed_offset(qkv, dropout_p, return_attn_probs)
     if _is_eager(qkv, qkv):
-        dropout = None if dropout_p == 0.0 else (dropout_p, *ops.draw(qkv, None))
-        options = (left, right, softmax_scale, dropout, deterministic)
-        result = _eager.qkv_packed(qkv, options, return_attn_probs)
+        dropout = None if dropout_p == 0.0 else (dropout_p, *ops.draw(qkv, seed_offset))
+        slopes = ops.slopes_of(alibi_slopes)
+        result = _eager.qkv_packed(qkv, slopes, (*options, dropout, deterministic), return_attn_probs)
     else:
-        q, k, v = qkv.unbind(2)
-        result = _run(q, k, v, left, right, softmax_scale, dropout_p, deterministic, return_attn_probs)
-    return _result(result, return_attn_probs)
+        rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, None, seed_offset)
+        result = _run(*qkv.unbind(2), *options, *rest)
+    if not return_attn_probs:
+        return result
+    return _with_probs(result, *qkv.unbind(2)[:2], *options, alibi_slopes, dropout_p, seed_offset)
 
 
 def flash_attn_kvpacked_func(
@@ -106,22 +113,25 @@ def flash_attn_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Computes attention of q, and of keys and values in one tensor (batch, seqlen_k, 2, heads_kv, head_dim).
 
     The gradient of `kv` is one tensor too.
     """
-    _check(dropout_p, softcap, alibi_slopes, return_attn_probs)
     left, right = window_size
     right = 0 if causal else right
+    options = (left, right, softmax_scale, softcap)
+    seed_offset = _seed_offset(q, dropout_p, return_attn_probs)
     if _is_eager(q, kv):
-        dropout = None if dropout_p == 0.0 else (dropout_p, *ops.draw(q, None))
-        options = (left, right, softmax_scale, dropout, deterministic)
-        result = _eager.kv_packed(q, kv, options, return_attn_probs)
+        dropout = None if dropout_p == 0.0 else (dropout_p, *ops.draw(q, seed_offset))
+        slopes = ops.slopes_of(alibi_slopes)
+        result = _eager.kv_packed(q, kv, slopes, (*options, dropout, deterministic), return_attn_probs)
     else:
-        k, v = kv.unbind(2)
-        result = _run(q, k, v, left, right, softmax_scale, dropout_p, deterministic, return_attn_probs)
-    return _result(result, return_attn_probs)
+        rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, None, seed_offset)
+        result = _run(q, *kv.unbind(2), *options, *rest)
+    if not return_attn_probs:
+        return result
+    return _with_probs(result, q, kv.unbind(2)[0], *options, alibi_slopes, dropout_p, seed_offset)
 
 
 def _is_eager(q, packed):

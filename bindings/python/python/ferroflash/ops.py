@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from . import _eager, _native
+from . import _eager, _launch
 
 _is_compiling = torch.compiler.is_compiling
 _is_plain = _eager.is_plain
@@ -29,12 +29,15 @@ def attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     deterministic: bool = False,
     return_lse: bool = False,
     seed_offset: tuple[int, int] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Computes softmax(softmax_scale * Q @ K^T + mask) @ V.
+    """Computes softmax(softmax_scale * Q @ K^T + mask) @ V, with a bound, a bias and sinks if they are given.
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim).
@@ -44,6 +47,11 @@ def attention(
         window_size: Keys before and behind its place that a query attends to; -1 is no bound. With `causal` none are
             behind.
         softmax_scale: Above 0; 1 / sqrt(head_dim) by default.
+        softcap: Bounds the scores: a score s becomes softcap * tanh(s / softcap). None and 0 are no bound.
+        alibi_slopes: (heads_q) or (batch, heads_q), on the device of q. Subtracts slope * |i + seqlen_k - seqlen_q - j|
+            from the score of query i and key j. Slopes have no gradient.
+        sinks: (heads_q), on the device of q: one more score in every row's softmax, without a value. The LSE includes
+            it, and gradients flow to it. A query that attends to no key gets O = 0 and LSE = sink.
         dropout_p: Probability that a weight is dropped, at least 0 and below 1.
         deterministic: Gives dQ the same bits in every run. dK, dV and O always have the same bits.
         return_lse: Returns the LSE too. Gradients also flow through it.
@@ -52,29 +60,73 @@ def attention(
 
     Returns:
         O, like q; with `return_lse` (O, LSE). The LSE is the natural logarithm of the sum of the exponentials of the
-        scaled scores, float32 (batch, heads_q, seqlen_q).
+        final scores, float32 (batch, heads_q, seqlen_q).
     """
     left, right = window_size
-    return run(q, k, v, left, 0 if causal else right, softmax_scale, dropout_p, deterministic, return_lse, seed_offset)
+    return run(
+        q,
+        k,
+        v,
+        left,
+        0 if causal else right,
+        softmax_scale,
+        softcap,
+        dropout_p,
+        deterministic,
+        return_lse,
+        alibi_slopes,
+        sinks,
+        seed_offset,
+    )
 
 
-def run(q, k, v, left, right, scale, dropout_p, deterministic, return_lse, seed_offset=None):
+def run(
+    q,
+    k,
+    v,
+    left,
+    right,
+    scale,
+    softcap,
+    dropout_p,
+    deterministic,
+    return_lse,
+    slopes=None,
+    sinks=None,
+    seed_offset=None,
+):
     """Runs attention with positional arguments, for the functions of this package."""
     head_dim = q.size(-1)
     if head_dim % 8:
-        return _padded(
-            lambda q, k, v, scale: run(q, k, v, left, right, scale, dropout_p, deterministic, return_lse, seed_offset),
-            (q, k, v),
-            head_dim,
-            scale,
-        )
-    if not _is_compiling() and _is_plain(q, k, v):
+        rest = (softcap, dropout_p, deterministic, return_lse, slopes, sinks, seed_offset)
+        return _padded(lambda q, k, v, scale: run(q, k, v, left, right, scale, *rest), (q, k, v), head_dim, scale)
+    if slopes is not None:
+        slopes = slopes_of(slopes)
+    if sinks is not None:
+        sinks = per_head(sinks, "sinks")
+    if not _is_compiling() and _is_plain(q, k, v) and (sinks is None or _is_plain(sinks, sinks, sinks)):
         dropout = None if dropout_p == 0.0 else (dropout_p, *draw(q, seed_offset))
-        return _eager.attention(q, k, v, (left, right, scale, dropout, deterministic), return_lse)
-    needs_lse = return_lse or _needs_gradient(q, k, v)
-    seed_offset = None if dropout_p == 0.0 else _traced_seed_offset(seed_offset)
-    o, lse = torch.ops.ferroflash.forward(q, k, v, left, right, scale, dropout_p, seed_offset, deterministic, needs_lse)
+        options = (left, right, scale, softcap, dropout, deterministic)
+        return _eager.attention(q, k, v, slopes, sinks, options, return_lse)
+    needs_lse = return_lse or _needs_gradient(q, k, v, sinks)
+    seed_offset = None if dropout_p == 0.0 else traced_seed_offset(seed_offset)
+    options = (left, right, scale, softcap, dropout_p, seed_offset, deterministic, needs_lse)
+    o, lse = torch.ops.ferroflash.forward(q, k, v, slopes, sinks, *options)
     return (o, lse) if return_lse else o
+
+
+def per_head(x, name):
+    """Returns slopes or sinks as kernels take them: in float32 and contiguous. Gradients flow back."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is {type(x)}; a torch.Tensor is needed")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is {x.dtype}; floating-point numbers are needed")
+    return x.float().contiguous()
+
+
+def slopes_of(alibi_slopes):
+    """Returns the slopes of ALiBi as kernels take them, which have no gradient; None if there are none."""
+    return None if alibi_slopes is None else per_head(alibi_slopes, "alibi_slopes").detach()
 
 
 def piecewise(
@@ -87,6 +139,9 @@ def piecewise(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     deterministic: bool = False,
     return_lse: bool = False,
@@ -100,33 +155,34 @@ def piecewise(
     right = 0 if causal else -1
     head_dim = q1.size(-1)
     if head_dim % 8:
+        options = {
+            "causal": causal,
+            "softcap": softcap,
+            "alibi_slopes": alibi_slopes,
+            "sinks": sinks,
+            "dropout_p": dropout_p,
+            "deterministic": deterministic,
+            "return_lse": return_lse,
+            "seed_offset": seed_offset,
+        }
         return _padded(
             lambda q1, k1, q2, k2, v, scale: piecewise(
-                q1,
-                k1,
-                q2,
-                k2,
-                v,
-                dist_threshold,
-                causal=causal,
-                softmax_scale=scale,
-                dropout_p=dropout_p,
-                deterministic=deterministic,
-                return_lse=return_lse,
-                seed_offset=seed_offset,
+                q1, k1, q2, k2, v, dist_threshold, softmax_scale=scale, **options
             ),
             (q1, k1, q2, k2, v),
             head_dim,
             softmax_scale,
         )
-    if not _is_compiling() and _is_plain(q1, k1, v) and _is_plain(q2, k2, v):
+    slopes = slopes_of(alibi_slopes)
+    sinks = None if sinks is None else per_head(sinks, "sinks")
+    if not _is_compiling() and _is_plain(q1, k1, v) and _is_plain(q2, k2, v if sinks is None else sinks):
         dropout = None if dropout_p == 0.0 else (dropout_p, *draw(q1, seed_offset))
-        options = (-1, right, softmax_scale, dropout, deterministic)
-        return _eager.piecewise(q1, k1, q2, k2, v, dist_threshold, options, return_lse)
-    needs_lse = return_lse or _needs_gradient(q1, k1, q2, k2, v)
-    seed_offset = None if dropout_p == 0.0 else _traced_seed_offset(seed_offset)
-    options = (-1, right, softmax_scale, dropout_p, seed_offset, deterministic, needs_lse)
-    o, lse = torch.ops.ferroflash.piecewise_forward(q1, k1, q2, k2, v, dist_threshold, *options)
+        options = (-1, right, softmax_scale, softcap, dropout, deterministic)
+        return _eager.piecewise(q1, k1, q2, k2, v, slopes, sinks, dist_threshold, options, return_lse)
+    needs_lse = return_lse or _needs_gradient(q1, k1, q2, k2, v, sinks)
+    seed_offset = None if dropout_p == 0.0 else traced_seed_offset(seed_offset)
+    options = (-1, right, softmax_scale, softcap, dropout_p, seed_offset, deterministic, needs_lse)
+    o, lse = torch.ops.ferroflash.piecewise_forward(q1, k1, q2, k2, v, slopes, sinks, dist_threshold, *options)
     return (o, lse) if return_lse else o
 
 
@@ -138,6 +194,8 @@ def total_attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes the weight that each key got from all queries: the column sums of softmax(scores).
 
@@ -146,10 +204,12 @@ def total_attention(
     Args:
         q: (batch, seqlen_q, heads_q, head_dim).
         k: (batch, seqlen_k, heads_kv, head_dim).
-        lse: LSE of the forward pass with the same mask and scale, float32 (batch, heads_q, seqlen_q).
+        lse: LSE of the forward pass with the same options, float32 (batch, heads_q, seqlen_q). Sinks act through it.
         causal: As in `attention`.
         window_size: As in `attention`.
         softmax_scale: As in `attention`.
+        softcap: As in `attention`.
+        alibi_slopes: As in `attention`.
 
     Returns:
         float32 (batch, heads_q, seqlen_k).
@@ -160,34 +220,42 @@ def total_attention(
     head_dim = q.size(-1)
     if head_dim % 8:
         return _padded(
-            lambda q, k, scale: total_attention(q, k, lse, window_size=(left, right), softmax_scale=scale),
+            lambda q, k, scale: total_attention(
+                q,
+                k,
+                lse,
+                window_size=(left, right),
+                softmax_scale=scale,
+                softcap=softcap,
+                alibi_slopes=alibi_slopes,
+            ),
             (q, k),
             head_dim,
             softmax_scale,
         )
+    slopes = slopes_of(alibi_slopes)
+    function = torch.ops.ferroflash.total_attention
     if not _is_compiling() and _is_plain(q, k, lse):
-        return _eager.total_attention(q, k, lse, left, right, softmax_scale)
-    return torch.ops.ferroflash.total_attention(q, k, lse, left, right, softmax_scale)
+        function = _launch.total_attention
+    return function(q, k, lse, slopes, left, right, softmax_scale, softcap)
 
 
 def dropout_mask(
-    batch: int, heads_q: int, seqlen_q: int, seqlen_k: int, dropout_p: float, seed_offset: tuple[int, int]
+    batch: int,
+    heads_q: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    dropout_p: float,
+    seed_offset: tuple[int, int],
+    *,
+    device: torch.device | str | int = "cpu",
 ) -> torch.Tensor:
-    """Returns the dropout mask of `seed_offset`: bool (batch, heads_q, seqlen_q, seqlen_k) on the CPU, True for kept.
+    """Returns the dropout mask of `seed_offset`: bool (batch, heads_q, seqlen_q, seqlen_k), True for kept weights.
 
-    Both passes use it on every device. It is for tests: it takes memory that neither pass needs.
+    Both passes use it. It is the same on every device, and computed on the one that it is returned on. It is for tests:
+    it takes memory that neither pass needs.
     """
-    shape = (batch, heads_q, seqlen_q, seqlen_k)
-    seed, offset = seed_offset
-    kept = _native.dropout_mask(shape, (dropout_p, seed % 2**64, offset % 2**64))
-    if not kept:
-        return torch.empty(shape, dtype=torch.bool, device="cpu")
-    return torch.frombuffer(kept, dtype=torch.bool).view(shape)
-
-
-def dropout_probability(dropout_p: float) -> float:
-    """Returns the probability that is used for `dropout_p`: `dropout_p` itself, as float32."""
-    return _native.dropout_probability(dropout_p)
+    return _launch.dropout_mask((batch, heads_q, seqlen_q, seqlen_k), dropout_p, *seed_offset, device)
 
 
 def _padded(function, tensors, head_dim, scale):
@@ -203,7 +271,7 @@ def _padded(function, tensors, head_dim, scale):
 
 
 def _needs_gradient(*tensors):
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def draw(q, seed_offset):
@@ -225,8 +293,10 @@ def draw(q, seed_offset):
     return seed % 2**64, offset
 
 
-def _traced_seed_offset(seed_offset):
-    """Returns a tensor of seed and offset, which a compiled graph draws anew in every run."""
+def traced_seed_offset(seed_offset):
+    """Returns a tensor of seed and offset, which a compiled graph draws anew in every run unless they are given."""
+    if isinstance(seed_offset, torch.Tensor):
+        return seed_offset
     if seed_offset is None:
         return torch.randint(1 << 62, (2,), dtype=torch.int64, device="cpu")
     return _eager.seed_offset_tensor(*seed_offset)

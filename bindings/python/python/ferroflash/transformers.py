@@ -7,8 +7,8 @@
 transformers asks an implementation for two functions: one that makes a mask, one that computes attention. The mask
 function here returns None for the masks that ferroflash's kernels compute by themselves: full, causal, and causal with
 a sliding window. For every other mask (padded batches, packed sequences, static caches, custom masks) it returns
-transformers' boolean mask, and the attention function hands such a call to torch's `scaled_dot_product_attention`,
-which is right but slower. It says so once.
+transformers' boolean mask. The attention function hands such a call to torch's `scaled_dot_product_attention`, or to
+plain torch operators if the model bounds its scores (softcap) or has sinks. Both are right but slower; it says so once.
 
 Under torch.compile every call has a mask, because transformers cannot tell there whether sequences are packed. So
 compiled models are right, but do not use ferroflash's kernels.
@@ -18,7 +18,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -36,6 +36,7 @@ def register():
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     _announce_functions()
+    _announce_sinks()
 
 
 def _announce_functions():
@@ -64,6 +65,28 @@ def _announce_functions():
     flash_utils._lazy_imports = lazy_imports
 
 
+def _announce_sinks():
+    """Lets models with sinks take ferroflash.
+
+    Such a model lists the forms of flash-attention that it works with, and transformers takes the first of them instead
+    of any other implementation with "flash" in its name.
+    """
+    original = getattr(PreTrainedModel, "_check_and_adjust_attn_implementation", None)
+    if original is None or hasattr(original, "knows_ferroflash"):
+        return
+
+    @functools.wraps(original)
+    def check(self, attn_implementation, *args, **kwargs):
+        listed = getattr(self, "_compatible_flash_implementations", None) or []
+        # A list without any form of flash-attention is that of a model with an attention of its own.
+        if attn_implementation == NAME and NAME not in listed and any("flash" in name for name in listed):
+            self._compatible_flash_implementations = [*listed, NAME]
+        return original(self, attn_implementation, *args, **kwargs)
+
+    check.knows_ferroflash = True
+    PreTrainedModel._check_and_adjust_attn_implementation = check
+
+
 def attention(
     module,
     query,
@@ -82,24 +105,18 @@ def attention(
 
     Returns the output, (batch, tokens, heads, head dim), and None in place of the attention weights.
     """
-    for feature, wanted in (
-        ("softcap", softcap is not None),
-        ("attention sinks (s_aux)", s_aux is not None),
-        ("a position bias", kwargs.get("position_bias") is not None),
-    ):
-        if wanted:
-            raise NotImplementedError(
-                f'ferroflash has no {feature} yet; use attn_implementation="eager" for this model'
-            )
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError('ferroflash has no position bias yet; use attn_implementation="eager" for this model')
     if kwargs.get("output_attentions", False):
         logger.warning_once('ferroflash returns no attention weights; use attn_implementation="eager" for them.')
     if attention_mask is not None:
         if not is_torchdynamo_compiling():
             logger.warning_once(
                 "ferroflash computes full, causal and sliding-window attention without a mask. This batch needs a mask "
-                "(padding, packed sequences, a static cache, or a custom one), so torch's scaled_dot_product_attention "
-                "computes it, which is slower."
+                "(padding, packed sequences, a static cache, or a custom one), so torch computes it, which is slower."
             )
+        if softcap is not None or s_aux is not None:
+            return _masked(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -125,9 +142,31 @@ def attention(
         causal=causal,
         window_size=window,
         softmax_scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
         dropout_p=dropout,
     )
     return out[..., :value_dim], None
+
+
+def _masked(module, query, key, value, attention_mask, dropout, scaling, softcap, sinks):
+    """Returns the output of attention with a mask, and with a bound of the scores or sinks, in torch operators."""
+    batch, heads, queries, head_dim = query.shape
+    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3)).float() * (head_dim**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + attention_mask
+    if sinks is not None:
+        sinks = sinks.float().reshape(1, heads, 1, 1).expand(batch, heads, queries, 1)
+        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    weights = F.dropout(weights.to(value.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 def mask(

@@ -5,15 +5,7 @@ feature is kept in the selection. A feature that arrives is deleted here, and it
 """
 
 # For each peer: parameter of a test, and which of its values need the feature.
-PARAMETERS = {
-    "flag-attn": {},
-    "flash-attn": {
-        "alibi": lambda value: value,
-        "softcap": lambda value: value > 0.0,
-        # The tests take the dropout mask from the attention probabilities that flash-attention returns.
-        "dropout_p": lambda value: value > 0.0,
-    },
-}
+PARAMETERS = {"flag-attn": {}, "flash-attn": {}}
 
 # For each peer: part of the name of a test function that needs the feature as a whole.
 FUNCTIONS = {"flag-attn": ("paged",), "flash-attn": ("varlen", "kvcache", "generator_arg")}

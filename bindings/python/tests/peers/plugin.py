@@ -155,12 +155,13 @@ class Group:
         self.names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
         self.values = [tuple(value) if len(self.names) > 1 else (value,) for value in values]
         self.ids = [
-            "-".join(name_of(n, v, at) for n, v in zip(self.names, value)) for at, value in enumerate(self.values)
+            "-".join(name_of(n, v, at) for n, v in zip(self.names, value, strict=False))
+            for at, value in enumerate(self.values)
         ]
 
     def missing(self, peer, at):
         """Returns whether a value needs a feature that ferroflash lacks."""
-        return any(features.missing_value(peer, n, v) for n, v in zip(self.names, self.values[at]))
+        return any(features.missing_value(peer, n, v) for n, v in zip(self.names, self.values[at], strict=False))
 
 
 def select(function, groups, config):

@@ -23,7 +23,7 @@ def test_every_pair_is_covered(sizes):
     assert rows == selection.pairwise_cover(sizes)
     assert len(set(rows)) == len(rows)
     for row in rows:
-        assert len(row) == len(sizes) and all(0 <= i < size for i, size in zip(row, sizes))
+        assert len(row) == len(sizes) and all(0 <= i < size for i, size in zip(row, sizes, strict=False))
     for a, b in itertools.combinations(range(len(sizes)), 2):
         pairs = {(row[a], row[b]) for row in rows}
         assert len(pairs) == sizes[a] * sizes[b]
@@ -50,12 +50,9 @@ import pytest
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 
 
-@pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("d", [32, 64, 65])
 @pytest.mark.parametrize("seqlen_q,seqlen_k", [(1, 2), (3, 4)])
-def test_flash_attn_some(seqlen_q, seqlen_k, d, alibi):
-    if alibi:
-        raise NotImplementedError("no ALiBi")
+def test_flash_attn_some(seqlen_q, seqlen_k, d):
     assert d != 64
     if d == 65 and seqlen_q == 3:
         os.abort()
@@ -82,13 +79,13 @@ def test_a_run(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
     #                                             possible, cases, passed, failed, skipped, not run
-    assert rows["flash_attn:flash_attn_some"][:6] == ["6", "7", "3", "3", "1", "0"]
+    assert rows["flash_attn:flash_attn_some"][:6] == ["6", "6", "3", "3", "0", "0"]
     assert rows["flash_attn:flash_attn_varlen_some"][1:6] == ["1", "0", "0", "1", "0"]
     assert rows["flash_attn:flash_attn_says_it_is_not_there"][1:6] == ["1", "0", "1", "0", "0"]
-    assert rows["all"] == ["9", "3", "4", "2", "0"]
+    assert rows["all"] == ["8", "3", "4", "1", "0"]
     assert "process ended with -6" in done.stdout
     failed = (out / "flash-attn-failed.txt").read_text().split()
-    assert len(failed) == 4 and "test_flash_attn.py::test_flash_attn_some[1-2-64-False]" in failed
+    assert len(failed) == 4 and "test_flash_attn.py::test_flash_attn_some[1-2-64]" in failed
     assert all(json.loads(line) for line in (out / "flash-attn.jsonl").read_text().splitlines())
 
     # The failed ones alone.
