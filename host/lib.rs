@@ -88,7 +88,7 @@ pub use attention::{Attention, Lse, Output, Piecewise, PiecewiseGradients, Plans
 pub use backend::cuda::{self, Cuda};
 pub use backend::{Backend, Workspace, cpu::Cpu};
 pub use bytemuck::Pod;
-pub use dropout::{Dropout, dropout_mask, dropout_mask_into};
+pub use dropout::{Dropout, PlanDropout, dropout_mask, dropout_mask_into};
 pub use element::Element;
 pub use error::{Dim, Error, Operand, Result};
 pub use half::{bf16, f16};
@@ -97,7 +97,7 @@ pub use kernels_gpu::variants::{
 };
 pub use operands::{
     AddressSpace, BackwardInputs, BackwardPair, BackwardTensors, ForwardTensors, Gradients, Inputs, OptionalInputs,
-    Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, Slopes, TotalInputs,
+    Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, SeedOffset, Slopes, TotalInputs,
     TotalTensors,
 };
 pub use plan::{Alibi, BackwardPlan, Determinism, InputKinds, Needs, Options, PassKind, Plan, Sinks, TotalPlan};

@@ -343,7 +343,6 @@ fn raw_addresses(cuda: &Cuda) {
         k: tensor(k, BIG.kv_shape()),
         second: None,
         optional: OptionalInputs::NONE,
-        optional: OptionalInputs::NONE,
         v: tensor(v, BIG.kv_shape()),
         o: tensor(o.address(), BIG.q_shape()),
         lse: None,

@@ -81,7 +81,7 @@ impl Data {
             Slopes::PerHead(slopes) => Slopes::PerHead(&slopes[..]),
             Slopes::PerItem(slopes) => Slopes::PerItem(&slopes[..]),
         };
-        OptionalInputs { slopes: Some(slopes), sinks: Some(&self.sinks) }
+        OptionalInputs { slopes: Some(slopes), sinks: Some(&self.sinks), seed_offset: None }
     }
 
     fn forward(&self) -> Forward {
@@ -106,7 +106,7 @@ impl Data {
 fn equals_the_definition() {
     for data in Data::all() {
         let (m, n) = (data.problem.seqlen_q, data.problem.seqlen_k);
-        let keeps_all = data.options.dropout.p == 0.0;
+        let keeps_all = data.options.dropout.p() == 0.0;
         let found = data.forward();
         for (row, lse) in found.lse.iter().enumerate() {
             let (head, i) = (row / m, row % m);

@@ -168,7 +168,6 @@ pub(crate) fn forward<M: Machine>(
             v: v.tensor()?,
             second: None,
             optional: ff::OptionalInputs::NONE,
-            optional: OptionalInputs::NONE,
             o: result(&o, problem.q_shape()),
             lse: lse.as_ref().map(|lse| lse.address),
         };
@@ -206,8 +205,6 @@ pub(crate) fn backward<M: Machine>(
             v: v.tensor()?,
             second: None,
             optional: ff::OptionalInputs::NONE,
-            d_sinks: None,
-            optional: OptionalInputs::NONE,
             d_sinks: None,
             o: o.tensor()?,
             d_o: d_o.tensor()?,
