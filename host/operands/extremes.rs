@@ -3,7 +3,9 @@
 use kernels_gpu::variants::Dtype;
 use proptest::prelude::*;
 
-use super::{OptionalInputs, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SeedOffset, Slopes};
+use super::{
+    OptionalInputs, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SeedOffset, Slopes,
+};
 use crate::{
     dropout::Dropout,
     plan::{Alibi, BackwardPlan, Determinism, Options, Plan, Sinks, TotalPlan},

@@ -140,7 +140,9 @@ mod tests {
     use kernels_gpu::variants::Dtype;
 
     use super::*;
-    use crate::operands::{BackwardPair, BackwardTensors, ForwardTensors, OptionalInputs, SeedOffset, Slopes, TotalTensors};
+    use crate::operands::{
+        BackwardPair, BackwardTensors, ForwardTensors, OptionalInputs, SeedOffset, Slopes, TotalTensors,
+    };
 
     const PROBLEM: Problem =
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 30, head_dim: 8, dtype: Dtype::F16 };
@@ -231,7 +233,10 @@ mod tests {
         );
         let numbers = [visited.q, visited.k, visited.v, visited.o, visited.d_o, visited.lse];
         assert_eq!((numbers, visited.d_lse), ([1, 2, 3, 4, 5, 6], Some(7)));
-        assert_eq!(visited.optional, OptionalInputs { slopes: Some(Slopes::PerHead(8)), sinks: Some(9), seed_offset: None });
+        assert_eq!(
+            visited.optional,
+            OptionalInputs { slopes: Some(Slopes::PerHead(8)), sinks: Some(9), seed_offset: None }
+        );
         assert_eq!(([visited.dq, visited.dk, visited.dv], visited.d_sinks), ([10, 11, 12], Some(13)));
         let second = BackwardPair { inputs: Pair { q: 14, k: 15 }, gradients: Pair { q: 16, k: 17 } };
         assert_eq!((visited.second, visited.workspace, visited.workspace_bytes), (Some(second), 256, 512));

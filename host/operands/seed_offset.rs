@@ -34,6 +34,7 @@ impl<L> SeedOffset<L> {
     }
 
     /// Names memory of u64 by the same memory as f32.
+    #[cfg(any(feature = "cuda", test))]
     pub(crate) fn of_words(words: L) -> Self {
         SeedOffset(words)
     }

@@ -62,8 +62,8 @@ use crate::dropout::Dropout;
 use crate::element::Element;
 use crate::error::{Operand, Result};
 use crate::operands::{
-    BackwardInputs, ForwardTensors, Gradients, Inputs, Pair, RawForward, RawTensor, SecondTensors, SeedOffset, TotalInputs,
-    TotalTensors,
+    BackwardInputs, ForwardTensors, Gradients, Inputs, Pair, RawForward, RawTensor, SecondTensors, SeedOffset,
+    TotalInputs, TotalTensors,
 };
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
 use crate::problem::Problem;
