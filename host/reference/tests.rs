@@ -42,7 +42,7 @@ impl Data {
             .map(|(shape, step)| (0..shape.iter().product()).map(|i| f16::from_f32(value(i, step))).collect());
         let lines = |len: usize, step| (0..len).map(|i| value(i, step) / 2.0).collect();
         let slopes = if index.is_multiple_of(2) { Slopes::PerHead(lines(4, 6)) } else { Slopes::PerItem(lines(8, 10)) };
-        let dropout = Dropout { p: if index.is_multiple_of(3) { 0.3 } else { 0.0 }, seed: 2, offset: 3 };
+        let dropout = Dropout { p: if index.is_multiple_of(3) { 0.3 } else { 0.0 }, seed: 2, offset: 3 }.into();
         Data {
             problem,
             options: Options { mask, scale: Some(0.7), softcap: Some(1.5), dropout, ..Options::default() },
