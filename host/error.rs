@@ -93,10 +93,11 @@ pub enum Error {
         /// True if there was a second pair.
         given: bool,
     },
-    /// A call has other slopes or sinks than its plan was made for, or the gradient of sinks without sinks.
+    /// A call has other slopes or sinks than its plan was made for, the gradient of sinks without sinks, or seed and
+    /// offset of dropout in memory for a plan with fixed ones, or the opposite.
     #[error("{operand}: the call has {found}; the plan needs {planned}")]
     OptionalInput {
-        /// The slopes, the sinks or their gradient.
+        /// The slopes, the sinks, their gradient, or seed and offset.
         operand: Operand,
         /// What the call has.
         found: &'static str,
@@ -197,6 +198,12 @@ pub enum Error {
         expected: usize,
         /// The shape whose elements they are.
         shape: &'static str,
+    },
+    /// The buffer of dropout's seed and offset is not exactly these two.
+    #[error("seed_offset has {len} elements; exactly 2 are needed (seed, offset)")]
+    SeedOffsetLength {
+        /// Elements of the buffer.
+        len: usize,
     },
     /// The buffer of a dropout mask is not exactly (batch, heads_q, seqlen_q, seqlen_k).
     #[error("dropout_mask has {len} elements; exactly {expected} are needed (batch × heads_q × seqlen_q × seqlen_k)")]
@@ -390,6 +397,8 @@ pub enum Operand {
     Sinks,
     /// The gradient of the sinks.
     DSinks,
+    /// Seed and offset of dropout, in memory.
+    SeedOffset,
     /// Memory that the kernels of a backward pass use to pass results to each other.
     Workspace,
     /// The total attention of each key.
@@ -422,6 +431,7 @@ impl fmt::Display for Operand {
             Operand::Slopes => "slopes",
             Operand::Sinks => "sinks",
             Operand::DSinks => "d_sinks",
+            Operand::SeedOffset => "seed_offset",
             Operand::Workspace => "workspace",
             Operand::Total => "total",
             Operand::DropoutMask => "dropout_mask",

@@ -45,7 +45,9 @@
 //!   [`Inputs::sinks`]). The order is scale, softcap, ALiBi, mask, softmax with the sink, dropout. The LSE includes all
 //!   but dropout.
 //! - **Dropout** ([`Attention::dropout`]) drops weights after the softmax. Its random numbers are a function of seed,
-//!   offset, head, query and key, so both passes drop the same weights on every machine. The LSE includes all weights.
+//!   offset, head, query and key, so both passes drop the same weights on every machine. Seed and offset are fixed, or
+//!   an input that kernels read ([`Inputs::seed_offset`]), so that a captured graph draws anew. The LSE includes all
+//!   weights.
 //! - **Gradients** ([`Attention::backward`]) have the inputs' dtype and are accumulated in f32. [`Determinism`] selects
 //!   whether dQ has the same bits on every run.
 //! - **LSE** is the natural logarithm of the sum of the exponentials of the scaled scores.
@@ -88,7 +90,7 @@ pub use attention::{Attention, Lse, Output, Piecewise, PiecewiseGradients, Plans
 pub use backend::cuda::{self, Cuda};
 pub use backend::{Backend, Workspace, cpu::Cpu};
 pub use bytemuck::Pod;
-pub use dropout::{Dropout, dropout_mask, dropout_mask_into};
+pub use dropout::{Dropout, PlanDropout, dropout_mask, dropout_mask_into};
 pub use element::Element;
 pub use error::{Dim, Error, Operand, Result};
 pub use half::{bf16, f16};
@@ -97,8 +99,8 @@ pub use kernels_gpu::variants::{
 };
 pub use operands::{
     AddressSpace, BackwardInputs, BackwardPair, BackwardTensors, ForwardTensors, Gradients, Inputs, OptionalInputs,
-    Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, Slopes, TotalInputs,
-    TotalTensors,
+    Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, SeedOffset, Slopes,
+    TotalInputs, TotalTensors,
 };
 pub use plan::{Alibi, BackwardPlan, Determinism, InputKinds, Needs, Options, PassKind, Plan, Sinks, TotalPlan};
 pub use problem::{Mask, Problem};

@@ -83,6 +83,7 @@ fn main() {
             Box::new(move |cuda| common::dropout::mask_is_recovered(cuda, head_dim, mask)),
         ));
     }
+    trials.push(test("a graph with dropout from memory", Box::new(graph::dropout_from_memory)));
     trials.push(test("dropout masks", Box::new(dropout::masks)));
     trials.push(test("a dropout mask of more than 2^32 weights", Box::new(dropout::large_mask)));
     trials.push(test("speed of dropout masks", Box::new(dropout::speed)));
@@ -342,7 +343,6 @@ fn raw_addresses(cuda: &Cuda) {
         q: tensor(q, BIG.q_shape()),
         k: tensor(k, BIG.kv_shape()),
         second: None,
-        optional: OptionalInputs::NONE,
         optional: OptionalInputs::NONE,
         v: tensor(v, BIG.kv_shape()),
         o: tensor(o.address(), BIG.q_shape()),

@@ -4,7 +4,7 @@ use crate::element::Element;
 
 use crate::{
     backend::Backend,
-    dropout::Dropout,
+    dropout::PlanDropout,
     error::Result,
     operands::{Inputs, Lines, Role, Tensors, rows},
     plan::{Determinism, InputKinds, Options, Plan},
@@ -59,7 +59,7 @@ pub struct Attention {
     inputs: InputKinds,
     lse: Lse,
     determinism: Determinism,
-    dropout: Dropout,
+    dropout: PlanDropout,
 }
 
 impl Attention {
@@ -74,7 +74,7 @@ impl Attention {
             inputs: InputKinds::default(),
             lse: Lse::default(),
             determinism: Determinism::default(),
-            dropout: Dropout::NONE,
+            dropout: PlanDropout::NONE,
         }
     }
 
@@ -138,9 +138,10 @@ impl Attention {
     }
 
     /// Sets the dropout of attention weights. A backward pass must have the dropout of its forward pass. Total
-    /// attention counts weights before dropout.
-    pub fn dropout(mut self, dropout: Dropout) -> Self {
-        self.dropout = dropout;
+    /// attention counts weights before dropout. With [`Dropout::from_memory`](crate::Dropout::from_memory), calls take
+    /// seed and offset as an input.
+    pub fn dropout(mut self, dropout: impl Into<PlanDropout>) -> Self {
+        self.dropout = dropout.into();
         self
     }
 

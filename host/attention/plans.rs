@@ -6,7 +6,6 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::{Attention, Piecewise};
-use crate::dropout::Dropout;
 use crate::error::Result;
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
 
@@ -109,7 +108,7 @@ struct Key {
 
 impl Key {
     fn of(attention: &Attention, dist_threshold: Option<i32>, sm_count: u32) -> Self {
-        let attention = attention.dropout(Dropout { seed: 0, offset: 0, ..attention.dropout });
+        let attention = attention.dropout(attention.dropout.without_numbers());
         Key { attention, dist_threshold, sm_count }
     }
 }
@@ -149,6 +148,7 @@ mod tests {
     use kernels_gpu::variants::Dtype;
 
     use super::*;
+    use crate::dropout::Dropout;
     use crate::plan::Determinism;
     use crate::problem::{Mask, Problem};
 

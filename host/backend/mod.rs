@@ -11,7 +11,7 @@ use crate::{
     dropout::Dropout,
     element::Element,
     error::{Operand, Result},
-    operands::{BackwardInputs, Gradients, Inputs, Pair, SecondTensors, TotalInputs},
+    operands::{BackwardInputs, Gradients, Inputs, Pair, SecondTensors, SeedOffset, TotalInputs},
     plan::{BackwardPlan, Plan, TotalPlan},
     problem::Problem,
     tensor::Tensor,
@@ -66,6 +66,9 @@ pub trait Backend: sealed::Sealed {
 
     /// Returns a range of a buffer, or an empty slice if the range is not within the buffer.
     fn slice_mut<T: Pod>(buffer: &mut Self::Buffer<T>, range: Range<usize>) -> Self::SliceMut<'_, T>;
+
+    /// Returns memory of u64 as seed and offset of dropout, for [`Inputs::seed_offset`].
+    fn seed_offset(from: Self::Slice<'_, u64>) -> SeedOffset<Self::Slice<'_, f32>>;
 
     /// Checks the inputs of a forward pass alone, before memory for its results is allocated.
     ///

@@ -24,7 +24,7 @@ impl Case {
             return Ok(None);
         }
         // Dropout is not in the LSE.
-        let options = Options { dropout: Dropout::NONE, ..self.options() };
+        let options = Options { dropout: Dropout::NONE.into(), ..self.options() };
         let exact = forward_f64(problem, &options, scores, v, shaping.inputs(), &Rows::All)?;
         Ok(Beyond::of(results, largest_lse(&exact.lse), limit))
     }

@@ -20,12 +20,12 @@ pub struct Shaping(OptionalInputs<Vec<f32>>);
 impl Shaping {
     /// Borrows the values.
     pub fn inputs(&self) -> OptionalInputs<&[f32]> {
-        let OptionalInputs { slopes, sinks } = &self.0;
+        let OptionalInputs { slopes, sinks, .. } = &self.0;
         let slopes = slopes.as_ref().map(|slopes| match slopes {
             Slopes::PerHead(slopes) => Slopes::PerHead(&slopes[..]),
             Slopes::PerItem(slopes) => Slopes::PerItem(&slopes[..]),
         });
-        OptionalInputs { slopes, sinks: sinks.as_deref() }
+        OptionalInputs { slopes, sinks: sinks.as_deref(), seed_offset: None }
     }
 }
 
@@ -60,7 +60,7 @@ impl Case {
             Sinks::None => None,
             Sinks::PerHead => Some((0..heads).map(|_| sink()).collect()),
         };
-        Shaping(OptionalInputs { slopes, sinks })
+        Shaping(OptionalInputs { slopes, sinks, seed_offset: None })
     }
 
     /// Returns the kinds of the optional inputs.
@@ -71,7 +71,7 @@ impl Case {
     /// Returns the options of the case.
     pub fn options(&self) -> Options {
         let (mask, scale, softcap) = (self.mask, Some(self.effective_scale()), self.softcap);
-        let (alibi, sinks, dropout) = (self.alibi, self.sinks, self.dropped());
+        let (alibi, sinks, dropout) = (self.alibi, self.sinks, self.dropped().into());
         Options { mask, scale, softcap, alibi, sinks, dropout, dist_threshold: None }
     }
 }

@@ -71,6 +71,7 @@ pub(super) fn optional_of<B: Backend>(uploaded: &OptionalInputs<B::Buffer<f32>>)
     OptionalInputs {
         slopes: uploaded.slopes.as_ref().map(slopes_of::<B>),
         sinks: uploaded.sinks.as_ref().map(B::slice),
+        seed_offset: uploaded.seed_offset.as_ref().map(|numbers| numbers.as_ref().map(B::slice)),
     }
 }
 

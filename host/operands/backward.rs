@@ -39,7 +39,7 @@ pub struct BackwardTensors<T, L, O, M> {
     pub lse: L,
     /// The gradient of the LSE, of the same shape; `None` if nothing depends on the LSE.
     pub d_lse: Option<L>,
-    /// Slopes and sinks of the forward pass, of the kinds that the plan is for.
+    /// Slopes, sinks, and seed and offset of dropout of the forward pass, of the kinds that the plan is for.
     pub optional: OptionalInputs<L>,
     /// The gradient of Q, (batch, heads_q, seqlen_q, head_dim).
     pub dq: O,
@@ -140,7 +140,7 @@ impl<T, L, O, M> BackwardTensors<T, L, O, M> {
         Self: Pass<X>,
     {
         check_second(plan.variant().op, self.second.is_some())?;
-        self.optional.check(plan.inputs())?;
+        self.optional.check(plan.inputs(), plan.dropout())?;
         check_d_sinks(&self.d_sinks, plan.inputs())?;
         check_dtype(plan.problem(), dtype)?;
         self.visit(visitor)
@@ -205,7 +205,7 @@ impl RawBackward {
             first: plan.first,
             last_pair: plan.features.mask.pairs() - 1,
         };
-        BackwardParams { base, features: lowered::features(&plan.features, self.optional.slopes, plan.problem()) }
+        BackwardParams { base, features: lowered::features(&plan.features, &self.optional, plan.problem()) }
     }
 
     /// Returns the parameters of the postprocess kernel for each pair.

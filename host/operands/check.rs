@@ -6,8 +6,10 @@ use super::{
     LinePlace, Place,
     pass::{LineRow, Lines, Role, TensorRow, Tensors},
     place::Memory,
+    seed_offset::WORDS_EACH,
 };
 use crate::{
+    dropout::PlanDropout,
     error::{Dim, Error, Operand, Result},
     overlap::{Region, self_alias},
     plan::{InputKinds, Sinks},
@@ -32,6 +34,15 @@ pub enum AddressSpace {
 }
 
 impl AddressSpace {
+    /// Alignment of a contiguous array, in bytes. A GPU loads seed and offset at once.
+    fn line_alignment(self, operand: Operand) -> usize {
+        match (operand, self) {
+            (Operand::SeedOffset, AddressSpace::Host) => size_of::<u64>(),
+            (Operand::SeedOffset, AddressSpace::Device) => 2 * size_of::<u64>(),
+            _ => size_of::<f32>(),
+        }
+    }
+
     /// Alignment of a strided tensor, in bytes.
     fn tensor_alignment(self) -> usize {
         match self {
@@ -108,7 +119,7 @@ impl<L: LinePlace> Lines<L> for Check<'_> {
     fn line(&mut self, row: LineRow, role: Role, from: L) -> Result<L::Raw> {
         let (raw, memory) = from.lower();
         if let Some(memory) = memory {
-            check_line(self.problem, row, memory)?;
+            check_line(self.problem, row, memory, self.space)?;
             self.occupy(row.operand, role, Region::of_bytes(memory.address, line_bytes(self.problem, row)));
         }
         Ok(raw)
@@ -140,6 +151,16 @@ pub(super) fn check_kinds(found: InputKinds, planned: InputKinds) -> Result<()> 
         if !same {
             return Err(Error::OptionalInput { operand, found, planned });
         }
+    }
+    Ok(())
+}
+
+/// Checks that there are seed and offset of dropout if, and only if, the plan's dropout reads them from memory.
+pub(super) fn check_seed_offset(given: bool, planned: PlanDropout) -> Result<()> {
+    let words = |given| if given { "seed and offset in memory" } else { "none" };
+    if given != planned.reads_memory() {
+        let (found, planned) = (words(given), words(planned.reads_memory()));
+        return Err(Error::OptionalInput { operand: Operand::SeedOffset, found, planned });
     }
     Ok(())
 }
@@ -181,13 +202,14 @@ pub(super) fn check_memory(operand: Operand, tensor: &Tensor<Memory>, space: Add
 }
 
 /// Checks one line alone.
-fn check_line(problem: &Problem, row: LineRow, memory: Memory) -> Result<()> {
+fn check_line(problem: &Problem, row: LineRow, memory: Memory, space: AddressSpace) -> Result<()> {
     let (operand, expected) = (row.operand, (row.len)(problem));
     if let Some(len) = memory.len
         && len != expected
     {
         return Err(match operand {
             Operand::Total => Error::TotalLength { len, expected },
+            Operand::SeedOffset => Error::SeedOffsetLength { len: len / WORDS_EACH },
             Operand::Lse | Operand::DLse => Error::LseLength { operand, len, expected },
             _ => Error::HeadsLength { operand, len, expected, shape: row.shape },
         });
@@ -196,7 +218,7 @@ fn check_line(problem: &Problem, row: LineRow, memory: Memory) -> Result<()> {
         return Ok(());
     }
     check_span(operand, memory.address, line_bytes(problem, row))?;
-    check_address(operand, memory.address, size_of::<f32>())
+    check_address(operand, memory.address, space.line_alignment(operand))
 }
 
 /// Returns the size of a line.

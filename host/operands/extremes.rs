@@ -3,8 +3,11 @@
 use kernels_gpu::variants::Dtype;
 use proptest::prelude::*;
 
-use super::{OptionalInputs, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, Slopes};
+use super::{
+    OptionalInputs, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SeedOffset, Slopes,
+};
 use crate::{
+    dropout::Dropout,
     plan::{Alibi, BackwardPlan, Determinism, Options, Plan, Sinks, TotalPlan},
     problem::{Mask, Problem},
     tensor::Layout,
@@ -82,8 +85,9 @@ proptest! {
             let second = RawSecond { inputs: second, gradients: Pair { q: dq, k: dk } };
             let _ = RawBackward { second: Some(second), ..backward }.validate(&plan);
         }
-        let options = Options { alibi: Alibi::PerItem, sinks: Sinks::PerHead, ..Options::default() };
-        let optional = OptionalInputs { slopes: Some(Slopes::PerItem(other)), sinks: Some(lse) };
+        let dropout = Dropout::from_memory(0.1);
+        let options = Options { alibi: Alibi::PerItem, sinks: Sinks::PerHead, dropout, ..Options::default() };
+        let optional = OptionalInputs { slopes: Some(Slopes::PerItem(other)), sinks: Some(lse), seed_offset: Some(SeedOffset::at(lse)) };
         if let Ok(plan) = Plan::forward(&problem, &options, 132) {
             let _ = RawForward { optional, ..forward }.validate(&plan);
         }

@@ -29,7 +29,7 @@ pub struct ForwardTensors<T, L, O, M> {
     pub second: Option<Pair<T>>,
     /// Values, (batch, heads_kv, seqlen_k, head_dim).
     pub v: T,
-    /// Slopes and sinks, of the kinds that the plan is for.
+    /// Slopes, sinks, and seed and offset of dropout, of the kinds that the plan is for.
     pub optional: OptionalInputs<L>,
     /// O, (batch, heads_q, seqlen_q, head_dim).
     pub o: O,
@@ -72,7 +72,7 @@ impl<T, L, O, M> ForwardTensors<T, L, O, M> {
         Self: Pass<X>,
     {
         check_second(plan.variant().op, self.second.is_some())?;
-        self.optional.check(plan.inputs())?;
+        self.optional.check(plan.inputs(), plan.dropout())?;
         check_dtype(plan.problem(), dtype)?;
         self.visit(visitor)
     }
@@ -112,7 +112,7 @@ impl RawForward {
             order: plan.order,
             last_pair: plan.features.mask.pairs() - 1,
         };
-        ForwardParams { base, features: lowered::features(&plan.features, self.optional.slopes, plan.problem()) }
+        ForwardParams { base, features: lowered::features(&plan.features, &self.optional, plan.problem()) }
     }
 }
 

@@ -24,7 +24,7 @@ pub struct BackwardInputs<S, L> {
     pub lse: L,
     /// The gradient of the LSE, of the same shape; `None` if nothing depends on the LSE.
     pub d_lse: Option<L>,
-    /// Slopes and sinks of the forward pass.
+    /// Slopes, sinks, and seed and offset of dropout of the forward pass.
     pub optional: OptionalInputs<L>,
 }
 

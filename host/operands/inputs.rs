@@ -1,11 +1,12 @@
 //! Inputs of the passes: queries, keys and values, and the optional inputs that a plan is for.
 
 use super::{
-    BackwardInputs, Pair,
-    check::check_kinds,
+    BackwardInputs, Pair, SeedOffset,
+    check::{check_kinds, check_seed_offset},
     pass::{Lines, Pass, Role, VisitedLine, rows},
 };
 use crate::{
+    dropout::PlanDropout,
     error::Result,
     plan::{Alibi, InputKinds, Sinks},
     tensor::Tensor,
@@ -57,20 +58,24 @@ pub struct OptionalInputs<L> {
     pub slopes: Option<Slopes<L>>,
     /// Sinks, f32 (heads_q): logits without a value in every row's softmax; `None` for no sinks.
     pub sinks: Option<L>,
+    /// Seed and offset of dropout, for a plan that reads them from memory; `None` for others.
+    pub seed_offset: Option<SeedOffset<L>>,
 }
 
 impl<L> OptionalInputs<L> {
     /// No optional input.
-    pub const NONE: Self = OptionalInputs { slopes: None, sinks: None };
+    pub const NONE: Self = OptionalInputs { slopes: None, sinks: None, seed_offset: None };
 
-    /// Returns the kinds of the inputs.
+    /// Returns the kinds of slopes and sinks.
     pub fn kinds(&self) -> InputKinds {
         InputKinds { alibi: self.slopes.as_ref().map_or(Alibi::None, Slopes::kind), sinks: Sinks::of(&self.sinks) }
     }
 
-    /// Checks that the inputs are of the kinds that a plan is for.
-    pub(crate) fn check(&self, planned: InputKinds) -> Result<()> {
-        check_kinds(self.kinds(), planned)
+    /// Checks that the inputs are of the kinds that a plan is for, and that there are seed and offset if its dropout
+    /// reads them.
+    pub(crate) fn check(&self, planned: InputKinds, dropout: PlanDropout) -> Result<()> {
+        check_kinds(self.kinds(), planned)?;
+        check_seed_offset(self.seed_offset.is_some(), dropout)
     }
 }
 
@@ -87,6 +92,7 @@ impl<L, X: Lines<L>> Pass<X> for OptionalInputs<L> {
         Ok(OptionalInputs {
             slopes: self.slopes.map(|slopes| slopes.visit(visitor)).transpose()?,
             sinks: visitor.optional_line(rows::SINKS, Role::Input, self.sinks)?,
+            seed_offset: self.seed_offset.map(|numbers| numbers.visit(visitor)).transpose()?,
         })
     }
 }
@@ -115,7 +121,15 @@ macro_rules! optional_inputs {
                 self
             }
 
-            /// Returns the kinds of the optional inputs, for which a plan can be made in advance
+            /// Adds seed and offset of dropout, two u64 in memory of the machine. The dropout is then one that reads
+            /// them ([`Dropout::from_memory`](crate::Dropout::from_memory)), and both passes draw the mask of the
+            /// numbers that are there when they run.
+            pub fn seed_offset(mut self, numbers: impl Into<SeedOffset<L>>) -> Self {
+                self.optional.seed_offset = Some(numbers.into());
+                self
+            }
+
+            /// Returns the kinds of slopes and sinks, for which a plan can be made in advance
             /// ([`Attention::for_inputs`](crate::Attention::for_inputs)).
             pub fn kinds(&self) -> InputKinds {
                 self.optional.kinds()

@@ -1,8 +1,8 @@
-//! Slopes and sinks as kernels read them.
+//! Optional inputs as kernels read them.
 
 use kernels_gpu::{attention::any_features::AnyFeatures, attention::score::Shaped, ground::tensor::PerHead};
 
-use super::Slopes;
+use super::{OptionalInputs, SeedOffset, Slopes};
 use crate::problem::Problem;
 
 /// Returns an array of one value for each query head.
@@ -24,9 +24,10 @@ pub(super) fn with_slopes(score: Shaped, slopes: Option<Slopes<u64>>, problem: &
     score.with_slopes(slopes_at(slopes, problem))
 }
 
-/// Returns the features of a plan with the slopes of its scores.
-pub(super) fn features(plan: &AnyFeatures, slopes: Option<Slopes<u64>>, problem: &Problem) -> AnyFeatures {
-    AnyFeatures { score: with_slopes(plan.score, slopes, problem), ..*plan }
+/// Returns the features of a plan with the addresses of slopes, and of seed and offset of dropout.
+pub(super) fn features(plan: &AnyFeatures, optional: &OptionalInputs<u64>, problem: &Problem) -> AnyFeatures {
+    let features = AnyFeatures { score: with_slopes(plan.score, optional.slopes, problem), ..*plan };
+    features.with_seed_offset(optional.seed_offset.map(SeedOffset::raw))
 }
 
 /// Returns the sinks at this address.

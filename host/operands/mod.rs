@@ -18,6 +18,7 @@ mod lowered;
 mod pair;
 mod pass;
 mod place;
+mod seed_offset;
 mod total_attention;
 
 #[cfg(test)]
@@ -41,6 +42,7 @@ pub(crate) use place::Memory;
 #[cfg(feature = "cuda")]
 pub(crate) use place::Slice;
 pub(crate) use place::{LinePlace, Place};
+pub use seed_offset::SeedOffset;
 pub use total_attention::{RawTotalAttention, TotalTensors};
 
 /// A tensor named by its address.

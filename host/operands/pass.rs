@@ -50,6 +50,7 @@ pub(crate) struct LineRow {
 /// The rows of all tables. A new operand has one here, and one line in the table of each pass that takes it.
 pub(crate) mod rows {
     use super::{LineRow, Operand, Problem, TensorRow};
+    use crate::operands::seed_offset::WORDS;
 
     pub(crate) const Q: TensorRow = of_queries(Operand::Q);
     pub(crate) const K: TensorRow = of_keys(Operand::K);
@@ -72,6 +73,10 @@ pub(crate) mod rows {
         LineRow { operand: Operand::Slopes, len: Problem::item_heads, shape: "batch × heads_q" };
     pub(crate) const SINKS: LineRow = of_heads(Operand::Sinks);
     pub(crate) const D_SINKS: LineRow = of_heads(Operand::DSinks);
+
+    /// Seed and offset of dropout, as f32 of the same memory.
+    pub(crate) const SEED_OFFSET: LineRow =
+        LineRow { operand: Operand::SeedOffset, len: |_| WORDS, shape: "seed, offset" };
 
     const fn of_heads(operand: Operand) -> LineRow {
         LineRow { operand, len: |problem| problem.heads_q, shape: "heads_q" }
@@ -135,7 +140,9 @@ mod tests {
     use kernels_gpu::variants::Dtype;
 
     use super::*;
-    use crate::operands::{BackwardPair, BackwardTensors, ForwardTensors, OptionalInputs, Slopes, TotalTensors};
+    use crate::operands::{
+        BackwardPair, BackwardTensors, ForwardTensors, OptionalInputs, SeedOffset, Slopes, TotalTensors,
+    };
 
     const PROBLEM: Problem =
         Problem { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 10, seqlen_k: 30, head_dim: 8, dtype: Dtype::F16 };
@@ -181,13 +188,21 @@ mod tests {
     #[test]
     fn forward_lists_each_tensor_once() {
         let mut notes = Notes::default();
-        let optional = OptionalInputs { slopes: Some(Slopes::PerItem(())), sinks: Some(()) };
+        let optional = OptionalInputs {
+            slopes: Some(Slopes::PerItem(())),
+            sinks: Some(()),
+            seed_offset: Some(SeedOffset::of_words(())),
+        };
         let tensors = ForwardTensors { q: (), k: (), second: Some(PAIR), v: (), optional, o: (), lse: Some(()) };
         let visited = tensors.visit(&mut notes).unwrap();
-        check(&notes, "q 640, k 960, v 960, q2 640, k2 960, slopes 8, sinks 4", "o 640, lse 80");
+        check(&notes, "q 640, k 960, v 960, q2 640, k2 960, slopes 8, sinks 4, seed_offset 4", "o 640, lse 80");
         let second = Some(Pair { q: 4, k: 5 });
-        let optional = OptionalInputs { slopes: Some(Slopes::PerItem(6)), sinks: Some(7) };
-        assert_eq!(visited, ForwardTensors { q: 1, k: 2, v: 3, second, optional, o: 8, lse: Some(9) });
+        let optional = OptionalInputs {
+            slopes: Some(Slopes::PerItem(6)),
+            sinks: Some(7),
+            seed_offset: Some(SeedOffset::of_words(8)),
+        };
+        assert_eq!(visited, ForwardTensors { q: 1, k: 2, v: 3, second, optional, o: 9, lse: Some(10) });
     }
 
     #[test]
@@ -202,7 +217,7 @@ mod tests {
             d_o: (),
             lse: (),
             d_lse: Some(()),
-            optional: OptionalInputs { slopes: Some(Slopes::PerHead(())), sinks: Some(()) },
+            optional: OptionalInputs { slopes: Some(Slopes::PerHead(())), sinks: Some(()), seed_offset: None },
             dq: (),
             dk: (),
             dv: (),
@@ -218,7 +233,10 @@ mod tests {
         );
         let numbers = [visited.q, visited.k, visited.v, visited.o, visited.d_o, visited.lse];
         assert_eq!((numbers, visited.d_lse), ([1, 2, 3, 4, 5, 6], Some(7)));
-        assert_eq!(visited.optional, OptionalInputs { slopes: Some(Slopes::PerHead(8)), sinks: Some(9) });
+        assert_eq!(
+            visited.optional,
+            OptionalInputs { slopes: Some(Slopes::PerHead(8)), sinks: Some(9), seed_offset: None }
+        );
         assert_eq!(([visited.dq, visited.dk, visited.dv], visited.d_sinks), ([10, 11, 12], Some(13)));
         let second = BackwardPair { inputs: Pair { q: 14, k: 15 }, gradients: Pair { q: 16, k: 17 } };
         assert_eq!((visited.second, visited.workspace, visited.workspace_bytes), (Some(second), 256, 512));

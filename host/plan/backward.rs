@@ -15,7 +15,7 @@ use super::{
     features,
 };
 use crate::{
-    dropout::Dropout,
+    dropout::PlanDropout,
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::{BackwardPlan, Determinism, Options, Plan, TotalPlan};
 use crate::{
-    dropout::Dropout,
+    dropout::{Dropout, PlanDropout},
     error::{Error, Result},
     problem::{Mask, Problem},
 };
@@ -51,8 +51,9 @@ fn determinism() -> impl Strategy<Value = Determinism> {
     prop::sample::select(vec![Determinism::Fast, Determinism::Exact])
 }
 
-fn dropout() -> impl Strategy<Value = Dropout> {
-    prop::sample::select(vec![0.0, 0.5]).prop_map(|p| Dropout { p, seed: u64::MAX, offset: u64::MAX })
+fn dropout() -> impl Strategy<Value = PlanDropout> {
+    let fixed = |p| Dropout { p, seed: u64::MAX, offset: u64::MAX }.into();
+    prop::sample::select(vec![fixed(0.0), fixed(0.5), Dropout::from_memory(0.5)])
 }
 
 /// Returns the plan, or `None` if one of its numbers is too large.

@@ -12,7 +12,7 @@ use super::{
     InputKinds, MAX_WORK_TILES, Options, PassKind, Settings, accessors_with_extra, checked_sm_count, features,
 };
 use crate::{
-    dropout::Dropout,
+    dropout::PlanDropout,
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };

@@ -1,6 +1,6 @@
 //! The options of an attention, in addition to its problem.
 
-use crate::dropout::Dropout;
+use crate::dropout::PlanDropout;
 use crate::problem::Mask;
 
 /// Options of an attention, which every plan takes. The default is plain attention: no mask, the scale 1/√head_dim, one
@@ -27,8 +27,9 @@ pub struct Options {
     pub alibi: Alibi,
     /// Presence of sinks. They are an input of both passes.
     pub sinks: Sinks,
-    /// Dropout of attention weights. Total attention ignores it.
-    pub dropout: Dropout,
+    /// Dropout of attention weights, with fixed numbers or numbers in memory, which are an input of both passes. Total
+    /// attention ignores it.
+    pub dropout: PlanDropout,
     /// Distance from which on scores come from a second pair of queries and keys, in piecewise attention; `None` if
     /// there is one pair. The score of query i and key j comes from the second pair if i + seqlen_k − seqlen_q − j is
     /// at least the distance.
@@ -36,7 +37,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// Returns the same options for other optional inputs.
+    /// Returns the same options for other slopes and sinks.
     pub fn for_inputs(self, InputKinds { alibi, sinks }: InputKinds) -> Self {
         Options { alibi, sinks, ..self }
     }
@@ -91,7 +92,8 @@ impl Sinks {
     }
 }
 
-/// Kinds of the optional inputs of a call, for which its plan is made.
+/// Kinds of the slopes and sinks of a call, for which its plan is made. Seed and offset of dropout follow the options'
+/// dropout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct InputKinds {
     /// Slopes of ALiBi.

@@ -50,7 +50,7 @@ impl Settings {
     pub(super) fn needs(&self, pass: PassKind) -> Needs {
         let Problem { head_dim, dtype, .. } = self.problem;
         let Options { mask, softcap, alibi, sinks, dropout, .. } = self.options;
-        Needs { pass, op: self.op(), head_dim, mask, dtype, softcap, alibi, sinks, dropout: dropout.p }
+        Needs { pass, op: self.op(), head_dim, mask, dtype, softcap, alibi, sinks, dropout: dropout.p() }
     }
 
     /// Writes a plan's first line: the pass and the settings.
@@ -65,8 +65,11 @@ impl Settings {
             options.mask,
         )?;
         write_shaping(f, options.softcap, options.alibi, options.sinks)?;
-        if options.dropout.p > 0.0 {
-            write!(f, ", dropout {}", options.dropout.p)?;
+        if options.dropout.p() > 0.0 {
+            write!(f, ", dropout {}", options.dropout.p())?;
+        }
+        if options.dropout.reads_memory() {
+            f.write_str(", seed and offset from memory")?;
         }
         options.dist_threshold.map_or(Ok(()), |threshold| write!(f, ", dist_threshold {threshold}"))
     }
@@ -164,13 +167,13 @@ macro_rules! accessors_with_extra {
             }
 
             /// Returns the dropout of attention weights.
-            pub fn dropout(&self) -> Dropout {
+            pub fn dropout(&self) -> PlanDropout {
                 self.settings.options.dropout
             }
 
             /// Returns the plan with another seed and offset. `dropout` has the plan's probability, so that kernel and
             /// launch stay the same.
-            pub(crate) fn with_random_numbers_of(mut self, dropout: Dropout) -> Result<Self> {
+            pub(crate) fn with_random_numbers_of(mut self, dropout: PlanDropout) -> Result<Self> {
                 self.settings.options.dropout = dropout;
                 self.features.dropout = dropout.launched()?;
                 Ok(self)

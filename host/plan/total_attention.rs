@@ -11,7 +11,7 @@ use kernels_gpu::{
 
 use super::{InputKinds, MAX_WORK_TILES, Options, PassKind, Settings, Sinks, accessors, checked_sm_count, features};
 use crate::{
-    dropout::Dropout,
+    dropout::PlanDropout,
     error::{Error, Result},
     problem::{Mask, Problem, at_most},
 };
@@ -42,7 +42,7 @@ impl TotalPlan {
     /// Errors of [`Plan::forward`](super::Plan::forward). [`Error::NoVariant`] is also the error of options with a
     /// distance, because there is no total attention of two pairs.
     pub fn new(problem: &Problem, options: &Options, sm_count: u32) -> Result<TotalPlan> {
-        let options = Options { dropout: Dropout::NONE, sinks: Sinks::None, ..*options };
+        let options = Options { dropout: PlanDropout::NONE, sinks: Sinks::None, ..*options };
         let settings = Settings::new(problem, &options)?;
         let sm_count = checked_sm_count(sm_count)?;
         let features = features(&settings)?;

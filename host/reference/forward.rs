@@ -10,7 +10,7 @@ use super::rule::Rule;
 use super::scores::Scores;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::operands::{AddressSpace, Check, Inputs, Lines, OptionalInputs, Role, Tensors, rows};
+use crate::operands::{AddressSpace, Check, Inputs, Lines, OptionalInputs, Role, SeedOffset, Tensors, rows};
 use crate::plan::{Options, Plan};
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
@@ -140,10 +140,12 @@ pub fn forward_plain<E: Element>(
     })
 }
 
-/// Plans attention with these optional inputs. Pairs of Q and K are those of [`Scores`], so the plan has one.
+/// Plans attention with these optional inputs, which are still to be checked. Pairs of Q and K are those of [`Scores`], so the plan has one.
 pub(super) fn plan(problem: &Problem, options: &Options, optional: &OptionalInputs<&[f32]>) -> Result<Plan> {
     let options = Options { dist_threshold: None, ..*options }.for_inputs(optional.kinds());
-    Plan::forward(problem, &options, 1)
+    let mut plan = Plan::forward(problem, &options, 1)?;
+    plan.features = plan.features.with_seed_offset(optional.seed_offset.map(SeedOffset::address));
+    Ok(plan)
 }
 
 /// Number type that a reference computes in.

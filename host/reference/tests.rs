@@ -42,7 +42,7 @@ impl Data {
             .map(|(shape, step)| (0..shape.iter().product()).map(|i| f16::from_f32(value(i, step))).collect());
         let lines = |len: usize, step| (0..len).map(|i| value(i, step) / 2.0).collect();
         let slopes = if index.is_multiple_of(2) { Slopes::PerHead(lines(4, 6)) } else { Slopes::PerItem(lines(8, 10)) };
-        let dropout = Dropout { p: if index.is_multiple_of(3) { 0.3 } else { 0.0 }, seed: 2, offset: 3 };
+        let dropout = Dropout { p: if index.is_multiple_of(3) { 0.3 } else { 0.0 }, seed: 2, offset: 3 }.into();
         Data {
             problem,
             options: Options { mask, scale: Some(0.7), softcap: Some(1.5), dropout, ..Options::default() },
@@ -81,7 +81,7 @@ impl Data {
             Slopes::PerHead(slopes) => Slopes::PerHead(&slopes[..]),
             Slopes::PerItem(slopes) => Slopes::PerItem(&slopes[..]),
         };
-        OptionalInputs { slopes: Some(slopes), sinks: Some(&self.sinks) }
+        OptionalInputs { slopes: Some(slopes), sinks: Some(&self.sinks), seed_offset: None }
     }
 
     fn forward(&self) -> Forward {
@@ -106,7 +106,7 @@ impl Data {
 fn equals_the_definition() {
     for data in Data::all() {
         let (m, n) = (data.problem.seqlen_q, data.problem.seqlen_k);
-        let keeps_all = data.options.dropout.p == 0.0;
+        let keeps_all = data.options.dropout.p() == 0.0;
         let found = data.forward();
         for (row, lse) in found.lse.iter().enumerate() {
             let (head, i) = (row / m, row % m);

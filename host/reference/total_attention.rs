@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::forward::{Real, head_rows, live_keys, plan};
 use super::rule::Rule;
-use crate::dropout::Dropout;
+use crate::dropout::PlanDropout;
 #[cfg(doc)]
 use crate::error::Error;
 use crate::error::Result;
@@ -60,7 +60,7 @@ fn evaluate<E: Element, R: Real>(
     optional: OptionalInputs<&[f32]>,
     weights: impl Fn(&Rule<R>, &mut [R], usize) + Sync,
 ) -> Result<Vec<f64>> {
-    let plan = &plan(problem, &Options { dropout: Dropout::NONE, ..*options }, &optional)?;
+    let plan = &plan(problem, &Options { dropout: PlanDropout::NONE, ..*options }, &optional)?;
     let mut check = Check::new(problem, AddressSpace::Host);
     check.tensor(rows::Q, Role::Input, q)?;
     check.tensor(rows::K, Role::Input, k)?;

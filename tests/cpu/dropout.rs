@@ -3,8 +3,8 @@
 use ferroflash::cases::Case;
 use ferroflash::reference::Rows;
 use ferroflash::{
-    Attention, BackwardInputs, Cpu, Determinism, Dropout, Dtype, Error, Mask, OptionalInputs, Problem, Tensor, bf16,
-    dropout_mask,
+    Attention, BackwardInputs, Cpu, Determinism, Dropout, Dtype, Error, Gradients, Inputs, Mask, OptionalInputs, Pair,
+    Piecewise, PlanDropout, Plans, Problem, Tensor, bf16, dropout_mask,
 };
 use proptest::prelude::*;
 
@@ -131,6 +131,79 @@ fn probabilities_out_of_range_are_refused() {
         let [q, k, v] = Case::new(PROBLEM, Mask::None).tensors(&inputs);
         refused(attention.forward(&Cpu, q, k, v).unwrap_err());
     }
+}
+
+/// Seed and offset in memory give the bits of the same fixed numbers, in both passes of plain and piecewise attention.
+#[test]
+fn numbers_may_lie_in_memory() {
+    let case = Case { seed: 1, ..Case::new(PROBLEM, Mask::Causal) };
+    let data = case.backward_data::<_, bf16>(&Cpu).unwrap();
+    let [q, k, v] = case.tensors(&data.inputs);
+    let (o, d_o) = (Tensor::bhsd(&data.o[..], PROBLEM.q_shape()), Tensor::bhsd(&data.d_o[..], PROBLEM.q_shape()));
+    let far = Pair { q: d_o, k: v };
+    let run = |dropout: PlanDropout, numbers: Option<&[u64]>, piecewise: bool| -> [Vec<bf16>; 6] {
+        let attention = Attention::new(PROBLEM).mask(Mask::Causal).dropout(dropout);
+        let mut inputs = Inputs::new(q, k, v);
+        if piecewise {
+            inputs = Inputs::piecewise(Pair { q, k }, far, v);
+        }
+        if let Some(numbers) = numbers {
+            inputs = inputs.seed_offset(numbers);
+        }
+        let backward = inputs.backward(o, d_o, &data.lse[..]);
+        if piecewise {
+            let piecewise = Piecewise::new(attention, 20);
+            let gradients = piecewise.backward(&Cpu, backward, far).unwrap();
+            let (Gradients { dq, dk, dv, .. }, Pair { q: dq2, k: dk2 }) = (gradients.first, gradients.second);
+            [piecewise.forward_with(&Cpu, inputs).unwrap().o, dq, dk, dv, dq2, dk2]
+        } else {
+            let Gradients { dq, dk, dv, .. } = attention.backward(&Cpu, backward).unwrap();
+            [attention.forward_with(&Cpu, inputs).unwrap().o, dq, dk, dv, vec![], vec![]]
+        }
+    };
+    for piecewise in [false, true] {
+        let mut before = None;
+        for numbers in [[7, 1 << 33 | 5], [1 << 40 | 7, 5], [u64::MAX, u64::MAX]] {
+            let fixed = run(Dropout { p: 0.17, seed: numbers[0], offset: numbers[1] }.into(), None, piecewise);
+            let drawn = run(Dropout::from_memory(0.17), Some(&numbers), piecewise);
+            assert!(fixed == drawn, "{numbers:?}");
+            assert!(before.replace(drawn) != Some(fixed));
+        }
+        // Nothing is dropped, so that nothing is read; the numbers must be given all the same.
+        let none = run(Dropout::NONE.into(), None, piecewise);
+        assert!(none == run(Dropout::from_memory(0.0), Some(&[1, 2]), piecewise));
+    }
+}
+
+#[test]
+fn numbers_in_memory_are_given_if_they_are_read() {
+    let inputs = Case::new(PROBLEM, Mask::None).inputs::<bf16>().unwrap();
+    let [q, k, v] = Case::new(PROBLEM, Mask::None).tensors(&inputs);
+    let attention = Attention::new(PROBLEM).dropout(Dropout::from_memory(0.5));
+    let plan = attention.plan(1).unwrap();
+    assert_eq!(Plans::new().forward(&attention, 1), Ok(plan));
+    assert!(plan.to_string().contains("dropout 0.5, seed and offset from memory"), "{plan}");
+    let mut o = vec![bf16::NAN; inputs[0].len()];
+    let lse = vec![0.0; PROBLEM.lse_len()];
+    let mut message = |attention: &Attention, numbers: Option<&[u64]>| {
+        let inputs = Inputs::new(q, k, v);
+        let inputs = if let Some(numbers) = numbers { inputs.seed_offset(numbers) } else { inputs };
+        let o = Tensor::bhsd(&mut o[..], PROBLEM.q_shape());
+        let forward = attention.forward_into(&Cpu, inputs, o, None).unwrap_err().to_string();
+        let backward = attention.backward(&Cpu, inputs.backward(q, q, &lse[..])).unwrap_err().to_string();
+        assert_eq!(forward, backward);
+        forward
+    };
+    let missing = "seed_offset: the call has none; the plan needs seed and offset in memory";
+    assert_eq!(message(&attention, None), missing);
+    let given = "seed_offset: the call has seed and offset in memory; the plan needs none";
+    assert_eq!(message(&Attention::new(PROBLEM), Some(&[1, 2])), given);
+    for numbers in [&[][..], &[1], &[1, 2, 3]] {
+        let text = format!("seed_offset has {} elements; exactly 2 are needed (seed, offset)", numbers.len());
+        assert_eq!(message(&attention, Some(numbers)), text);
+    }
+    assert_eq!(attention.forward(&Cpu, q, k, v).unwrap_err().to_string(), missing);
+    assert!(o.iter().all(|x| x.is_nan()));
 }
 
 #[test]

@@ -92,8 +92,8 @@ fn dropout_is_checked() {
     let problem =
         Problem { batch: 1, heads_q: 2, heads_kv: 1, seqlen_q: 10, seqlen_k: 20, head_dim: 16, dtype: Dtype::Bf16 };
     let with = |p| Piecewise::new(Attention::new(problem).dropout(Dropout { p, seed: 1, offset: 2 }), 3);
-    assert_eq!(with(0.1).plan(1).unwrap().dropout().p, 0.1);
-    assert_eq!(with(0.1).plan_backward(1).unwrap().dropout().p, 0.1);
+    assert_eq!(with(0.1).plan(1).unwrap().dropout().p(), 0.1);
+    assert_eq!(with(0.1).plan_backward(1).unwrap().dropout().p(), 0.1);
     assert_eq!(with(1.0).plan(1), Err(Error::Dropout { value: 1.0 }));
     assert_eq!(with(1.0).plan_backward(1), Err(Error::Dropout { value: 1.0 }));
 }

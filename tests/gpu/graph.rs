@@ -8,8 +8,8 @@ use std::ptr;
 use ferroflash::cases::{BackwardData, Case};
 use ferroflash::cuda::{Cuda, DeviceBuffer};
 use ferroflash::{
-    Attention, Backend, Determinism, Layout, Mask, Operand, OptionalInputs, Pod, Problem, RawBackward, RawForward,
-    RawTensor, bf16,
+    Attention, Backend, Determinism, Dropout, Inputs, Layout, Mask, Operand, OptionalInputs, Pod, Problem, RawBackward,
+    RawForward, RawTensor, SeedOffset, Tensor, bf16,
 };
 
 use crate::BIG;
@@ -34,7 +34,6 @@ pub fn forward(cuda: &Cuda) {
         q: of_q(&BIG, q),
         k: of_kv(&BIG, k),
         second: None,
-        optional: OptionalInputs::NONE,
         optional: OptionalInputs::NONE,
         v: of_kv(&BIG, v),
         o: of_q(&BIG, o.address()),
@@ -99,6 +98,78 @@ pub fn backward(cuda: &Cuda, determinism: Determinism) {
         outputs.iter_mut().for_each(|x| poison(x, bf16::NAN));
         stream.run(&graph);
         assert!(same(&outputs.each_ref().map(|x| bits16(cuda, x)), expected, determinism));
+    }
+}
+
+/// Captures both passes with dropout whose seed and offset lie in device memory. Each launch draws the mask of the
+/// numbers that it finds there, in both passes. A safe call reads them too.
+pub fn dropout_from_memory(cuda: &Cuda) {
+    let _current = Primary::enter(cuda.ordinal());
+    let case = Case { seed: 1, ..Case::new(BIG, Mask::Causal) };
+    let data: BackwardData<bf16> = case.backward_data(cuda).unwrap();
+    let numbers = [[7u64, 0], [7, 1 << 32], [7 + (1 << 32), 0], [u64::MAX, u64::MAX]];
+    let attention = Attention::new(BIG).mask(Mask::Causal).determinism(Determinism::Exact);
+    let plans = |attention: Attention| {
+        let sm_count = cuda.sm_count();
+        let (plan, backward) = (attention.plan(sm_count).unwrap(), attention.plan_backward(sm_count).unwrap());
+        cuda.load(&plan).unwrap();
+        cuda.load_backward(&backward).unwrap();
+        (plan, backward)
+    };
+    let drawn = attention.dropout(Dropout::from_memory(0.17));
+    let (plan, backward) = plans(drawn);
+
+    let inputs = tensors(&data).map(|x| cuda.upload(Operand::Q, x).unwrap());
+    let rows = statistics(&data).map(|x| cuda.upload(Operand::Lse, x).unwrap());
+    let mut o = cuda.upload(Operand::O, &vec![bf16::NAN; data.o.len()]).unwrap();
+    let mut outputs = data.inputs.each_ref().map(|x| cuda.upload(Operand::Dq, &vec![bf16::NAN; x.len()]).unwrap());
+    let workspace = cuda.upload(Operand::Workspace, &vec![0xffu8; backward.workspace_bytes()]).unwrap();
+    let mut seed_offset = cuda.upload(Operand::SeedOffset, &numbers[0]).unwrap();
+    let mut optional = OptionalInputs::NONE;
+    optional.seed_offset = Some(SeedOffset::at(seed_offset.address()));
+    let [q, k, v, ..] = inputs.each_ref().map(DeviceBuffer::address);
+    let forward_args = RawForward {
+        q: of_q(&BIG, q),
+        k: of_kv(&BIG, k),
+        second: None,
+        optional,
+        v: of_kv(&BIG, v),
+        o: of_q(&BIG, o.address()),
+        lse: None,
+    };
+    let args = RawBackward { optional, ..raw(&BIG, &inputs, &rows, &outputs, &workspace) };
+    // These launches are ordinary, with the same numbers in the launch parameters.
+    let expected = numbers.map(|[seed, offset]| {
+        let (plan, backward) = plans(attention.dropout(Dropout { p: 0.17, seed, offset }));
+        let optional = OptionalInputs::NONE;
+        // SAFETY: the buffers outlive the launches, and the default stream is this device's.
+        unsafe {
+            cuda.forward_raw(&plan, &RawForward { optional, ..forward_args }, ptr::null_mut()).unwrap();
+            cuda.backward_raw(&backward, &RawBackward { optional, ..args }, ptr::null_mut()).unwrap();
+        }
+        (bits16(cuda, &o), outputs.each_ref().map(|x| bits16(cuda, x)))
+    });
+    assert!((1..numbers.len()).all(|i| expected[i - 1].0 != expected[i].0 && expected[i - 1].1 != expected[i].1));
+
+    let stream = Stream::new();
+    // SAFETY: the buffers outlive the graph, and nothing uses them while it runs; the stream is of the device's
+    // context.
+    let graph = stream.capture(|stream| unsafe {
+        cuda.forward_raw(&plan, &forward_args, stream).unwrap();
+        cuda.backward_raw(&backward, &args, stream).unwrap();
+    });
+    wait_for_default_stream();
+    for (numbers, expected) in numbers.iter().zip(&expected) {
+        seed_offset.copy_from_host(numbers).unwrap();
+        poison(&mut o, bf16::NAN);
+        outputs.iter_mut().for_each(|x| poison(x, bf16::NAN));
+        stream.run(&graph);
+        let found = (bits16(cuda, &o), outputs.each_ref().map(|x| bits16(cuda, x)));
+        assert!(found == *expected, "{numbers:?}");
+        let [q, k, v, ..] = inputs.each_ref().map(Cuda::slice);
+        let kv = |x| Tensor::bhsd(x, BIG.kv_shape());
+        let safe = Inputs::new(Tensor::bhsd(q, BIG.q_shape()), kv(k), kv(v)).seed_offset(Cuda::slice(&seed_offset));
+        assert!(bits16(cuda, &drawn.forward_with(cuda, safe).unwrap().o) == expected.0, "{numbers:?}");
     }
 }
 
@@ -176,7 +247,6 @@ pub fn beside_another(cuda: &Cuda) {
         q: of_q(&other, q.address()),
         k: of_kv(&other, k.address()),
         second: None,
-        optional: OptionalInputs::NONE,
         optional: OptionalInputs::NONE,
         v: of_kv(&other, k.address()),
         o: of_q(&other, o.address()),

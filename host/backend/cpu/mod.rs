@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Operand, Result},
     operands::{
         AddressSpace, BackwardInputs, Check, ForwardTensors, Gradients, Inputs, Pair, RawForward, RawTensor,
-        SecondTensors, TotalInputs, TotalTensors,
+        SecondTensors, SeedOffset, TotalInputs, TotalTensors,
     },
     plan::{BackwardPlan, Plan, TotalPlan},
     problem::Problem,
@@ -61,6 +61,10 @@ impl Backend for Cpu {
 
     fn slice_mut<T: Pod>(buffer: &mut Vec<T>, range: Range<usize>) -> &mut [T] {
         buffer.get_mut(range).unwrap_or_default()
+    }
+
+    fn seed_offset(from: Self::Slice<'_, u64>) -> SeedOffset<Self::Slice<'_, f32>> {
+        from.into()
     }
 
     fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &Inputs<&[E], &[f32]>) -> Result<()> {

@@ -22,7 +22,7 @@ impl Cpu {
     ///
     /// # Safety
     /// Until the call returns, the addresses are valid for the whole span of their layouts, as initialised elements of
-    /// the plan's dtype, or f32 for the LSE, slopes and sinks. They have exposed provenance, as pointers from outside
+    /// the plan's dtype, f32 for the LSE, slopes and sinks, and u64 for seed and offset. They have exposed provenance, as pointers from outside
     /// Rust have. Nothing else writes the inputs or accesses O and the LSE.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Host);
@@ -40,7 +40,7 @@ impl Cpu {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); [`Error::KernelFault`](crate::Error::KernelFault).
     ///
     /// # Safety
-    /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes, sinks and gradients of LSE and sinks. Nothing else writes
+    /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes, sinks and gradients of LSE and sinks, u64 for seed and offset. Nothing else writes
     /// the inputs or accesses the outputs.
     pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward) -> Result<()> {
         let plan = &backward::replan(plan)?;

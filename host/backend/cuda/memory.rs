@@ -12,6 +12,7 @@ use super::driver::{self, check};
 use super::stream::{Home, Stream};
 use super::sys;
 use crate::error::{Error, Operand, Result};
+use crate::operands::SeedOffset;
 
 /// Device memory of plain data, freed when dropped.
 ///
@@ -211,6 +212,14 @@ impl<'a, T> DeviceSlice<'a, T> {
     /// Returns the same memory, ordered with the stream of `cuda`.
     pub(super) fn on(self, cuda: &'a Cuda) -> Self {
         DeviceSlice { home: home(&cuda.stream), ..self }
+    }
+}
+
+impl<'a> From<DeviceSlice<'a, u64>> for SeedOffset<DeviceSlice<'a, f32>> {
+    fn from(numbers: DeviceSlice<'a, u64>) -> Self {
+        let DeviceSlice { address, len, home, .. } = numbers;
+        let len = len.saturating_mul(size_of::<u64>() / size_of::<f32>());
+        SeedOffset::of_words(DeviceSlice { address, len, home, memory: PhantomData })
     }
 }
 

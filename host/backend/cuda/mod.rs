@@ -62,8 +62,8 @@ use crate::dropout::Dropout;
 use crate::element::Element;
 use crate::error::{Operand, Result};
 use crate::operands::{
-    BackwardInputs, ForwardTensors, Gradients, Inputs, Pair, RawForward, RawTensor, SecondTensors, TotalInputs,
-    TotalTensors,
+    BackwardInputs, ForwardTensors, Gradients, Inputs, Pair, RawForward, RawTensor, SecondTensors, SeedOffset,
+    TotalInputs, TotalTensors,
 };
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
 use crate::problem::Problem;
@@ -221,9 +221,8 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for the whole span of their layouts, as
-    /// elements of the plan's dtype, or f32 for the LSE, slopes and sinks. Nothing else writes the inputs or accesses O
-    /// and the LSE. `stream` is a stream of
-    /// this device's primary context, or null.
+    /// elements of the plan's dtype, f32 for the LSE, slopes and sinks, and u64 for seed and offset. Nothing else writes
+    /// the inputs or accesses O and the LSE. `stream` is a stream of this device's primary context, or null.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward, stream: RawStream) -> Result<()> {
         args.validate(plan)?;
         let _entered = self.device().enter()?;
@@ -296,6 +295,10 @@ impl Backend for Cuda {
 
     fn slice_mut<T: Pod>(buffer: &mut DeviceBuffer<T>, range: Range<usize>) -> DeviceSliceMut<'_, T> {
         buffer.as_slice_mut(range)
+    }
+
+    fn seed_offset(from: Self::Slice<'_, u64>) -> SeedOffset<Self::Slice<'_, f32>> {
+        from.into()
     }
 
     fn check_inputs<E: Element>(

@@ -70,7 +70,7 @@ fn equals_the_differences_of_the_forward() {
     const STEP: f32 = 1.0 / 1024.0;
     for ((m, n, mask), p) in SHAPES.into_iter().flat_map(|shape| [(shape, 0.0), (shape, 0.3)]) {
         let problem = problem(m, n, 4, 2);
-        let options = Options { dropout: Dropout { p, seed: 2, offset: 3 }, ..options(mask, 0.7) };
+        let options = Options { dropout: Dropout { p, seed: 2, offset: 3 }.into(), ..options(mask, 0.7) };
         let (mut inputs, d_lse) = inputs::<f16>(&problem);
         let [q, k, v, d_o] = tensors(&problem, &inputs);
         let scores = Scores::plain(q, k);

@@ -137,6 +137,12 @@ impl AnyFeatures {
         }
         self.mask.with(Chooses(function, self.score, self.dropout))
     }
+    /// Returns the same features with the address of dropout's seed and offset, if they are in memory.
+    #[must_use]
+    pub fn with_seed_offset(self, address: Option<u64>) -> Self {
+        let dropout = self.dropout.map(|dropout| dropout.with_address(address.unwrap_or(0)));
+        AnyFeatures { dropout, ..self }
+    }
     /// Returns the specialisation constants of a kernel for these features.
     pub fn constants(&self) -> Constants {
         let dropout = self.dropout.map_or(Constants::NONE, |dropout| dropout.constants());

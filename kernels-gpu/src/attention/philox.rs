@@ -26,7 +26,7 @@ impl<const ROUNDS: usize> Philox<ROUNDS> {
     pub fn with_tweak(key: u64, tweak: u32) -> Self {
         let key = [key as u32, (key >> 32) as u32];
         let step = |word: usize, round: u32| key[word].wrapping_add(KEY_STEPS[word].wrapping_mul(round));
-        let keys = |round| [step(0, round) ^ round % 2 * tweak, step(1, round)];
+        let keys = |round| [step(0, round) ^ (round % 2 * tweak), step(1, round)];
         Philox { keys: core::array::from_fn(|round| keys(round as u32)) }
     }
 
@@ -58,7 +58,7 @@ impl<const ROUNDS: usize> Philox<ROUNDS> {
         let (mut x, mut key) = (start.joined(others, [low, high]), [low, high]);
         for round in 1..ROUNDS as u32 {
             key = [key[0].wrapping_add(KEY_STEPS[0]), key[1].wrapping_add(KEY_STEPS[1])];
-            x = next(x, [key[0] ^ round % 2 * tweak, key[1]]);
+            x = next(x, [key[0] ^ (round % 2 * tweak), key[1]]);
         }
         x
     }
