@@ -109,3 +109,7 @@ pub use tensor::{Layout, Tensor};
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+#[cfg(doctest)]
+#[doc = include_str!("../docs/options.md")]
+struct OptionsPage;
