@@ -121,6 +121,8 @@ mod tests {
     use kernels_gpu::ground::tensor::Strided;
 
     use super::*;
+    use crate::dropout::Dropout;
+    use crate::operands::SeedOffset;
     use crate::plan::Options;
     use crate::{problem::Problem, tensor::Layout};
 
@@ -167,6 +169,24 @@ mod tests {
             "lse is at address 0x50002; a multiple of 4 bytes is needed"
         );
         assert_eq!(RawForward { lse: Some(0x50004), ..args() }.validate(&plan()), Ok(()));
+    }
+
+    #[test]
+    fn seed_and_offset_are_an_aligned_input() {
+        let dropout = Dropout::from_memory(0.5);
+        let plan = Plan::forward(&PROBLEM, &Options { dropout, ..Options::default() }, 1).unwrap();
+        let at = |address| {
+            let optional = OptionalInputs { seed_offset: Some(SeedOffset::at(address)), ..OptionalInputs::NONE };
+            RawForward { optional, ..args() }
+        };
+        let message = |address| at(address).validate(&plan).unwrap_err().to_string();
+        assert_eq!(at(0x60010).validate(&plan), Ok(()));
+        assert_eq!(message(0x60008), "seed_offset is at address 0x60008; a multiple of 16 bytes is needed");
+        assert_eq!(message(0), "seed_offset is a null pointer; its tensor is not empty");
+        assert_eq!(message(args().o.address), "o overlaps seed_offset; an output needs memory of its own");
+        let features = at(0x60010).params(&plan, [(); 4], None).features;
+        assert_eq!(features, plan.features.with_seed_offset(Some(0x60010)));
+        assert_ne!(features, plan.features);
     }
 
     #[test]

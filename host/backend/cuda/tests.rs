@@ -8,7 +8,7 @@ use super::stream::Home;
 use super::{Cuda, DeviceBuffer, DeviceSlice, DeviceSliceMut};
 use crate::backend::{Backend, Workspace};
 use crate::error::{Error, Operand};
-use crate::operands::{BackwardInputs, Gradients, Inputs, OptionalInputs, Pair, SecondTensors};
+use crate::operands::{BackwardInputs, Gradients, Inputs, OptionalInputs, Pair, SecondTensors, TotalInputs};
 use crate::tensor::Tensor;
 use crate::{Attention, Piecewise, Problem};
 
@@ -72,7 +72,7 @@ impl Memory {
             Operand::Total => {
                 let (lse, total) = (self.line(Operand::Lse), self.line_mut(Operand::Total));
                 let plan = Attention::new(PROBLEM).plan_total_attention(sm_count).unwrap();
-                plan.run(&self.cuda, q, k, lse, total).err()
+                plan.run(&self.cuda, TotalInputs::new(q, k, lse), total).err()
             }
             _ => {
                 let inputs = BackwardInputs {
