@@ -11,7 +11,8 @@ use crate::problem::{Problem, at_most};
 ///
 /// The mask is a function of seed, offset, batch item, query head, query and key alone
 /// ([`dropout_mask`](crate::dropout_mask)). It is the same in both passes, for any machine, tiles and attention mask.
-/// The probability is `p` itself, and exact to 40 bits. With `p` 0, the default, nothing is dropped and there is no cost.
+/// The probability is `p` itself, and exact to 40 bits. With `p` 0, the default, nothing is dropped and there is no
+/// cost.
 ///
 /// Every training step needs a new seed or a new offset. Masks that differ in either are independent.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -29,7 +30,8 @@ impl Dropout {
     pub const NONE: Dropout = Dropout { p: 0.0, seed: 0, offset: 0 };
 
     /// Returns a dropout whose seed and offset kernels read from memory. Both passes take that memory as an input
-    /// ([`Inputs::seed_offset`](crate::Inputs::seed_offset)), so that a captured graph draws another mask at each launch.
+    /// ([`Inputs::seed_offset`](crate::Inputs::seed_offset)), so that a captured graph draws another mask at each
+    /// launch.
     ///
     /// ```
     /// use ferroflash::{Attention, Cpu, Dropout, Dtype, Inputs, Problem, Tensor, bf16};

@@ -140,7 +140,8 @@ pub fn forward_plain<E: Element>(
     })
 }
 
-/// Plans attention with these optional inputs, which are still to be checked. Pairs of Q and K are those of [`Scores`], so the plan has one.
+/// Plans attention with these optional inputs, which are still to be checked. Pairs of Q and K are those of [`Scores`],
+/// so the plan has one.
 pub(super) fn plan(problem: &Problem, options: &Options, optional: &OptionalInputs<&[f32]>) -> Result<Plan> {
     let options = Options { dist_threshold: None, ..*options }.for_inputs(optional.kinds());
     let mut plan = Plan::forward(problem, &options, 1)?;

@@ -22,8 +22,8 @@ impl Cpu {
     ///
     /// # Safety
     /// Until the call returns, the addresses are valid for the whole span of their layouts, as initialised elements of
-    /// the plan's dtype, f32 for the LSE, slopes and sinks, and u64 for seed and offset. They have exposed provenance, as pointers from outside
-    /// Rust have. Nothing else writes the inputs or accesses O and the LSE.
+    /// the plan's dtype, f32 for the LSE, slopes and sinks, and u64 for seed and offset. They have exposed provenance,
+    /// as pointers from outside Rust have. Nothing else writes the inputs or accesses O and the LSE.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward) -> Result<()> {
         let mut check = Check::new(plan.problem(), AddressSpace::Host);
         args.lower(plan, plan.problem().dtype, &mut check)?;
@@ -40,8 +40,8 @@ impl Cpu {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); [`Error::KernelFault`](crate::Error::KernelFault).
     ///
     /// # Safety
-    /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes, sinks and gradients of LSE and sinks, u64 for seed and offset. Nothing else writes
-    /// the inputs or accesses the outputs.
+    /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes, sinks and gradients of LSE and sinks, u64 for seed and
+    /// offset. Nothing else writes the inputs or accesses the outputs.
     pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward) -> Result<()> {
         let plan = &backward::replan(plan)?;
         let mut check = Check::new(plan.problem(), AddressSpace::Host);

@@ -50,8 +50,8 @@ impl Cuda {
     /// # Safety
     /// Until the launches have run, the addresses are valid on this device for the whole span of their layouts:
     /// elements of the plan's dtype, f32 for the LSE, slopes, sinks and gradients of LSE and sinks, u64 for seed and
-    /// offset, and the workspace for all of its size. Nothing else writes the inputs or accesses outputs and workspace. `stream` is a stream of
-    /// this device's primary context, or null.
+    /// offset, and the workspace for all of its size. Nothing else writes the inputs or accesses outputs and workspace.
+    /// `stream` is a stream of this device's primary context, or null.
     pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward, stream: RawStream) -> Result<()> {
         args.validate(plan)?;
         let _entered = self.device().enter()?;

@@ -221,8 +221,8 @@ impl Cuda {
     ///
     /// # Safety
     /// Until the launch has run, the addresses are valid on this device for the whole span of their layouts, as
-    /// elements of the plan's dtype, f32 for the LSE, slopes and sinks, and u64 for seed and offset. Nothing else writes
-    /// the inputs or accesses O and the LSE. `stream` is a stream of this device's primary context, or null.
+    /// elements of the plan's dtype, f32 for the LSE, slopes and sinks, and u64 for seed and offset. Nothing else
+    /// writes the inputs or accesses O and the LSE. `stream` is a stream of this device's primary context, or null.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward, stream: RawStream) -> Result<()> {
         args.validate(plan)?;
         let _entered = self.device().enter()?;

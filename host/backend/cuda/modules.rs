@@ -114,8 +114,8 @@ impl Modules {
 
     /// Returns the kernel of this name, in the best form for `constants`, with `smem_bytes` of dynamic shared memory.
     /// That is the specialised form if it is loaded or, by `policy`, is to be compiled. Otherwise it is the prebuilt
-    /// form that covers them with the fewest open constants. The first call loads it. Constants that the kernel lacks are ignored. The device's context is
-    /// current.
+    /// form that covers them with the fewest open constants. The first call loads it. Constants that the kernel lacks
+    /// are ignored. The device's context is current.
     ///
     /// # Errors
     /// [`Error::BrokenKernel`] for a kernel that the build does not hold, [`Error::Driver`].

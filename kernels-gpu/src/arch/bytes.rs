@@ -29,8 +29,8 @@ pub fn select_bytes(a: u32, b: u32, selector: u32) -> u32 {
     selected
 }
 
-/// Loads 16 bytes that nothing writes during the launch, where it stands: LLVM moves it out of no loop, which would take
-/// four registers.
+/// Loads 16 bytes that nothing writes during the launch, where it stands: LLVM moves it out of no loop, which would
+/// take four registers.
 ///
 /// # Safety
 /// The address is 16-byte aligned and readable, and nothing writes there during the launch.

@@ -88,8 +88,8 @@ pub trait Warpgroup: Sized {
     /// Replaces every element x by tanh(factor·x).
     fn tanh<const N8: usize>(&self, x: &mut Self::Acc<N8>, factor: f32);
     /// Adds slope·c to every element, with c its column's distance from the column at an edge, but for a part that is
-    /// still missing from each row: the one returned. Columns before the edge have a negative c. The part is partial, as
-    /// the result of [`Warpgroup::fold`] is: each thread's belongs to its own elements.
+    /// still missing from each row: the one returned. Columns before the edge have a negative c. The part is partial,
+    /// as the result of [`Warpgroup::fold`] is: each thread's belongs to its own elements.
     fn add_columns<const N8: usize>(&self, x: &mut Self::Acc<N8>, slope: f32, edge: Edge) -> Self::Rows;
     /// Subtracts slope·|first + c| from every element of column c, with `first` of its row.
     fn subtract_distances<const N8: usize>(&self, x: &mut Self::Acc<N8>, first: Self::Rows, slope: f32);
@@ -249,8 +249,8 @@ pub trait BackwardWarpgroup: Warpgroup {
         ds: Self::Operand<M8>,
         slot: Self::Slot,
     ) -> Pending<Self::Acc<D8>>;
-    /// Writes the query block's P, times `by` if that is something, to shared memory, for the warpgroup that accumulates
-    /// dK. Waits first until that warpgroup has read the P before it.
+    /// Writes the query block's P, times `by` if that is something, to shared memory, for the warpgroup that
+    /// accumulates dK. Waits first until that warpgroup has read the P before it.
     fn pass_weights<const M8: usize>(&mut self, p: &Self::Acc<M8>, by: Option<&Self::Acc<M8>>, slot: Self::Slot);
     /// Waits for the query block's P in shared memory and reads it.
     fn take_weights<const M8: usize>(&mut self, slot: Self::Slot) -> Self::Acc<M8>;

@@ -7,8 +7,8 @@
 //! One Philox call gives four words of eight nibbles each. Each nibble is the upper half of the byte of one of 32
 //! elements. The lower half of that byte is the exclusive or of the three nibbles that the other words have at the same
 //! position. So every byte is uniform, and the bytes of any three elements are independent of each other. Four can be
-//! dependent, as in the extended Hamming code, but only if an upper half leaves open whether its element is kept. One of
-//! the sixteen values of an upper half does so, or two at most for both t and t + 1.
+//! dependent, as in the extended Hamming code, but only if an upper half leaves open whether its element is kept. One
+//! of the sixteen values of an upper half does so, or two at most for both t and t + 1.
 //!
 //! Two threads apply the same call, and both have its parity, the exclusive or of its words. So the parity chooses
 //! between t and t + 1. A comparison of the parity with f would look at its upper nibble first. That nibble also is the

@@ -108,8 +108,8 @@ impl Sign {
     }
 }
 
-/// Scores without a curve and without a bias: scale·q·k. It has the layout of [`Shaped`], so that the host need not know
-/// which of the two a kernel takes.
+/// Scores without a curve and without a bias: scale·q·k. It has the layout of [`Shaped`], so that the host need not
+/// know which of the two a kernel takes.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scaled(Shaped);

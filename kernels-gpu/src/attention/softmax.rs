@@ -1,8 +1,8 @@
 //! Online softmax (FlashAttention-2, arXiv 2307.08691, algorithm 1): a running maximum m and sum l for each row.
 //!
 //! Scores stay in their unit, which is scale without softcap. The exponent is one fused multiply-add, p = 2^(x·c −
-//! `max_scaled`), with c = unit·log₂e and `max_scaled` = m·c. A row without a valid key so far has m = −∞. Its `max_scaled` is 0, so that masked scores give 0
-//! and not NaN.
+//! `max_scaled`), with c = unit·log₂e and `max_scaled` = m·c. A row without a valid key so far has m = −∞. Its
+//! `max_scaled` is 0, so that masked scores give 0 and not NaN.
 
 use core::f32::consts::{LN_2, LOG2_E};
 

@@ -7,7 +7,8 @@
 //! - by a number. ptxas then drops what can't run, and allocates registers for the rest. The kernel is specialised.
 //! - by a load of the launch parameter. The kernel has both outcomes, and is a few per cent slower.
 //!
-//! Each combination of these choices is a [`Form`] of the kernel. On the CPU the value is always read from the launch parameter.
+//! Each combination of these choices is a [`Form`] of the kernel. On the CPU the value is always read from the launch
+//! parameter.
 //!
 //! [`bind`]: crate::specialise::bind
 
