@@ -108,7 +108,7 @@ impl<T, F: Features> Context<'_, T, F> {
 
     /// Turns a block of products into scores, but for values of rows that are still missing.
     #[inline(always)]
-    fn score<W: ForwardWarpgroup, const N8: usize>(
+    fn score<W: ForwardWarpgroup, E: Kind, const N8: usize>(
         &self,
         wg: &W,
         x: &mut W::Acc<N8>,
@@ -118,6 +118,8 @@ impl<T, F: Features> Context<'_, T, F> {
         let (row, key) = (wg.first_row(&at.tile), at.visit.n_block * self.block_n);
         let of = self.p.base.shape.sequence();
         let distances = Distances::of_queries(&of, self.p.features.mask(), row, key, self.block_n);
+        // In a masked block the largest weights need not be at the edge that distances count from.
+        let distances = if E::masks(at) { distances.one_by_one() } else { distances };
         let score = self.p.features.score();
         score.curve(wg, x);
         score.bias(wg, x, of_head, &distances)
@@ -277,7 +279,7 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
         if E::frees_q(at) {
             queries.load(wg);
         }
-        let missing = cx.score(wg, &mut s, at, of_head);
+        let missing = cx.score::<W, E, N8>(wg, &mut s, at, of_head);
         if E::masks(at) {
             cx.mask(wg, &mut s, at);
         }

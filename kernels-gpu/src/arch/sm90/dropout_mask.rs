@@ -2,7 +2,7 @@
 
 use core::arch::nvptx::{_block_idx_x, _grid_dim_x, _thread_idx_x};
 
-use super::store::{store_8_bits, store_16_bytes};
+use super::store::{store_8_bits, store_16_bytes, store_f32};
 use crate::attention::dropout::mask::MaskPart;
 use crate::params::{DropoutMaskParams, ROW_KERNEL_THREADS};
 
@@ -43,14 +43,39 @@ fn write_part(p: &DropoutMaskParams, part: &MaskPart) {
                 store_16_bytes(true, address, [a, b, c, d]);
                 store_16_bytes(true, address + 16, [e, f, g, h]);
             }
+        } else if live && key + KEYS <= p.seqlen_k {
+            write_unaligned(words, address);
         } else {
-            for (word, kept) in words.iter().enumerate() {
-                for byte in 0..4 {
-                    let at = 4 * word as u32 + byte;
-                    // SAFETY: I5, I6, the byte is one of the row if it is live.
-                    unsafe { store_8_bits(live && key + at < p.seqlen_k, address + at as u64, kept >> (8 * byte)) };
-                }
+            for at in 0..KEYS {
+                // SAFETY: I5, I6, the byte is one of the row if it is live.
+                unsafe { store_8_bits(live && key + at < p.seqlen_k, address + at as u64, byte(words, at)) };
             }
         }
     }
+}
+
+/// Writes 32 bytes at any address: whole words where they are aligned, and the bytes before and after them.
+#[inline(always)]
+fn write_unaligned(words: &[u32; 8], address: u64) {
+    let lead = (address.wrapping_neg() % 4) as u32;
+    for word in 0..7 {
+        let pair = words[word] as u64 | (words[word + 1] as u64) << 32;
+        let kept = f32::from_bits((pair >> (8 * lead)) as u32);
+        // SAFETY: I5, I6, these are bytes of the row that the caller has checked.
+        unsafe { store_f32(true, address + lead as u64 + 4 * word as u64, kept) };
+    }
+    for at in (0..4).map(|i| if i < lead { i } else { 28 + i }) {
+        // SAFETY: I5, I6, these are bytes of the row that the caller has checked.
+        unsafe { store_8_bits(true, address + at as u64, byte(words, at)) };
+    }
+}
+
+/// Returns a word whose lowest byte is one of the 32.
+#[inline(always)]
+fn byte(words: &[u32; 8], at: u32) -> u32 {
+    let mut word = words[0];
+    for (i, x) in words.iter().enumerate() {
+        word = if at / 4 == i as u32 { *x } else { word };
+    }
+    word >> (8 * (at % 4))
 }
