@@ -51,11 +51,10 @@ def seed_offset_tensor(seed, offset):
 
 def _keep(ctx, tensors, options):
     """Keeps tensors and options for the backward pass. A tensor of seed and offset is one of the tensors."""
-    *rest, dropout, deterministic = options
-    seed_offset = None
+    dropout, seed_offset = options[4], None
     if dropout is not None and len(dropout) == 2:
-        dropout, seed_offset = dropout[:1], dropout[1]
-        options = (*rest, dropout, deterministic)
+        p, seed_offset = dropout
+        options = (*options[:4], (p,), *options[5:])
     ctx.save_for_backward(*tensors, seed_offset)
     ctx.options = options
 
@@ -65,8 +64,8 @@ def _kept(ctx):
     *tensors, seed_offset = ctx.saved_tensors
     if seed_offset is None:
         return tensors, ctx.options
-    *rest, dropout, deterministic = ctx.options
-    return tensors, (*rest, (*dropout, seed_offset), deterministic)
+    options = ctx.options
+    return tensors, (*options[:4], (*options[4], seed_offset), *options[5:])
 
 
 def _watched(d_o, d_lse):
