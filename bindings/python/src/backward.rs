@@ -4,6 +4,7 @@ use ferroflash::{BackwardPair, Pair, Piecewise, RawBackward};
 use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction, types::PyTuple};
 
 use crate::{
+    dropout::{Drawn, Given},
     error::{exception, is_layout},
     forward::{Inputs, Second, allocate, refused},
     machine::PLANS,
@@ -38,7 +39,7 @@ pub fn backward(
     right: i64,
     scale: Option<f32>,
     softcap: Option<f32>,
-    dropout: Option<(f32, u64, u64)>,
+    dropout: Option<Given<'_>>,
     deterministic: bool,
 ) -> PyResult<Py<PyAny>> {
     let torch = Torch::get(py)?;
@@ -57,8 +58,9 @@ pub fn backward(
     let lse = line(lse, "lse")?;
     let d_lse = d_lse.map(|d_lse| line(d_lse, "d_lse")).transpose()?;
 
-    let optional = optional::read(torch, slopes, sinks, &inputs.q)?;
-    let settings = Settings { window: (left, right), scale, softcap, dropout, deterministic };
+    let drawn = Drawn::read(torch, dropout, &inputs.q)?;
+    let optional = optional::read(torch, slopes, sinks, drawn.seed_offset, &inputs.q)?;
+    let settings = Settings { window: (left, right), scale, softcap, dropout: drawn.plan, deterministic };
     let attention = settings.attention(&inputs.q, &inputs.k).for_inputs(optional.kinds());
     let machine = inputs.q.device.open(py, torch)?;
     let plan = match &second {

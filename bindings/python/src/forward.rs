@@ -4,6 +4,7 @@ use ferroflash::{Attention, Pair, Piecewise, RawForward};
 use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction};
 
 use crate::{
+    dropout::{Drawn, Given},
     error::{exception, is_layout},
     machine::PLANS,
     optional,
@@ -85,7 +86,7 @@ pub fn forward(
     right: i64,
     scale: Option<f32>,
     softcap: Option<f32>,
-    dropout: Option<(f32, u64, u64)>,
+    dropout: Option<Given<'_>>,
     return_lse: bool,
 ) -> PyResult<Py<PyAny>> {
     let torch = Torch::get(py)?;
@@ -93,8 +94,9 @@ pub fn forward(
     if !inputs.iter().all(Tensor::is_packed) {
         return refused(inputs.iter()).into_py_any(py);
     }
-    let optional = optional::read(torch, slopes, sinks, &inputs.q)?;
-    let settings = Settings { window: (left, right), scale, softcap, dropout, deterministic: false };
+    let drawn = Drawn::read(torch, dropout, &inputs.q)?;
+    let optional = optional::read(torch, slopes, sinks, drawn.seed_offset, &inputs.q)?;
+    let settings = Settings { window: (left, right), scale, softcap, dropout: drawn.plan, deterministic: false };
     let attention: Attention = settings.attention(&inputs.q, &inputs.k).for_inputs(optional.kinds());
     let machine = inputs.q.device.open(py, torch)?;
     let plan = match &second {

@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 mod backward;
+mod dropout;
 mod error;
 mod forward;
 #[cfg_attr(not(feature = "cuda"), path = "no_gpu.rs")]
@@ -32,9 +33,9 @@ mod _native {
     #[pymodule_export]
     use crate::{
         backward::backward,
+        dropout::dropout_mask,
         forward::forward,
         machine::{device_count, kernel_count},
-        settings::dropout_mask,
         total_attention::total_attention,
     };
 }

@@ -1,6 +1,6 @@
-//! Optional inputs of torch tensors: the slopes of ALiBi, and sinks.
+//! Optional inputs of torch tensors: the slopes of ALiBi, sinks, and seed and offset of dropout.
 
-use ferroflash::{OptionalInputs, Slopes};
+use ferroflash::{OptionalInputs, SeedOffset, Slopes};
 use pyo3::{
     Bound, PyAny, PyResult, intern,
     types::{PyAnyMethods, PyTuple, PyTupleMethods},
@@ -19,6 +19,7 @@ pub fn read(
     torch: &Torch,
     slopes: Option<&Bound<'_, PyAny>>,
     sinks: Option<&Bound<'_, PyAny>>,
+    seed_offset: Option<SeedOffset<u64>>,
     q: &Tensor,
 ) -> PyResult<OptionalInputs<u64>> {
     let mut optional = OptionalInputs::NONE;
@@ -27,6 +28,7 @@ pub fn read(
         let [_, heads, _, _] = q.raw.layout.shape;
         optional.sinks = Some(read_float32(torch, sinks, "sinks", [heads], "(heads)", q)?);
     }
+    optional.seed_offset = seed_offset;
     Ok(optional)
 }
 

@@ -1,14 +1,8 @@
-//! Options of an attention as Python hands them over, and its dropout mask.
+//! Options of an attention as Python hands them over.
 
-use ferroflash::{Attention, Determinism, Dropout, Dtype, Mask, Problem};
-use pyo3::{Bound, PyAny, PyResult, Python, pyfunction, types::PyAnyMethods};
+use ferroflash::{Attention, Determinism, Mask, PlanDropout, Problem};
 
-use crate::{
-    error::exception,
-    machine::Device,
-    tensor::{Tensor, address},
-    torch::Torch,
-};
+use crate::tensor::Tensor;
 
 /// Options of a pass.
 pub struct Settings {
@@ -18,8 +12,7 @@ pub struct Settings {
     pub scale: Option<f32>,
     /// Bound of the scores; `None` and 0 are no bound.
     pub softcap: Option<f32>,
-    /// Probability, seed and offset.
-    pub dropout: Option<(f32, u64, u64)>,
+    pub dropout: PlanDropout,
     pub deterministic: bool,
 }
 
@@ -34,8 +27,7 @@ impl Settings {
         let attention = self.scale.map_or(attention, |scale| attention.scale(scale));
         let softcap = self.softcap.filter(|&cap| cap != 0.0);
         let attention = softcap.map_or(attention, |cap| attention.softcap(cap));
-        let (p, seed, offset) = self.dropout.unwrap_or_default();
-        attention.dropout(Dropout { p, seed, offset })
+        attention.dropout(self.dropout)
     }
 
     /// Returns the mask. A bound that no query reaches is none, so that the fastest kernel serves.
@@ -51,21 +43,4 @@ impl Settings {
             (left, right) => Mask::Window { left, right },
         }
     }
-}
-
-/// Writes the weights that dropout keeps to a tensor of bytes, 1 for a kept weight and 0 for others. `kept` is
-/// contiguous, and `shape` is (batch, heads_q, seqlen_q, seqlen_k).
-#[pyfunction]
-pub fn dropout_mask(
-    py: Python<'_>,
-    kept: &Bound<'_, PyAny>,
-    shape: (usize, usize, usize, usize),
-    dropout: (f32, u64, u64),
-) -> PyResult<()> {
-    let (batch, heads_q, seqlen_q, seqlen_k) = shape;
-    let problem = Problem { batch, heads_q, heads_kv: 1, seqlen_q, seqlen_k, head_dim: 8, dtype: Dtype::Bf16 };
-    let (p, seed, offset) = dropout;
-    let machine = Device::of(kept, "kept")?.open(py, Torch::get(py)?)?;
-    let elements = kept.call_method0("numel")?.extract()?;
-    machine.dropout_mask(py, &problem, &Dropout { p, seed, offset }, address(kept)?, elements).map_err(exception)
 }

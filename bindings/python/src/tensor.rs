@@ -105,21 +105,49 @@ pub fn read_float32<const N: usize>(
 where
     [usize; N]: for<'a, 'py> FromPyObject<'a, 'py>,
 {
-    let py = object.py();
-    let dtype = object.getattr(intern!(py, "dtype")).map_err(|_| no_tensor(object, name))?;
-    if !torch.is_float32(&dtype) {
-        return Err(PyTypeError::new_err(format!("{name} is {dtype}; torch.float32 is needed")));
-    }
-    like.device.check_same(Device::of(object, name)?, name, "q")?;
-    let found = object.getattr(intern!(py, "shape"))?.cast_into::<PyTuple>()?;
-    if !found.extract::<[usize; N]>().is_ok_and(|found| found == shape) {
-        let text = format!("{name} has the shape {found}; {shape:?} {dims} is needed");
-        return Err(PyValueError::new_err(text));
-    }
-    if !object.call_method0(intern!(py, "is_contiguous"))?.extract::<bool>()? {
+    check_tensor(object, name, "torch.float32", |dtype| torch.is_float32(dtype))?;
+    check_line(object, name, shape, dims, like)?;
+    if !object.call_method0(intern!(object.py(), "is_contiguous"))?.extract::<bool>()? {
         return Err(PyValueError::new_err(format!("{name} is not contiguous")));
     }
     address(object)
+}
+
+/// Checks that an object is a tensor of the dtype that `is_needed` recognises, which errors call `needed`.
+///
+/// # Errors
+/// `TypeError` unless it is.
+pub fn check_tensor<'py>(
+    object: &Bound<'py, PyAny>,
+    name: &str,
+    needed: &str,
+    is_needed: impl FnOnce(&Bound<'py, PyAny>) -> bool,
+) -> PyResult<()> {
+    let dtype = object.getattr(intern!(object.py(), "dtype")).map_err(|_| no_tensor(object, name))?;
+    if is_needed(&dtype) { Ok(()) } else { Err(PyTypeError::new_err(format!("{name} is {dtype}; {needed} is needed"))) }
+}
+
+/// Checks that a tensor has a given shape, whose dimensions errors call `dims`, and is on the device of `like`.
+///
+/// # Errors
+/// `ValueError` for another shape or device.
+pub fn check_line<const N: usize>(
+    object: &Bound<'_, PyAny>,
+    name: &str,
+    shape: [usize; N],
+    dims: &str,
+    like: &Tensor,
+) -> PyResult<()>
+where
+    [usize; N]: for<'a, 'py> FromPyObject<'a, 'py>,
+{
+    like.device.check_same(Device::of(object, name)?, name, "q")?;
+    let found = object.getattr(intern!(object.py(), "shape"))?.cast_into::<PyTuple>()?;
+    if found.extract::<[usize; N]>().is_ok_and(|found| found == shape) {
+        Ok(())
+    } else {
+        Err(PyValueError::new_err(format!("{name} has the shape {found}; {shape:?} {dims} is needed")))
+    }
 }
 
 /// Reads the address of a tensor's first element.

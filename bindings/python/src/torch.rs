@@ -15,6 +15,7 @@ pub struct Torch {
     float16: Py<PyAny>,
     bfloat16: Py<PyAny>,
     float32: Py<PyAny>,
+    int64: Py<PyAny>,
     empty_like: Py<PyAny>,
     /// `{"dtype": torch.float32}`
     as_float32: Py<PyDict>,
@@ -35,6 +36,7 @@ impl Torch {
             Ok(Torch {
                 float16: get("float16")?.unbind(),
                 bfloat16: get("bfloat16")?.unbind(),
+                int64: get("int64")?.unbind(),
                 empty_like: get("empty_like")?.unbind(),
                 as_float32: [("dtype", &float32)].into_py_dict(py)?.unbind(),
                 as_bytes: [("dtype", &uint8)].into_py_dict(py)?.unbind(),
@@ -58,6 +60,11 @@ impl Torch {
     /// True for `torch.float32`.
     pub fn is_float32(&self, dtype: &Bound<'_, PyAny>) -> bool {
         dtype.is(&self.float32)
+    }
+
+    /// True for `torch.int64`.
+    pub fn is_int64(&self, dtype: &Bound<'_, PyAny>) -> bool {
+        dtype.is(&self.int64)
     }
 
     /// Allocates a tensor of the same shape, with the same order of strides if there is one.

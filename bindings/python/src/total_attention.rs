@@ -1,6 +1,6 @@
 //! Total attention of torch tensors.
 
-use ferroflash::{Alibi, InputKinds, RawTotalAttention, Slopes};
+use ferroflash::{Alibi, InputKinds, PlanDropout, RawTotalAttention, Slopes};
 use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction};
 
 use crate::{
@@ -38,7 +38,7 @@ pub fn total_attention(
     let ([batch, heads, seqlen_q, _], [_, _, seqlen_k, _]) = (queries.raw.layout.shape, keys.raw.layout.shape);
     let lse = read_float32(torch, lse, "lse", [batch, heads, seqlen_q], LSE_DIMS, queries)?;
     let slopes = slopes.map(|slopes| read_slopes(torch, slopes, queries)).transpose()?;
-    let settings = Settings { window: (left, right), scale, softcap, dropout: None, deterministic: false };
+    let settings = Settings { window: (left, right), scale, softcap, dropout: PlanDropout::NONE, deterministic: false };
     let alibi = slopes.as_ref().map_or(Alibi::None, Slopes::kind);
     let kinds = InputKinds { alibi, ..InputKinds::default() };
     let attention = settings.attention(queries, keys).for_inputs(kinds);

@@ -89,12 +89,25 @@ def test_memory(device):
         ferroflash.dropout_mask(1 << 10, 1 << 10, 1 << 20, 1 << 20, 0.5, (0, 0), device=device)
 
 
-def test_dropout_in_a_graph(gpu):
+def test_seed_offset():
+    q, k, v = inputs()
+    for wrong, error, text in (
+        (torch.zeros(2), TypeError, "^seed_offset is torch.float32; torch.int64 is needed"),
+        (torch.zeros(2, dtype=torch.int32), TypeError, "^seed_offset is torch.int32"),
+        (torch.zeros(3, dtype=torch.int64), ValueError, r"^seed_offset has the shape torch.Size\(\[3\]\)"),
+        (torch.zeros(1, 2, dtype=torch.int64), ValueError, r"\[2\] \(seed, offset\) is needed"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "^seed_offset is on meta"),
+    ):
+        with pytest.raises(error, match=text):
+            ferroflash.attention(q, k, v, dropout_p=0.5, seed_offset=wrong)
+
+
+def test_the_mask_of_a_tensor_in_a_graph(gpu):
     q, k, v = (x.to(gpu) for x in inputs())
     ferroflash.attention(q, k, v, dropout_p=0.5)
     torch.cuda.synchronize()
     with (
-        pytest.raises(RuntimeError, match="dropout_p is above 0 in a CUDA graph"),
+        pytest.raises(RuntimeError, match="which a CUDA graph can't capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        ferroflash.attention(q, k, v, dropout_p=0.5)
+        ferroflash.flash_attn_func(q, k, v, dropout_p=0.5, return_attn_probs=True)

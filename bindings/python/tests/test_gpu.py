@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ferroflash
-from reference import tensors
+from reference import assert_close, attention, tensors
 
 
 def both_passes(inputs, d_o, **options):
@@ -80,6 +80,89 @@ def test_graph_of_a_training_step(gpu, deterministic, with_scores):
         graph.replay()
         for found, exact in zip(captured, run(), strict=True):
             assert found.equal(exact) if deterministic else torch.allclose(found, exact, atol=1e-2, rtol=1e-2)
+
+
+def training_step(inputs, d_o, **options):
+    """Returns O and the gradients of attention over q, k, v, or of piecewise attention with q2 and k2."""
+    options |= {"causal": True, "deterministic": True, "dropout_p": 0.25}
+    if len(inputs) == 5:
+        q1, k1, v, q2, k2 = inputs
+        o = ferroflash.piecewise(q1, k1, q2, k2, v, 30, **options)
+    else:
+        o = ferroflash.attention(*inputs, **options)
+    return o, *torch.autograd.grad(o, inputs, d_o)
+
+
+def capture(run):
+    """Returns a graph of `run` and its results, after a call outside the graph."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    return graph, captured
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_graph_with_dropout(gpu, monkeypatch, count):
+    """Every replay has another mask, and its backward pass is that of the same mask."""
+    inputs = tensors((2, 100, 4, 64), (2, 100, 4, 64), device=gpu, count=count)
+    d_o, drawn, draw = torch.randn_like(inputs[0]), [], ferroflash.ops.draw
+
+    def remember(q, seed_offset):
+        drawn.append(draw(q, seed_offset))
+        return drawn[-1]
+
+    monkeypatch.setattr(ferroflash.ops, "draw", remember)
+    graph, captured = capture(lambda: training_step(inputs, d_o))
+    monkeypatch.undo()
+    numbers = drawn[-1]
+    assert isinstance(numbers, torch.Tensor) and numbers.device.type == "cuda"
+    seen = set()
+    for _ in range(3):
+        graph.replay()
+        pair = tuple(numbers.tolist())
+        seen.add(pair)
+        for found, exact in zip(captured, training_step(inputs, d_o, seed_offset=pair), strict=True):
+            assert found.equal(exact)
+        if count == 3:
+            kept = ferroflash.dropout_mask(2, 4, 100, 100, 0.25, numbers, device=gpu)
+            exact, plain = (
+                attention(*inputs, right=0, kept=kept, p=0.25, dtype=dtype)[0]
+                for dtype in (torch.float64, torch.bfloat16)
+            )
+            assert_close(captured[0], exact, plain)
+            results = zip(
+                captured[1:], *(torch.autograd.grad(o, inputs, d_o.to(o)) for o in (exact, plain)), strict=True
+            )
+            for name, three in zip(("dq", "dk", "dv"), results, strict=True):
+                assert_close(*three, name)
+    assert len(seen) == 3
+
+
+def test_graph_with_a_given_tensor(gpu):
+    inputs = tensors((2, 100, 4, 64), (2, 100, 4, 64), device=gpu)
+    d_o, numbers = torch.randn_like(inputs[0]), torch.tensor((3, 4), device=gpu)
+    graph, captured = capture(lambda: training_step(inputs, d_o, seed_offset=numbers))
+    for pair in ((5, 6), (-7, 2**62)):
+        numbers.copy_(torch.tensor(pair))
+        graph.replay()
+        for found, exact in zip(captured, training_step(inputs, d_o, seed_offset=pair), strict=True):
+            assert found.equal(exact)
+
+
+def test_reduce_overhead_with_dropout(gpu):
+    inputs = tensors((2, 100, 4, 64), (2, 100, 4, 64), device=gpu)
+    run = torch.compile(lambda q, k, v: ferroflash.attention(q, k, v, dropout_p=0.25), mode="reduce-overhead")
+    seen = []
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        o = run(*inputs)
+        seen.append(o.detach().float().sum().item())
+        torch.autograd.grad(o, inputs, torch.ones_like(o))
+    assert len(set(seen)) == 5
 
 
 def test_reduce_overhead(gpu):

@@ -38,8 +38,9 @@ def _op_options(left, right, scale, softcap, dropout, deterministic):
     """Returns the options as operators take them."""
     if dropout is None:
         return left, right, scale, softcap, 0.0, None, deterministic
-    p, seed, offset = dropout
-    return left, right, scale, softcap, p, seed_offset_tensor(seed, offset), deterministic
+    p, *drawn = dropout
+    seed_offset = drawn[0] if len(drawn) == 1 else seed_offset_tensor(*drawn)
+    return left, right, scale, softcap, p, seed_offset, deterministic
 
 
 def seed_offset_tensor(seed, offset):
@@ -48,29 +49,47 @@ def seed_offset_tensor(seed, offset):
     return torch.tensor(signed, dtype=torch.int64, device="cpu")
 
 
+def _keep(ctx, tensors, options):
+    """Keeps tensors and options for the backward pass. A tensor of seed and offset is one of the tensors."""
+    dropout, seed_offset = options[4], None
+    if dropout is not None and len(dropout) == 2:
+        p, seed_offset = dropout
+        options = (*options[:4], (p,), *options[5:])
+    ctx.save_for_backward(*tensors, seed_offset)
+    ctx.options = options
+
+
+def _kept(ctx):
+    """Returns what `_keep` keeps: the tensors, and the options."""
+    *tensors, seed_offset = ctx.saved_tensors
+    if seed_offset is None:
+        return tensors, ctx.options
+    options = ctx.options
+    return tensors, (*options[:4], (*options[4], seed_offset), *options[5:])
+
+
 def _watched(d_o, d_lse):
     """True if the backward pass is recorded or compiled, so that it takes the operators."""
     first, second = (d_lse if d_o is None else d_o), (d_o if d_lse is None else d_lse)
     return _is_compiling() or _is_grad_enabled() or not is_plain(first, first, second)
 
 
-def _gradients(ctx, d_o, d_lse, q, k, v, slopes, sinks, o, lse, given=None):
+def _gradients(options, d_o, d_lse, q, k, v, slopes, sinks, o, lse, given=None):
     """Returns dQ, dK, dV, and with sinks their gradient; writes the first three to `given` if the pass is plain."""
     if _watched(d_o, d_lse):
         if d_o is None:
             d_o = torch.zeros_like(o)
-        options = _op_options(*ctx.options)
-        gradients = torch.ops.ferroflash.backward(q, k, v, slopes, sinks, o, lse, d_o, d_lse, *options)
+        op_options = _op_options(*options)
+        gradients = torch.ops.ferroflash.backward(q, k, v, slopes, sinks, o, lse, d_o, d_lse, *op_options)
         return gradients[:3] if sinks is None else gradients
     gradients = None if given is None else given()
-    return _launch.backward(q, k, v, None, slopes, sinks, o, lse, d_o, d_lse, gradients, *ctx.options)
+    return _launch.backward(q, k, v, None, slopes, sinks, o, lse, d_o, d_lse, gradients, *options)
 
 
 def _save(ctx, inputs, q, k, v, slopes, sinks, options, return_lse):
     """Runs the forward pass, and keeps what the backward pass needs."""
     o, lse = _launch.forward(q, k, v, None, slopes, sinks, *options[:5], True)
-    ctx.save_for_backward(*inputs, o, lse)
-    ctx.options = options
+    _keep(ctx, (*inputs, o, lse), options)
     if return_lse:
         ctx.set_materialize_grads(False)
         return o, lse
@@ -86,7 +105,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_o, d_lse=None):
         if d_o is None and d_lse is None:
             return (None,) * 7
-        dq, dk, dv, *d_sinks = _gradients(ctx, d_o, d_lse, *ctx.saved_tensors)
+        tensors, options = _kept(ctx)
+        dq, dk, dv, *d_sinks = _gradients(options, d_o, d_lse, *tensors)
         return dq, dk, dv, None, d_sinks[0] if d_sinks else None, None, None
 
 
@@ -101,7 +121,7 @@ class _QkvPacked(torch.autograd.Function):
     def backward(ctx, d_o, d_lse=None):
         if d_o is None and d_lse is None:
             return None, None, None, None
-        qkv, slopes, o, lse = ctx.saved_tensors
+        (qkv, slopes, o, lse), options = _kept(ctx)
         packed = None
 
         def given():
@@ -109,7 +129,7 @@ class _QkvPacked(torch.autograd.Function):
             packed = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
             return packed.unbind(2)
 
-        gradients = _gradients(ctx, d_o, d_lse, *qkv.unbind(2), slopes, None, o, lse, given)
+        gradients = _gradients(options, d_o, d_lse, *qkv.unbind(2), slopes, None, o, lse, given)
         return torch.stack(gradients, 2) if packed is None else packed, None, None, None
 
 
@@ -124,7 +144,7 @@ class _KvPacked(torch.autograd.Function):
     def backward(ctx, d_o, d_lse=None):
         if d_o is None and d_lse is None:
             return (None,) * 5
-        q, kv, slopes, o, lse = ctx.saved_tensors
+        (q, kv, slopes, o, lse), options = _kept(ctx)
         packed = None
 
         def given():
@@ -132,7 +152,7 @@ class _KvPacked(torch.autograd.Function):
             packed = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
             return torch.empty(q.shape, dtype=q.dtype, device=q.device), *packed.unbind(2)
 
-        dq, dk, dv = _gradients(ctx, d_o, d_lse, q, *kv.unbind(2), slopes, None, o, lse, given)
+        dq, dk, dv = _gradients(options, d_o, d_lse, q, *kv.unbind(2), slopes, None, o, lse, given)
         return dq, torch.stack((dk, dv), 2) if packed is None else packed, None, None, None
 
 
@@ -140,8 +160,8 @@ class _Piecewise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q1, k1, q2, k2, v, slopes, sinks, dist_threshold, options, return_lse):
         o, lse = _launch.forward(q1, k1, v, (q2, k2, dist_threshold), slopes, sinks, *options[:5], True)
-        ctx.save_for_backward(q1, k1, q2, k2, v, slopes, sinks, o, lse)
-        ctx.dist_threshold, ctx.options = dist_threshold, options
+        _keep(ctx, (q1, k1, q2, k2, v, slopes, sinks, o, lse), options)
+        ctx.dist_threshold = dist_threshold
         if return_lse:
             ctx.set_materialize_grads(False)
             return o, lse
@@ -151,18 +171,18 @@ class _Piecewise(torch.autograd.Function):
     def backward(ctx, d_o, d_lse=None):
         if d_o is None and d_lse is None:
             return (None,) * 10
-        q1, k1, q2, k2, v, slopes, sinks, o, lse = ctx.saved_tensors
+        (q1, k1, q2, k2, v, slopes, sinks, o, lse), options = _kept(ctx)
         if _watched(d_o, d_lse):
             if d_o is None:
                 d_o = torch.zeros_like(o)
             dq1, dk1, dq2, dk2, dv, d_sinks = torch.ops.ferroflash.piecewise_backward(
-                q1, k1, q2, k2, v, slopes, sinks, o, lse, d_o, d_lse, ctx.dist_threshold, *_op_options(*ctx.options)
+                q1, k1, q2, k2, v, slopes, sinks, o, lse, d_o, d_lse, ctx.dist_threshold, *_op_options(*options)
             )
             d_sinks = [] if sinks is None else [d_sinks]
         else:
             second = (q2, k2, ctx.dist_threshold)
             dq1, dk1, dv, dq2, dk2, *d_sinks = _launch.backward(
-                q1, k1, v, second, slopes, sinks, o, lse, d_o, d_lse, None, *ctx.options
+                q1, k1, v, second, slopes, sinks, o, lse, d_o, d_lse, None, *options
             )
         return dq1, dk1, dq2, dk2, dv, None, d_sinks[0] if d_sinks else None, None, None, None
 

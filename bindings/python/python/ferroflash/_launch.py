@@ -51,7 +51,9 @@ def _copied(bits, tensors):
 
 
 def forward(q, k, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse):
-    """Returns (O, LSE or None). `second` is None or (q2, k2, dist_threshold), `dropout` None or (p, seed, offset)."""
+    """Returns (O, LSE or None). `second` is None or (q2, k2, dist_threshold), `dropout` None, (p, seed, offset) or
+    (p, seed_offset) with a tensor.
+    """
     done = _native.forward(q, k, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
     if type(done) is not int:
         return done
@@ -93,8 +95,29 @@ def total_attention(q, k, lse, slopes, left, right, scale, softcap):
     return _native.total_attention(q, k, lse, slopes, left, right, scale, softcap)
 
 
-def dropout_mask(shape, dropout_p, seed, offset, device):
+def dropout_mask(shape, dropout_p, seed_offset, device):
     """Returns the weights that dropout keeps, bool of a shape (batch, heads_q, seqlen_q, seqlen_k)."""
+    seed, offset = numbers(seed_offset)
     kept = torch.empty(shape, dtype=torch.bool, device=device)
-    _native.dropout_mask(kept, tuple(shape), (dropout_p, seed % 2**64, offset % 2**64))
+    _native.dropout_mask(kept, tuple(shape), (dropout_p, seed, offset))
     return kept
+
+
+def numbers(seed_offset):
+    """Returns seed and offset as integers of 64 bits without a sign. A tensor is read to the host."""
+    if isinstance(seed_offset, torch.Tensor):
+        if seed_offset.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "seed_offset is read to the host for the dropout mask, which a CUDA graph can't capture: compute the "
+                "mask after a replay"
+            )
+        seed_offset = seed_offset.tolist()
+    seed, offset = seed_offset
+    return seed % 2**64, offset % 2**64
+
+
+def dropout(q, p, seed_offset):
+    """Returns dropout as native functions take it. For queries on a GPU, a tensor on the CPU is read here."""
+    if isinstance(seed_offset, torch.Tensor) and not (seed_offset.is_cpu and q.is_cuda):
+        return p, seed_offset
+    return p, *numbers(seed_offset)

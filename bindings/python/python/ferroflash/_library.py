@@ -3,9 +3,10 @@
 They are defined for the CPU and for CUDA, with fake kernels and gradients. Plain eager calls go around them
 (`_eager.py`), because an operator in Python costs tens of microseconds.
 
-`seed_offset` is an int64 tensor of two elements on the CPU, so that a compiled graph can draw it anew in every run; it
-is None without dropout. A negative `left` or `right` is no bound. Without `return_lse` the LSE has no elements, and
-without `sinks` neither has their gradient. `slopes` and `sinks` are float32 and contiguous.
+`seed_offset` is an int64 tensor of two elements, so that a graph can draw it anew in every run; it is None without
+dropout. Kernels read it on the device of the queries; on the CPU, queries on a GPU take its numbers at the call. A
+negative `left` or `right` is no bound. Without `return_lse` the LSE has no elements, and without `sinks` neither has
+their gradient. `slopes` and `sinks` are float32 and contiguous.
 """
 
 from __future__ import annotations
@@ -40,14 +41,13 @@ _SCHEMAS = {
 }
 
 
-def _dropout(p, seed_offset):
+def _dropout(q, p, seed_offset):
     """Returns the native form of dropout."""
     if p == 0.0:
         return None
     if seed_offset is None:
         raise ValueError("seed_offset is None; dropout needs an int64 tensor of a seed and an offset")
-    seed, offset = seed_offset.tolist()
-    return p, seed % 2**64, offset % 2**64
+    return _launch.dropout(q, p, seed_offset)
 
 
 def _or_empty(q, result):
@@ -56,7 +56,7 @@ def _or_empty(q, result):
 
 
 def forward(q, k, v, slopes, sinks, left, right, scale, softcap, dropout_p, seed_offset, deterministic, return_lse):
-    dropout = _dropout(dropout_p, seed_offset)
+    dropout = _dropout(q, dropout_p, seed_offset)
     o, lse = _launch.forward(q, k, v, None, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
     return o, _or_empty(q, lse)
 
@@ -64,7 +64,7 @@ def forward(q, k, v, slopes, sinks, left, right, scale, softcap, dropout_p, seed
 def backward(
     q, k, v, slopes, sinks, o, lse, d_o, d_lse, left, right, scale, softcap, dropout_p, seed_offset, deterministic
 ):
-    dropout = _dropout(dropout_p, seed_offset)
+    dropout = _dropout(q, dropout_p, seed_offset)
     dq, dk, dv, *d_sinks = _launch.backward(
         q, k, v, None, slopes, sinks, o, lse, d_o, d_lse, None, left, right, scale, softcap, dropout, deterministic
     )
@@ -73,14 +73,14 @@ def backward(
 
 def piecewise_forward(q1, k1, q2, k2, v, slopes, sinks, dist_threshold, *options):
     left, right, scale, softcap, dropout_p, seed_offset, _, return_lse = options
-    dropout, second = _dropout(dropout_p, seed_offset), (q2, k2, dist_threshold)
+    dropout, second = _dropout(q1, dropout_p, seed_offset), (q2, k2, dist_threshold)
     o, lse = _launch.forward(q1, k1, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
     return o, _or_empty(q1, lse)
 
 
 def piecewise_backward(q1, k1, q2, k2, v, slopes, sinks, o, lse, d_o, d_lse, dist_threshold, *options):
     left, right, scale, softcap, dropout_p, seed_offset, deterministic = options
-    dropout, second = _dropout(dropout_p, seed_offset), (q2, k2, dist_threshold)
+    dropout, second = _dropout(q1, dropout_p, seed_offset), (q2, k2, dist_threshold)
     dq1, dk1, dv, dq2, dk2, *d_sinks = _launch.backward(
         q1, k1, v, second, slopes, sinks, o, lse, d_o, d_lse, None, left, right, scale, softcap, dropout, deterministic
     )
@@ -92,8 +92,7 @@ def total_attention(q, k, lse, slopes, left, right, scale, softcap):
 
 
 def dropout_mask(device_of, shape, dropout_p, seed_offset):
-    seed, offset = seed_offset.tolist()
-    return _launch.dropout_mask(shape, dropout_p, seed, offset, device_of.device)
+    return _launch.dropout_mask(shape, dropout_p, seed_offset, device_of.device)
 
 
 def _result_like(x):

@@ -2,8 +2,9 @@
 
 Tensors are (batch, seqlen, heads, head_dim). `slopes` are float32 (heads_q) or (batch, heads_q), `sinks` float32
 (heads_q). A negative `left` or `right` is no bound, `scale` None is 1 / sqrt(head_dim), `softcap` None or 0 no bound,
-and `dropout` is (p, seed, offset). An integer as the result tells which inputs to copy first: bit i stands for input i
-of q, k, v, q2, k2, o, d_o.
+and `dropout` is (p, seed, offset), or (p, seed_offset) with an int64 tensor of two elements on the device of q, which
+kernels read when they run. An integer as the result tells which inputs to copy first: bit i stands for input i of q, k,
+v, q2, k2, o, d_o.
 """
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 __version__: str
 
 _Second = tuple[Tensor, Tensor, int]
-_Dropout = tuple[float, int, int]
+_Dropout = tuple[float, int, int] | tuple[float, Tensor]
 
 def forward(
     q: Tensor,
@@ -65,7 +66,7 @@ def total_attention(
 ) -> Tensor | int:
     """Returns the total attention, float32 (batch, heads_q, seqlen_k)."""
 
-def dropout_mask(kept: Tensor, shape: tuple[int, int, int, int], dropout: _Dropout) -> None:
+def dropout_mask(kept: Tensor, shape: tuple[int, int, int, int], dropout: tuple[float, int, int]) -> None:
     """Writes True for kept weights to a contiguous tensor of bools; `shape` is (batch, heads_q, seqlen_q, seqlen_k)."""
 
 def device_count() -> int:

@@ -16,8 +16,8 @@ _FLOOR = 2.0**-24
 def s_dmask(q, k, left, right, scale, softcap, slopes, dropout_p, seed_offset):
     """Returns exp(score - largest score of the row), (batch, heads_q, seqlen_q, seqlen_k) in the dtype of q.
 
-    The value is negative for a dropped weight, and 0 where a query does not attend to a key. `seed_offset` is a tensor
-    in calls that take the operators.
+    The value is negative for a dropped weight, and 0 where a query does not attend to a key. `seed_offset` is always a
+    tensor in calls that take the operators.
     """
     (batch, seqlen_q, heads, head_dim), (seqlen_k, heads_kv) = q.shape, k.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
@@ -25,7 +25,7 @@ def s_dmask(q, k, left, right, scale, softcap, slopes, dropout_p, seed_offset):
     if isinstance(seed_offset, torch.Tensor):
         kept = torch.ops.ferroflash.dropout_mask(q, shape, dropout_p, seed_offset)
     else:
-        kept = _launch.dropout_mask(shape, dropout_p, *seed_offset, q.device)
+        kept = _launch.dropout_mask(shape, dropout_p, seed_offset, q.device)
     result = q.new_empty(shape)
     if result.numel() == 0:
         return result

@@ -30,6 +30,7 @@ def flash_attention(
     (batch, heads_q, seqlen_q), is the natural logarithm of each softmax's denominator. The total attention,
     (batch, heads_q, seqlen_k), is the sum of each key's weights over all queries, before dropout. Gradients do not flow
     through these two. Seed and offset are those of the dropout mask (`ferroflash.dropout_mask`), None without dropout.
+    They are integers, and while a CUDA graph is captured tensors of one element.
     """
     # Drawn here only to be returned: attention draws by itself.
     seed_offset = ops.draw(q, None) if dropout_p > 0.0 and return_seed_offset else None

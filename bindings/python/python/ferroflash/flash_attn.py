@@ -34,7 +34,7 @@ def _seed_offset(q, dropout_p, return_attn_probs):
     if not return_attn_probs or dropout_p == 0.0:
         return None
     if _is_compiling() or not _eager.is_plain(q, q, q):
-        return ops.traced_seed_offset(None)
+        return ops.traced_seed_offset(q, None)
     return ops.draw(q, None)
 
 
@@ -91,7 +91,7 @@ def flash_attn_qkvpacked_func(
     options = (left, right, softmax_scale, softcap)
     seed_offset = _seed_offset(qkv, dropout_p, return_attn_probs)
     if _is_eager(qkv, qkv):
-        dropout = None if dropout_p == 0.0 else (dropout_p, *ops.draw(qkv, seed_offset))
+        dropout = ops.drawn_dropout(qkv, dropout_p, seed_offset)
         slopes = ops.slopes_of(alibi_slopes)
         result = _eager.qkv_packed(qkv, slopes, (*options, dropout, deterministic), return_attn_probs)
     else:
@@ -123,7 +123,7 @@ def flash_attn_kvpacked_func(
     options = (left, right, softmax_scale, softcap)
     seed_offset = _seed_offset(q, dropout_p, return_attn_probs)
     if _is_eager(q, kv):
-        dropout = None if dropout_p == 0.0 else (dropout_p, *ops.draw(q, seed_offset))
+        dropout = ops.drawn_dropout(q, dropout_p, seed_offset)
         slopes = ops.slopes_of(alibi_slopes)
         result = _eager.kv_packed(q, kv, slopes, (*options, dropout, deterministic), return_attn_probs)
     else:

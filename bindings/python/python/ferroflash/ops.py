@@ -35,7 +35,7 @@ def attention(
     dropout_p: float = 0.0,
     deterministic: bool = False,
     return_lse: bool = False,
-    seed_offset: tuple[int, int] | None = None,
+    seed_offset: tuple[int, int] | torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Computes softmax(softmax_scale * Q @ K^T + mask) @ V, with a bound, a bias and sinks if they are given.
 
@@ -55,8 +55,10 @@ def attention(
         dropout_p: Probability that a weight is dropped, at least 0 and below 1.
         deterministic: Gives dQ the same bits in every run. dK, dV and O always have the same bits.
         return_lse: Returns the LSE too. Gradients also flow through it.
-        seed_offset: Two integers that the dropout mask is a function of. By default they come from torch's generator of
-            the device, so that torch.manual_seed repeats them.
+        seed_offset: Two integers that the dropout mask is a function of, or an int64 tensor of them, (2), on the device
+            of q. Kernels read the tensor when they run, so that a CUDA graph can be replayed with other numbers; the
+            backward pass reads it again. By default they come from torch's generator of the device, so that
+            torch.manual_seed repeats them, and every replay of a CUDA graph draws others.
 
     Returns:
         O, like q; with `return_lse` (O, LSE). The LSE is the natural logarithm of the sum of the exponentials of the
@@ -105,11 +107,11 @@ def run(
     if sinks is not None:
         sinks = per_head(sinks, "sinks")
     if not _is_compiling() and _is_plain(q, k, v) and (sinks is None or _is_plain(sinks, sinks, sinks)):
-        dropout = None if dropout_p == 0.0 else (dropout_p, *draw(q, seed_offset))
+        dropout = drawn_dropout(q, dropout_p, seed_offset)
         options = (left, right, scale, softcap, dropout, deterministic)
         return _eager.attention(q, k, v, slopes, sinks, options, return_lse)
     needs_lse = return_lse or _needs_gradient(q, k, v, sinks)
-    seed_offset = None if dropout_p == 0.0 else traced_seed_offset(seed_offset)
+    seed_offset = None if dropout_p == 0.0 else traced_seed_offset(q, seed_offset)
     options = (left, right, scale, softcap, dropout_p, seed_offset, deterministic, needs_lse)
     o, lse = torch.ops.ferroflash.forward(q, k, v, slopes, sinks, *options)
     return (o, lse) if return_lse else o
@@ -145,7 +147,7 @@ def piecewise(
     dropout_p: float = 0.0,
     deterministic: bool = False,
     return_lse: bool = False,
-    seed_offset: tuple[int, int] | None = None,
+    seed_offset: tuple[int, int] | torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Computes attention whose scores come from one of two pairs of queries and keys, by distance.
 
@@ -176,11 +178,11 @@ def piecewise(
     slopes = slopes_of(alibi_slopes)
     sinks = None if sinks is None else per_head(sinks, "sinks")
     if not _is_compiling() and _is_plain(q1, k1, v) and _is_plain(q2, k2, v if sinks is None else sinks):
-        dropout = None if dropout_p == 0.0 else (dropout_p, *draw(q1, seed_offset))
+        dropout = drawn_dropout(q1, dropout_p, seed_offset)
         options = (-1, right, softmax_scale, softcap, dropout, deterministic)
         return _eager.piecewise(q1, k1, q2, k2, v, slopes, sinks, dist_threshold, options, return_lse)
     needs_lse = return_lse or _needs_gradient(q1, k1, q2, k2, v, sinks)
-    seed_offset = None if dropout_p == 0.0 else traced_seed_offset(seed_offset)
+    seed_offset = None if dropout_p == 0.0 else traced_seed_offset(q1, seed_offset)
     options = (-1, right, softmax_scale, softcap, dropout_p, seed_offset, deterministic, needs_lse)
     o, lse = torch.ops.ferroflash.piecewise_forward(q1, k1, q2, k2, v, slopes, sinks, dist_threshold, *options)
     return (o, lse) if return_lse else o
@@ -246,16 +248,17 @@ def dropout_mask(
     seqlen_q: int,
     seqlen_k: int,
     dropout_p: float,
-    seed_offset: tuple[int, int],
+    seed_offset: tuple[int, int] | torch.Tensor,
     *,
     device: torch.device | str | int = "cpu",
 ) -> torch.Tensor:
     """Returns the dropout mask of `seed_offset`: bool (batch, heads_q, seqlen_q, seqlen_k), True for kept weights.
 
     Both passes use it. It is the same on every device, and computed on the one that it is returned on. It is for tests:
-    it takes memory that neither pass needs.
+    it takes memory that neither pass needs. `seed_offset` as an int64 tensor of two elements is read to the host, so
+    that the call waits for the GPU which the tensor is on.
     """
-    return _launch.dropout_mask((batch, heads_q, seqlen_q, seqlen_k), dropout_p, *seed_offset, device)
+    return _launch.dropout_mask((batch, heads_q, seqlen_q, seqlen_k), dropout_p, seed_offset, device)
 
 
 def _padded(function, tensors, head_dim, scale):
@@ -274,18 +277,22 @@ def _needs_gradient(*tensors):
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def drawn_dropout(q, dropout_p, seed_offset):
+    """Returns the dropout of an eager call as native functions take it; None if there is none."""
+    return None if dropout_p == 0.0 else _launch.dropout(q, dropout_p, draw(q, seed_offset))
+
+
 def draw(q, seed_offset):
-    """Returns a seed and an offset for the dropout of an eager call, from torch's generator unless they are given."""
+    """Returns seed and offset for the dropout of an eager call, from torch's generator unless they are given.
+
+    They are two integers, or a tensor if one is given or a CUDA graph is being captured, whose replays draw anew.
+    """
     if seed_offset is not None:
-        seed, offset = seed_offset
-        return seed % 2**64, offset % 2**64
+        return seed_offset
     if not q.is_cuda:
-        return torch.randint(1 << 62, (2,), dtype=torch.int64, device="cpu").tolist()
+        return _random(q).tolist()
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "dropout_p is above 0 in a CUDA graph, which would replay one mask for ever: pass seed_offset if that is "
-            "wanted"
-        )
+        return _random(q)
     generator = torch.cuda.default_generators[q.get_device()]
     seed, offset = generator.initial_seed(), generator.get_offset()
     # Torch counts offsets in fours.
@@ -293,10 +300,15 @@ def draw(q, seed_offset):
     return seed % 2**64, offset
 
 
-def traced_seed_offset(seed_offset):
+def traced_seed_offset(q, seed_offset):
     """Returns a tensor of seed and offset, which a compiled graph draws anew in every run unless they are given."""
     if isinstance(seed_offset, torch.Tensor):
         return seed_offset
     if seed_offset is None:
-        return torch.randint(1 << 62, (2,), dtype=torch.int64, device="cpu")
+        return _random(q)
     return _eager.seed_offset_tensor(*seed_offset)
+
+
+def _random(q):
+    """Returns a random seed and offset on the device of q."""
+    return torch.randint(1 << 62, (2,), dtype=torch.int64, device=q.device)
