@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use cust::memory::{CopyDestination, DeviceBuffer};
 use cust::stream::{Stream, StreamFlags};
-use ferroflash::{Attention, Cpu, Cuda, Dtype, Mask, Problem, Tensor, bf16};
+use ferroflash::{Attention, Cpu, Cuda, Dtype, Inputs, Mask, Problem, Tensor, bf16};
 
 const PROBLEM: Problem =
     Problem { batch: 2, heads_q: 8, heads_kv: 2, seqlen_q: 500, seqlen_k: 500, head_dim: 64, dtype: Dtype::Bf16 };
@@ -34,14 +34,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     {
         let (q, k, v) = (cuda.read_cust(&device_q)?, cuda.read_cust(&device_k)?, cuda.read_cust(&device_v)?);
         let mut o = cuda.write_cust(&mut device_o)?;
-        attention.forward_into::<_, bf16>(
-            &cuda,
+        let inputs = Inputs::new(
             Tensor::bhsd(q.as_slice(), q_shape),
             Tensor::bhsd(k.as_slice(), kv_shape),
             Tensor::bhsd(v.as_slice(), kv_shape),
-            Tensor::bhsd(o.as_slice_mut(), q_shape),
-            None,
-        )?;
+        );
+        attention.forward_into::<_, bf16>(&cuda, inputs, Tensor::bhsd(o.as_slice_mut(), q_shape), None)?;
     } // Here the views wait for the stream.
     let mut found = vec![0u16; q.len()];
     device_o.copy_to(&mut found)?;

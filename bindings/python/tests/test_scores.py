@@ -69,9 +69,25 @@ def check(run, inputs, made, **reference):
 
     found = both(lambda *rest: run(*rest[:-1], **ours(rest[-1])), inputs, made)
     exact, plain = exactly(torch.float64), exactly(inputs[0].dtype)
-    names = [*NAMES[: 2 + len(inputs)], *(["d_sinks"] if "sinks" in made else [])]
-    for name, *three in zip(names, found, exact, plain, strict=True):
+    names = NAMES[: 2 + len(inputs)]
+    for name, *three in zip(names, found, exact, plain):
         assert_close(*three, name)
+    if "sinks" in made:
+        assert_sink_gradient(found[-1], made["sinks"], found[:2], weights)
+
+
+def assert_sink_gradient(found, sinks, results, weights):
+    """Compares the gradient of the sinks with its formula, of the pass's own O and LSE, which are judged by themselves.
+
+    It is a sum over all rows of a head, so the tolerance is 1e-5 of the sum of the terms' absolute values, or of 1. The
+    error of a computation in 16 bits would be that of a few sums, and by chance any of them may be exact.
+    """
+    (o, lse), (d_o, d_lse) = results, weights
+    dot = (o.double() * d_o.to(o.dtype).double()).sum(-1).transpose(1, 2)
+    terms = (sinks.double()[:, None] - lse.double()).exp() * (d_lse.double() - dot)
+    expected, size = terms.sum((0, 2)), terms.abs().sum((0, 2)).max().item()
+    error = (found.double() - expected).abs().max().item()
+    assert error <= 1e-5 * max(size, 1.0), f"d_sinks: error {error:.3g}, size of the terms {size:.3g}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

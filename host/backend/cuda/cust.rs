@@ -6,7 +6,7 @@
 //!
 //! ```no_run
 //! use cust::memory::{CopyDestination, DeviceBuffer};
-//! use ferroflash::{Attention, Cuda, Dtype, Problem, Tensor, bf16};
+//! use ferroflash::{Attention, Cuda, Dtype, Inputs, Problem, Tensor, bf16};
 //!
 //! let problem =
 //!     Problem { batch: 1, heads_q: 8, heads_kv: 8, seqlen_q: 512, seqlen_k: 512, head_dim: 64, dtype: Dtype::Bf16 };
@@ -18,7 +18,7 @@
 //! let (x, mut out) = (cuda.read_cust(&x)?, cuda.write_cust(&mut o)?);
 //! let x = Tensor::bhsd(x.as_slice(), problem.q_shape());
 //! let out = Tensor::bhsd(out.as_slice_mut(), problem.q_shape());
-//! Attention::new(problem).forward_into::<_, bf16>(&cuda, x, x, x, out, None)?;
+//! Attention::new(problem).forward_into::<_, bf16>(&cuda, Inputs::new(x, x, x), out, None)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
