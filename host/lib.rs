@@ -46,7 +46,7 @@
 //!   but dropout.
 //! - **Dropout** ([`Attention::dropout`]) drops weights after the softmax. Its random numbers are a function of seed,
 //!   offset, head, query and key, so both passes drop the same weights on every machine. Seed and offset are fixed, or
-//!   an input that kernels read ([`Inputs::seed_offset`]), so that a captured graph draws anew. The LSE includes all
+//!   an input that kernels read ([`Inputs::seed_offset`]), so that a captured graph draws again. The LSE includes all
 //!   weights.
 //! - **Gradients** ([`Attention::backward`]) have the inputs' dtype and are accumulated in f32. [`Determinism`] selects
 //!   whether dQ has the same bits on every run.
