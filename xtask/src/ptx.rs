@@ -31,7 +31,7 @@ fn reconvergences(launch: &Launch) -> usize {
 
 /// Returns the bytes of local memory that a form may have. With softcap, and with dropout in forms of the backward pass
 /// that leave constants open, there are a few values more than registers; with both at head dim 256, the derivative of
-/// a block has no room beside dV, P and the dropout mask. All other forms spill nothing.
+/// a block has no room next to dV, P and the dropout mask. All other forms spill nothing.
 fn spills(form: &str) -> u32 {
     let [cap, dropout, backward] = ["_cap", "dropout", "backward"].map(|part| form.contains(part));
     match (cap, dropout && backward) {
