@@ -13,6 +13,7 @@ use crate::arch::sm90::fragment::{Fragment, Operand};
 use crate::arch::sm90::math::Packed;
 use crate::arch::sm90::producer::produce;
 use crate::arch::sm90::rows;
+use crate::arch::sm90::schedule;
 use crate::arch::sm90::sink_gradients;
 use crate::arch::sm90::store::write_tile;
 use crate::arch::sm90::total_neg_lse_log2::produce_neg_lse_log2;
@@ -22,6 +23,7 @@ use crate::attention::features::{self, Features};
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::KeyParts;
 use crate::attention::mask::Mask;
+use crate::attention::schedule::ScheduleParams;
 use crate::attention::scheduler::CtaTiles;
 use crate::attention::shared_tiles::SharedTiles;
 use crate::ground::tensor::TensorMap;
@@ -289,6 +291,12 @@ pub unsafe extern "ptx-kernel" fn prepare_bf16(p: PrepareParams) {
 #[unsafe(export_name = "sink_gradients")]
 pub unsafe extern "ptx-kernel" fn gradients_of_sinks(p: SinkGradientParams) {
     sink_gradients::sink_gradients(&p);
+}
+
+#[cfg(family = "backward")]
+#[unsafe(export_name = "schedule")]
+pub unsafe extern "ptx-kernel" fn write_schedule(p: ScheduleParams) {
+    schedule::schedule(&p);
 }
 
 #[cfg(family = "backward")]

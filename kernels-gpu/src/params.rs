@@ -9,9 +9,13 @@ use crate::attention::dropout::{Dropout, mask::MaskPart};
 use crate::attention::features::Scored;
 use crate::attention::first_tiles::FirstTiles;
 use crate::attention::key_parts::Sharing;
+use crate::attention::schedule::ScheduleParams;
 use crate::attention::scheduler::TileOrder;
+pub use crate::attention::sequences::ROW_PADDING;
+use crate::attention::sequences::{Sequences, padded_start};
+use crate::ground::sequence::BatchItem;
 use crate::ground::shape::Shape;
-use crate::ground::tensor::{Output, PerHead, Strided, TensorMap};
+use crate::ground::tensor::{Output, PerHead, RowArray, Strided, TensorMap};
 use crate::tile::lane::WARP_THREADS;
 
 /// Launch parameters of the forward kernel, whatever its features.
@@ -23,15 +27,24 @@ pub struct ForwardBase<T> {
     pub k: [T; 2],
     pub v: T,
     pub o: Output<T>,
-    /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; 0 if it is not wanted.
-    pub lse: u64,
+    /// LSE, f32 (batch, heads_q, seqlen_q), contiguous; none if it is not wanted.
+    pub lse: RowArray,
     /// Sinks, each a logit without a value in every row's softmax; none if the address is 0.
     pub sinks: PerHead,
     pub shape: Shape,
+    pub sequences: Sequences,
     pub order: TileOrder,
     /// Number of the last pair of Q and K: 0, or 1 in piecewise attention. Because it is read from the launch
     /// parameters, it is opaque to the compiler, which would make a second copy of the mainloop for a constant.
     pub last_pair: u32,
+}
+
+impl<T> ForwardBase<T> {
+    /// Returns the rows of a batch item.
+    #[inline(always)]
+    pub fn item(&self, batch: u32) -> BatchItem {
+        self.sequences.item_by_branch(&self.shape, batch)
+    }
 }
 
 /// Launch parameters of a kernel with the features `F`.
@@ -46,9 +59,6 @@ pub struct Params<B, F> {
 pub type ForwardParams<T, F> = Params<ForwardBase<T>, F>;
 /// Launch parameters of the backward kernel.
 pub type BackwardParams<T, F> = Params<BackwardBase<T>, F>;
-
-/// Multiple to which the query rows of a head are padded in the backward pass's workspace: the largest block_m.
-pub const ROW_PADDING: u32 = 128;
 
 /// Launch parameters of the backward kernel, whatever its features.
 #[repr(C)]
@@ -66,6 +76,7 @@ pub struct BackwardBase<T> {
     /// Softmax scale, finite and positive.
     pub scale: f32,
     pub shape: Shape,
+    pub sequences: Sequences,
     /// Order of the work tiles, which are blocks of keys. Its `heads_q` counts key heads.
     pub order: TileOrder,
     /// Work tiles that are split along queries.
@@ -77,6 +88,16 @@ pub struct BackwardBase<T> {
 }
 
 impl<T> BackwardBase<T> {
+    /// Returns the rows of a batch item.
+    #[inline(always)]
+    pub fn item(&self, batch: u32) -> BatchItem {
+        self.sequences.item(&self.shape, batch)
+    }
+    /// Returns where the query rows of a batch item and query head lie in the workspace.
+    #[inline(always)]
+    pub fn head_rows(&self, batch: u32, head: u32) -> HeadRows {
+        self.workspace.head_rows(&self.sequences, &self.shape, batch, head)
+    }
     /// Returns the dK tensor of a pair.
     #[inline(always)]
     pub fn dk_of(&self, pair: u32) -> &Strided {
@@ -107,15 +128,60 @@ pub struct Workspace {
     /// Address of f32 (slots, {dK, dV}, block of keys, compiled head_dim): contributions of split work tiles' parts.
     /// The layout of each gradient is unspecified: each machine has its own.
     pub parts: u64,
-    /// Number of query rows of a head, padding included.
+    /// Number of query rows of a head, padding included. If lengths differ, those of all sequences together.
     pub rows: u32,
 }
 
+/// Query rows of one head and batch item in the workspace, from row 0 on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadRows {
+    /// Number of the head, counted over all batch items, or over the sequences together if lengths differ.
+    head: u32,
+    /// First row of the sequence within the head's.
+    first: u32,
+}
+
+impl HeadRows {
+    /// Returns those of an item of a dense batch.
+    #[inline(always)]
+    pub fn dense(shape: &Shape, batch: u32, head: u32) -> Self {
+        HeadRows { head: batch * shape.heads_q + head, first: 0 }
+    }
+    /// Returns those of a sequence of a batch in which lengths differ.
+    #[inline(always)]
+    pub fn of_sequence(item: &BatchItem, batch: u32, head: u32) -> Self {
+        HeadRows { head, first: padded_start(item.q.batch.wrapping_sub(item.q.len), batch) }
+    }
+}
+
 impl Workspace {
+    /// Returns where the rows of a batch item and query head lie.
+    #[inline(always)]
+    pub fn head_rows(&self, sequences: &Sequences, shape: &Shape, batch: u32, head: u32) -> HeadRows {
+        if sequences.differ() {
+            HeadRows::of_sequence(&sequences.item(shape, batch), batch, head)
+        } else {
+            HeadRows::dense(shape, batch, head)
+        }
+    }
+    /// Returns the same for kernels without specialisation constants.
+    #[inline(always)]
+    pub fn listed_head_rows(&self, sequences: &Sequences, shape: &Shape, batch: u32, head: u32) -> HeadRows {
+        if sequences.is_listed() {
+            HeadRows::of_sequence(&sequences.listed_item(shape, batch), batch, head)
+        } else {
+            HeadRows::dense(shape, batch, head)
+        }
+    }
     /// Returns the index of a query row in `neg_lse_log2` and `delta`.
     #[inline(always)]
-    pub fn row(&self, shape: &Shape, batch: u32, head: u32, row: u32) -> u64 {
-        (batch * shape.heads_q + head) as u64 * self.rows as u64 + row as u64
+    pub fn row(&self, rows: HeadRows, row: u32) -> u64 {
+        rows.head as u64 * self.rows as u64 + (rows.first + row) as u64
+    }
+    /// Returns the index of a query row in the dQ of a pair. The dQ of the second pair follow those of the first.
+    #[inline(always)]
+    pub fn dq_row(&self, shape: &Shape, pair: u32, rows: HeadRows, row: u32) -> u64 {
+        self.row(HeadRows { head: rows.head + pair * shape.batch * shape.heads_q, ..rows }, row)
     }
     /// Returns the address of the counter of a key head's completed work tiles; see [`Shape::key_head`].
     #[inline(always)]
@@ -147,12 +213,15 @@ pub const PREPARE_ROWS: u32 = ROW_PADDING;
 pub struct PrepareParams {
     pub o: Strided,
     pub d_o: Strided,
-    /// Address of the LSE, f32 (batch, heads_q, seqlen_q).
-    pub lse: u64,
-    /// Address of the gradient of the LSE, f32 (batch, heads_q, seqlen_q); 0 if there is none.
-    pub d_lse: u64,
+    /// LSE, f32 (batch, heads_q, seqlen_q).
+    pub lse: RowArray,
+    /// Gradient of the LSE, of the same shape; none if there is none.
+    pub d_lse: RowArray,
     pub workspace: Workspace,
     pub shape: Shape,
+    pub sequences: Sequences,
+    /// Address of the list of blocks of [`PREPARE_ROWS`] queries, if lengths differ.
+    pub list: u64,
     /// Compiled head dim of the backward kernel.
     pub head_dim: u32,
     /// Number of pairs of Q and K.
@@ -170,6 +239,9 @@ pub struct FinishParams {
     pub workspace: Workspace,
     pub scale: f32,
     pub shape: Shape,
+    pub sequences: Sequences,
+    /// Address of the list of blocks of [`PREPARE_ROWS`] queries, if lengths differ.
+    pub list: u64,
     /// Pair whose dQ is converted.
     pub pair: u32,
     /// Number of work tiles of a key head.
@@ -196,6 +268,7 @@ pub struct SinkGradientParams {
     pub d_sinks: u64,
     pub workspace: Workspace,
     pub shape: Shape,
+    pub sequences: Sequences,
 }
 
 /// Name of that kernel. It has one CTA for each query head.
@@ -232,16 +305,25 @@ impl DropoutMaskParams {
 pub struct TotalParams<T, F = Scored> {
     pub q: T,
     pub k: T,
-    /// Address of the LSE, f32 (batch, heads_q, seqlen_q), contiguous; natural logarithms, −∞ for a row without a key.
-    pub lse: u64,
-    /// Address of the result, f32 (batch, heads_q, seqlen_k), contiguous.
-    pub total: u64,
+    /// LSE, f32 (batch, heads_q, seqlen_q), contiguous; natural logarithms, −∞ for a row without a key.
+    pub lse: RowArray,
+    /// Result, f32 (batch, heads_q, seqlen_k), contiguous.
+    pub total: RowArray,
     pub shape: Shape,
+    pub sequences: Sequences,
     /// Order of the work tiles, which are blocks of keys of query heads.
     pub order: TileOrder,
     /// First work tile that is split.
     pub shared_from: u32,
     pub features: F,
+}
+
+impl<T, F> TotalParams<T, F> {
+    /// Returns the rows of a batch item.
+    #[inline(always)]
+    pub fn item(&self, batch: u32) -> BatchItem {
+        self.sequences.item(&self.shape, batch)
+    }
 }
 
 /// Alignment of a tensor map for TMA, in bytes.
@@ -270,6 +352,7 @@ check_parameters! {
     FinishParams: ;
     SinkGradientParams: ;
     DropoutMaskParams: ;
+    ScheduleParams: ;
 }
 /// Stands for the largest features.
 type Widest = [u32; 64];

@@ -24,7 +24,7 @@ macro_rules! forward_rows {
             // Clusters read K and V from L2 once (notebook 24).
             d96_c2: {
                 family: "forward_d128", features: Plain, head_dim: 96, consumers: 2, block_n: 128, stages: 5,
-                cluster: 2, masks: Full, prebuilt: FULL,
+                cluster: 2, masks: Full, prebuilt: CLUSTERED,
             }
             d128: {
                 family: "forward_d128", features: Scored, head_dim: 128, consumers: 2, block_n: 128, stages: 5,
@@ -37,7 +37,7 @@ macro_rules! forward_rows {
             }
             d128_n176_c2: {
                 family: "forward_d128", features: Plain, head_dim: 128, consumers: 2, block_n: 176, stages: 4,
-                cluster: 2, masks: Full, prebuilt: FULL,
+                cluster: 2, masks: Full, prebuilt: CLUSTERED,
             }
             d192: {
                 family: "forward_d256", features: Scored, head_dim: 192, consumers: 2, block_n: 112, stages: 4,
@@ -45,7 +45,7 @@ macro_rules! forward_rows {
             }
             d192_c2: {
                 family: "forward_d256", features: Plain, head_dim: 192, consumers: 2, block_n: 112, stages: 4,
-                cluster: 2, masks: Full, prebuilt: FULL,
+                cluster: 2, masks: Full, prebuilt: CLUSTERED,
             }
             d256: {
                 family: "forward_d256", features: Scored, head_dim: 256, consumers: 2, block_n: 80, stages: 4,
@@ -53,7 +53,7 @@ macro_rules! forward_rows {
             }
             d256_c2: {
                 family: "forward_d256", features: Plain, head_dim: 256, consumers: 2, block_n: 80, stages: 4,
-                cluster: 2, masks: Full, prebuilt: FULL,
+                cluster: 2, masks: Full, prebuilt: CLUSTERED,
             }
             // Blocks of 64 keys follow a mask's edge more closely (notebook 25).
             d256_n64: {

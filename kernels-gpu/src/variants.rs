@@ -113,20 +113,40 @@ mod prebuilt {
     /// Everything but softcap. If both outcomes of softcap were in one form, registers would spill.
     const UNCAPPED: Form = WINDOW.opening(Constants::ALIBI).opening(Constants::SEED);
     /// Everything, with softcap.
-    const CAPPED: Form = Form::GENERAL.closing(Constants::CAP, true);
+    const CAPPED: Form = Form::GENERAL.closing(Constants::CAP, true).closing(Constants::LENGTHS, false);
+    /// The same for sequences of different lengths.
+    const RAGGED: Form = PLAIN.closing(Constants::LENGTHS, true);
+    const RAGGED_RIGHT: Form = RIGHT.closing(Constants::LENGTHS, true);
+    const RAGGED_WINDOW: Form = WINDOW.closing(Constants::LENGTHS, true);
+    const RAGGED_UNCAPPED: Form = UNCAPPED.closing(Constants::LENGTHS, true);
+    const RAGGED_CAPPED: Form = CAPPED.closing(Constants::LENGTHS, true);
 
     /// What is benchmarked, without a mask and with the causal mask, and any window.
-    pub const FULL_AND_CAUSAL: &[Form] = &[PLAIN, RIGHT, WINDOW];
-    pub const FULL: &[Form] = &[PLAIN];
-    pub const CAUSAL: &[Form] = &[RIGHT, WINDOW];
+    pub const FULL_AND_CAUSAL: &[Form] = &[PLAIN, RIGHT, WINDOW, RAGGED, RAGGED_RIGHT, RAGGED_WINDOW];
+    pub const FULL: &[Form] = &[PLAIN, RAGGED];
+    /// Without sequences of different lengths, which have no clusters.
+    pub const CLUSTERED: &[Form] = &[PLAIN];
+    pub const CAUSAL: &[Form] = &[RIGHT, WINDOW, RAGGED_RIGHT, RAGGED_WINDOW];
     /// All of these, softcap in the same way, and everything else.
-    pub const ALL: &[Form] = &[PLAIN, RIGHT, WINDOW, CAP, CAP_AND_RIGHT, UNCAPPED, CAPPED];
+    pub const ALL: &[Form] = &[
+        PLAIN,
+        RIGHT,
+        WINDOW,
+        CAP,
+        CAP_AND_RIGHT,
+        UNCAPPED,
+        CAPPED,
+        RAGGED,
+        RAGGED_RIGHT,
+        RAGGED_UNCAPPED,
+        RAGGED_CAPPED,
+    ];
     /// The same without a form for windows alone, and without those for softcap.
-    pub const MOST: &[Form] = &[PLAIN, RIGHT, UNCAPPED, CAPPED];
+    pub const MOST: &[Form] = &[PLAIN, RIGHT, UNCAPPED, CAPPED, RAGGED, RAGGED_RIGHT, RAGGED_UNCAPPED, RAGGED_CAPPED];
     /// What another row has not: softcap and ALiBi.
-    pub const SCORED: &[Form] = &[CAP, CAP_AND_RIGHT, UNCAPPED, CAPPED];
+    pub const SCORED: &[Form] = &[CAP, CAP_AND_RIGHT, UNCAPPED, CAPPED, RAGGED_UNCAPPED, RAGGED_CAPPED];
     /// Everything, up to 4 % slower than what is benchmarked.
-    pub const OPEN: &[Form] = &[UNCAPPED, CAPPED];
+    pub const OPEN: &[Form] = &[UNCAPPED, CAPPED, RAGGED_UNCAPPED, RAGGED_CAPPED];
 }
 
 /// Compiled kernel of the forward pass.

@@ -6,7 +6,7 @@ use crate::ground::constants::Constants;
 /// Switch of a kernel, 0 or 1, which [`bind`](crate::specialise::bind) may fix. It lies in the launch parameters, where
 /// the general kernel and the CPU read it. `BIT` is its bit in [`Constants`].
 #[repr(transparent)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Constant<const BIT: u32>(u32);
 
 impl<const BIT: u32> Constant<BIT> {

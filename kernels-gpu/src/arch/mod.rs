@@ -14,6 +14,7 @@ pub mod constant;
 pub mod cpu;
 #[cfg(target_arch = "nvptx64")]
 pub mod sm90;
+pub mod table;
 mod total_attention;
 
 pub use total_attention::TotalWarpgroup;
@@ -22,8 +23,8 @@ use crate::attention::dropout::{Dropout, Place};
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::places::WorkTile;
-use crate::ground::shape::Shape;
-use crate::ground::tensor::{Output, Strided};
+use crate::ground::sequence::Span;
+use crate::ground::tensor::{Output, RowArray, Strided};
 
 /// Fragment that a product in flight is still writing.
 #[must_use = "a product must be waited for"]
@@ -152,9 +153,9 @@ pub trait ForwardWarpgroup: Warpgroup {
 
     /// Returns the first of this warpgroup's 64 query rows of `tile`.
     fn first_row(&self, tile: &WorkTile) -> u32;
-    /// Starts loading this warpgroup's query rows of `tile`, of every pair of Q and K. Every earlier product with Q
-    /// must have been waited for.
-    fn load_q(&mut self, tile: &WorkTile);
+    /// Starts loading this warpgroup's query rows of `tile`, of every pair of Q and K. `rows` are those of its batch
+    /// item. Every earlier product with Q must have been waited for.
+    fn load_q(&mut self, tile: &WorkTile, rows: &Span);
     /// Waits until the rows that [`ForwardWarpgroup::load_q`] requested have arrived.
     fn wait_q(&mut self);
     /// Waits for the next tile of the K/V ring, in the order of [`crate::pipeline::order::KvOrder`].
@@ -177,11 +178,18 @@ pub trait ForwardWarpgroup: Warpgroup {
     /// Opens the ping-pong barrier of the next warpgroup, which may then issue its products.
     fn pass_ping_pong(&mut self);
 
-    /// Stores this warpgroup's rows of `tile` in the input's dtype. Rows and columns beyond those of `shape` are left
-    /// out.
-    fn store<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: &Output<Self::Tensor>, tile: &WorkTile, shape: &Shape);
-    /// Stores one f32 for each of this warpgroup's rows of `tile` in the (batch, heads_q, seqlen_q) array at `address`.
-    fn store_rows(&mut self, values: Self::Rows, address: u64, tile: &WorkTile, shape: &Shape);
+    /// Stores this warpgroup's rows of `tile` in the input's dtype. Rows beyond those of its batch item, `rows`, and
+    /// columns beyond `head_dim` are left out.
+    fn store<const D8: usize>(
+        &mut self,
+        x: &Self::Acc<D8>,
+        to: &Output<Self::Tensor>,
+        tile: &WorkTile,
+        rows: &Span,
+        head_dim: u32,
+    );
+    /// Stores one f32 for each of this warpgroup's rows of `tile`, as far as they are rows of its batch item.
+    fn store_rows(&mut self, values: Self::Rows, to: &RowArray, tile: &WorkTile, rows: &Span);
 }
 
 /// Consumer warpgroup of the backward kernel: 64 keys, and the consumer's end of the rings of Q, dO and dS.
@@ -260,9 +268,9 @@ pub trait BackwardWarpgroup: Warpgroup {
     /// Publishes dS: makes what [`Self::add_dq`] wrote visible to the other warpgroup and signals it.
     fn pass_ds(&mut self, slot: Self::Slot);
 
-    /// Stores this warpgroup's part of dK or dV in the input's dtype. Rows and columns beyond those of `shape` are left
-    /// out.
-    fn store_kv<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: &Strided, at: &KvBlock, shape: &Shape);
+    /// Stores this warpgroup's part of dK or dV in the input's dtype. Rows beyond those of its batch item, `rows`, and
+    /// columns beyond `head_dim` are left out.
+    fn store_kv<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: &Strided, at: &KvBlock, rows: &Span, head_dim: u32);
     /// Stores this warpgroup's share of dK or dV of a split work tile's part, in f32, to the workspace at `to`.
     fn store_part<const D8: usize>(&mut self, x: &Self::Acc<D8>, to: u64);
 }

@@ -2,7 +2,8 @@
 
 use super::{Pending, Warpgroup};
 use crate::attention::total_steps::{OwnKeys, TotalTile};
-use crate::ground::shape::Shape;
+use crate::ground::sequence::Span;
+use crate::ground::tensor::RowArray;
 
 /// Consumer warpgroup of the kernel of total attention: 64 keys, and the consumer's end of the rings of K and Q. Each
 /// slot of Q comes with `neg_lse_log2` of its queries.
@@ -54,7 +55,6 @@ pub trait TotalWarpgroup: Warpgroup {
     /// Returns `x` in a form opaque to the compiler, so that a branch that depends on it stays where it is.
     fn unknown(x: u32) -> u32;
 
-    /// Stores one f32 for each of this warpgroup's keys of a work tile in the (batch, heads_q, seqlen_k) array at
-    /// `address`.
-    fn store_keys(&mut self, values: Self::Rows, address: u64, at: &TotalTile, shape: &Shape);
+    /// Stores one f32 for each of this warpgroup's keys of a work tile, as far as they are keys of its batch item.
+    fn store_keys(&mut self, values: Self::Rows, to: &RowArray, at: &TotalTile, keys: &Span);
 }

@@ -25,8 +25,9 @@ pub fn store<W: ForwardWarpgroup, F: Features, const D8: usize>(
     };
     let normaliser = p.features.weights().scale_factors(wg, normaliser);
     wg.map_rows(&mut o, normaliser, |o, r| if r == 0.0 { 0.0 } else { o * r });
-    wg.store(&o, &base.o, tile, &base.shape);
-    if base.lse != 0 {
-        wg.store_rows(lse, base.lse, tile, &base.shape);
+    let rows = base.item(tile.batch).q;
+    wg.store(&o, &base.o, tile, &rows, base.shape.head_dim);
+    if !base.lse.is_none() {
+        wg.store_rows(lse, &base.lse, tile, &rows);
     }
 }

@@ -34,13 +34,16 @@ pub struct KeyPart {
 
 impl KeyPart {
     /// Returns the `index`-th work tile or part. Without `sharing` no tile is split, nor if its second value is false;
-    /// without `first` none comes ahead of its place in the order.
+    /// without `first` none comes ahead of its place in the order. Nor does any of these in a list.
     #[inline(always)]
     pub fn new(order: &TileOrder, sharing: Option<(&Sharing, bool)>, first: Option<&FirstTiles>, index: u32) -> Self {
         let tile = |index| match first {
             Some(first) => first.tile(order, index),
             None => order.tile(index),
         };
+        if order.is_listed() {
+            return KeyPart { tile: order.tile(index), part: SplitPart::WHOLE };
+        }
         let Some((sharing, splits)) = sharing else { return KeyPart { tile: tile(index), part: SplitPart::WHOLE } };
         // Branch-free. For an unsplit tile `slot` is 0.
         let is_part = splits & (index >= sharing.from);
@@ -168,7 +171,10 @@ impl Iterator for KeyParts<'_> {
     #[inline(always)]
     fn next(&mut self) -> Option<KeyPart> {
         let order = self.tiles.order();
-        let count = self.sharing.map_or(order.tiles(), |(sharing, _)| sharing.count);
+        let count = match self.sharing {
+            Some((sharing, _)) if !order.is_listed() => sharing.count,
+            _ => order.tiles(),
+        };
         self.tiles.next_index(count).map(|index| KeyPart::new(order, self.sharing, self.first, index))
     }
 }
@@ -204,7 +210,7 @@ mod tests {
                 for at in taken {
                     let KeyPart { tile, part } = at;
                     assert!(sharing.parts_of(&order, tile).any(|other| other == at));
-                    let keys = key_block(&shape, block_n, &tile);
+                    let keys = key_block(&shape.sequence(), block_n, &tile);
                     let all = QueryBlocks::new(&shape.sequence(), Window::FULL, group, (block_m, block_n), &keys);
                     let blocks = all.part(&sharing, part);
                     let mut at = blocks.first();

@@ -10,7 +10,6 @@ use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
 use crate::ground::places::WorkTile;
 use crate::ground::sequence::Sequence;
-use crate::ground::shape::Shape;
 use crate::tuning;
 
 /// Returns the query blocks of the keys `keys.start..keys.end`, through one pair. The first key is before seqlen_k. A
@@ -48,8 +47,8 @@ pub const fn blocks_per_semaphore(head_dim: u32) -> u32 {
 /// Returns the block of keys of a work tile. The work tile that comes first in the order has the first block of keys,
 /// which under a causal mask has the most queries.
 #[inline(always)]
-pub fn key_block(shape: &Shape, block_n: u32, tile: &WorkTile) -> KvBlock {
-    let last = shape.seqlen_k.div_ceil(block_n) - 1;
+pub fn key_block(of: &Sequence, block_n: u32, tile: &WorkTile) -> KvBlock {
+    let last = of.seqlen_k.div_ceil(block_n) - 1;
     KvBlock { batch: tile.batch, head: tile.head, n_block: last - tile.m_block, pair: 0 }
 }
 
@@ -147,6 +146,7 @@ mod tests {
     use crate::attention::by_distance::ByDistance;
     use crate::attention::mask::Window;
     use crate::attention::mask::tests::windows;
+    use crate::ground::shape::Shape;
     use std::vec::Vec;
 
     fn agrees<M: Mask + core::fmt::Debug>(shape: Shape, mask: M, block_m: u32, block_n: u32) {

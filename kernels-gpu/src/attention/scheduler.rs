@@ -8,7 +8,13 @@
 //!
 //! Small sections keep in L2 what their tiles share. A simulated schedule finds those that also balance the work
 //! (notebook 5, 6).
+//!
+//! Sequences of different lengths have a list of blocks in device memory ([`super::schedule`]), which takes the place
+//! of the m_blocks: every section has all of its blocks for some heads.
 
+use super::schedule::List;
+use crate::arch::constant::Constant;
+use crate::ground::constants::Constants;
 use crate::ground::divisor::Divisor;
 use crate::ground::places::WorkTile;
 use crate::ground::shape::Shape;
@@ -37,6 +43,9 @@ impl From<u64> for GroupBytes {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TileOrder {
+    /// Address of the list of blocks, if lengths differ. What depends on the number of blocks is then in the list.
+    list: u64,
+    is_listed: Constant<{ Constants::LENGTHS }>,
     heads_q: Divisor,
     /// Query heads per key/value head.
     pub group: Divisor,
@@ -61,6 +70,8 @@ impl TileOrder {
         let section = section.clamp(1, heads.max(1));
         let m_blocks = shape.seqlen_q.div_ceil(block_m);
         TileOrder {
+            list: 0,
+            is_listed: Constant::new(false),
             heads_q: Divisor::new(shape.heads_q),
             group: Divisor::new(shape.group()),
             m_blocks,
@@ -71,6 +82,16 @@ impl TileOrder {
             tiles: heads * m_blocks,
             one_way: 0,
         }
+    }
+
+    /// Makes the order of the blocks of a list, whose address is still missing, for all heads of the shape.
+    pub fn of_list(shape: &Shape, section: u32) -> Self {
+        let heads = Shape { batch: 1, seqlen_q: 0, ..*shape };
+        TileOrder { is_listed: Constant::new(true), ..Self::new(&heads, 1, section) }
+    }
+    /// Sets the address of the list.
+    pub fn with_list(self, list: u64) -> Self {
+        TileOrder { list, ..self }
     }
 
     /// Disables the snake order: every section runs from its last m_block to its first, and every wave assigns tiles to
@@ -154,14 +175,34 @@ impl TileOrder {
     /// Returns the number of work tiles.
     #[inline(always)]
     pub fn tiles(&self) -> u32 {
-        self.tiles
+        if self.is_listed() { List(self.list).tiles() } else { self.tiles }
+    }
+    /// True if work tiles are in a list.
+    #[inline(always)]
+    pub fn is_listed(&self) -> bool {
+        self.is_listed.get()
     }
 
     /// Returns the `index`-th work tile: batch item, query head, m_block.
     #[inline(always)]
     pub fn tile(&self, index: u32) -> WorkTile {
+        if self.is_listed() {
+            return self.listed_tile(index);
+        }
         let (head, m_block) = self.place(index);
         self.work_tile(head, m_block)
+    }
+
+    /// Returns the `index`-th work tile of those in the list.
+    #[inline(always)]
+    fn listed_tile(&self, index: u32) -> WorkTile {
+        let list = List(self.list);
+        let header = list.header();
+        let (section, within) = header.section_tiles.divide(index);
+        let (from_last, place) = self.heads_of(section).divide(within);
+        let block = if self.descends(section) { header.blocks - 1 - from_last } else { from_last };
+        let [batch, m_block] = list.block(block);
+        WorkTile { batch, head: section * self.section.value + place, m_block }
     }
 
     /// Returns the `index`-th work tile of a changed order: the last m_block of each head has the place that belongs to
@@ -262,6 +303,7 @@ impl Iterator for CtaTiles<'_> {
 mod tests {
 
     use super::*;
+    use crate::attention::schedule::ListHeader;
     use std::vec::Vec;
 
     fn shape(batch: u32, heads_q: u32, heads_kv: u32, seqlen: u32) -> Shape {
@@ -286,6 +328,44 @@ mod tests {
                     })
                     .collect();
                 assert_eq!(seen, all, "{s:?} on {ctas} CTAs");
+            }
+        }
+    }
+
+    /// Returns the words of a list with these numbers of blocks of its items.
+    fn list(items: &[u32], heads: u32, section: u32) -> Vec<u32> {
+        let blocks: Vec<[u32; 2]> =
+            (0..).zip(items).flat_map(|(item, &blocks)| (0..blocks).map(move |block| [item, block])).collect();
+        let header = ListHeader::new(blocks.len() as u32, heads, section).words();
+        header.into_iter().chain(blocks.into_iter().flatten()).collect()
+    }
+
+    #[test]
+    fn every_tile_of_a_list_once_whatever_the_grid() {
+        for items in [&[][..], &[0], &[1], &[3, 0, 2], &[1, 1, 40, 7]] {
+            for (heads, section) in [1, 2, 6, 71].into_iter().flat_map(|heads| [1, 2, 4, 6, 100].map(|s| (heads, s))) {
+                let s = shape(9, heads, 1, 0);
+                for order in [TileOrder::of_list(&s, section), TileOrder::of_list(&s, section).one_way()] {
+                    let list = list(items, heads, order.section());
+                    let order = order.with_list(list.as_ptr().expose_provenance() as u64);
+                    let blocks =
+                        (0..).zip(items).flat_map(|(batch, &blocks)| (0..blocks).map(move |block| (batch, block)));
+                    let all: Vec<WorkTile> = blocks
+                        .flat_map(|(batch, m_block)| (0..heads).map(move |head| WorkTile { batch, head, m_block }))
+                        .collect();
+                    assert_eq!(order.tiles() as usize, all.len());
+                    for ctas in [1, 2, 7, 132] {
+                        let mut seen: Vec<WorkTile> =
+                            (0..ctas).flat_map(|cta| CtaTiles::new(&order, cta, ctas)).collect();
+                        seen.sort_by_key(|t| (t.batch, t.m_block, t.head));
+                        assert_eq!(seen, all, "{items:?} of {heads} heads on {ctas} CTAs");
+                    }
+                    // The last section runs from the last block, which is the longest, to the first.
+                    let last =
+                        all.len() - items.iter().sum::<u32>() as usize * ((heads - 1) % order.section() + 1) as usize;
+                    let tiles: Vec<_> = (last as u32..order.tiles()).map(|i| order.tile(i)).collect();
+                    assert!(tiles.is_sorted_by_key(|t| (u32::MAX - t.batch, u32::MAX - t.m_block)));
+                }
             }
         }
     }

@@ -53,6 +53,11 @@ impl Iterator for SharedTiles<'_> {
     fn next(&mut self) -> Option<TilePart> {
         let SharedTiles { tiles, shared_from, parts } = self;
         let order = tiles.order();
+        // None in a list is split.
+        if order.is_listed() {
+            let index = tiles.next_index(order.tiles())?;
+            return Some(TilePart { tile: order.tile(index), part: 0, parts: 1 });
+        }
         let index = tiles.next_index(count(order.tiles(), *shared_from, *parts))?;
         if *parts == 1 || index < *shared_from {
             return Some(TilePart { tile: order.tile(index), part: 0, parts: 1 });

@@ -108,9 +108,9 @@ impl Visits {
     }
 }
 
-/// Blocks of keys that a CTA's work tiles visit, in the order of their visits.
-pub struct KvBlocks<M, I> {
-    of: Sequence,
+/// Blocks of keys that a CTA's work tiles visit, in the order of their visits. `S` returns the lengths of a batch item.
+pub struct KvBlocks<M, S, I> {
+    sequence: S,
     mask: M,
     block_m: u32,
     block_n: u32,
@@ -124,14 +124,14 @@ pub struct KvBlocks<M, I> {
     left: u32,
 }
 
-impl<M: Mask, I: Iterator<Item = WorkTile>> KvBlocks<M, I> {
+impl<M: Mask, S: Fn(u32) -> Sequence, I: Iterator<Item = WorkTile>> KvBlocks<M, S, I> {
     #[inline(always)]
-    pub fn new(of: Sequence, mask: M, (block_m, block_n): (u32, u32), group: Divisor, tiles: I) -> Self {
-        KvBlocks { of, mask, block_m, block_n, tiles, group, batch: 0, head: 0, visits: Visits::NONE, left: 0 }
+    pub fn new(sequence: S, mask: M, (block_m, block_n): (u32, u32), group: Divisor, tiles: I) -> Self {
+        KvBlocks { sequence, mask, block_m, block_n, tiles, group, batch: 0, head: 0, visits: Visits::NONE, left: 0 }
     }
 }
 
-impl<M: Mask, I: Iterator<Item = WorkTile>> Iterator for KvBlocks<M, I> {
+impl<M: Mask, S: Fn(u32) -> Sequence, I: Iterator<Item = WorkTile>> Iterator for KvBlocks<M, S, I> {
     type Item = KvBlock;
 
     #[inline(always)]
@@ -139,7 +139,7 @@ impl<M: Mask, I: Iterator<Item = WorkTile>> Iterator for KvBlocks<M, I> {
         if self.left == 0 {
             let tile = self.tiles.next()?;
             let first_row = tile.m_block * self.block_m;
-            self.visits = Visits::new(&self.of, &self.mask, first_row, self.block_m, self.block_n);
+            self.visits = Visits::new(&(self.sequence)(tile.batch), &self.mask, first_row, self.block_m, self.block_n);
             self.left = self.visits.count;
             (self.batch, self.head) = (tile.batch, self.group.divide(tile.head).0);
         }

@@ -27,8 +27,10 @@ impl Constants {
     pub const ALIBI: u32 = 3;
     /// Bit of the switch of dropout whose seed and offset are read from device memory.
     pub const SEED: u32 = 4;
+    /// Bit of the switch of sequences of different lengths.
+    pub const LENGTHS: u32 = 5;
     /// Name of each constant, by its bit.
-    pub const NAMES: [&'static str; 5] = ["left", "right", "cap", "alibi", "seed"];
+    pub const NAMES: [&'static str; 6] = ["left", "right", "cap", "alibi", "seed", "lengths"];
 
     /// All constants are 0.
     pub const NONE: Constants = Constants(0);

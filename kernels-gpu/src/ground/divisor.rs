@@ -21,6 +21,16 @@ impl Divisor {
         Divisor { value, multiplier: (1u64 << (31 + shift)).div_ceil(divisor as u64) as u32, shift }
     }
 
+    /// Returns the divisor as numbers, for memory.
+    pub const fn words(self) -> [u32; 3] {
+        [self.value, self.multiplier, self.shift]
+    }
+    /// Returns the divisor of these numbers. Others than those of [`Divisor::words`] give meaningless quotients.
+    #[inline(always)]
+    pub const fn from_words([value, multiplier, shift]: [u32; 3]) -> Self {
+        Divisor { value, multiplier, shift: shift % u32::BITS }
+    }
+
     /// Returns quotient and remainder of a dividend below 2³¹.
     #[inline(always)]
     pub fn divide(self, dividend: u32) -> (u32, u32) {

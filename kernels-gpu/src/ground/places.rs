@@ -1,7 +1,5 @@
 //! Places in a problem: work tiles, blocks of keys, blocks of queries.
 
-use super::shape::Shape;
-
 /// Work tile: one m_block of one query head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkTile {
@@ -50,13 +48,4 @@ pub struct QueryBlock {
     pub m_block: u32,
     /// Pair of Q and K that scores come from.
     pub pair: u32,
-}
-
-impl QueryBlock {
-    /// Returns the index of this pair's dQ among the batch items of the workspace. The dQ of the second pair follow
-    /// those of the first.
-    #[inline(always)]
-    pub fn dq_batch(&self, shape: &Shape) -> u32 {
-        self.batch + self.pair * shape.batch
-    }
 }

@@ -16,7 +16,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Returns the lengths of every batch item.
+    /// Returns the lengths of every item of a dense batch.
     #[inline(always)]
     pub fn sequence(&self) -> Sequence {
         Sequence { seqlen_q: self.seqlen_q, seqlen_k: self.seqlen_k }

@@ -1,5 +1,7 @@
 //! Tensors in memory, as kernels name them.
 
+use super::sequence::Span;
+
 /// Tensor (batch, heads, seqlen, head_dim) in memory. Strides are in elements, and head_dim is contiguous.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,10 +14,13 @@ pub struct Strided {
 }
 
 impl Strided {
-    /// Returns the offset in elements of the row (batch, head, row) from [`Strided::address`].
+    /// Returns the address of a row of two-byte elements. It wraps before it reaches the row of a [`Span`] that does
+    /// not begin at the tensor's first element.
     #[inline(always)]
-    pub fn row_offset(&self, batch: u32, head: u32, row: u32) -> i64 {
-        batch as i64 * self.stride_batch + head as i64 * self.stride_head + row as i64 * self.stride_row
+    pub fn row(&self, span: &Span, head: u32, row: u32) -> u64 {
+        let row = span.first as i64 + row as i64;
+        let offset = span.batch as i64 * self.stride_batch + head as i64 * self.stride_head + row * self.stride_row;
+        self.address.wrapping_add_signed(2 * offset)
     }
 }
 
@@ -35,6 +40,34 @@ pub struct Output<T> {
 #[repr(C, align(16))]
 #[derive(Clone, Copy, Debug)]
 pub struct TensorMap(pub [u64; 16]);
+
+/// Array of one f32 for each row of each head.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowArray {
+    /// Address of the first; 0 if there is no array.
+    pub address: u64,
+    /// Number of elements from one batch item to the next.
+    pub stride_batch: u64,
+    /// Number of elements from one head to the next.
+    pub stride_head: u64,
+}
+
+impl RowArray {
+    pub const NONE: RowArray = RowArray { address: 0, stride_batch: 0, stride_head: 0 };
+
+    /// Returns the address of a row's element. It wraps before it reaches the row of a [`Span`] that does not begin at
+    /// the array's first element.
+    #[inline(always)]
+    pub fn of(&self, span: &Span, head: u32, row: u32) -> u64 {
+        let heads = span.batch as u64 * self.stride_batch + head as u64 * self.stride_head;
+        self.address.wrapping_add(4 * (heads + span.first as u64 + row as u64))
+    }
+    #[inline(always)]
+    pub fn is_none(&self) -> bool {
+        self.address == 0
+    }
+}
 
 /// One f32 for each query head, or for each batch item and query head.
 #[repr(C)]

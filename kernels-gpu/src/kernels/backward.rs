@@ -53,9 +53,8 @@ use crate::attention::query_blocks::{QueryBlocks, key_block};
 use crate::attention::score::{Distances, Score};
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
-use crate::ground::shape::Shape;
 use crate::ground::tensor::Strided;
-use crate::params::BackwardParams;
+use crate::params::{BackwardBase, BackwardParams};
 use crate::tuning;
 
 /// Record of which elements of P are kept.
@@ -113,10 +112,10 @@ pub fn consume<A, W, F, const D8: usize, const M8: usize>(
             if A::HAS_DK {
                 wg.map_rows(&mut dk, wg.rows(base.scale), |dk, scale| dk * scale);
                 let to = part.slot().map(|slot| base.workspace.part(slot, 0, elements));
-                store(wg, &dk, base.dk_of(pair), to, &keys.keys, &base.shape);
+                store(wg, &dk, base.dk_of(pair), to, &keys.keys, base);
             }
         } else if A::HAS_DK {
-            wg.store_kv(&wg.zeros::<D8>(), base.dk_of(pair), &keys.keys, &base.shape);
+            store(wg, &wg.zeros::<D8>(), base.dk_of(pair), None, &keys.keys, base);
         }
         if pair > 0 {
             pair -= 1;
@@ -125,7 +124,7 @@ pub fn consume<A, W, F, const D8: usize, const M8: usize>(
         if A::HAS_DV {
             p.features.weights().scale::<W, D8>(wg, &mut dv);
             let to = part.slot().map(|slot| base.workspace.part(slot, 1, elements));
-            store(wg, &dv, &base.dv, to, &keys.keys, &base.shape);
+            store(wg, &dv, &base.dv, to, &keys.keys, base);
         }
         let Some(next) = tiles.next() else { return };
         KeyPart { tile, part } = next;
@@ -141,10 +140,10 @@ fn store<W: BackwardWarpgroup, const D8: usize>(
     to: &Strided,
     part: Option<u64>,
     keys: &KvBlock,
-    shape: &Shape,
+    base: &BackwardBase<W::Tensor>,
 ) {
     match part {
-        None => wg.store_kv(x, to, keys, shape),
+        None => wg.store_kv(x, to, keys, &base.item(keys.batch).k, base.shape.head_dim),
         Some(address) => wg.store_part(x, address),
     }
 }
@@ -169,9 +168,9 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
         at: &KeyPart,
         pair: u32,
     ) -> Self {
-        let (shape, sharing) = (&p.base.shape, &p.base.sharing);
-        let keys = KvBlock { pair, ..key_block(shape, block_n, &at.tile) };
-        let blocks = QueryBlocks::new(&shape.sequence(), *p.features.mask(), sharing.heads, (block_m, block_n), &keys);
+        let (of, sharing) = (p.base.item(at.tile.batch).sequence(), &p.base.sharing);
+        let keys = KvBlock { pair, ..key_block(&of, block_n, &at.tile) };
+        let blocks = QueryBlocks::new(&of, *p.features.mask(), sharing.heads, (block_m, block_n), &keys);
         let blocks = blocks.part(sharing, at.part);
         KeyTile { p, keys, first_key: keys.n_block * block_n + wg.first_key(), block_m, blocks }
     }
@@ -254,7 +253,7 @@ impl<'a, T, F: Features> KeyTile<'a, T, F> {
     ) {
         let (base, features, first_row) = (&self.p.base, &self.p.features, at.m_block * self.block_m);
         let place = ScorePlace { pair: at.pair, row: first_row, key: self.first_key };
-        let (of, score) = (base.shape.sequence(), features.score());
+        let (of, score) = (base.item(at.batch).sequence(), features.score());
         let of_head = score.of_head(wg, at.batch, at.head);
         let distances = Distances::of_keys(&of, features.mask(), first_row, self.first_key, 8 * M8 as u32);
         if let Some(missing) = score.bias(wg, s, of_head, &distances) {

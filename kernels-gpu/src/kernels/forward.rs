@@ -102,7 +102,8 @@ impl QueryTile {
 impl<T, F: Features> Context<'_, T, F> {
     #[inline(always)]
     fn query_tile(&self, at: PackedTile) -> QueryTile {
-        let (of, first_row) = (self.p.base.shape.sequence(), at.tile().m_block * self.block_m);
+        let WorkTile { batch, m_block, .. } = at.tile();
+        let (of, first_row) = (self.p.base.item(batch).sequence(), m_block * self.block_m);
         QueryTile { at, visits: Visits::new(&of, self.p.features.mask(), first_row, self.block_m, self.block_n) }
     }
 
@@ -116,7 +117,7 @@ impl<T, F: Features> Context<'_, T, F> {
         of_head: Option<f32>,
     ) -> Option<W::Rows> {
         let (row, key) = (wg.first_row(&at.tile), at.visit.n_block * self.block_n);
-        let of = self.p.base.shape.sequence();
+        let of = self.p.base.item(at.tile.batch).sequence();
         let distances = Distances::of_queries(&of, self.p.features.mask(), row, key, self.block_n);
         // In a masked block the largest weights need not be at the edge that distances count from.
         let distances = if E::masks(at) { distances.one_by_one() } else { distances };
@@ -136,7 +137,7 @@ impl<T, F: Features> Context<'_, T, F> {
     fn mask<W: ForwardWarpgroup, const N8: usize>(&self, wg: &W, s: &mut W::Acc<N8>, at: &BlockAt) {
         let (row, key) = (wg.first_row(&at.tile), at.visit.n_block * self.block_n);
         let place = ScorePlace { pair: at.visit.pair, row, key };
-        mask_scores(wg, &self.p.base.shape.sequence(), self.p.features.mask(), s, place);
+        mask_scores(wg, &self.p.base.item(at.tile.batch).sequence(), self.p.features.mask(), s, place);
     }
 
     /// Decides which elements of a block of P are kept.
@@ -277,7 +278,7 @@ impl<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usize> State<W
         let mut s = wg.wait::<LATER, N8>(s);
         wg.release_kv(k);
         if E::frees_q(at) {
-            queries.load(wg);
+            queries.load(wg, cx);
         }
         let missing = cx.score::<W, E, N8>(wg, &mut s, at, of_head);
         if E::masks(at) {
@@ -388,10 +389,10 @@ struct QueryQueue<I> {
 impl<I: Iterator<Item = WorkTile>> QueryQueue<I> {
     /// Starts loading the query rows of the next work tile.
     #[inline(always)]
-    fn load<W: ForwardWarpgroup>(&mut self, wg: &mut W) {
+    fn load<W: ForwardWarpgroup, F>(&mut self, wg: &mut W, cx: &Context<W::Tensor, F>) {
         self.loading = self.tiles.next().map(PackedTile::new);
         if let Some(tile) = self.loading {
-            wg.load_q(&tile.tile());
+            wg.load_q(&tile.tile(), &cx.p.base.item(tile.tile().batch).q);
         }
     }
 
@@ -414,7 +415,7 @@ pub fn consume<W: ForwardWarpgroup, F: Features, const D8: usize, const N8: usiz
 ) {
     let cx = &Context { p, block_m, block_n: 8 * N8 as u32 };
     let queries = &mut QueryQueue { tiles, loading: None };
-    queries.load(wg);
+    queries.load(wg, cx);
     let Some(mut tile) = queries.wait(wg, cx) else { return };
     let mut state = State::<W, F, D8, N8>::first(wg, cx, tile.first_block(), queries);
     loop {

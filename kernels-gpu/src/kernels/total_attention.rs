@@ -37,7 +37,8 @@ use crate::attention::features::Features;
 use crate::attention::masking::{ScorePlace, mask_any_transposed};
 use crate::attention::score::{Distances, Score};
 use crate::attention::shared_tiles::TilePart;
-use crate::attention::total_steps::{TotalTile, TotalTiles};
+use crate::attention::total_steps::TotalTile;
+use crate::attention::total_tiles::TotalTiles;
 use crate::params::TotalParams;
 use crate::tile::smem_total::TotalSmem;
 
@@ -77,7 +78,7 @@ impl<W: TotalWarpgroup, F: Features> Mainloop<'_, W, F> {
     #[inline(always)]
     fn add<const M8: usize>(&mut self, wg: &mut W, Scores { mut s, q }: Scores<W, M8>, tile: &TotalTile, m_block: u32) {
         let p = self.p;
-        let (of, mask, score) = (p.shape.sequence(), p.features.mask(), p.features.score());
+        let (of, mask, score) = (p.item(tile.keys.batch).sequence(), p.features.mask(), p.features.score());
         let key = tile.first_key + wg.own_keys().first_key;
         let place = ScorePlace { pair: 0, row: m_block * 8 * M8 as u32, key };
         let of_head = score.of_head(wg, tile.keys.batch, tile.keys.head);
@@ -103,7 +104,7 @@ impl<W: TotalWarpgroup, F: Features> Mainloop<'_, W, F> {
         // next scores first, and leave the exponentials until after that product.
         if m_block == W::unknown(tile.start) {
             let total = wg.reduce(self.total, |a, b| a + b);
-            wg.store_keys(total, p.total, tile, &p.shape);
+            wg.store_keys(total, &p.total, tile, &p.item(tile.keys.batch).k);
             self.total = wg.rows(0.0);
         }
     }
@@ -117,7 +118,7 @@ pub fn consume<W: TotalWarpgroup, F: Features, const D8: usize, const M8: usize>
     smem: &TotalSmem,
     tiles: impl Iterator<Item = TilePart>,
 ) {
-    let mut tiles = TotalTiles::new(&p.shape, *p.features.mask(), 8 * M8 as u32, smem.block_n(), wg.own_keys(), tiles);
+    let mut tiles = TotalTiles::new(p, 8 * M8 as u32, smem.block_n(), wg.own_keys(), tiles);
     let mut mainloop = Mainloop { p, total: wg.rows(0.0) };
     if smem.many_consumers() {
         for tile in tiles {

@@ -5,9 +5,13 @@ use std::vec::Vec;
 
 use super::{BACKWARD_VARIANTS, TOTAL_VARIANTS, VARIANTS};
 use crate::attention::features::{Features, Scored};
+use crate::attention::schedule::{SCHEDULE, SCHEDULE_THREADS};
+use crate::attention::sequences::Sequences;
 use crate::ground::constants::{ConstantPlace, Form};
 use crate::ground::tensor::TensorMap;
-use crate::params::{BackwardParams, ForwardParams, ROW_KERNEL_THREADS, SINK_GRADIENTS, TotalParams};
+use crate::params::{
+    BackwardBase, BackwardParams, ForwardBase, ForwardParams, ROW_KERNEL_THREADS, SINK_GRADIENTS, TotalParams,
+};
 
 /// Kernels that one rustc process compiles, and that one compressed stream holds. `entry` selects them by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -76,18 +80,26 @@ fn at(offset: usize, places: &[ConstantPlace]) -> Vec<ConstantPlace> {
     places.iter().map(|place| ConstantPlace { offset: offset as u32 + place.offset, ..*place }).collect()
 }
 
+fn both(mut places: Vec<ConstantPlace>, more: Vec<ConstantPlace>) -> Vec<ConstantPlace> {
+    places.extend(more);
+    places
+}
+
 /// Lists every kernel, each once.
 pub fn launches() -> Vec<Launch> {
     let forward_features = offset_of!(ForwardParams<TensorMap, Scored>, features);
+    let forward_sequences = offset_of!(ForwardBase<TensorMap>, sequences);
     let backward_features = offset_of!(BackwardParams<TensorMap, Scored>, features);
+    let backward_sequences = offset_of!(BackwardBase<TensorMap>, sequences);
     let total_features = offset_of!(TotalParams<TensorMap, Scored>, features);
+    let total_sequences = offset_of!(TotalParams<TensorMap, Scored>, sequences);
     let forward = VARIANTS.iter().map(|v| Launch {
         symbol: v.symbol,
         family: Family(v.family),
         threads: v.threads(),
         cluster: v.cluster,
         mainloop: true,
-        constants: at(forward_features, &(v.constants)()),
+        constants: both(at(forward_features, &(v.constants)()), at(forward_sequences, Sequences::CONSTANTS)),
         prebuilt: v.prebuilt,
     });
     let backward = BACKWARD_VARIANTS.iter().map(|v| Launch {
@@ -96,7 +108,7 @@ pub fn launches() -> Vec<Launch> {
         threads: v.threads(),
         cluster: 1,
         mainloop: true,
-        constants: at(backward_features, &(v.constants)()),
+        constants: both(at(backward_features, &(v.constants)()), at(backward_sequences, Sequences::CONSTANTS)),
         prebuilt: v.prebuilt,
     });
     let total = TOTAL_VARIANTS.iter().map(|v| Launch {
@@ -105,7 +117,7 @@ pub fn launches() -> Vec<Launch> {
         threads: v.threads(),
         cluster: 1,
         mainloop: true,
-        constants: at(total_features, &Scored::constants()),
+        constants: both(at(total_features, &Scored::constants()), at(total_sequences, Sequences::CONSTANTS)),
         prebuilt: v.prebuilt,
     });
     let mut rows: Vec<&str> = BACKWARD_VARIANTS.iter().flat_map(|v| [v.prepare, v.finish]).collect();
@@ -122,7 +134,16 @@ pub fn launches() -> Vec<Launch> {
         constants: Vec::new(),
         prebuilt: &[],
     });
-    forward.chain(backward).chain(total).chain(rows).collect()
+    let schedule = Launch {
+        symbol: SCHEDULE,
+        family: Family("backward"),
+        threads: SCHEDULE_THREADS,
+        cluster: 1,
+        mainloop: false,
+        constants: Vec::new(),
+        prebuilt: &[],
+    };
+    forward.chain(backward).chain(total).chain(rows).chain([schedule]).collect()
 }
 
 #[cfg(test)]

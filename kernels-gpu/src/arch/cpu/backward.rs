@@ -19,9 +19,9 @@ use crate::arch::{BackwardWarpgroup, Pending};
 use crate::element::Dtype;
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
-use crate::ground::shape::Shape;
+use crate::ground::sequence::Span;
 use crate::ground::tensor::Strided;
-use crate::params::{BackwardBase, Workspace};
+use crate::params::BackwardBase;
 use crate::tile::smem::BackwardSmem;
 
 /// P of query blocks, from one consumer to the other.
@@ -91,23 +91,12 @@ impl QueryRing {
     }
 }
 
-/// Tensors that are read and written, with one pair of Q and K or with two.
-struct Tensors {
-    shape: Shape,
-    dtype: Dtype,
-    q: [Strided; 2],
-    k: [Strided; 2],
-    v: Strided,
-    d_o: Strided,
-    workspace: Workspace,
-}
-
 /// Function that lists the query blocks which a block of keys visits through its pair.
 pub type BlocksOf<'a> = dyn Fn(&KvBlock) -> VecDeque<QueryBlock> + 'a;
 
 /// Consumer's end of the backward pipeline, with its own replay of the producer, for one block of keys.
 pub struct BackwardPipe<'a> {
-    tensors: Tensors,
+    p: &'a BackwardBase<Strided>,
     smem: BackwardSmem,
     index: u32,
     /// P that the consumer with dV, which runs first, has written for the one with dK.
@@ -150,29 +139,29 @@ impl BackwardPipe<'_> {
     }
 
     /// Loads this warpgroup's rows of K or V of the block of keys.
-    fn load_keys(&self, first_key: u32, tensor: &Strided, to: &mut Vec<f32>) {
-        let BackwardPipe { tensors: Tensors { shape, dtype, .. }, smem, keys, .. } = self;
+    fn load_keys(&self, dtype: Dtype, first_key: u32, tensor: &Strided, to: &mut Vec<f32>) {
+        let BackwardPipe { p, smem, keys, .. } = self;
         let columns = smem.head_dim as usize;
         to.resize(ROWS * columns, 0.0);
         let first = keys.n_block * smem.block_n + first_key;
-        let (at, rows) = ((keys.batch, keys.head), first..first + ROWS as u32);
+        let (item, rows) = (p.item(keys.batch), first..first + ROWS as u32);
         // SAFETY: `backward`'s caller has promised that the tensor is valid for reading.
-        unsafe { load_rows(*dtype, tensor, at, shape, rows, shape.seqlen_k, (to, columns)) };
+        unsafe { load_rows(dtype, tensor, (&item.k, keys.head), p.shape.head_dim, rows, (to, columns)) };
     }
 
     /// Loads the rows of `tensor` that `block` names, and their `neg_lse_log2` or δ from the array at `statistics`.
-    fn load(&self, tensor: &Strided, statistics: u64, block: &QueryBlock, to: &mut QueryTile) {
-        let BackwardPipe { tensors: Tensors { shape, dtype, workspace, .. }, smem, .. } = self;
+    fn load(&self, dtype: Dtype, tensor: &Strided, statistics: u64, block: &QueryBlock, to: &mut QueryTile) {
+        let BackwardPipe { p, smem, .. } = self;
         let (block_m, columns) = (smem.block_m as usize, smem.head_dim as usize);
         let first = block.m_block * smem.block_m;
         to.rows.resize(block_m * columns, 0.0);
         to.transposed.resize(columns * block_m, 0.0);
         to.statistics.clear();
-        let index = workspace.row(shape, block.batch, block.head, first) as usize;
-        let (at, rows) = ((block.batch, block.head), first..first + smem.block_m);
+        let index = p.workspace.row(p.head_rows(block.batch, block.head), first) as usize;
+        let (item, rows) = (p.item(block.batch), first..first + smem.block_m);
         // SAFETY: `backward`'s caller has promised that the tensor is valid for reading.
         unsafe {
-            load_rows(*dtype, tensor, at, shape, rows, shape.seqlen_q, (&mut to.rows, columns));
+            load_rows(dtype, tensor, (&item.q, block.head), p.shape.head_dim, rows, (&mut to.rows, columns));
             to.statistics.extend_from_slice(memory::floats(statistics, index, block_m));
         }
         convert::transpose(&to.rows, columns, &mut to.transposed, block_m);
@@ -188,7 +177,7 @@ impl<'a> CpuWarpgroup<BackwardPipe<'a>> {
     /// workspace) while this lives; nothing else accesses these keys' rows of dK and dV, or the workspace of these
     /// heads.
     pub unsafe fn backward(
-        p: &BackwardBase<Strided>,
+        p: &'a BackwardBase<Strided>,
         dtype: Dtype,
         smem: BackwardSmem,
         index: u32,
@@ -196,11 +185,9 @@ impl<'a> CpuWarpgroup<BackwardPipe<'a>> {
         blocks_of: Box<BlocksOf<'a>>,
         weights: &'a Weights,
     ) -> Self {
-        let (shape, workspace) = (p.shape, p.workspace);
-        let tensors = Tensors { shape, dtype, q: p.q, k: p.k, v: p.v, d_o: p.d_o, workspace };
         let keys = KvBlock { pair: p.last_pair + 1, ..*keys };
         let (k, v) = (Vec::new(), Vec::new());
-        let pipe = BackwardPipe { tensors, smem, index, weights, keys, blocks_of, k, v, q: None, d_o: None };
+        let pipe = BackwardPipe { p, smem, index, weights, keys, blocks_of, k, v, q: None, d_o: None };
         CpuWarpgroup { live: ROWS, dtype, pipe }
     }
 
@@ -244,9 +231,9 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
     fn wait_k(&mut self) {
         let Some(blocks) = self.pipe.next_pair() else { Fault::WaitWithoutLoad { slot: 0 }.raise() };
         let (mut k, mut v) = (core::mem::take(&mut self.pipe.k), core::mem::take(&mut self.pipe.v));
-        let tensors = &self.pipe.tensors;
-        self.pipe.load_keys(self.first_key(), &tensors.k[self.pipe.keys.pair as usize], &mut k);
-        self.pipe.load_keys(self.first_key(), &tensors.v, &mut v);
+        let (dtype, p) = (self.dtype, self.pipe.p);
+        self.pipe.load_keys(dtype, self.first_key(), &p.k[self.pipe.keys.pair as usize], &mut k);
+        self.pipe.load_keys(dtype, self.first_key(), &p.v, &mut v);
         (self.pipe.k, self.pipe.v) = (k, v);
         if self.pipe.q.replace(QueryRing::new(blocks.clone(), self.pipe.smem.stages())).is_some() {
             Fault::WaitWithoutRelease { slot: 0 }.raise();
@@ -272,16 +259,15 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
     fn wait_q(&mut self) -> u32 {
         let block = self.pipe.q().next();
         let mut tile = self.pipe.q().memory();
-        let Tensors { q, workspace, .. } = &self.pipe.tensors;
-        self.pipe.load(&q[block.pair as usize], workspace.neg_lse_log2, &block, &mut tile);
+        let (dtype, p) = (self.dtype, self.pipe.p);
+        self.pipe.load(dtype, &p.q[block.pair as usize], p.workspace.neg_lse_log2, &block, &mut tile);
         self.pipe.q().hold(tile)
     }
     #[inline(never)]
     fn wait_do(&mut self, ordinal: u32) {
         let block = self.pipe.d_o().next();
         let mut tile = self.pipe.d_o().memory();
-        let Tensors { d_o, workspace, .. } = &self.pipe.tensors;
-        self.pipe.load(d_o, workspace.delta, &block, &mut tile);
+        self.pipe.load(self.dtype, &self.pipe.p.d_o, self.pipe.p.workspace.delta, &block, &mut tile);
         if self.pipe.d_o().hold(tile) != ordinal {
             Fault::WrongTile { slot: ordinal, holds: None }.raise();
         }
@@ -341,11 +327,12 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
     fn wait_ds(&mut self, _: u32) {}
     #[inline(never)]
     fn add_dq<const M8: usize>(&mut self, ds: &Tile<M8>, _: u32, at: &QueryBlock) {
-        let BackwardPipe { tensors: Tensors { shape, workspace, .. }, smem, k, .. } = &self.pipe;
+        let BackwardPipe { p, smem, k, .. } = &self.pipe;
         let (rows, columns) = (8 * M8, smem.head_dim as usize);
-        let first = workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * smem.block_m) as usize;
+        let head_rows = p.head_rows(at.batch, at.head);
+        let first = p.workspace.dq_row(&p.shape, at.pair, head_rows, at.m_block * smem.block_m) as usize;
         // SAFETY: `backward`'s caller has promised this head's workspace.
-        let dq = unsafe { memory::floats_mut(workspace.dq, first * columns, rows * columns) };
+        let dq = unsafe { memory::floats_mut(p.workspace.dq, first * columns, rows * columns) };
         multiply_add(rows, ROWS, Left::columns(ds.elements(), 8 * M8), k, dq, columns);
     }
     fn pass_ds(&mut self, _: u32) {}
@@ -367,13 +354,13 @@ impl BackwardWarpgroup for CpuWarpgroup<BackwardPipe<'_>> {
     }
 
     #[inline(never)]
-    fn store_kv<const D8: usize>(&mut self, x: &Tile<D8>, to: &Strided, at: &KvBlock, shape: &Shape) {
+    fn store_kv<const D8: usize>(&mut self, x: &Tile<D8>, to: &Strided, at: &KvBlock, rows: &Span, head_dim: u32) {
         let first = at.n_block * self.pipe.smem.block_n + self.first_key();
-        for row in 0..ROWS.min(shape.seqlen_k.saturating_sub(first) as usize) {
-            let columns = shape.head_dim as usize;
+        for row in 0..ROWS.min(rows.len.saturating_sub(first) as usize) {
+            let columns = head_dim as usize;
             // SAFETY: the row lies in the tensor and, in these columns, belongs to this warpgroup; `backward`'s caller
             // has promised the tensor.
-            let line = unsafe { memory::row_mut(to, at.batch, at.head, first + row as u32, columns) };
+            let line = unsafe { memory::row_mut(to, rows, at.head, first + row as u32, columns) };
             convert::narrow(self.dtype, x.row(row), line);
         }
     }

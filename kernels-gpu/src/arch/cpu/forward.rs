@@ -13,8 +13,8 @@ use crate::arch::{ForwardWarpgroup, Pending};
 use crate::element::Dtype;
 use crate::ground::places::KvBlock;
 use crate::ground::places::WorkTile;
-use crate::ground::shape::Shape;
-use crate::ground::tensor::{Output, Strided};
+use crate::ground::sequence::Span;
+use crate::ground::tensor::{Output, RowArray, Strided};
 use crate::params::ForwardBase;
 use crate::pipeline::order::KvTile;
 use crate::tile::lane::WARPGROUP_ROWS;
@@ -22,7 +22,7 @@ use crate::tile::smem::ForwardSmem;
 
 /// Consumer's end of the forward pipeline, with its own replay of the producer.
 pub struct ForwardPipe<'a> {
-    tensors: Tensors,
+    p: ForwardBase<Strided>,
     smem: ForwardSmem,
     index: u32,
     /// Query rows, of one pair after the other.
@@ -31,15 +31,6 @@ pub struct ForwardPipe<'a> {
     ring: Ring<Box<dyn Iterator<Item = KvTile> + 'a>>,
     /// Memory for a tile of K before it is transposed.
     rows: Vec<f32>,
-}
-
-/// Tensors that are read, with one pair of Q and K or with two.
-struct Tensors {
-    shape: Shape,
-    dtype: Dtype,
-    q: [Strided; 2],
-    k: [Strided; 2],
-    v: Strided,
 }
 
 impl<'a> CpuWarpgroup<ForwardPipe<'a>> {
@@ -55,23 +46,14 @@ impl<'a> CpuWarpgroup<ForwardPipe<'a>> {
         index: u32,
         loads: impl Iterator<Item = KvTile> + 'a,
     ) -> Self {
-        let tensors = Tensors { shape: p.shape, dtype, q: p.q, k: p.k, v: p.v };
-        Self::with_tensors(tensors, smem, index, Box::new(loads))
-    }
-
-    fn with_tensors(
-        tensors: Tensors,
-        smem: ForwardSmem,
-        index: u32,
-        loads: Box<dyn Iterator<Item = KvTile> + 'a>,
-    ) -> Self {
+        let loads: Box<dyn Iterator<Item = KvTile> + 'a> = Box::new(loads);
         let tile = smem.block_n as usize * smem.head_dim as usize;
         let q = std::vec![0.0; smem.pairs as usize * ROWS * smem.head_dim as usize];
         CpuWarpgroup {
-            live: (tensors.shape.seqlen_q as usize).min(ROWS),
-            dtype: tensors.dtype,
+            live: (p.shape.seqlen_q as usize).min(ROWS),
+            dtype,
             pipe: ForwardPipe {
-                tensors,
+                p: *p,
                 smem,
                 index,
                 q,
@@ -82,9 +64,9 @@ impl<'a> CpuWarpgroup<ForwardPipe<'a>> {
         }
     }
 
-    /// Returns the number of this warpgroup's rows of `tile` below seqlen_q.
-    fn rows_of(&self, tile: &WorkTile) -> usize {
-        (self.pipe.tensors.shape.seqlen_q.saturating_sub(self.first_row(tile)) as usize).min(ROWS)
+    /// Returns the number of this warpgroup's rows of `tile` that its batch item has.
+    fn rows_of(&self, tile: &WorkTile, rows: &Span) -> usize {
+        (rows.len.saturating_sub(self.first_row(tile)) as usize).min(ROWS)
     }
 
     /// Checks that the pipeline is in its initial state again.
@@ -97,20 +79,27 @@ impl<'a> CpuWarpgroup<ForwardPipe<'a>> {
 ///
 /// # Safety
 /// K and V are valid for reading, as [`CpuWarpgroup::forward`] requires.
-unsafe fn load_kv(tensors: &Tensors, smem: &ForwardSmem, rows: &mut [f32], tile: KvTile, slot: &mut [f32]) {
-    let Tensors { shape, dtype, k, v, .. } = tensors;
+unsafe fn load_kv(
+    p: &ForwardBase<Strided>,
+    dtype: Dtype,
+    smem: &ForwardSmem,
+    rows: &mut [f32],
+    tile: KvTile,
+    slot: &mut [f32],
+) {
     let (KvTile::K(block) | KvTile::V(block)) = tile;
     let KvBlock { batch, head, n_block, pair } = block;
     let range = n_block * smem.block_n..(n_block + 1) * smem.block_n;
     let columns = smem.head_dim as usize;
+    let span = p.item(batch).k;
     // SAFETY: the caller's promise.
-    let load = |x, to| unsafe { load_rows(*dtype, x, (batch, head), shape, range, shape.seqlen_k, (to, columns)) };
+    let load = |x, to| unsafe { load_rows(dtype, x, (&span, head), p.shape.head_dim, range, (to, columns)) };
     match tile {
         KvTile::K(_) => {
-            load(&k[pair as usize], &mut *rows);
+            load(&p.k[pair as usize], &mut *rows);
             convert::transpose(rows, columns, slot, smem.block_n as usize);
         }
-        KvTile::V(_) => load(v, slot),
+        KvTile::V(_) => load(&p.v, slot),
     }
 }
 
@@ -123,16 +112,16 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
         (tile.m_block * self.pipe.smem.consumers + self.pipe.index) * WARPGROUP_ROWS
     }
     #[inline(never)]
-    fn load_q(&mut self, tile: &WorkTile) {
+    fn load_q(&mut self, tile: &WorkTile, span: &Span) {
         let columns = self.pipe.smem.head_dim as usize;
         let first = self.first_row(tile);
-        let Tensors { shape, dtype, q: tensors, .. } = &self.pipe.tensors;
+        let (p, dtype) = (&self.pipe.p, self.dtype);
         let rows = first..first + WARPGROUP_ROWS;
         // The memory for Q limits the number of pairs.
-        for (x, q) in tensors.iter().zip(self.pipe.q.chunks_exact_mut(ROWS * columns)) {
+        for (x, q) in p.q.iter().zip(self.pipe.q.chunks_exact_mut(ROWS * columns)) {
             let to = (q, columns);
             // SAFETY: `forward`'s caller has promised that the tensors are valid for reading.
-            unsafe { load_rows(*dtype, x, (tile.batch, tile.head), shape, rows.clone(), shape.seqlen_q, to) };
+            unsafe { load_rows(dtype, x, (span, tile.head), p.shape.head_dim, rows.clone(), to) };
         }
         self.pipe.q_full = true;
     }
@@ -144,9 +133,9 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
     }
     #[inline(never)]
     fn wait_kv(&mut self) -> u32 {
-        let ForwardPipe { tensors, smem, ring, rows, .. } = &mut self.pipe;
+        let ForwardPipe { p, smem, ring, rows, .. } = &mut self.pipe;
         // SAFETY: `forward`'s caller has promised that the tensors are valid for reading.
-        ring.wait(|tile, slot| unsafe { load_kv(tensors, smem, rows, tile, slot) })
+        ring.wait(|tile, slot| unsafe { load_kv(p, self.dtype, smem, rows, tile, slot) })
     }
     #[inline(never)]
     fn release_kv(&mut self, slot: u32) {
@@ -171,21 +160,26 @@ impl ForwardWarpgroup for CpuWarpgroup<ForwardPipe<'_>> {
     fn pass_ping_pong(&mut self) {}
 
     #[inline(never)]
-    fn store<const D8: usize>(&mut self, x: &Tile<D8>, to: &Output<Strided>, tile: &WorkTile, shape: &Shape) {
-        for row in 0..self.rows_of(tile) {
-            let (i, columns) = (self.first_row(tile) + row as u32, shape.head_dim as usize);
+    fn store<const D8: usize>(
+        &mut self,
+        x: &Tile<D8>,
+        to: &Output<Strided>,
+        tile: &WorkTile,
+        rows: &Span,
+        head_dim: u32,
+    ) {
+        for row in 0..self.rows_of(tile, rows) {
+            let (i, columns) = (self.first_row(tile) + row as u32, head_dim as usize);
             // SAFETY: the row lies in O and belongs to this warpgroup; `forward`'s caller has promised O.
-            let line = unsafe { memory::row_mut(&to.rows, tile.batch, tile.head, i, columns) };
+            let line = unsafe { memory::row_mut(&to.rows, rows, tile.head, i, columns) };
             convert::narrow(self.dtype, x.row(row), line);
         }
     }
     #[inline(never)]
-    fn store_rows(&mut self, values: Rows, address: u64, tile: &WorkTile, shape: &Shape) {
-        let line = (tile.batch * shape.heads_q + tile.head) as usize * shape.seqlen_q as usize;
-        for (row, value) in values.into_iter().enumerate().take(self.rows_of(tile)) {
-            let index = line + self.first_row(tile) as usize + row;
+    fn store_rows(&mut self, values: Rows, to: &RowArray, tile: &WorkTile, rows: &Span) {
+        for (row, value) in (self.first_row(tile)..).zip(values).take(self.rows_of(tile, rows)) {
             // SAFETY: the row lies in the LSE and belongs to this warpgroup; `forward`'s caller has promised the LSE.
-            unsafe { memory::write_f32(address, index, value) };
+            unsafe { memory::write_row(to, rows, tile.head, row, value) };
         }
     }
 }

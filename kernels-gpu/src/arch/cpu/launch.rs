@@ -51,8 +51,8 @@ pub unsafe fn forward<F: FromAny, const D8: usize, const N8: usize>(
     let (block_m, tiles) = (smem.block_m(), CtaTiles::new(&p.base.order, cta, ctas));
     let p = ForwardParams { base: p.base, features: features::<F>(&p.features) };
     for consumer in 0..smem.consumers {
-        let (of, group) = (p.base.shape.sequence(), p.base.order.group);
-        let blocks = KvBlocks::new(of, *p.features.mask(), (block_m, smem.block_n), group, tiles);
+        let (sequence, group) = (|batch| p.base.item(batch).sequence(), p.base.order.group);
+        let blocks = KvBlocks::new(sequence, *p.features.mask(), (block_m, smem.block_n), group, tiles);
         // SAFETY: the caller's promise; consumers own different rows of each work tile.
         let mut warpgroup = unsafe {
             CpuWarpgroup::<ForwardPipe>::forward(&p.base, dtype, smem, consumer, KvOrder::new(blocks).flatten())
@@ -69,7 +69,7 @@ fn blocks_of<'a, F: Features + 'a>(
     part: SplitPart,
 ) -> Box<BlocksOf<'a>> {
     Box::new(move |keys: &KvBlock| {
-        let (of, tile) = (p.base.shape.sequence(), (smem.block_m, smem.block_n));
+        let (of, tile) = (p.base.item(keys.batch).sequence(), (smem.block_m, smem.block_n));
         let blocks = QueryBlocks::new(&of, *p.features.mask(), p.base.sharing.heads, tile, keys);
         let blocks = blocks.part(&p.base.sharing, part);
         let mut listed: VecDeque<QueryBlock> = VecDeque::new();
@@ -87,7 +87,11 @@ fn for_each_part<F: Features>(
     (batch, head): (u32, u32),
     mut run: impl FnMut(KeyPart),
 ) {
-    for m_block in 0..p.base.shape.seqlen_k.div_ceil(smem.block_n) {
+    for m_block in 0..p.base.item(batch).k.len.div_ceil(smem.block_n) {
+        if p.base.order.is_listed() {
+            run(KeyPart { tile: WorkTile { batch, head, m_block }, part: SplitPart::WHOLE });
+            continue;
+        }
         p.base.sharing.parts_of(&p.base.order, WorkTile { batch, head, m_block }).for_each(&mut run);
     }
 }
@@ -155,7 +159,7 @@ unsafe fn warpgroup<'a, F: Features + 'a>(
     at: &KeyPart,
     weights: &'a Weights,
 ) -> CpuWarpgroup<BackwardPipe<'a>> {
-    let keys = key_block(&p.base.shape, smem.block_n, &at.tile);
+    let keys = key_block(&p.base.item(at.tile.batch).sequence(), smem.block_n, &at.tile);
     let blocks = blocks_of(smem, p, at.part);
     // SAFETY: the caller's promise.
     unsafe { CpuWarpgroup::backward(&p.base, dtype, smem, consumer, &keys, blocks, weights) }

@@ -6,30 +6,28 @@ use core::slice;
 
 use super::convert;
 use crate::element::Dtype;
-use crate::ground::shape::Shape;
-use crate::ground::tensor::Strided;
+use crate::ground::sequence::Span;
+use crate::ground::tensor::{RowArray, Strided};
 
 /// Returns the first `columns` elements of one row.
 ///
 /// # Safety
 /// The row lies within a tensor that is valid for reading and is not written while the slice lives.
-pub unsafe fn row<'a>(tensor: &Strided, batch: u32, head: u32, row: u32, columns: usize) -> &'a [u16] {
-    let data = with_exposed_provenance::<u16>(tensor.address as usize);
+pub unsafe fn row<'a>(tensor: &Strided, span: &Span, head: u32, row: u32, columns: usize) -> &'a [u16] {
     // SAFETY: the caller's promise.
-    unsafe { slice::from_raw_parts(data.offset(tensor.row_offset(batch, head, row) as isize), columns) }
+    unsafe { slice::from_raw_parts(with_exposed_provenance(tensor.row(span, head, row) as usize), columns) }
 }
 
 /// Returns the first `columns` elements of one row, for writing.
 ///
 /// # Safety
 /// The row lies within a tensor that is valid for writing, and nothing else accesses it while the slice lives.
-pub unsafe fn row_mut<'a>(tensor: &Strided, batch: u32, head: u32, row: u32, columns: usize) -> &'a mut [u16] {
-    let data = with_exposed_provenance_mut::<u16>(tensor.address as usize);
+pub unsafe fn row_mut<'a>(tensor: &Strided, span: &Span, head: u32, row: u32, columns: usize) -> &'a mut [u16] {
     // SAFETY: the caller's promise.
-    unsafe { slice::from_raw_parts_mut(data.offset(tensor.row_offset(batch, head, row) as isize), columns) }
+    unsafe { slice::from_raw_parts_mut(with_exposed_provenance_mut(tensor.row(span, head, row) as usize), columns) }
 }
 
-/// Loads a tile: the rows of `rows` below `seqlen`, widened to f32, into `columns` elements of `to` each. All other
+/// Loads a tile: those of `rows` that a batch item has, widened to f32, into `columns` elements of `to` each. All other
 /// elements of `to` become 0.
 ///
 /// # Safety
@@ -37,19 +35,18 @@ pub unsafe fn row_mut<'a>(tensor: &Strided, batch: u32, head: u32, row: u32, col
 pub unsafe fn load_rows(
     dtype: Dtype,
     tensor: &Strided,
-    (batch, head): (u32, u32),
-    shape: &Shape,
+    (span, head): (&Span, u32),
+    head_dim: u32,
     rows: Range<u32>,
-    seqlen: u32,
     (to, columns): (&mut [f32], usize),
 ) {
-    let head_dim = shape.head_dim as usize;
-    let there = rows.end.min(seqlen).saturating_sub(rows.start) as usize;
+    let head_dim = head_dim as usize;
+    let there = rows.end.min(span.len).saturating_sub(rows.start) as usize;
     let (there, past) = to.split_at_mut(there * columns);
     past.fill(0.0);
     for (row, to) in rows.zip(there.chunks_exact_mut(columns)) {
         // SAFETY: the caller's promise.
-        let from = unsafe { self::row(tensor, batch, head, row, head_dim) };
+        let from = unsafe { self::row(tensor, span, head, row, head_dim) };
         let (to, past) = to.split_at_mut(head_dim);
         convert::widen(dtype, from, to);
         past.fill(0.0);
@@ -81,6 +78,24 @@ pub unsafe fn floats<'a>(address: u64, first: usize, len: usize) -> &'a [f32] {
 pub unsafe fn write_f32(address: u64, index: usize, value: f32) {
     // SAFETY: the caller's promise.
     unsafe { with_exposed_provenance_mut::<f32>(address as usize).add(index).write(value) }
+}
+
+/// Writes a row's element of an array.
+///
+/// # Safety
+/// The element is valid for writing, and nothing else accesses it.
+pub unsafe fn write_row(array: &RowArray, span: &Span, head: u32, row: u32, value: f32) {
+    // SAFETY: the caller's promise.
+    unsafe { write_f32(array.of(span, head, row), 0, value) };
+}
+
+/// Reads a row's element of an array.
+///
+/// # Safety
+/// The element is valid for reading.
+pub unsafe fn read_row(array: &RowArray, span: &Span, head: u32, row: u32) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe { read_f32(array.of(span, head, row), 0) }
 }
 
 /// Reads element `index` of the f32 array at `address`.

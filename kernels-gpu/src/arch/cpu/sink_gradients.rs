@@ -21,9 +21,10 @@ pub unsafe fn sink_gradient(p: &SinkGradientParams, head: u32) {
     let mut sums = [0.0; SUMS];
     // SAFETY: the caller's promise.
     let sink_log2 = unsafe { memory::read_f32(p.sinks.address, head as usize) } * LOG2_E;
-    for batch in 0..p.shape.batch {
-        let first = p.workspace.row(&p.shape, batch, head, 0) as usize;
-        for row in 0..p.shape.seqlen_q as usize {
+    for batch in 0..if p.sequences.is_listed() { p.sequences.count() } else { p.shape.batch } {
+        let rows = p.workspace.listed_head_rows(&p.sequences, &p.shape, batch, head);
+        let first = p.workspace.row(rows, 0) as usize;
+        for row in 0..p.sequences.listed_item(&p.shape, batch).q.len as usize {
             // SAFETY: the caller's promise.
             let (neg_lse_log2, delta) = unsafe {
                 let at = first + row;

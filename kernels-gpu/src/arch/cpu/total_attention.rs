@@ -12,14 +12,14 @@ use super::memory::{self, load_rows};
 use super::pipeline::Fault;
 use super::warpgroup::CpuWarpgroup;
 use crate::arch::{Pending, TotalWarpgroup};
-use crate::attention::features::Features;
 use crate::attention::row_statistics::neg_lse_log2;
 use crate::attention::shared_tiles::SharedTiles;
-use crate::attention::total_steps::{OwnKeys, TotalTile, TotalTiles};
+use crate::attention::total_steps::{OwnKeys, TotalTile};
+use crate::attention::total_tiles::TotalTiles;
 use crate::element::Dtype;
 use crate::ground::places::KvBlock;
-use crate::ground::shape::Shape;
-use crate::ground::tensor::Strided;
+use crate::ground::sequence::Span;
+use crate::ground::tensor::{RowArray, Strided};
 use crate::params::TotalParams;
 use crate::tile::smem_total::TotalSmem;
 
@@ -67,7 +67,7 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
         tiles: SharedTiles<'a>,
     ) -> Self {
         let (block_m, block_n) = (smem.block_m, smem.block_n());
-        let loads = TotalTiles::new(&p.shape, *p.features.mask(), block_m, block_n, OwnKeys::whole(block_n), tiles);
+        let loads = TotalTiles::new(p, block_m, block_n, OwnKeys::whole(block_n), tiles);
         let pipe = TotalPipe {
             p,
             smem,
@@ -102,9 +102,10 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
         let columns = smem.head_dim as usize;
         let first = tile.first_key + self.own_keys().first_key;
         let mut k = std::vec![0.0; ROWS * columns];
-        let (at, rows) = ((tile.keys.batch, p.order.group.divide(tile.keys.head).0), first..first + ROWS as u32);
+        let (item, rows) = (p.item(tile.keys.batch), first..first + ROWS as u32);
+        let at = (&item.k, p.order.group.divide(tile.keys.head).0);
         // SAFETY: `total`'s caller has promised that the tensor is valid for reading.
-        unsafe { load_rows(self.dtype, &p.k, at, &p.shape, rows, p.shape.seqlen_k, (&mut k, columns)) };
+        unsafe { load_rows(self.dtype, &p.k, at, p.shape.head_dim, rows, (&mut k, columns)) };
         k
     }
 
@@ -114,9 +115,9 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
         let (block_m, columns) = (smem.block_m as usize, smem.head_dim as usize);
         let first = m_block * smem.block_m;
         let mut q = std::vec![0.0; block_m * columns];
-        let (at, rows) = ((keys.batch, keys.head), first..first + smem.block_m);
+        let (item, rows) = (p.item(keys.batch), first..first + smem.block_m);
         // SAFETY: `total`'s caller has promised that the tensor is valid for reading.
-        unsafe { load_rows(self.dtype, &p.q, at, &p.shape, rows, p.shape.seqlen_q, (&mut q, columns)) };
+        unsafe { load_rows(self.dtype, &p.q, (&item.q, keys.head), p.shape.head_dim, rows, (&mut q, columns)) };
         let mut transposed = std::vec![0.0; columns * block_m];
         convert::transpose(&q, columns, &mut transposed, block_m);
         transposed
@@ -125,13 +126,12 @@ impl<'a> CpuWarpgroup<TotalPipe<'a>> {
     /// Loads the LSE of a query block and returns its `neg_lse_log2`.
     fn load_neg_lse_log2(&self, (keys, m_block): (KvBlock, u32)) -> Vec<f32> {
         let TotalPipe { p, smem, .. } = &self.pipe;
-        let shape = &p.shape;
-        let line = (keys.batch * shape.heads_q + keys.head) as usize * shape.seqlen_q as usize;
+        let queries = p.item(keys.batch).q;
         let first = m_block * smem.block_m;
         let of_row = |row: u32| {
-            let lse = if row < shape.seqlen_q {
-                // SAFETY: a row below seqlen_q lies within the array, which `total`'s caller has promised.
-                unsafe { memory::read_f32(p.lse, line + row as usize) }
+            let lse = if row < queries.len {
+                // SAFETY: a row of the batch item lies within the array, which `total`'s caller has promised.
+                unsafe { memory::read_row(&p.lse, &queries, keys.head, row) }
             } else {
                 f32::NEG_INFINITY
             };
@@ -237,12 +237,11 @@ impl TotalWarpgroup for CpuWarpgroup<TotalPipe<'_>> {
     }
 
     #[inline(never)]
-    fn store_keys(&mut self, values: Rows, address: u64, at: &TotalTile, shape: &Shape) {
-        let line = (at.keys.batch * shape.heads_q + at.keys.head) as usize * shape.seqlen_k as usize;
+    fn store_keys(&mut self, values: Rows, to: &RowArray, at: &TotalTile, keys: &Span) {
         let first = at.first_key + self.own_keys().first_key;
-        for (key, value) in (first..shape.seqlen_k).zip(values) {
+        for (key, value) in (first..keys.len).zip(values) {
             // SAFETY: the key's element belongs to this warpgroup; `total`'s caller has promised the array.
-            unsafe { memory::write_f32(address, line + key as usize, value) };
+            unsafe { memory::write_row(to, keys, at.keys.head, key, value) };
         }
     }
 }
@@ -256,6 +255,8 @@ mod tests {
     use crate::attention::mask::Window;
     use crate::attention::scheduler::TileOrder;
     use crate::attention::score::Shaped;
+    use crate::attention::sequences::Sequences;
+    use crate::ground::shape::Shape;
     use half::f16;
 
     /// Runs `run` with one work tile of one query block, all zeros.
@@ -270,13 +271,14 @@ mod tests {
         let shape = Shape { batch: 1, heads_q: 1, heads_kv: 1, seqlen_q: 1, seqlen_k: 1, head_dim: 8 };
         let smem = TotalSmem { head_dim: 64, consumers: 2, block_m: 128, stages: 2 };
         let order = TileOrder::new(&shape, smem.block_n(), 1);
-        let lse = lse.as_ptr().expose_provenance() as u64;
+        let lse = RowArray { address: lse.as_ptr().expose_provenance() as u64, stride_batch: 1, stride_head: 1 };
         let p = TotalParams {
             q: x,
             k: x,
             lse,
-            total: 0,
+            total: RowArray::NONE,
             shape,
+            sequences: Sequences::DENSE,
             order,
             shared_from: order.tiles(),
             features: Chosen { mask: Window::FULL, score: Shaped::new(1.0, None, false), weights: NoDropout },

@@ -19,7 +19,7 @@ use crate::attention::mask::Mask;
 use crate::attention::query_blocks::MAX_QUERY_BLOCKS;
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
-use crate::ground::shape::Shape;
+use crate::ground::sequence::Span;
 use crate::ground::tensor::Strided;
 use crate::tile::lane::WARPGROUP_THREADS;
 use crate::tile::smem::Split;
@@ -296,11 +296,11 @@ impl<E: Packed> BackwardWarpgroup for Consumer<E, BackwardPipe<'_>> {
     }
 
     #[inline(always)]
-    fn store_kv<const D8: usize>(&mut self, x: &Fragment<D8>, to: &Strided, at: &KvBlock, shape: &Shape) {
+    fn store_kv<const D8: usize>(&mut self, x: &Fragment<D8>, to: &Strided, at: &KvBlock, rows: &Span, head_dim: u32) {
         let row = at.n_block * self.pipe.smem.block_n + self.first_key();
-        let at = Lines { batch: at.batch, head: at.head, row, column: 0 };
+        let at = Lines { rows: *rows, head: at.head, row, column: 0 };
         // SAFETY: I5, the host has checked the tensor; I6, these rows and columns belong to this warpgroup.
-        unsafe { store_lines(&x.pack::<E>(), to, at, shape.seqlen_k, shape) };
+        unsafe { store_lines(&x.pack::<E>(), to, at, head_dim) };
         // Tells ptxas that the warp is converged. After a branch, it would otherwise turn the predicate of the last
         // store into a branch, too, and would not know that the warp is converged.
         sync_warp();

@@ -26,9 +26,9 @@ use crate::attention::mask::Mask;
 use crate::attention::query_blocks::{QueryBlocks, blocks_per_semaphore, key_block};
 use crate::ground::places::KvBlock;
 use crate::ground::places::QueryBlock;
-use crate::ground::shape::Shape;
+use crate::ground::sequence::Sequence;
 use crate::ground::tensor::TensorMap;
-use crate::params::{BackwardParams, Workspace};
+use crate::params::{BackwardBase, BackwardParams, Workspace};
 use crate::tile::lane::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 use crate::tile::smem::{BackwardSmem, PANEL_ROW_BYTES, columns_step, rows_step};
 use crate::tuning;
@@ -36,7 +36,7 @@ use crate::tuning;
 /// Consumer's end of the ring of dSᵀ: computes dS·K and accumulates dQ, 8·N8 columns at a time. The columns are few
 /// because the two consumer warpgroups need the registers.
 struct DqAccumulator<'a, const N8: usize> {
-    workspace: &'a Workspace,
+    p: &'a BackwardBase<TensorMap>,
     smem: &'a BackwardSmem,
     /// Number of query blocks so far; a slot and its phase parity follow from it.
     count: u32,
@@ -56,9 +56,9 @@ struct DqAccumulator<'a, const N8: usize> {
 
 impl<'a, const N8: usize> DqAccumulator<'a, N8> {
     #[inline(always)]
-    fn new(workspace: &'a Workspace, smem: &'a BackwardSmem, loads_at: u32) -> Self {
-        let address = workspace.dq + 16 * thread_of_warpgroup() as u64;
-        DqAccumulator { workspace, smem, loads_at, count: 0, address, row: 0, semaphore: 0, k: 0 }
+    fn new(p: &'a BackwardBase<TensorMap>, smem: &'a BackwardSmem, loads_at: u32) -> Self {
+        let address = p.workspace.dq + 16 * thread_of_warpgroup() as u64;
+        DqAccumulator { p, smem, loads_at, count: 0, address, row: 0, semaphore: 0, k: 0 }
     }
 
     /// Accumulates dQ of all query blocks of a work tile. Calls `refill` once per query block, with its number,
@@ -66,7 +66,6 @@ impl<'a, const N8: usize> DqAccumulator<'a, N8> {
     #[inline(always)]
     fn run<E: Packed, M: Mask, const STORES: bool>(
         &mut self,
-        shape: &Shape,
         blocks: &QueryBlocks<M>,
         n_block: u32,
         mut refill: impl FnMut(u32),
@@ -75,8 +74,9 @@ impl<'a, const N8: usize> DqAccumulator<'a, N8> {
         let mut at = blocks.first();
         for step in 0..blocks.count() {
             let (shared, tile) = (blocks_per_semaphore(smem.head_dim), (smem.block_m, smem.block_n));
-            let earlier = blocks.earlier(&shape.sequence(), &at, n_block, shared, tile);
-            self.add::<E, STORES>(shape, &QueryBlock { batch: fresh(at.batch), ..at }, earlier, || refill(step));
+            let at_now = QueryBlock { batch: fresh(at.batch), ..at };
+            let earlier = blocks.earlier(&self.p.item(at_now.batch).sequence(), &at, n_block, shared, tile);
+            self.add::<E, STORES>(&at_now, earlier, || refill(step));
             at = blocks.after(&at);
         }
     }
@@ -91,19 +91,13 @@ impl<'a, const N8: usize> DqAccumulator<'a, N8> {
     /// Computes dQ = dQ + dS·K of a query block, or dQ = dS·K if `STORES`. `load` runs while the product of its tile
     /// [`DqAccumulator::loads_at`] is in flight.
     #[inline(always)]
-    fn add<E: Packed, const STORES: bool>(
-        &mut self,
-        shape: &Shape,
-        at: &QueryBlock,
-        earlier: u32,
-        load: impl FnOnce(),
-    ) {
+    fn add<E: Packed, const STORES: bool>(&mut self, at: &QueryBlock, earlier: u32, load: impl FnOnce()) {
         let smem = self.smem;
         let count = cta::uniform(self.count);
         let (slot, parity) = (count % BackwardSmem::DS_STAGES, count / BackwardSmem::DS_STAGES & 1);
         // SAFETY: I1, the barrier is initialised.
         unsafe { Mbarrier(smem_base() + smem.ds_full(slot)).wait(parity) };
-        self.wait_semaphore(shape, at, earlier);
+        self.wait_semaphore(at, earlier);
         let tiles = smem.block_m / WARPGROUP_ROWS * self.columns();
         let mut load = Some(load);
         for tile in 0..tiles {
@@ -119,7 +113,7 @@ impl<'a, const N8: usize> DqAccumulator<'a, N8> {
                 // SAFETY: I1, the barrier is initialised; I4, the warp is converged.
                 unsafe { Mbarrier(smem_base() + smem.ds_empty(slot)).arrive_elected() };
             }
-            self.add_global::<STORES>(&dq, shape, at, tile);
+            self.add_global::<STORES>(&dq, at, tile);
             // ptxas moves no memory access across this barrier, so the registers of the reductions are free before the
             // next product needs them.
             sync_warp();
@@ -147,9 +141,9 @@ impl<'a, const N8: usize> DqAccumulator<'a, N8> {
 
     /// Accumulates a tile of a query block's dQ in the workspace (`red.global.add`), or stores it there if `STORES`.
     #[inline(always)]
-    fn add_global<const STORES: bool>(&mut self, dq: &Fragment<N8>, shape: &Shape, at: &QueryBlock, tile: u32) {
+    fn add_global<const STORES: bool>(&mut self, dq: &Fragment<N8>, at: &QueryBlock, tile: u32) {
         if tile == 0 {
-            let row = self.workspace.row(shape, at.dq_batch(shape), at.head, at.m_block * self.smem.block_m) as u32;
+            let row = self.dq_row(at, at.m_block * self.smem.block_m) as u32;
             // `fresh` keeps this after the wait for the product; by then the last reductions have drained. The host has
             // checked that an i32 holds the step from any row to any other.
             let rows = fresh(row.wrapping_sub(self.row)) as i32;
@@ -175,12 +169,11 @@ impl<'a, const N8: usize> DqAccumulator<'a, N8> {
     /// In an exact pass, waits at the dQ semaphore until the `earlier` key blocks, which come before this one, have
     /// accumulated into this query block.
     #[inline(always)]
-    fn wait_semaphore(&mut self, shape: &Shape, at: &QueryBlock, earlier: u32) {
-        let workspace = self.workspace;
-        if workspace.dq_semaphores == 0 {
+    fn wait_semaphore(&mut self, at: &QueryBlock, earlier: u32) {
+        if self.p.workspace.dq_semaphores == 0 {
             return;
         }
-        let blocks = workspace.row(shape, at.dq_batch(shape), at.head, 0) / self.smem.block_m as u64;
+        let blocks = self.dq_row(at, 0) / self.smem.block_m as u64;
         let semaphore = 1 + blocks as u32 + at.m_block / blocks_per_semaphore(self.smem.head_dim);
         if semaphore != self.semaphore {
             // By now the last step's reductions have drained, so incrementing their semaphore stalls no thread.
@@ -203,10 +196,16 @@ impl<'a, const N8: usize> DqAccumulator<'a, N8> {
         }
     }
 
+    /// Returns the index of a query row in the workspace's dQ, counted from the first of the block's batch item.
+    #[inline(always)]
+    fn dq_row(&self, at: &QueryBlock, row: u32) -> u64 {
+        self.p.workspace.dq_row(&self.p.shape, at.pair, self.p.head_rows(at.batch, at.head), row)
+    }
+
     /// Returns the address of the pending dQ semaphore. There must be one.
     #[inline(always)]
     fn semaphore_address(&self) -> u64 {
-        self.workspace.dq_semaphores + 4 * (self.semaphore - 1) as u64
+        self.p.workspace.dq_semaphores + 4 * (self.semaphore - 1) as u64
     }
 }
 
@@ -266,7 +265,7 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
 ) {
     let (p, mask) = (&params.base, params.features.mask());
     let mut loads = Loads::new(p, parameters, smem);
-    let mut dq = DqAccumulator::<N8>::new(&p.workspace, smem, loads_at::<F::Mask>(smem));
+    let mut dq = DqAccumulator::<N8>::new(p, smem, loads_at::<F::Mask>(smem));
     let mut completion = Completion { workspace: &p.workspace, pending: None, stores: false };
     let warp = cta::warp_of_warpgroup();
     let knows_first = FirstTiles::is_for::<F::Mask, F::Weights>(smem.head_dim);
@@ -294,9 +293,11 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
                 loads.k(&keys, dq.k, leader);
             }
             loads.begin(&keys, leader, &blocks, &mut upcoming);
-            is_k_prefetched = prefetch_k(&loads, mask, &p.shape, smem, next, dq.k ^ 1);
+            is_k_prefetched = prefetch_k(&loads, mask, p, smem, next, dq.k ^ 1);
             completion.signal();
-            completion.stores = knows_first && first_values::stores(&p.workspace, &p.shape, smem.head_dim, &keys);
+            completion.stores = knows_first
+                && !p.sequences.differ()
+                && first_values::stores(&p.workspace, &p.shape, smem.head_dim, &keys);
             // Called while a product of a query block's dQ is in flight. By then the consumers no longer need the
             // block's slot for anything else.
             let mut refill = |step| {
@@ -305,8 +306,8 @@ pub fn produce<E: Packed, F: Features, const N8: usize>(
                 }
             };
             match completion.stores {
-                true => dq.run::<E, F::Mask, true>(&p.shape, &blocks, keys.n_block, &mut refill),
-                false => dq.run::<E, F::Mask, false>(&p.shape, &blocks, keys.n_block, &mut refill),
+                true => dq.run::<E, F::Mask, true>(&blocks, keys.n_block, &mut refill),
+                false => dq.run::<E, F::Mask, false>(&blocks, keys.n_block, &mut refill),
             }
             dq.end_tile();
         }
@@ -325,10 +326,11 @@ fn keys_of<F: Features>(
     pair: u32,
 ) -> (KvBlock, QueryBlocks<F::Mask>) {
     let p = &params.base;
-    let shape = Shape { seqlen_q: fresh(p.shape.seqlen_q), seqlen_k: fresh(p.shape.seqlen_k), ..p.shape };
-    let keys = KvBlock { pair, ..key_block(&shape, smem.block_n, &at.tile) };
+    let Sequence { seqlen_q, seqlen_k } = p.item(at.tile.batch).sequence();
+    let of = Sequence { seqlen_q: fresh(seqlen_q), seqlen_k: fresh(seqlen_k) };
+    let keys = KvBlock { pair, ..key_block(&of, smem.block_n, &at.tile) };
     let tile = (smem.block_m, smem.block_n);
-    let blocks = QueryBlocks::new(&shape.sequence(), *params.features.mask(), p.sharing.heads, tile, &keys);
+    let blocks = QueryBlocks::new(&of, *params.features.mask(), p.sharing.heads, tile, &keys);
     (keys, blocks.part(&p.sharing, at.part))
 }
 
@@ -338,15 +340,18 @@ fn keys_of<F: Features>(
 fn prefetch_k<M: Mask>(
     loads: &Loads,
     mask: &M,
-    shape: &Shape,
+    p: &BackwardBase<TensorMap>,
     smem: &BackwardSmem,
     next: Option<KeyPart>,
     buffer: u32,
 ) -> bool {
-    let prefetches = smem.k_stages == 2 && !mask.leaves_keys_out() && next.is_some();
-    if prefetches && let Some(KeyPart { tile, .. }) = next {
+    let may_prefetch = smem.k_stages == 2 && !mask.leaves_keys_out();
+    let Some(KeyPart { tile, .. }) = next else { return false };
+    let of = p.item(tile.batch).sequence();
+    let prefetches = may_prefetch && (!p.sequences.differ() || of.seqlen_q > 0);
+    if prefetches {
         let leader = cta::converged(Leader::of_warpgroup);
-        loads.k(&key_block(shape, smem.block_n, &tile), buffer, leader);
+        loads.k(&key_block(&of, smem.block_n, &tile), buffer, leader);
     }
     prefetches
 }

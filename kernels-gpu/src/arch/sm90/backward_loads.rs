@@ -66,7 +66,7 @@ impl<'a> Loads<'a> {
         // SAFETY: I1, the barrier is initialised.
         unsafe { full.arrive_expect(leader, self.smem.kv_bytes()) };
         let row = keys.n_block * self.smem.block_n;
-        let at = BoxOrigin { column: 0, row, head: fresh(keys.head), batch: fresh(keys.batch) };
+        let at = BoxOrigin::of(&self.p.item(fresh(keys.batch)).k, fresh(keys.head), row, 0);
         self.tile(leader, tensor, self.smem.block_n, at, to, full);
     }
 
@@ -102,8 +102,9 @@ impl<'a> Loads<'a> {
         let batch = fresh(batch);
         let count = cta::uniform(self.count);
         let (slot, parity) = (count % smem.stages(), !(count / smem.stages()) & 1);
-        let at = BoxOrigin { column: 0, row: m_block * smem.block_m, head, batch };
-        let statistics = 4 * p.workspace.row(&p.shape, batch, head, at.row);
+        let row = m_block * smem.block_m;
+        let at = BoxOrigin::of(&p.item(batch).q, head, row, 0);
+        let statistics = 4 * p.workspace.row(p.head_rows(batch, head), row);
         let (q_full, do_full) = (Mbarrier(base + smem.q_full(slot)), Mbarrier(base + smem.do_full(slot)));
         let (row_bytes, bytes) = (smem.row_bytes(), smem.q_bytes() + smem.row_bytes());
         let q = match fresh(pair) {

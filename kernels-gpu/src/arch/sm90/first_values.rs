@@ -14,7 +14,7 @@ use super::named_barrier::BackwardBarrier;
 use super::store::store_16_bytes;
 use crate::ground::places::KvBlock;
 use crate::ground::shape::Shape;
-use crate::params::Workspace;
+use crate::params::{HeadRows, Workspace};
 use crate::tile::lane::WARPGROUP_THREADS;
 
 /// State in which no CTA has begun to initialise dQ. A claimed word holds one more than the number of the claiming CTA,
@@ -67,7 +67,7 @@ pub fn make_ready(address: u64) {
 /// Fills dQ of all queries of a key head with zeros.
 #[inline(always)]
 fn fill_with_zeros(workspace: &Workspace, shape: &Shape, head_dim: u32, keys: &KvBlock) {
-    let row = workspace.row(shape, keys.batch, keys.head * shape.group(), 0);
+    let row = workspace.row(HeadRows::dense(shape, keys.batch, keys.head * shape.group()), 0);
     let rows = shape.group() as u64 * workspace.rows as u64;
     let line = 4 * head_dim as u64;
     let (mut address, end) = (workspace.dq + row * line + 16 * thread_of_warpgroup() as u64, (row + rows) * line);

@@ -15,8 +15,8 @@ use super::tma::{BoxOrigin, MapAddress, load_box};
 use super::wgmma::{self, Descriptor};
 use crate::arch::{ForwardWarpgroup, Pending};
 use crate::ground::places::WorkTile;
-use crate::ground::shape::Shape;
-use crate::ground::tensor::{Output, TensorMap};
+use crate::ground::sequence::Span;
+use crate::ground::tensor::{Output, RowArray, TensorMap};
 use crate::params::ForwardBase;
 use crate::pipeline::ring::Position;
 use crate::tile::lane::{WARP_ROWS, WARPGROUP_ROWS, WARPGROUP_THREADS};
@@ -66,7 +66,7 @@ impl<'a, E: Packed> Consumer<E, ForwardPipe<'a>> {
 
     /// Stores rows of O by TMA. Each warp stores its sixteen rows, from its own part of the staging tile.
     #[inline(always)]
-    fn store_tile<const D8: usize>(&self, x: &Operand<D8>, tile: &WorkTile) {
+    fn store_tile<const D8: usize>(&self, x: &Operand<D8>, tile: &WorkTile, rows: &Span) {
         let first_row = thread_of_warpgroup() / 32 * WARP_ROWS;
         let staging = self.base() + self.pipe.smem.o(self.index());
         wait_for_stores();
@@ -76,12 +76,8 @@ impl<'a, E: Packed> Consumer<E, ForwardPipe<'a>> {
         let map = MapAddress(self.parameters + offset_of!(ForwardBase<TensorMap>, o.tiles) as u64);
         let leader = Leader::of_warp();
         for panel in 0..panels(self.pipe.smem.head_dim) {
-            let origin = BoxOrigin {
-                column: panel * PANEL_COLUMNS,
-                row: self.first_row(tile) + first_row,
-                head: tile.head,
-                batch: tile.batch,
-            };
+            let row = self.first_row(tile) + first_row;
+            let origin = BoxOrigin::of(rows, tile.head, row, panel * PANEL_COLUMNS);
             let from = staging + first_row * PANEL_ROW_BYTES + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES;
             // SAFETY: the box is what this warp has just staged; I6, its rows of O belong to this warp.
             unsafe { store_box(leader, map, origin, from) };
@@ -99,7 +95,7 @@ impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
         (tile.m_block * self.pipe.smem.consumers + self.index()) * WARPGROUP_ROWS
     }
     #[inline(always)]
-    fn load_q(&mut self, tile: &WorkTile) {
+    fn load_q(&mut self, tile: &WorkTile, rows: &Span) {
         // After this barrier, every warp of this warpgroup has finished its last product with Q.
         ForwardBarrier::queries_read(self.index()).sync(WARPGROUP_THREADS);
         let leader = Leader::of_warpgroup();
@@ -111,12 +107,7 @@ impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
             for (pair, panel) in (0..pairs).flat_map(|pair| (0..panels(smem.head_dim)).map(move |panel| (pair, panel)))
             {
                 let map = offset_of!(ForwardBase<TensorMap>, q) + pair as usize * size_of::<TensorMap>();
-                let origin = BoxOrigin {
-                    column: panel * PANEL_COLUMNS,
-                    row: self.first_row(tile),
-                    head: tile.head,
-                    batch: tile.batch,
-                };
+                let origin = BoxOrigin::of(rows, tile.head, self.first_row(tile), panel * PANEL_COLUMNS);
                 let to = self.base() + smem.q(self.index(), pair) + panel * WARPGROUP_ROWS * PANEL_ROW_BYTES;
                 load_box(leader, MapAddress(self.parameters + map as u64), origin, to, self.q_full());
             }
@@ -184,25 +175,31 @@ impl<E: Packed> ForwardWarpgroup for Consumer<E, ForwardPipe<'_>> {
     }
 
     #[inline(always)]
-    fn store<const D8: usize>(&mut self, x: &Fragment<D8>, to: &Output<TensorMap>, tile: &WorkTile, shape: &Shape) {
+    fn store<const D8: usize>(
+        &mut self,
+        x: &Fragment<D8>,
+        to: &Output<TensorMap>,
+        tile: &WorkTile,
+        rows: &Span,
+        head_dim: u32,
+    ) {
         let tile = &uniform_tile(self.pipe.smem, tile);
         let packed = x.pack::<E>();
         if self.pipe.smem.stages_o() {
-            self.store_tile(&packed, tile);
+            self.store_tile(&packed, tile, rows);
         } else {
-            let at = Lines { batch: tile.batch, head: tile.head, row: self.first_row(tile), column: 0 };
+            let at = Lines { rows: *rows, head: tile.head, row: self.first_row(tile), column: 0 };
             // SAFETY: I5, the host has checked the tensor; I6, the rows of this tile belong to this warpgroup.
-            unsafe { store_lines(&packed, &to.rows, at, shape.seqlen_q, shape) };
+            unsafe { store_lines(&packed, &to.rows, at, head_dim) };
         }
     }
     #[inline(always)]
-    fn store_rows(&mut self, values: Rows, address: u64, tile: &WorkTile, shape: &Shape) {
+    fn store_rows(&mut self, values: Rows, to: &RowArray, tile: &WorkTile, rows: &Span) {
         let lane = self.lane();
-        let line = (tile.batch * shape.heads_q + tile.head) as u64 * shape.seqlen_q as u64;
         for (half, value) in values.into_iter().enumerate() {
             let row = self.first_row(tile) + lane.row(half as u32);
-            // SAFETY: I5, a row below seqlen_q lies within the array; I6, one lane of the row's quad stores it.
-            unsafe { store_f32(row < shape.seqlen_q && lane.column == 0, address + 4 * (line + row as u64), value) };
+            // SAFETY: I5, a row of the batch item lies within the array; I6, one lane of the row's quad stores it.
+            unsafe { store_f32(row < rows.len && lane.column == 0, to.of(rows, tile.head, row), value) };
         }
     }
 }

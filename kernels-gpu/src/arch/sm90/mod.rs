@@ -34,6 +34,7 @@ pub mod math;
 pub mod named_barrier;
 pub mod producer;
 pub mod rows;
+pub mod schedule;
 pub mod scores;
 pub mod sink_gradients;
 pub mod store;

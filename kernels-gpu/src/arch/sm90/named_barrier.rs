@@ -90,6 +90,8 @@ pub enum RowBarrier {
     DqComplete = 0,
     /// Each warp has stored its sum.
     SumsStored = 1,
+    /// A step of the schedule is complete.
+    ScheduleStep = 2,
 }
 
 /// Named barriers of the kernels of total attention.

@@ -10,6 +10,7 @@ use crate::attention::mask::Mask;
 use crate::attention::visits::KvBlocks;
 use crate::ground::places::KvBlock;
 use crate::ground::places::WorkTile;
+use crate::ground::sequence::Span;
 use crate::ground::tensor::TensorMap;
 use crate::params::{ForwardBase, ForwardParams};
 use crate::pipeline::order::{KvOrder, KvStep};
@@ -27,9 +28,9 @@ struct KvLoads<'a> {
 }
 
 impl KvLoads<'_> {
-    /// Waits for the next slot and starts loading a tile of K or V into it.
+    /// Waits for the next slot and starts loading a tile of K or V into it. `rows` are those of its batch item.
     #[inline(always)]
-    fn load(&mut self, map: MapAddress, KvBlock { batch, head, n_block, .. }: KvBlock) {
+    fn load(&mut self, map: MapAddress, rows: &Span, KvBlock { head, n_block, .. }: KvBlock) {
         let (smem, Position { slot, parity }) = (self.smem, self.position);
         let full = Mbarrier(self.base + smem.full(slot));
         let mine = smem.cluster == 1 || self.multicast_rank == cluster_rank();
@@ -40,7 +41,7 @@ impl KvLoads<'_> {
             Mbarrier(self.base + smem.empty(slot)).wait(parity);
             full.arrive_expect(Leader::SOLE, smem.slot_bytes());
             for panel in 0..if mine { panels(smem.head_dim) } else { 0 } {
-                let origin = BoxOrigin { column: panel * PANEL_COLUMNS, row: n_block * smem.block_n, head, batch };
+                let origin = BoxOrigin::of(rows, head, n_block * smem.block_n, panel * PANEL_COLUMNS);
                 let to = self.base + smem.slot(slot) + panel * smem.block_n * PANEL_ROW_BYTES;
                 match smem.cluster {
                     1 => load_box(Leader::SOLE, map, origin, to, full),
@@ -55,11 +56,11 @@ impl KvLoads<'_> {
 /// Prefetches Q of a work tile into L2. The consumers load Q one step before they need it, while a work tile begins two
 /// steps earlier in the producer.
 #[inline(always)]
-fn prefetch_q(smem: &ForwardSmem, q: MapAddress, tile: &WorkTile) {
+fn prefetch_q(smem: &ForwardSmem, q: MapAddress, tile: &WorkTile, rows: &Span) {
     for (part, panel) in (0..smem.consumers).flat_map(|part| (0..panels(smem.head_dim)).map(move |panel| (part, panel)))
     {
         let row = (tile.m_block * smem.consumers + part) * WARPGROUP_ROWS;
-        let at = BoxOrigin { column: panel * PANEL_COLUMNS, row, head: tile.head, batch: tile.batch };
+        let at = BoxOrigin::of(rows, tile.head, row, panel * PANEL_COLUMNS);
         // SAFETY: I5, the host has made the tensor map.
         unsafe { prefetch_box(Leader::SOLE, q, at) };
     }
@@ -86,16 +87,17 @@ pub fn produce<F: Features>(
         prefetch_map(k_of(pair));
     }
     prefetch_map(v);
-    let tiles = tiles.inspect(|tile| prefetch_q(smem, q, tile));
     let (p, block_sizes) = (&params.base, (smem.block_m(), smem.block_n));
-    let blocks = KvBlocks::new(p.shape.sequence(), *params.features.mask(), block_sizes, p.order.group, tiles);
+    let tiles = tiles.inspect(|tile| prefetch_q(smem, q, tile, &p.item(tile.batch).q));
+    let sequence = |batch| p.item(batch).sequence();
+    let blocks = KvBlocks::new(sequence, *params.features.mask(), block_sizes, p.order.group, tiles);
     let mut loads = KvLoads { smem, base: smem_base(), position: Position::PRODUCER, multicast_rank: 0 };
     for KvStep { k, v: v_block } in KvOrder::new(blocks) {
         if let Some(block) = k {
-            loads.load(k_of(block.pair), block);
+            loads.load(k_of(block.pair), &p.item(block.batch).k, block);
         }
         if let Some(block) = v_block {
-            loads.load(v, block);
+            loads.load(v, &p.item(block.batch).k, block);
         }
     }
 }

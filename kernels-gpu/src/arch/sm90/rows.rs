@@ -13,9 +13,11 @@ use super::named_barrier::RowBarrier;
 use super::store::{Lines, store_16_bytes, store_f32, store_lines};
 use crate::attention::query_blocks::key_block;
 use crate::attention::row_statistics::{self, delta};
+use crate::attention::schedule::List;
+use crate::ground::sequence::Span;
 use crate::ground::shape::quotient;
-use crate::ground::tensor::Strided;
-use crate::params::{FinishParams, PrepareParams};
+use crate::ground::tensor::{RowArray, Strided};
+use crate::params::{FinishParams, HeadRows, PrepareParams};
 use crate::params::{PREPARE_ROWS, ROW_KERNEL_THREADS};
 use crate::tile::lane::{WARPGROUP_ROWS, WARPGROUP_THREADS};
 
@@ -29,6 +31,9 @@ const LARGEST_HEAD_DIM: u32 = 256;
 pub fn prepare<E: Packed>(p: &PrepareParams) {
     // SAFETY: reads special registers.
     let (thread, cta) = unsafe { (_thread_idx_x() as u32, _block_idx_x() as u32) };
+    if p.sequences.is_listed() {
+        return prepare_listed::<E>(p, thread, cta);
+    }
     // CTAs of one head follow one another, and so do heads.
     let ctas = quotient(p.workspace.rows, PREPARE_ROWS);
     let index = quotient(cta, ctas);
@@ -43,24 +48,78 @@ pub fn prepare<E: Packed>(p: &PrepareParams) {
         store_f32(counts, p.workspace.tiles_counter(key_head), 0.0);
         store_f32(counts, p.workspace.first_values_word(key_head), f32::from_bits(first_values));
     }
-    let first = (cta - index * ctas) * PREPARE_ROWS + thread / LANES;
-    for pass in 0..PREPARE_ROWS / (ROW_KERNEL_THREADS / LANES) {
-        prepare_row::<E>(p, batch, head, first + pass * (ROW_KERNEL_THREADS / LANES), thread % LANES);
+    let zeroed = p.shape.key_head(batch, quotient(head, p.shape.group())) < p.first.zeroed;
+    let rows = HeadRows::dense(&p.shape, batch, head);
+    let block = QueryRows { span: Span::dense(batch, p.shape.seqlen_q), head, rows, zeroed };
+    block.prepare::<E>(p, (cta - index * ctas) * PREPARE_ROWS, thread);
+}
+
+/// Fills the workspace's rows of one CTA if lengths differ. There is a CTA for each head of the most blocks of queries
+/// that there may be.
+#[inline(always)]
+fn prepare_listed<E: Packed>(p: &PrepareParams, thread: u32, cta: u32) {
+    let Some(ListedBlock { batch, head, m_block }) = listed_block(p.list, p.shape.heads_q, cta) else { return };
+    // Rows of a gap have no workspace.
+    if p.sequences.is_gap(batch) {
+        return;
+    }
+    let item = p.sequences.listed_item(&p.shape, batch);
+    let rows = HeadRows::of_sequence(&item, batch, head);
+    QueryRows { span: item.q, head, rows, zeroed: true }.prepare::<E>(p, m_block * PREPARE_ROWS, thread);
+}
+
+/// Block of [`PREPARE_ROWS`] queries of one head.
+struct ListedBlock {
+    batch: u32,
+    head: u32,
+    m_block: u32,
+}
+
+/// Returns the block of a CTA from the list at `list`; nothing if it has fewer.
+#[inline(always)]
+fn listed_block(list: u64, heads: u32, cta: u32) -> Option<ListedBlock> {
+    let list = List(list);
+    if cta >= list.tiles() {
+        return None;
+    }
+    let index = quotient(cta, heads);
+    let [batch, m_block] = list.block(index);
+    Some(ListedBlock { batch, head: cta - index * heads, m_block })
+}
+
+/// Query rows of a batch item and head, which a CTA prepares.
+struct QueryRows {
+    span: Span,
+    head: u32,
+    /// Their place in the workspace.
+    rows: HeadRows,
+    /// True if dQ gets zeros.
+    zeroed: bool,
+}
+
+impl QueryRows {
+    /// Fills [`PREPARE_ROWS`] rows, from row `first` on.
+    #[inline(always)]
+    fn prepare<E: Packed>(&self, p: &PrepareParams, first: u32, thread: u32) {
+        for pass in 0..PREPARE_ROWS / (ROW_KERNEL_THREADS / LANES) {
+            let row = first + thread / LANES + pass * (ROW_KERNEL_THREADS / LANES);
+            prepare_row::<E>(p, self, row, thread % LANES);
+        }
     }
 }
 
 /// Fills one row, by the lanes that share it.
 #[inline(always)]
-fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, lane: u32) {
-    let live = row < p.shape.seqlen_q;
+fn prepare_row<E: Packed>(p: &PrepareParams, of: &QueryRows, row: u32, lane: u32) {
+    let live = row < of.span.len;
     let mut dot = 0.0;
-    let (o, d_o) = (p.o.row_offset(batch, head, row), p.d_o.row_offset(batch, head, row));
+    let (o, d_o) = (p.o.row(&of.span, of.head, row), p.d_o.row(&of.span, of.head, row));
     for chunk in 0..LARGEST_HEAD_DIM / (LANES * 8) {
         let column = (chunk * LANES + lane) * 8;
         if live && column < p.shape.head_dim {
-            let at = |address: u64, offset: i64| address + 2 * (offset + column as i64) as u64;
+            let offset = 2 * column as u64;
             // SAFETY: I5, these are eight elements of a row.
-            let (x, y) = unsafe { (load_16_bytes(at(p.o.address, o)), load_16_bytes(at(p.d_o.address, d_o))) };
+            let (x, y) = unsafe { (load_16_bytes(o + offset), load_16_bytes(d_o + offset)) };
             for i in 0..4 {
                 let ([a, b], [c, d]) = (E::unpack(x[i]), E::unpack(y[i]));
                 dot += a * c + b * d;
@@ -72,21 +131,20 @@ fn prepare_row<E: Packed>(p: &PrepareParams, batch: u32, head: u32, row: u32, la
     dot += f32::from_bits(shuffle_xor::<4>(dot.to_bits()));
     let (mut neg_lse_log2, mut statistic) = (f32::NEG_INFINITY, 0.0);
     if live {
-        let at = 4 * ((batch * p.shape.heads_q + head) as u64 * p.shape.seqlen_q as u64 + row as u64);
+        let at = |array: &RowArray| array.of(&of.span, of.head, row);
         // SAFETY: I5, these are elements of the arrays.
         unsafe {
-            neg_lse_log2 = row_statistics::neg_lse_log2(load_f32(p.lse + at));
-            statistic = delta(dot, if p.d_lse == 0 { 0.0 } else { load_f32(p.d_lse + at) });
+            neg_lse_log2 = row_statistics::neg_lse_log2(load_f32(at(&p.lse)));
+            statistic = delta(dot, if p.d_lse.is_none() { 0.0 } else { load_f32(at(&p.d_lse)) });
         }
     }
-    let index = p.workspace.row(&p.shape, batch, head, row);
+    let index = p.workspace.row(of.rows, row);
     // SAFETY: I5, this row is part of the workspace; I6, no other lane stores these elements.
     unsafe {
         store_f32(lane == 0, p.workspace.neg_lse_log2 + 4 * index, neg_lse_log2);
         store_f32(lane == 0, p.workspace.delta + 4 * index, statistic);
-        let zeroed = p.shape.key_head(batch, quotient(head, p.shape.group())) < p.first.zeroed;
-        for pair in 0..if zeroed { p.pairs } else { 0 } {
-            let index = p.workspace.row(&p.shape, batch + pair * p.shape.batch, head, row);
+        for pair in 0..if of.zeroed { p.pairs } else { 0 } {
+            let index = p.workspace.dq_row(&p.shape, pair, of.rows, row);
             let line = p.workspace.dq + index * p.head_dim as u64 * 4;
             for chunk in 0..LARGEST_HEAD_DIM / (LANES * 4) {
                 let column = (chunk * LANES + lane) * 4;
@@ -108,6 +166,9 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
     let (thread, cta) = unsafe { (_thread_idx_x() as u32, _block_idx_x() as u32) };
     let (part, thread) = (thread / WARPGROUP_THREADS, thread % WARPGROUP_THREADS);
     let head_dim = 2 * 8 * Q8 as u32;
+    if p.sequences.is_listed() {
+        return finish_listed::<E, Q8>(p, part, thread, cta);
+    }
     let blocks = quotient(p.workspace.rows, WARPGROUP_ROWS);
     let ctas = p.shape.batch * p.shape.heads_q * blocks;
     if cta >= ctas {
@@ -126,7 +187,36 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
     if row >= p.shape.seqlen_q {
         return;
     }
-    let first = p.workspace.row(&p.shape, batch + p.pair * p.shape.batch, head, row) * head_dim as u64;
+    let rows = p.workspace.dq_row(&p.shape, p.pair, HeadRows::dense(&p.shape, batch, head), row);
+    let at = Lines { rows: Span::dense(batch, p.shape.seqlen_q), head, row, column: part * 8 * Q8 as u32 };
+    convert::<E, Q8>(p, rows, at, part, thread);
+}
+
+/// Converts 64 rows of dQ if lengths differ. There are two CTAs for each head of the most blocks of queries that there
+/// may be. Rows of a gap become 0.
+#[inline(always)]
+fn finish_listed<E: Packed, const Q8: usize>(p: &FinishParams, part: u32, thread: u32, cta: u32) {
+    await_grid_before();
+    let (block, half) = (cta / (PREPARE_ROWS / WARPGROUP_ROWS), cta % (PREPARE_ROWS / WARPGROUP_ROWS));
+    let Some(ListedBlock { batch, head, m_block }) = listed_block(p.list, p.shape.heads_q, block) else { return };
+    let item = p.sequences.listed_item(&p.shape, batch);
+    let row = m_block * PREPARE_ROWS + half * WARPGROUP_ROWS;
+    let at = Lines { rows: item.q, head, row, column: part * 8 * Q8 as u32 };
+    if p.sequences.is_gap(batch) {
+        let zeros = Fragment([[0.0; 4]; Q8]);
+        // SAFETY: as in `convert`.
+        unsafe { store_lines(&zeros.pack::<E>(), &p.dq, at, p.shape.head_dim) };
+    } else if row < item.q.len {
+        let rows = HeadRows::of_sequence(&item, batch, head);
+        convert::<E, Q8>(p, p.workspace.dq_row(&p.shape, p.pair, rows, row), at, part, thread);
+    }
+}
+
+/// Converts 64 rows of dQ, from index `rows` of the workspace on, for the rows of the tensor at `at`.
+#[inline(always)]
+fn convert<E: Packed, const Q8: usize>(p: &FinishParams, rows: u64, at: Lines, part: u32, thread: u32) {
+    let head_dim = 2 * 8 * Q8 as u32;
+    let first = rows * head_dim as u64;
     let address = p.workspace.dq + 4 * (first + (part * WARPGROUP_ROWS * head_dim / 2) as u64) + 16 * thread as u64;
     let mut dq = Fragment([[0.0; 4]; Q8]);
     for (group, x) in dq.0.iter_mut().enumerate() {
@@ -134,9 +224,8 @@ pub fn finish<E: Packed, const Q8: usize>(p: &FinishParams, block_n: u32) {
         let loaded = unsafe { load_16_bytes(address + (group as u32 * 16 * WARPGROUP_THREADS) as u64) };
         *x = loaded.map(|x| f32::from_bits(x) * p.scale);
     }
-    let at = Lines { batch, head, row, column: part * 8 * Q8 as u32 };
     // SAFETY: I5, the host has checked the tensor; I6, these rows and columns belong to this warpgroup.
-    unsafe { store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.seqlen_q, &p.shape) };
+    unsafe { store_lines(&dq.pack::<E>(), &p.dq, at, p.shape.head_dim) };
 }
 
 /// Number of n8 column groups of the parts that a warpgroup sums.
@@ -154,7 +243,7 @@ fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index
     let (index, chunk) = (index / chunks, index % chunks);
     let (index, block) = (index / blocks, index % blocks);
     let (tile, gradient) = (index / 2, index % 2);
-    let keys = key_block(&p.shape, block_n, &p.first.tile(&p.order, p.sharing.from + tile));
+    let keys = key_block(&p.shape.sequence(), block_n, &p.first.tile(&p.order, p.sharing.from + tile));
     let column = half * head_dim / 2 + chunk * columns;
     // The 64 rows have the accumulator layout: one n8 column group after another, with sixteen bytes of each thread in
     // order.
@@ -186,9 +275,9 @@ fn add_parts<E: Packed>(p: &FinishParams, (head_dim, block_n): (u32, u32), index
     }
     let to = choose(gradient, &p.dk, &p.dv);
     let row = keys.n_block * block_n + block * WARPGROUP_ROWS;
-    let at = Lines { batch: keys.batch, head: keys.head, row, column };
+    let at = Lines { rows: Span::dense(keys.batch, p.shape.seqlen_k), head: keys.head, row, column };
     // SAFETY: I5, the host has checked the tensors; I6, these rows and columns belong to this warpgroup.
-    unsafe { store_lines(&sum.pack::<E>(), &to, at, p.shape.seqlen_k, &p.shape) };
+    unsafe { store_lines(&sum.pack::<E>(), &to, at, p.shape.head_dim) };
 }
 
 /// Returns the first (`second` 0) or the second (1) of two tensors, by arithmetic. A choice between two addresses of

@@ -24,13 +24,14 @@ pub fn sink_gradients(p: &SinkGradientParams) {
     // SAFETY: I5, the host has checked the array.
     let sink_log2 = unsafe { load_f32(p.sinks.of(0, head)) } * LOG2_E;
     let mut sum = 0.0;
-    for batch in 0..p.shape.batch {
-        let first = p.workspace.row(&p.shape, batch, head, 0);
+    for batch in 0..if p.sequences.is_listed() { p.sequences.count() } else { p.shape.batch } {
+        let seqlen_q = p.sequences.listed_item(&p.shape, batch).q.len;
+        let first = p.workspace.row(p.workspace.listed_head_rows(&p.sequences, &p.shape, batch, head), 0);
         let mut start = 0;
-        while start < p.shape.seqlen_q {
+        while start < seqlen_q {
             let row = start + ROWS * thread;
             start += ROWS * ROW_KERNEL_THREADS;
-            if row >= p.shape.seqlen_q {
+            if row >= seqlen_q {
                 continue;
             }
             let at = 4 * (first + row as u64);
@@ -41,7 +42,7 @@ pub fn sink_gradients(p: &SinkGradientParams) {
                 let p_sink = exp2(sink_log2 + f32::from_bits(neg_lse_log2[i as usize]));
                 let of_row = sink_gradient(p_sink, f32::from_bits(delta[i as usize]));
                 // Rows of padding count nothing, whatever they hold.
-                sum += if row + i < p.shape.seqlen_q { of_row } else { 0.0 };
+                sum += if row + i < seqlen_q { of_row } else { 0.0 };
             }
         }
     }

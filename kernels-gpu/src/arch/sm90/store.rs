@@ -9,7 +9,7 @@ use core::arch::asm;
 use super::cta::{Leader, thread_of_warpgroup};
 use super::fragment::{Operand, transpose_quad};
 use super::tma::{BoxOrigin, MapAddress};
-use crate::ground::shape::Shape;
+use crate::ground::sequence::Span;
 use crate::ground::tensor::Strided;
 use crate::tile::lane::Lane;
 use crate::tile::lane::WARP_ROWS;
@@ -28,6 +28,18 @@ pub unsafe fn store_16_bytes(live: bool, address: u64, x: [u32; 4]) {
             in(reg32) live as u32, in(reg64) address, in(reg32) x[0], in(reg32) x[1], in(reg32) x[2], in(reg32) x[3],
             options(nostack)
         );
+    }
+}
+
+/// Stores 8 bytes at `address`.
+///
+/// # Safety
+/// The address is 8-byte aligned and writable, and no other thread accesses it.
+#[inline(always)]
+pub unsafe fn store_8_bytes(address: u64, [a, b]: [u32; 2]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("st.global.v2.b32 [{0}], {{{1}, {2}}};", in(reg64) address, in(reg32) a, in(reg32) b, options(nostack));
     }
 }
 
@@ -167,28 +179,29 @@ pub unsafe fn write_tile<const N8: usize>(x: &Operand<N8>, tile: u32, rows: u32,
 /// Place in a tensor of a fragment's first element.
 #[derive(Clone, Copy)]
 pub struct Lines {
-    pub batch: u32,
+    /// Rows of the batch item.
+    pub rows: Span,
     pub head: u32,
     pub row: u32,
     pub column: u32,
 }
 
-/// Stores a fragment to a tensor, with its first element at `at`. Each thread stores 16 bytes at a time; rows from
-/// `seqlen` on and columns beyond the head dim are left out.
+/// Stores a fragment to a tensor, with its first element at `at`. Each thread stores 16 bytes at a time; rows beyond
+/// the batch item's and columns beyond `head_dim` are left out.
 ///
 /// # Safety
-/// Rows below `seqlen` and columns below the shape's head_dim are the tensor's, and no other thread accesses them.
+/// The item's rows and columns below `head_dim` are the tensor's, and no other thread accesses them.
 #[inline(always)]
-pub unsafe fn store_lines<const D8: usize>(x: &Operand<D8>, to: &Strided, at: Lines, seqlen: u32, shape: &Shape) {
+pub unsafe fn store_lines<const D8: usize>(x: &Operand<D8>, to: &Strided, at: Lines, head_dim: u32) {
     let lane = Lane::new(thread_of_warpgroup());
     for half in 0..2 {
         let row = at.row + lane.row(half as u32);
-        let line = to.address + 2 * to.row_offset(at.batch, at.head, row) as u64;
+        let line = to.row(&at.rows, at.head, row);
         for groups in 0..D8 / 4 {
             let quad = [0, 1, 2, 3].map(|i| x.0[4 * groups + i][half]);
             let chunk = transpose_quad(lane, quad);
             let column = at.column + 32 * groups as u32 + 4 * lane.column;
-            let live = row < seqlen && column < shape.head_dim;
+            let live = row < at.rows.len && column < head_dim;
             // SAFETY: if `live`, the eight columns lie within the tensor and belong to this lane alone.
             unsafe { store_16_bytes(live, line + 2 * column as u64, chunk) };
         }

@@ -7,6 +7,7 @@ use core::arch::asm;
 
 use super::barrier::Mbarrier;
 use super::cta::Leader;
+use crate::ground::sequence::Span;
 
 /// Address of a tensor map in the kernel's parameters.
 #[derive(Clone, Copy)]
@@ -19,6 +20,14 @@ pub struct BoxOrigin {
     pub row: u32,
     pub head: u32,
     pub batch: u32,
+}
+
+impl BoxOrigin {
+    /// Returns the place of a row of a batch item's head.
+    #[inline(always)]
+    pub fn of(span: &Span, head: u32, row: u32, column: u32) -> Self {
+        BoxOrigin { column, row: span.first + row, head, batch: span.batch }
+    }
 }
 
 /// Issues, by the leader, the TMA load of one box to shared memory at `to`. Its bytes count at `barrier`.

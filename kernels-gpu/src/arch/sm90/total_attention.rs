@@ -12,7 +12,8 @@ use super::store::store_f32;
 use super::wgmma::{self, Descriptor};
 use crate::arch::{Pending, TotalWarpgroup};
 use crate::attention::total_steps::{OwnKeys, TotalTile};
-use crate::ground::shape::Shape;
+use crate::ground::sequence::Span;
+use crate::ground::tensor::RowArray;
 use crate::pipeline::ring::Position;
 use crate::tile::lane::WARPGROUP_ROWS;
 use crate::tile::smem::{PANEL_ROW_BYTES, columns_step};
@@ -117,13 +118,12 @@ impl<E: Packed> TotalWarpgroup for Consumer<E, TotalPipe<'_>> {
     }
 
     #[inline(always)]
-    fn store_keys(&mut self, values: Rows, address: u64, at: &TotalTile, shape: &Shape) {
+    fn store_keys(&mut self, values: Rows, to: &RowArray, at: &TotalTile, keys: &Span) {
         let lane = self.lane();
-        let line = (at.keys.batch * shape.heads_q + at.keys.head) as u64 * shape.seqlen_k as u64;
         for (half, value) in values.into_iter().enumerate() {
             let key = at.first_key + self.own_keys().first_key + lane.row(half as u32);
-            // SAFETY: I5, a key below seqlen_k lies within the array; I6, one lane of its quad stores it.
-            unsafe { store_f32(key < shape.seqlen_k && lane.column == 0, address + 4 * (line + key as u64), value) };
+            // SAFETY: I5, a key of the batch item lies within the array; I6, one lane of its quad stores it.
+            unsafe { store_f32(key < keys.len && lane.column == 0, to.of(keys, at.keys.head, key), value) };
         }
     }
 }

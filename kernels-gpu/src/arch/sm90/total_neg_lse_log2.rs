@@ -11,7 +11,8 @@ use super::store::store_shared_f32;
 use crate::attention::features::Features;
 use crate::attention::row_statistics::neg_lse_log2;
 use crate::attention::shared_tiles::TilePart;
-use crate::attention::total_steps::{OwnKeys, TotalTiles};
+use crate::attention::total_steps::OwnKeys;
+use crate::attention::total_tiles::TotalTiles;
 use crate::ground::places::KvBlock;
 use crate::ground::tensor::TensorMap;
 use crate::params::TotalParams;
@@ -32,17 +33,16 @@ pub fn produce_neg_lse_log2<F: Features>(
     let (base, lane, block_m) = (smem_base(), thread_of_warpgroup() % WARP_THREADS, smem.block_m);
     let rows = |i: usize| WARP_THREADS * i as u32 + lane;
     let load = |(keys, m_block): (KvBlock, u32)| {
-        let line = (keys.batch * p.shape.heads_q + keys.head) as u64 * p.shape.seqlen_q as u64;
+        let queries = p.item(keys.batch).q;
         core::array::from_fn::<f32, LANE_ROWS, _>(|i| {
             let row = m_block * block_m + rows(i);
-            let live = rows(i) < block_m && row < p.shape.seqlen_q;
-            // SAFETY: I5, a row below seqlen_q lies within the array.
-            unsafe { load_f32_or(live, p.lse + 4 * (line + row as u64), f32::NEG_INFINITY) }
+            let live = rows(i) < block_m && row < queries.len;
+            // SAFETY: I5, a row of the batch item lies within the array.
+            unsafe { load_f32_or(live, p.lse.of(&queries, keys.head, row), f32::NEG_INFINITY) }
         })
     };
     let block_n = smem.block_n();
-    let mut steps =
-        TotalTiles::new(&p.shape, *p.features.mask(), block_m, block_n, OwnKeys::whole(block_n), tiles).steps();
+    let mut steps = TotalTiles::new(p, block_m, block_n, OwnKeys::whole(block_n), tiles).steps();
     let mut position = Position::PRODUCER;
     let mut loaded = steps.next().map(load);
     while let Some(lse) = loaded {

@@ -7,7 +7,8 @@ use super::cta::{Leader, smem_base};
 use super::tma::{BoxOrigin, MapAddress, load_box, prefetch_map};
 use crate::attention::features::Features;
 use crate::attention::shared_tiles::TilePart;
-use crate::attention::total_steps::{OwnKeys, TotalTiles};
+use crate::attention::total_steps::OwnKeys;
+use crate::attention::total_tiles::TotalTiles;
 use crate::ground::places::KvBlock;
 use crate::ground::tensor::TensorMap;
 use crate::params::TotalParams;
@@ -47,16 +48,17 @@ pub fn produce<F: Features>(
     };
     let (block_m, block_n) = (smem.block_m, smem.block_n());
     let (mut k_position, mut q_position) = (Position::PRODUCER, Position::PRODUCER);
-    for tile in TotalTiles::new(&p.shape, *p.features.mask(), block_m, block_n, OwnKeys::whole(block_n), tiles) {
+    for tile in TotalTiles::new(p, block_m, block_n, OwnKeys::whole(block_n), tiles) {
         let KvBlock { batch, head, .. } = tile.keys;
+        let item = p.item(batch);
         let Position { slot, parity } = k_position;
-        let at = BoxOrigin { column: 0, row: tile.first_key, head: p.order.group.divide(head).0, batch };
+        let at = BoxOrigin::of(&item.k, p.order.group.divide(head).0, tile.first_key, 0);
         let barriers = [smem.k_empty(slot), smem.k_full(slot)].map(|barrier| Mbarrier(base + barrier));
         load_tile(k, block_n, at, base + smem.k(slot), barriers, parity);
         k_position.advance(TotalSmem::K_STAGES);
         for m_block in (tile.start..tile.end).rev() {
             let Position { slot, parity } = q_position;
-            let at = BoxOrigin { column: 0, row: m_block * block_m, head, batch };
+            let at = BoxOrigin::of(&item.q, head, m_block * block_m, 0);
             let barriers = [smem.q_empty(slot), smem.q_full(slot)].map(|barrier| Mbarrier(base + barrier));
             load_tile(q, block_m, at, base + smem.q(slot), barriers, parity);
             q_position.advance(smem.stages);
