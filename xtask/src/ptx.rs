@@ -31,13 +31,18 @@ fn reconvergences(launch: &Launch) -> usize {
 
 /// Returns the bytes of local memory that a form may have. With softcap, and with dropout in forms of the backward pass
 /// that leave constants open, there are a few values more than registers; with both at head dim 256, the derivative of
-/// a block has no room next to dV, P and the dropout mask. All other forms spill nothing.
+/// a block has no room next to dV, P and the dropout mask. Three consumers have the fewest registers, of which softcap,
+/// two pairs and lengths that differ need most. The backward pass at head dim 64 holds one value more for any window.
+/// All other forms spill nothing.
 fn spills(form: &str) -> u32 {
-    let [cap, dropout, backward] = ["_cap", "dropout", "backward"].map(|part| form.contains(part));
+    let [cap, dropout, backward, lengths] = ["_cap", "dropout", "backward", "_lengths"].map(|part| form.contains(part));
+    let starts = |name: &str| ["bf16", "f16"].iter().any(|dtype| form.starts_with(&name.replace("dtype", dtype)));
     match (cap, dropout && backward) {
         (true, true) if form.contains("d256") => 160,
+        (true, _) if lengths && starts("forward_dtype_d64_piecewise_cap") => 128,
         (true, _) => 64,
         (false, true) if form.contains("_any_") => 32,
+        (false, _) if starts("backward_dtype_d64_plain_any_") => 8,
         (false, _) => 0,
     }
 }
@@ -185,7 +190,48 @@ fn number_before(report: &str, what: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use kernels_gpu::attention::schedule::SCHEDULE;
+    use kernels_gpu::specialise;
+
     use super::*;
+
+    /// Kernels without a mainloop, such as the one that writes a schedule, may have no local memory.
+    #[test]
+    fn forms_have_allowances() {
+        for (form, bytes) in [
+            ("schedule", 0),
+            ("dropout_mask", 0),
+            ("forward_bf16_d64_plain", 0),
+            ("forward_bf16_d64_right_lengths", 0),
+            ("forward_f16_d128_lengths_any_left_right_alibi", 0),
+            ("forward_f16_d64_piecewise_cap_any_left_right_alibi", 64),
+            ("forward_f16_d64_piecewise_cap_lengths_any_left_right_alibi", 128),
+            ("backward_bf16_d64_plain_any_left_right", 8),
+            ("backward_bf16_d64_lengths_any_left_right", 0),
+            ("backward_bf16_d128_plain_any_left_right_alibi", 0),
+            ("backward_bf16_d128_dropout_lengths_any_left_right_alibi_seed", 32),
+            ("backward_bf16_d256_dropout_cap_lengths_any_left_right_alibi_seed", 160),
+        ] {
+            assert_eq!(spills(form), bytes, "{form}");
+        }
+    }
+
+    /// The names of forms, by which allowances are given, are those of the table.
+    #[test]
+    fn forms_with_allowances_exist() {
+        let launches = kernels_gpu::variants::launches();
+        let names: Vec<String> = launches
+            .iter()
+            .flat_map(|launch| {
+                launch.forms().into_iter().map(|form| specialise::name(launch.symbol, &launch.constants, form))
+            })
+            .collect();
+        for bytes in [8, 32, 64, 128, 160] {
+            assert!(names.iter().any(|name| spills(name) == bytes), "{bytes}");
+        }
+        let schedule = launches.iter().find(|launch| launch.symbol == SCHEDULE).unwrap();
+        assert_eq!((schedule.threads, schedule.mainloop, schedule.forms().len()), (128, false, 1));
+    }
 
     #[test]
     fn numbers_are_read_from_reports() {
