@@ -200,6 +200,56 @@ pub enum Error {
         /// The shape whose elements they are.
         shape: &'static str,
     },
+    /// A buffer of sequences' lengths has not one element for each sequence, and one more if they are cumulative.
+    #[error("{operand} has {len} element{}; exactly {expected} are needed", if *len == 1 { "" } else { "s" })]
+    LengthsLength {
+        /// The buffer.
+        operand: Operand,
+        /// Elements of the buffer.
+        len: usize,
+        /// Elements that the sequences need.
+        expected: usize,
+    },
+    /// A sequence does not lie within the tensor, or begins before the end of the one before it.
+    #[error(
+        "{operand}[{index}] is {value}; a number from {least} to {most} is needed, because sequences follow one \
+         another in the tensor"
+    )]
+    SequencePlace {
+        /// The array of lengths.
+        operand: Operand,
+        /// Index of the element.
+        index: usize,
+        /// The element.
+        value: i32,
+        /// Least value.
+        least: i64,
+        /// Largest value.
+        most: i64,
+    },
+    /// Queries, keys and values share a packed tensor, but their numbers of rows differ.
+    #[error("seqlen_q is {seqlen_q} and seqlen_k {seqlen_k}; packed queries, keys and values need equal ones")]
+    PackedLengths {
+        /// Queries.
+        seqlen_q: usize,
+        /// Keys.
+        seqlen_k: usize,
+    },
+    /// A text that names no lengths of sequences.
+    #[error(
+        "lengths are {value:?}; queries x keys of each sequence are needed, as in 7x7,0x12,137x349, or none, or \
+         log-normal:SEQUENCES:TOKENS:SEED"
+    )]
+    UnknownLengths {
+        /// The text.
+        value: String,
+    },
+    /// Sequences of different lengths share one tensor, whose batch is 1.
+    #[error("batch is {value}; sequences of different lengths share one tensor, and need a batch of 1")]
+    BatchOfSequences {
+        /// The batch.
+        value: usize,
+    },
     /// The buffer of dropout's seed and offset is not exactly these two.
     #[error("seed_offset has {len} elements; exactly 2 are needed (seed, offset)")]
     SeedOffsetLength {

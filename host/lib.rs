@@ -78,6 +78,7 @@ pub mod cases;
 mod dropout;
 mod element;
 mod error;
+mod lengths;
 mod operands;
 mod overlap;
 mod plan;
@@ -97,10 +98,11 @@ pub use half::{bf16, f16};
 pub use kernels_gpu::variants::{
     BACKWARD_VARIANTS, BackwardVariant, Dtype, Op, TOTAL_VARIANTS, TotalVariant, VARIANTS, Variant,
 };
+pub use lengths::{Integers, Lengths, Places, PlacesKind, Sequences};
 pub use operands::{
     AddressSpace, BackwardInputs, BackwardPair, BackwardTensors, ForwardTensors, Gradients, Inputs, OptionalInputs,
-    Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, SeedOffset, Slopes,
-    TotalInputs, TotalTensors,
+    PackedGradients, Pair, RawBackward, RawForward, RawSecond, RawTensor, RawTotalAttention, SecondTensors, SeedOffset,
+    Skip, Slopes, TotalInputs, TotalTensors,
 };
 pub use plan::{Alibi, BackwardPlan, Determinism, InputKinds, Needs, Options, PassKind, Plan, Sinks, TotalPlan};
 pub use problem::{Mask, Problem};

@@ -93,11 +93,6 @@ impl Problem {
         self.batch.saturating_mul(self.heads_q).saturating_mul(self.seqlen_q)
     }
 
-    /// Number of batch items times query heads; `usize::MAX` if a `usize` can't hold it.
-    pub(crate) fn item_heads(&self) -> usize {
-        self.batch.saturating_mul(self.heads_q)
-    }
-
     /// Number of elements of the total attention, (batch, heads_q, seqlen_k); `usize::MAX` if a `usize` can't hold it.
     pub fn total_len(&self) -> usize {
         self.batch.saturating_mul(self.heads_q).saturating_mul(self.seqlen_k)

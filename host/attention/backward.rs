@@ -6,7 +6,7 @@ use super::{Allocate, Attention, View};
 use crate::{
     backend::{Backend, Workspace},
     error::Result,
-    operands::{BackwardInputs, Gradients, Pass},
+    operands::{BackwardInputs, Gradients, PackedGradients, Pass},
     plan::BackwardPlan,
     tensor::Tensor,
 };
@@ -86,6 +86,44 @@ impl Attention {
         let views = gradients.as_mut().visit(&mut View::<B, E>::new(&self.problem))?;
         backend.backward_into(&plan, inputs, views, None, workspace)?;
         Ok(gradients)
+    }
+
+    /// Computes dQ, dK and dV into a packed tensor of the caller's, in a workspace that the caller keeps. The inputs
+    /// may be views of a packed tensor, too, or not.
+    ///
+    /// ```
+    /// use ferroflash::{
+    ///     Attention, Cpu, Dtype, Inputs, PackedGradients, Problem, Tensor, Workspace, bf16,
+    /// };
+    ///
+    /// let problem =
+    ///     Problem { batch: 2, heads_q: 4, heads_kv: 4, seqlen_q: 50, seqlen_k: 50, head_dim: 64, dtype: Dtype::Bf16 };
+    /// let x: Vec<bf16> = (0..2 * 50 * 3 * 4 * 64).map(|i| bf16::from_f32((i as f32).sin())).collect();
+    /// let qkv = Tensor::packed(&x[..], 3, problem.q_shape());
+    /// let inputs = Inputs::new(qkv.heads(0..4), qkv.heads(4..8), qkv.heads(8..12));
+    /// let attention = Attention::new(problem);
+    /// let out = attention.forward_with(&Cpu, inputs)?;
+    ///
+    /// let (lse, o) = (out.lse.expect("returned unless omitted"), Tensor::bhsd(&out.o[..], problem.q_shape()));
+    /// let mut dqkv = vec![bf16::ZERO; x.len()];
+    /// let packed = PackedGradients::qkv(Tensor::packed(&mut dqkv[..], 3, problem.q_shape()));
+    /// let inputs = inputs.backward(o, o, &lse[..]);
+    /// attention.backward_packed_into(&Cpu, inputs, packed, &mut Workspace::new())?;
+    /// # Ok::<(), ferroflash::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Errors of [`Attention::backward`], every error that names an output, and
+    /// [`Error::PackedLengths`](crate::Error::PackedLengths). Unless the error comes from running, nothing was written.
+    pub fn backward_packed_into<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: BackwardInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+        outputs: PackedGradients<Tensor<B::SliceMut<'_, E>>, B::SliceMut<'_, f32>>,
+        workspace: &mut Workspace<B>,
+    ) -> Result<()> {
+        let plan = self.for_inputs(inputs.kinds()).plan_backward(backend.sm_count())?;
+        backend.backward_packed_into(&plan, inputs, outputs, workspace)
     }
 
     /// Computes dQ, dK and dV into the caller's memory; the workspace is allocated. [`BackwardPlan::run`] takes the

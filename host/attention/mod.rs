@@ -3,7 +3,7 @@
 use crate::element::Element;
 
 use crate::{
-    backend::Backend,
+    backend::{Backend, Workspace},
     dropout::PlanDropout,
     error::Result,
     operands::{Inputs, Lines, Role, Tensors, rows},
@@ -227,7 +227,7 @@ impl Attention {
         let mut view = View::<B, E>::new(&self.problem);
         let o_view = view.tensor(rows::O, Role::Output, &mut o)?;
         let lse_view = view.optional_line(rows::LSE, Role::Output, lse.as_mut())?;
-        backend.forward_into(plan, inputs, o_view, lse_view)?;
+        backend.forward_into(plan, inputs, o_view, lse_view, &mut Workspace::new())?;
         Ok(Output { o, lse })
     }
 
@@ -248,7 +248,7 @@ impl Attention {
         lse: Option<B::SliceMut<'_, f32>>,
     ) -> Result<()> {
         let plan = self.for_inputs(inputs.kinds()).plan(backend.sm_count())?;
-        backend.forward_into(&plan, inputs, o, lse)
+        plan.run(backend, inputs, o, lse)
     }
 }
 

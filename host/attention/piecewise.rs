@@ -150,7 +150,7 @@ impl Piecewise {
         lse: Option<B::SliceMut<'_, f32>>,
     ) -> Result<()> {
         let plan = self.for_inputs(inputs.kinds()).plan(backend.sm_count())?;
-        backend.forward_into(&plan, inputs, o, lse)
+        plan.run(backend, inputs, o, lse)
     }
 
     /// Computes the gradients of Q1, K1, Q2, K2 and V into memory that the backend allocates. The gradient of each

@@ -36,7 +36,7 @@ impl<B: Backend, E: Element> Lines<()> for Allocate<'_, B, E> {
     type To = B::Buffer<f32>;
 
     fn line(&mut self, row: LineRow, _: Role, (): ()) -> Result<B::Buffer<f32>> {
-        self.backend.allocate(row.operand, (row.len)(self.problem))
+        self.backend.allocate(row.operand, (row.len)(self.problem, self.problem.batch))
     }
 }
 
@@ -70,6 +70,6 @@ where
     type To = B::SliceMut<'b, f32>;
 
     fn line(&mut self, row: LineRow, _: Role, buffer: &'b mut B::Buffer<f32>) -> Result<Self::To> {
-        Ok(B::slice_mut(buffer, 0..(row.len)(self.problem)))
+        Ok(B::slice_mut(buffer, 0..(row.len)(self.problem, self.problem.batch)))
     }
 }

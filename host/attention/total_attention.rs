@@ -78,7 +78,7 @@ impl Attention {
         backend.check_total_inputs(&plan, &inputs)?;
         let mut total = Allocate::<B, E>::new(backend, &self.problem).line(rows::TOTAL, Role::Output, ())?;
         let view = View::<B, E>::new(&self.problem).line(rows::TOTAL, Role::Output, &mut total)?;
-        backend.total_attention_into(&plan, inputs, view)?;
+        plan.run(backend, inputs, view)?;
         Ok(total)
     }
 
@@ -95,6 +95,6 @@ impl Attention {
         total: B::SliceMut<'_, f32>,
     ) -> Result<()> {
         let plan = self.for_inputs(inputs.kinds()).plan_total_attention(backend.sm_count())?;
-        backend.total_attention_into(&plan, inputs, total)
+        plan.run(backend, inputs, total)
     }
 }

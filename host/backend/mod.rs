@@ -11,7 +11,8 @@ use crate::{
     dropout::Dropout,
     element::Element,
     error::{Operand, Result},
-    operands::{BackwardInputs, Gradients, Inputs, Pair, SecondTensors, SeedOffset, TotalInputs},
+    lengths::{Integers, Lengths},
+    operands::{BackwardInputs, Gradients, Inputs, PackedGradients, Pair, SecondTensors, SeedOffset, TotalInputs},
     plan::{BackwardPlan, Plan, TotalPlan},
     problem::Problem,
     tensor::Tensor,
@@ -67,6 +68,17 @@ pub trait Backend: sealed::Sealed {
     /// Returns a range of a buffer, or an empty slice if the range is not within the buffer.
     fn slice_mut<T: Pod>(buffer: &mut Self::Buffer<T>, range: Range<usize>) -> Self::SliceMut<'_, T>;
 
+    /// Returns memory of i32 as numbers of [`Lengths`](crate::Lengths).
+    fn integers(from: Self::Slice<'_, i32>) -> Integers<Self::Slice<'_, f32>>;
+
+    /// Checks lengths where they are: every entry lies within the problem, and no sequence begins before the end of the
+    /// one before it. A GPU copies them to the host, and waits for that. No pass needs it, because with any lengths
+    /// kernels read and write nothing outside the tensors; results are then unspecified.
+    ///
+    /// # Errors
+    /// [`Error::SequencePlace`](crate::Error::SequencePlace), which names the entry; errors of the machine.
+    fn check_lengths(&self, problem: &Problem, lengths: &Lengths<Self::Slice<'_, f32>>) -> Result<()>;
+
     /// Returns memory of u64 as seed and offset of dropout, for [`Inputs::seed_offset`].
     fn seed_offset(from: Self::Slice<'_, u64>) -> SeedOffset<Self::Slice<'_, f32>>;
 
@@ -80,7 +92,8 @@ pub trait Backend: sealed::Sealed {
         inputs: &Inputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
     ) -> Result<()>;
 
-    /// Runs a forward plan; see [`Attention::forward_into`](crate::Attention::forward_into).
+    /// Runs a forward plan in a workspace, which grows if it is too small; see
+    /// [`Attention::forward_into`](crate::Attention::forward_into).
     ///
     /// # Errors
     /// Errors of [`Attention::forward_into`](crate::Attention::forward_into), except those of planning.
@@ -90,7 +103,10 @@ pub trait Backend: sealed::Sealed {
         inputs: Inputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
         o: Tensor<Self::SliceMut<'_, E>>,
         lse: Option<Self::SliceMut<'_, f32>>,
-    ) -> Result<()>;
+        workspace: &mut Workspace<Self>,
+    ) -> Result<()>
+    where
+        Self: Sized;
 
     /// Checks the inputs of a backward pass alone, before memory for its results is allocated.
     ///
@@ -119,6 +135,21 @@ pub trait Backend: sealed::Sealed {
     where
         Self: Sized;
 
+    /// Runs a backward plan of one pair of Q and K that writes packed gradients; see
+    /// [`Attention::backward_packed_into`](crate::Attention::backward_packed_into).
+    ///
+    /// # Errors
+    /// Errors of [`Attention::backward_packed_into`](crate::Attention::backward_packed_into), except those of planning.
+    fn backward_packed_into<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: BackwardInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
+        outputs: PackedGradients<Tensor<Self::SliceMut<'_, E>>, Self::SliceMut<'_, f32>>,
+        workspace: &mut Workspace<Self>,
+    ) -> Result<()>
+    where
+        Self: Sized;
+
     /// Checks the inputs of total attention alone, before memory for its result is allocated.
     ///
     /// # Errors
@@ -129,7 +160,8 @@ pub trait Backend: sealed::Sealed {
         inputs: &TotalInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
     ) -> Result<()>;
 
-    /// Runs a plan of total attention; see [`Attention::total_attention_into`](crate::Attention::total_attention_into).
+    /// Runs a plan of total attention in a workspace, which grows if it is too small; see
+    /// [`Attention::total_attention_into`](crate::Attention::total_attention_into).
     ///
     /// # Errors
     /// Errors of [`Attention::total_attention_into`](crate::Attention::total_attention_into), except those of planning.
@@ -138,7 +170,10 @@ pub trait Backend: sealed::Sealed {
         plan: &TotalPlan,
         inputs: TotalInputs<Self::Slice<'_, E>, Self::Slice<'_, f32>>,
         total: Self::SliceMut<'_, f32>,
-    ) -> Result<()>;
+        workspace: &mut Workspace<Self>,
+    ) -> Result<()>
+    where
+        Self: Sized;
 
     /// Writes a dropout mask; see [`dropout_mask_into`](crate::dropout_mask_into).
     ///
@@ -147,7 +182,8 @@ pub trait Backend: sealed::Sealed {
     fn dropout_mask_into(&self, problem: &Problem, dropout: &Dropout, kept: Self::SliceMut<'_, u8>) -> Result<()>;
 }
 
-/// Workspace of backward passes. It can be kept and used again, so that a pass allocates nothing.
+/// Workspace of passes. It can be kept and used again, so that a pass allocates nothing. Backward passes need one, and
+/// every pass of sequences of different lengths.
 ///
 /// It is empty at first, and grows if a plan needs more ([`BackwardPlan::workspace_bytes`]). Its content carries
 /// nothing from one pass to the next.

@@ -26,6 +26,10 @@ pub enum Operand {
     Dk,
     /// The gradient of the values.
     Dv,
+    /// The gradients of packed keys and values.
+    Dkv,
+    /// The gradients of packed queries, keys and values.
+    Dqkv,
     /// Queries of the second pair of piecewise attention.
     Q2,
     /// Keys of the second pair.
@@ -42,6 +46,18 @@ pub enum Operand {
     DSinks,
     /// Seed and offset of dropout, in memory.
     SeedOffset,
+    /// Cumulative lengths of sequences' queries.
+    CumulativeQ,
+    /// Cumulative lengths of sequences' keys.
+    CumulativeK,
+    /// First query of each sequence.
+    StartsQ,
+    /// First key of each sequence.
+    StartsK,
+    /// Number of queries of each sequence.
+    LengthsQ,
+    /// Number of keys of each sequence.
+    LengthsK,
     /// Memory that the kernels of a backward pass use to pass results to each other.
     Workspace,
     /// The total attention of each key.
@@ -67,6 +83,8 @@ impl fmt::Display for Operand {
             Operand::Dq => "dq",
             Operand::Dk => "dk",
             Operand::Dv => "dv",
+            Operand::Dkv => "dkv",
+            Operand::Dqkv => "dqkv",
             Operand::Q2 => "q2",
             Operand::K2 => "k2",
             Operand::Dq2 => "dq2",
@@ -75,6 +93,12 @@ impl fmt::Display for Operand {
             Operand::Sinks => "sinks",
             Operand::DSinks => "d_sinks",
             Operand::SeedOffset => "seed_offset",
+            Operand::CumulativeQ => "cu_seqlens_q",
+            Operand::CumulativeK => "cu_seqlens_k",
+            Operand::StartsQ => "starts_q",
+            Operand::StartsK => "starts_k",
+            Operand::LengthsQ => "seqused_q",
+            Operand::LengthsK => "seqused_k",
             Operand::Workspace => "workspace",
             Operand::Total => "total",
             Operand::DropoutMask => "dropout_mask",

@@ -2,22 +2,20 @@
 
 use kernels_gpu::{
     attention::any_features::AnyFeatures,
+    attention::schedule::ScheduleParams,
     params::{BackwardBase, BackwardParams, FinishParams, PrepareParams, SinkGradientParams},
     variants::Dtype,
 };
 
 use super::{
     AddressSpace, BackwardInputs, BackwardPair, Check, Gradients, OptionalInputs, Pair, RawTensor,
-    check::{check_address, check_d_sinks, check_dtype, check_second, check_span},
+    check::{check_d_sinks, check_dtype, check_second},
     lowered,
     pass::{Lines, Pass, Role, Tensors, Visited, VisitedLine, rows},
 };
-use crate::{
-    error::{Error, Operand, Result},
-    overlap::Region,
-    plan::{BackwardPlan, WORKSPACE_ALIGNMENT},
-    tensor::Tensor,
-};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::{error::Result, plan::BackwardPlan, tensor::Tensor};
 
 /// Tensors of a backward pass. Inputs are named by a `T` and f32 inputs by an `L`, gradients by an `O` and that of the
 /// sinks by an `M`.
@@ -157,23 +155,36 @@ impl RawBackward {
     /// [`Error::SpanTooLarge`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::WorkspaceTooSmall`],
     /// [`Error::OutputAliasesItself`], [`Error::Overlap`].
     pub fn validate(&self, plan: &BackwardPlan) -> Result<()> {
-        let mut check = Check::new(plan.problem(), AddressSpace::Device);
+        let mut check = Check::new(plan.problem(), AddressSpace::Device).of_kinds(plan.inputs());
         self.lower(plan, plan.problem().dtype, &mut check)?;
-        self.check_workspace(plan)?;
-        let workspace = Region::of_bytes(self.workspace, plan.workspace_bytes() as u128);
-        check.occupy(Operand::Workspace, Role::Output, workspace);
+        check.workspace(self.workspace, self.workspace_bytes, plan.workspace_bytes())?;
         check.overlaps()
+    }
+
+    /// Returns the parameters of the kernel that writes the schedule, and the number of its lists, if lengths differ.
+    pub(crate) fn schedule(&self, plan: &BackwardPlan) -> Option<(ScheduleParams, u32)> {
+        let (schedule, lengths) = (plan.schedule.as_ref()?, self.optional.lengths.as_ref()?);
+        Some((schedule.params(plan.problem(), lengths, self.workspace), schedule.count))
+    }
+
+    /// Returns the address of a list of the schedule; 0 if there is none.
+    fn list(&self, plan: &BackwardPlan, index: usize) -> u64 {
+        plan.schedule.map_or(0, |schedule| schedule.list(index, self.workspace))
     }
 
     /// Returns the parameters of the preprocess kernel.
     pub(crate) fn prepare(&self, plan: &BackwardPlan) -> PrepareParams {
+        let (problem, schedule) = (plan.problem(), plan.schedule.as_ref());
+        let row_array = |address| lowered::row_array(address, problem.seqlen_q, problem, schedule);
         PrepareParams {
-            o: self.o.strided(),
-            d_o: self.d_o.strided(),
-            lse: self.lse,
-            d_lse: self.d_lse.unwrap_or(0),
+            o: self.o.placed(schedule),
+            d_o: self.d_o.placed(schedule),
+            lse: row_array(Some(self.lse)),
+            d_lse: row_array(self.d_lse),
             workspace: plan.workspace.at(self.workspace),
-            shape: plan.problem().kernel_shape(),
+            shape: problem.kernel_shape(),
+            sequences: lowered::sequences(schedule, self.workspace),
+            list: self.list(plan, 0),
             head_dim: plan.variant().head_dim,
             pairs: plan.variant().op.pairs(),
             first: plan.first,
@@ -188,19 +199,20 @@ impl RawBackward {
         [q, k, v, d_o]: [T; 4],
         far: Option<Pair<T>>,
     ) -> BackwardParams<T, AnyFeatures> {
-        let far = far.unwrap_or(Pair { q, k });
+        let (far, schedule) = (far.unwrap_or(Pair { q, k }), plan.schedule.as_ref());
         let far_dk = self.second.as_ref().map_or(&self.dk, |second| &second.gradients.k);
         let base = BackwardBase {
             q: [q, far.q],
             k: [k, far.k],
             v,
             d_o,
-            dk: [self.dk.strided(), far_dk.strided()],
-            dv: self.dv.strided(),
+            dk: [self.dk.placed(schedule), far_dk.placed(schedule)],
+            dv: self.dv.placed(schedule),
             workspace: plan.workspace.at(self.workspace),
             scale: plan.scale(),
             shape: plan.problem().kernel_shape(),
-            order: plan.order,
+            sequences: lowered::sequences(schedule, self.workspace),
+            order: plan.order.with_list(self.list(plan, 1)),
             sharing: plan.sharing,
             first: plan.first,
             last_pair: plan.features.mask.pairs() - 1,
@@ -211,11 +223,14 @@ impl RawBackward {
     /// Returns the parameters of the postprocess kernel for each pair.
     pub(crate) fn finish(&self, plan: &BackwardPlan) -> impl Iterator<Item = FinishParams> {
         let (_, shared_head) = plan.shared();
+        let schedule = plan.schedule.as_ref();
         let finish = |pair, dq: &RawTensor| FinishParams {
-            dq: dq.strided(),
+            dq: dq.placed(schedule),
             workspace: plan.workspace.at(self.workspace),
             scale: plan.scale(),
             shape: plan.problem().kernel_shape(),
+            sequences: lowered::sequences(schedule, self.workspace),
+            list: self.list(plan, 0),
             pair,
             key_blocks: plan.key_blocks(),
             shared_head,
@@ -236,20 +251,8 @@ impl RawBackward {
             d_sinks: self.d_sinks?,
             workspace: plan.workspace.at(self.workspace),
             shape: plan.problem().kernel_shape(),
+            sequences: lowered::sequences(plan.schedule.as_ref(), self.workspace),
         })
-    }
-
-    /// Checks size and address of the workspace.
-    fn check_workspace(&self, plan: &BackwardPlan) -> Result<()> {
-        let (bytes, required) = (self.workspace_bytes, plan.workspace_bytes());
-        if bytes < required {
-            return Err(Error::WorkspaceTooSmall { bytes, required });
-        }
-        if required == 0 {
-            return Ok(());
-        }
-        check_span(Operand::Workspace, self.workspace, required as u128)?;
-        check_address(Operand::Workspace, self.workspace, WORKSPACE_ALIGNMENT)
     }
 }
 

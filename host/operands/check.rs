@@ -11,8 +11,9 @@ use super::{
 use crate::{
     dropout::PlanDropout,
     error::{Dim, Error, Operand, Result},
+    lengths::Sequences,
     overlap::{Region, self_alias},
-    plan::{InputKinds, Sinks},
+    plan::{InputKinds, Sinks, WORKSPACE_ALIGNMENT},
     problem::{ELEMENT_BYTES, Problem},
     tensor::{Layout, Tensor},
 };
@@ -64,18 +65,38 @@ struct Occupied {
 #[derive(Clone, Debug)]
 pub(crate) struct Check<'a> {
     problem: &'a Problem,
+    /// Items of the batch, which are sequences if lengths differ.
+    items: usize,
     space: AddressSpace,
     occupied: Vec<Occupied>,
 }
 
 impl<'a> Check<'a> {
     pub(crate) fn new(problem: &'a Problem, space: AddressSpace) -> Self {
-        Check { problem, space, occupied: Vec::new() }
+        Check { problem, items: problem.batch, space, occupied: Vec::new() }
+    }
+
+    /// Sets the number of sequences, if lengths differ.
+    pub(crate) fn of_kinds(self, kinds: InputKinds) -> Self {
+        Check { items: kinds.sequences.map_or(self.items, |sequences| sequences.count), ..self }
     }
 
     /// Adds memory of a tensor. `region` is `None` if it has none.
     pub(super) fn occupy(&mut self, operand: Operand, role: Role, region: Option<Region>) {
         self.occupied.extend(region.map(|region| Occupied { operand, role, region }));
+    }
+
+    /// Checks size and address of a workspace of which `required` bytes are needed, and remembers its memory.
+    pub(super) fn workspace(&mut self, address: u64, bytes: usize, required: usize) -> Result<()> {
+        if bytes < required {
+            return Err(Error::WorkspaceTooSmall { bytes, required });
+        }
+        if required > 0 {
+            check_span(Operand::Workspace, address, required as u128)?;
+            check_address(Operand::Workspace, address, WORKSPACE_ALIGNMENT)?;
+            self.occupy(Operand::Workspace, Role::Output, Region::of_bytes(address, required as u128));
+        }
+        Ok(())
     }
 
     /// Checks that each output has memory of its own: it shares none with an input or with an output listed before it.
@@ -119,8 +140,9 @@ impl<L: LinePlace> Lines<L> for Check<'_> {
     fn line(&mut self, row: LineRow, role: Role, from: L) -> Result<L::Raw> {
         let (raw, memory) = from.lower();
         if let Some(memory) = memory {
-            check_line(self.problem, row, memory, self.space)?;
-            self.occupy(row.operand, role, Region::of_bytes(memory.address, line_bytes(self.problem, row)));
+            let len = (row.len)(self.problem, self.items);
+            check_line(len, row, memory, self.space)?;
+            self.occupy(row.operand, role, Region::of_bytes(memory.address, line_bytes(len)));
         }
         Ok(raw)
     }
@@ -147,12 +169,26 @@ pub(super) fn check_kinds(found: InputKinds, planned: InputKinds) -> Result<()> 
     for (operand, same, found, planned) in [
         (Operand::Slopes, found.alibi == planned.alibi, found.alibi.words(), planned.alibi.words()),
         (Operand::Sinks, found.sinks == planned.sinks, found.sinks.words(), planned.sinks.words()),
+        (
+            Operand::CumulativeQ,
+            found.sequences == planned.sequences,
+            sequences_words(found.sequences),
+            sequences_words(planned.sequences),
+        ),
     ] {
         if !same {
             return Err(Error::OptionalInput { operand, found, planned });
         }
     }
     Ok(())
+}
+
+/// Returns what errors call lengths of sequences.
+fn sequences_words(sequences: Option<Sequences>) -> &'static str {
+    match sequences {
+        None => "none",
+        Some(_) => "lengths of a number of sequences, in one form",
+    }
 }
 
 /// Checks that there are seed and offset of dropout if, and only if, the plan's dropout reads them from memory.
@@ -202,14 +238,18 @@ pub(super) fn check_memory(operand: Operand, tensor: &Tensor<Memory>, space: Add
 }
 
 /// Checks one line alone.
-fn check_line(problem: &Problem, row: LineRow, memory: Memory, space: AddressSpace) -> Result<()> {
-    let (operand, expected) = (row.operand, (row.len)(problem));
+fn check_line(expected: usize, row: LineRow, memory: Memory, space: AddressSpace) -> Result<()> {
+    let operand = row.operand;
     if let Some(len) = memory.len
         && len != expected
     {
         return Err(match operand {
             Operand::Total => Error::TotalLength { len, expected },
             Operand::SeedOffset => Error::SeedOffsetLength { len: len / WORDS_EACH },
+            Operand::CumulativeQ | Operand::CumulativeK | Operand::StartsQ | Operand::StartsK => {
+                Error::LengthsLength { operand, len, expected }
+            }
+            Operand::LengthsQ | Operand::LengthsK => Error::LengthsLength { operand, len, expected },
             Operand::Lse | Operand::DLse => Error::LseLength { operand, len, expected },
             _ => Error::HeadsLength { operand, len, expected, shape: row.shape },
         });
@@ -217,13 +257,13 @@ fn check_line(problem: &Problem, row: LineRow, memory: Memory, space: AddressSpa
     if expected == 0 {
         return Ok(());
     }
-    check_span(operand, memory.address, line_bytes(problem, row))?;
+    check_span(operand, memory.address, line_bytes(expected))?;
     check_address(operand, memory.address, space.line_alignment(operand))
 }
 
 /// Returns the size of a line.
-fn line_bytes(problem: &Problem, row: LineRow) -> u128 {
-    (row.len)(problem) as u128 * size_of::<f32>() as u128
+fn line_bytes(len: usize) -> u128 {
+    len as u128 * size_of::<f32>() as u128
 }
 
 /// Checks that an output's rows share no memory.

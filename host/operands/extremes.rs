@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     dropout::Dropout,
+    lengths::Lengths,
     plan::{Alibi, BackwardPlan, Determinism, Options, Plan, Sinks, TotalPlan},
     problem::{Mask, Problem},
     tensor::Layout,
@@ -63,7 +64,10 @@ proptest! {
         let [[q, k], [o, v], [d_o, dk], [dq, dv], [q2, k2]] = pairs;
         let [lse, other, workspace] = lines;
         let second = Pair { q: q2, k: k2 };
-        let forward = RawForward { q, k, second: None, v, optional: OptionalInputs::NONE, o, lse: Some(lse) };
+        let bytes = usize::MAX;
+        let forward = RawForward {
+            q, k, second: None, v, optional: OptionalInputs::NONE, o, lse: Some(lse), workspace, workspace_bytes: bytes,
+        };
         if let Ok(plan) = Plan::forward(&problem, &Options::default(), 132) {
             let _ = forward.validate(&plan);
         }
@@ -87,7 +91,7 @@ proptest! {
         }
         let dropout = Dropout::from_memory(0.1);
         let options = Options { alibi: Alibi::PerItem, sinks: Sinks::PerHead, dropout, ..Options::default() };
-        let optional = OptionalInputs { slopes: Some(Slopes::PerItem(other)), sinks: Some(lse), seed_offset: Some(SeedOffset::at(lse)) };
+        let optional = OptionalInputs { slopes: Some(Slopes::PerItem(other)), sinks: Some(lse), seed_offset: Some(SeedOffset::at(lse)), lengths: None };
         if let Ok(plan) = Plan::forward(&problem, &options, 132) {
             let _ = RawForward { optional, ..forward }.validate(&plan);
         }
@@ -95,7 +99,29 @@ proptest! {
             let _ = RawBackward { optional, d_sinks: Some(workspace), ..backward }.validate(&plan);
         }
         if let Ok(plan) = TotalPlan::new(&problem, &Options::default(), 132) {
-            let _ = RawTotalAttention { q, k, lse, slopes: None, total: other }.validate(&plan);
+            let (slopes, lengths) = (None, None);
+            let total = RawTotalAttention { q, k, lse, slopes, lengths, total: other, workspace, workspace_bytes };
+            let _ = total.validate(&plan);
+        }
+        // Sequences of different lengths, which have a batch of 1.
+        let lengths = Lengths::cumulative(1 << 20, lse, other);
+        let problem = Problem { batch: 1, ..problem };
+        let options = Options { sequences: Some(lengths.kind()), ..Options::default() };
+        let optional = OptionalInputs { lengths: Some(lengths), ..OptionalInputs::NONE };
+        if let Ok(plan) = Plan::forward(&problem, &options, 132) {
+            let forward = RawForward { optional, ..forward };
+            if forward.validate(&plan).is_ok() {
+                forward.params(&plan, [(); 4], None);
+                forward.schedule(&plan);
+            }
+        }
+        if let Ok(plan) = BackwardPlan::new(&problem, &options, determinism, 132) {
+            let backward = RawBackward { optional, ..backward };
+            if backward.validate(&plan).is_ok() {
+                backward.prepare(&plan);
+                backward.finish(&plan).count();
+                backward.schedule(&plan);
+            }
         }
     }
 }

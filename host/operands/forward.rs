@@ -2,6 +2,7 @@
 
 use kernels_gpu::{
     attention::any_features::AnyFeatures,
+    attention::schedule::ScheduleParams,
     ground::tensor::Output,
     params::{ForwardBase, ForwardParams},
     variants::Dtype,
@@ -35,6 +36,11 @@ pub struct ForwardTensors<T, L, O, M> {
     pub o: O,
     /// The LSE, f32 (batch, heads_q, seqlen_q), contiguous; `None` to omit it.
     pub lse: Option<M>,
+    /// Address of memory for the kernels' own use, a multiple of 256; its content does not matter. It may be 0 if the
+    /// plan needs none.
+    pub workspace: u64,
+    /// Size of the workspace in bytes: at least [`Plan::workspace_bytes`].
+    pub workspace_bytes: usize,
 }
 
 /// Tensors of a forward pass, named by their addresses, as frameworks hold them. The LSE and optional inputs are the
@@ -53,15 +59,17 @@ impl<T, L, O, M, X: Tensors<T> + Lines<L> + Tensors<O> + Lines<M>> Pass<X> for F
             optional: self.optional.visit(visitor)?,
             o: visitor.tensor(rows::O, Role::Output, self.o)?,
             lse: visitor.optional_line(rows::LSE, Role::Output, self.lse)?,
+            workspace: self.workspace,
+            workspace_bytes: self.workspace_bytes,
         })
     }
 }
 
 impl<S, L, O, M> ForwardTensors<Tensor<S>, L, O, M> {
-    /// Adds outputs to inputs.
+    /// Adds outputs to inputs. There is no workspace yet.
     pub(crate) fn new(inputs: Inputs<S, L>, o: O, lse: Option<M>) -> Self {
         let Inputs { q, k, second, v, optional } = inputs;
-        ForwardTensors { q, k, second, v, optional, o, lse }
+        ForwardTensors { q, k, second, v, optional, o, lse, workspace: 0, workspace_bytes: 0 }
     }
 }
 
@@ -87,9 +95,16 @@ impl RawForward {
     /// [`Error::SpanTooLarge`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::OutputAliasesItself`],
     /// [`Error::Overlap`].
     pub fn validate(&self, plan: &Plan) -> Result<()> {
-        let mut check = Check::new(plan.problem(), AddressSpace::Device);
+        let mut check = Check::new(plan.problem(), AddressSpace::Device).of_kinds(plan.inputs());
         self.lower(plan, plan.problem().dtype, &mut check)?;
+        check.workspace(self.workspace, self.workspace_bytes, plan.workspace_bytes())?;
         check.overlaps()
+    }
+
+    /// Returns the parameters of the kernel that writes the schedule, and the number of its lists, if lengths differ.
+    pub(crate) fn schedule(&self, plan: &Plan) -> Option<(ScheduleParams, u32)> {
+        let (schedule, lengths) = (plan.schedule.as_ref()?, self.optional.lengths.as_ref()?);
+        Some((schedule.params(plan.problem(), lengths, self.workspace), schedule.count))
     }
 
     /// Returns the launch parameters of a plan that has work tiles. `q`, `k`, `v` and `o`, and the far pair if there is
@@ -100,16 +115,17 @@ impl RawForward {
         [q, k, v, o]: [T; 4],
         far: Option<Pair<T>>,
     ) -> ForwardParams<T, AnyFeatures> {
-        let far = far.unwrap_or(Pair { q, k });
+        let (far, schedule) = (far.unwrap_or(Pair { q, k }), plan.schedule.as_ref());
         let base = ForwardBase {
             q: [q, far.q],
             k: [k, far.k],
             v,
-            o: Output { tiles: o, rows: self.o.strided() },
-            lse: self.lse.unwrap_or(0),
+            o: Output { tiles: o, rows: self.o.placed(schedule) },
+            lse: lowered::row_array(self.lse, plan.problem().seqlen_q, plan.problem(), schedule),
             sinks: lowered::sinks_at(self.optional.sinks),
             shape: plan.problem().kernel_shape(),
-            order: plan.order,
+            sequences: lowered::sequences(schedule, self.workspace),
+            order: schedule.map_or(plan.order, |schedule| plan.order.with_list(schedule.list(0, self.workspace))),
             last_pair: plan.features.mask.pairs() - 1,
         };
         ForwardParams { base, features: lowered::features(&plan.features, &self.optional, plan.problem()) }
@@ -144,6 +160,8 @@ mod tests {
             v: tensor(0x30000, PROBLEM.kv_shape()),
             o: tensor(0x40000, PROBLEM.q_shape()),
             lse: Some(0x50000),
+            workspace: 0,
+            workspace_bytes: 0,
         }
     }
 
@@ -247,7 +265,8 @@ mod tests {
             let plan = Plan::forward(&problem, &Options::default(), 1).unwrap();
             let tensor = |shape| RawTensor { address: 1, layout: Layout::strided(shape, [usize::MAX; 3]) };
             let (q, k) = (tensor(problem.q_shape()), tensor(problem.kv_shape()));
-            let args = RawForward { q, k, second: None, v: k, optional: OptionalInputs::NONE, o: q, lse: Some(0) };
+            let lse = Some(0);
+            let args = RawForward { q, k, second: None, v: k, o: q, lse, ..args() };
             assert_eq!(args.validate(&plan), Ok(()));
         }
     }

@@ -8,6 +8,7 @@ use super::{
 use crate::{
     dropout::PlanDropout,
     error::Result,
+    lengths::Lengths,
     plan::{Alibi, InputKinds, Sinks},
     tensor::Tensor,
 };
@@ -60,15 +61,21 @@ pub struct OptionalInputs<L> {
     pub sinks: Option<L>,
     /// Seed and offset of dropout, for a plan that reads them from memory; `None` for others.
     pub seed_offset: Option<SeedOffset<L>>,
+    /// Lengths of sequences that share one tensor; `None` for a dense batch.
+    pub lengths: Option<Lengths<L>>,
 }
 
 impl<L> OptionalInputs<L> {
     /// No optional input.
-    pub const NONE: Self = OptionalInputs { slopes: None, sinks: None, seed_offset: None };
+    pub const NONE: Self = OptionalInputs { slopes: None, sinks: None, seed_offset: None, lengths: None };
 
-    /// Returns the kinds of slopes and sinks.
+    /// Returns the kinds of slopes, sinks and lengths.
     pub fn kinds(&self) -> InputKinds {
-        InputKinds { alibi: self.slopes.as_ref().map_or(Alibi::None, Slopes::kind), sinks: Sinks::of(&self.sinks) }
+        InputKinds {
+            alibi: self.slopes.as_ref().map_or(Alibi::None, Slopes::kind),
+            sinks: Sinks::of(&self.sinks),
+            sequences: self.lengths.as_ref().map(Lengths::kind),
+        }
     }
 
     /// Checks that the inputs are of the kinds that a plan is for, and that there are seed and offset if its dropout
@@ -93,6 +100,7 @@ impl<L, X: Lines<L>> Pass<X> for OptionalInputs<L> {
             slopes: self.slopes.map(|slopes| slopes.visit(visitor)).transpose()?,
             sinks: visitor.optional_line(rows::SINKS, Role::Input, self.sinks)?,
             seed_offset: self.seed_offset.map(|numbers| numbers.visit(visitor)).transpose()?,
+            lengths: self.lengths.map(|lengths| lengths.visit(visitor)).transpose()?,
         })
     }
 }
@@ -129,7 +137,15 @@ macro_rules! optional_inputs {
                 self
             }
 
-            /// Returns the kinds of slopes and sinks, for which a plan can be made in advance
+            /// Adds lengths of sequences that share one tensor: the problem then has a batch of 1, and as many queries
+            /// and keys as all sequences together. A mask aligns to each sequence's own lengths. Rows that belong to no
+            /// sequence get zeros, and an LSE of −∞ or the sink.
+            pub fn lengths(mut self, lengths: Lengths<L>) -> Self {
+                self.optional.lengths = Some(lengths);
+                self
+            }
+
+            /// Returns the kinds of slopes, sinks and lengths, for which a plan can be made in advance
             /// ([`Attention::for_inputs`](crate::Attention::for_inputs)).
             pub fn kinds(&self) -> InputKinds {
                 self.optional.kinds()
@@ -197,12 +213,13 @@ pub struct TotalInputs<S, L> {
     pub(crate) k: Tensor<S>,
     pub(crate) lse: L,
     pub(crate) slopes: Option<Slopes<L>>,
+    pub(crate) lengths: Option<Lengths<L>>,
 }
 
 impl<S, L> TotalInputs<S, L> {
     /// Returns the inputs without slopes. `lse` is f32 (batch, heads_q, seqlen_q), contiguous.
     pub fn new(q: Tensor<S>, k: Tensor<S>, lse: L) -> Self {
-        TotalInputs { q, k, lse, slopes: None }
+        TotalInputs { q, k, lse, slopes: None, lengths: None }
     }
 
     /// Adds the slopes of ALiBi, f32 (heads_q); see [`Inputs::slopes`].
@@ -215,14 +232,20 @@ impl<S, L> TotalInputs<S, L> {
         TotalInputs { slopes: Some(Slopes::PerItem(slopes)), ..self }
     }
 
-    /// Takes the slopes of optional inputs.
+    /// Adds lengths of sequences that share one tensor; see [`Inputs::lengths`].
+    pub fn lengths(self, lengths: Lengths<L>) -> Self {
+        TotalInputs { lengths: Some(lengths), ..self }
+    }
+
+    /// Takes slopes and lengths of optional inputs.
     pub fn optional(self, optional: OptionalInputs<L>) -> Self {
-        TotalInputs { slopes: optional.slopes, ..self }
+        TotalInputs { slopes: optional.slopes, lengths: optional.lengths, ..self }
     }
 
     /// Returns the kinds of the optional inputs. There are no sinks, because they enter through the LSE alone.
     pub fn kinds(&self) -> InputKinds {
-        InputKinds { alibi: self.slopes.as_ref().map_or(Alibi::None, Slopes::kind), sinks: Sinks::None }
+        let alibi = self.slopes.as_ref().map_or(Alibi::None, Slopes::kind);
+        InputKinds { alibi, sinks: Sinks::None, sequences: self.lengths.as_ref().map(Lengths::kind) }
     }
 }
 

@@ -1,8 +1,14 @@
 //! Optional inputs as kernels read them.
 
-use kernels_gpu::{attention::any_features::AnyFeatures, attention::score::Shaped, ground::tensor::PerHead};
+use kernels_gpu::{
+    attention::any_features::AnyFeatures,
+    attention::score::Shaped,
+    attention::sequences::Sequences,
+    ground::tensor::{PerHead, RowArray},
+};
 
 use super::{OptionalInputs, SeedOffset, Slopes};
+use crate::plan::Schedule;
 use crate::problem::Problem;
 
 /// Returns an array of one value for each query head.
@@ -28,6 +34,22 @@ pub(super) fn with_slopes(score: Shaped, slopes: Option<Slopes<u64>>, problem: &
 pub(super) fn features(plan: &AnyFeatures, optional: &OptionalInputs<u64>, problem: &Problem) -> AnyFeatures {
     let features = AnyFeatures { score: with_slopes(plan.score, optional.slopes, problem), ..*plan };
     features.with_seed_offset(optional.seed_offset.map(SeedOffset::raw))
+}
+
+/// Returns the array of one f32 for each of `rows` rows of each head, or none if there is no address.
+pub(super) fn row_array(address: Option<u64>, rows: usize, problem: &Problem, schedule: Option<&Schedule>) -> RowArray {
+    let Some(address) = address else { return RowArray::NONE };
+    let rows = rows as u64;
+    match schedule {
+        None => RowArray { address, stride_batch: rows * problem.heads_q as u64, stride_head: rows },
+        // As for tensors whose rows sequences share.
+        Some(_) => RowArray { address: address.wrapping_sub(4 * rows), stride_batch: 1, stride_head: rows },
+    }
+}
+
+/// Returns the sequences of a schedule in the workspace at this address.
+pub(super) fn sequences(schedule: Option<&Schedule>, workspace: u64) -> Sequences {
+    schedule.map_or(Sequences::DENSE, |schedule| schedule.sequences(workspace))
 }
 
 /// Returns the sinks at this address.

@@ -7,6 +7,8 @@
 use kernels_gpu::ground::tensor::Strided;
 
 use crate::error::{Operand, Result};
+use crate::plan::Schedule;
+use crate::problem::ELEMENT_BYTES;
 use crate::tensor::{Layout, Tensor};
 
 mod backward;
@@ -15,6 +17,7 @@ mod forward;
 mod gradients;
 mod inputs;
 mod lowered;
+mod packed;
 mod pair;
 mod pass;
 mod place;
@@ -35,6 +38,7 @@ pub(crate) use check::check_memory_of_mask;
 pub use forward::{ForwardTensors, RawForward};
 pub use gradients::{BackwardInputs, Gradients};
 pub use inputs::{Inputs, OptionalInputs, Slopes, TotalInputs};
+pub use packed::{PackedGradients, Skip};
 pub(crate) use pair::SecondGradients;
 pub use pair::{BackwardPair, Pair, RawSecond, SecondTensors};
 pub(crate) use pass::{LineRow, Lines, Pass, Role, TensorRow, Tensors, Visited, VisitedLine, rows};
@@ -80,6 +84,23 @@ impl RawTensor {
     pub(crate) fn strided(&self) -> Strided {
         let [stride_batch, stride_head, stride_row] = self.layout.lowered_strides().map(|stride| stride as i64);
         Strided { address: self.address, stride_batch, stride_head, stride_row }
+    }
+
+    /// Returns the tensor as kernels take it if sequences of different lengths share its rows
+    /// ([`Span`](kernels_gpu::ground::sequence::Span)): it begins as many rows before the first element as it has, and
+    /// each batch item is a row.
+    pub(crate) fn shared(&self) -> Strided {
+        let strided = self.strided();
+        let [_, _, rows, _] = self.layout.shape;
+        let before = (rows as i64).wrapping_mul(strided.stride_row).wrapping_mul(ELEMENT_BYTES as i64);
+        let address = strided.address.wrapping_sub(before as u64);
+        Strided { address, stride_batch: strided.stride_row, ..strided }
+    }
+
+    /// Returns the tensor as kernels that compute addresses take it, in a dense batch or with rows that sequences
+    /// share.
+    pub(crate) fn placed(&self, schedule: Option<&Schedule>) -> Strided {
+        if schedule.is_some() { self.shared() } else { self.strided() }
     }
 
     /// Returns the first row of a tensor that has one.

@@ -42,7 +42,8 @@ impl TensorRow {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LineRow {
     pub(crate) operand: Operand,
-    pub(crate) len: fn(&Problem) -> usize,
+    /// Number of elements for so many items of the batch, which are sequences if lengths differ.
+    pub(crate) len: fn(&Problem, usize) -> usize,
     /// The shape, as errors name it.
     pub(crate) shape: &'static str,
 }
@@ -50,6 +51,7 @@ pub(crate) struct LineRow {
 /// The rows of all tables. A new operand has one here, and one line in the table of each pass that takes it.
 pub(crate) mod rows {
     use super::{LineRow, Operand, Problem, TensorRow};
+    use crate::operands::packed::{kv_shape, qkv_shape};
     use crate::operands::seed_offset::WORDS;
 
     pub(crate) const Q: TensorRow = of_queries(Operand::Q);
@@ -62,28 +64,51 @@ pub(crate) mod rows {
     pub(crate) const DQ: TensorRow = of_queries(Operand::Dq);
     pub(crate) const DK: TensorRow = of_keys(Operand::Dk);
     pub(crate) const DV: TensorRow = of_keys(Operand::Dv);
+    pub(crate) const DKV: TensorRow = TensorRow { operand: Operand::Dkv, shape: kv_shape };
+    pub(crate) const DQKV: TensorRow = TensorRow { operand: Operand::Dqkv, shape: qkv_shape };
     pub(crate) const DQ2: TensorRow = of_queries(Operand::Dq2);
     pub(crate) const DK2: TensorRow = of_keys(Operand::Dk2);
     pub(crate) const LSE: LineRow = of_rows(Operand::Lse);
     pub(crate) const D_LSE: LineRow = of_rows(Operand::DLse);
     pub(crate) const TOTAL: LineRow =
-        LineRow { operand: Operand::Total, len: Problem::total_len, shape: "batch × heads_q × seqlen_k" };
+        LineRow {
+            operand: Operand::Total, len: |problem, _| problem.total_len(), shape: "batch × heads_q × seqlen_k"
+        };
     pub(crate) const SLOPES: LineRow = of_heads(Operand::Slopes);
-    pub(crate) const SLOPES_PER_ITEM: LineRow =
-        LineRow { operand: Operand::Slopes, len: Problem::item_heads, shape: "batch × heads_q" };
+    pub(crate) const SLOPES_PER_ITEM: LineRow = LineRow {
+        operand: Operand::Slopes,
+        len: |problem, items| items.saturating_mul(problem.heads_q),
+        shape: "batch × heads_q",
+    };
     pub(crate) const SINKS: LineRow = of_heads(Operand::Sinks);
     pub(crate) const D_SINKS: LineRow = of_heads(Operand::DSinks);
 
     /// Seed and offset of dropout, as f32 of the same memory.
     pub(crate) const SEED_OFFSET: LineRow =
-        LineRow { operand: Operand::SeedOffset, len: |_| WORDS, shape: "seed, offset" };
+        LineRow { operand: Operand::SeedOffset, len: |_, _| WORDS, shape: "seed, offset" };
+
+    /// Lengths of sequences, as f32 of the same memory.
+    pub(crate) const CUMULATIVE_Q: LineRow = of_sequences_and_end(Operand::CumulativeQ);
+    pub(crate) const CUMULATIVE_K: LineRow = of_sequences_and_end(Operand::CumulativeK);
+    pub(crate) const STARTS_Q: LineRow = of_sequences(Operand::StartsQ);
+    pub(crate) const STARTS_K: LineRow = of_sequences(Operand::StartsK);
+    pub(crate) const LENGTHS_Q: LineRow = of_sequences(Operand::LengthsQ);
+    pub(crate) const LENGTHS_K: LineRow = of_sequences(Operand::LengthsK);
+
+    const fn of_sequences(operand: Operand) -> LineRow {
+        LineRow { operand, len: |_, items| items, shape: "sequences" }
+    }
+
+    const fn of_sequences_and_end(operand: Operand) -> LineRow {
+        LineRow { operand, len: |_, items| items.saturating_add(1), shape: "sequences + 1" }
+    }
 
     const fn of_heads(operand: Operand) -> LineRow {
-        LineRow { operand, len: |problem| problem.heads_q, shape: "heads_q" }
+        LineRow { operand, len: |problem, _| problem.heads_q, shape: "heads_q" }
     }
 
     const fn of_rows(operand: Operand) -> LineRow {
-        LineRow { operand, len: Problem::lse_len, shape: "batch × heads_q × seqlen_q" }
+        LineRow { operand, len: |problem, _| problem.lse_len(), shape: "batch × heads_q × seqlen_q" }
     }
 
     const fn of_queries(operand: Operand) -> TensorRow {
@@ -140,6 +165,7 @@ mod tests {
     use kernels_gpu::variants::Dtype;
 
     use super::*;
+    use crate::lengths::{Integers, Lengths, Places};
     use crate::operands::{
         BackwardPair, BackwardTensors, ForwardTensors, OptionalInputs, SeedOffset, Slopes, TotalTensors,
     };
@@ -170,7 +196,7 @@ mod tests {
         type To = usize;
 
         fn line(&mut self, row: LineRow, role: Role, (): ()) -> Result<usize> {
-            self.note(row.operand, role, (row.len)(&PROBLEM))
+            self.note(row.operand, role, (row.len)(&PROBLEM, PROBLEM.batch))
         }
     }
 
@@ -188,21 +214,47 @@ mod tests {
     #[test]
     fn forward_lists_each_tensor_once() {
         let mut notes = Notes::default();
+        let cumulative = || Places::Cumulative(Integers::of_words(()));
+        let lengths = Lengths { sequences: 2, q: cumulative(), k: cumulative(), longest: None };
         let optional = OptionalInputs {
             slopes: Some(Slopes::PerItem(())),
             sinks: Some(()),
             seed_offset: Some(SeedOffset::of_words(())),
+            lengths: Some(lengths),
         };
-        let tensors = ForwardTensors { q: (), k: (), second: Some(PAIR), v: (), optional, o: (), lse: Some(()) };
+        let (workspace, workspace_bytes) = (256, 512);
+        let tensors = ForwardTensors {
+            q: (),
+            k: (),
+            second: Some(PAIR),
+            v: (),
+            optional,
+            o: (),
+            lse: Some(()),
+            workspace,
+            workspace_bytes,
+        };
         let visited = tensors.visit(&mut notes).unwrap();
-        check(&notes, "q 640, k 960, v 960, q2 640, k2 960, slopes 8, sinks 4, seed_offset 4", "o 640, lse 80");
+        check(
+            &notes,
+            "q 640, k 960, v 960, q2 640, k2 960, slopes 8, sinks 4, seed_offset 4, cu_seqlens_q 3, cu_seqlens_k 3",
+            "o 640, lse 80",
+        );
         let second = Some(Pair { q: 4, k: 5 });
         let optional = OptionalInputs {
             slopes: Some(Slopes::PerItem(6)),
             sinks: Some(7),
             seed_offset: Some(SeedOffset::of_words(8)),
+            lengths: Some(Lengths {
+                sequences: 2,
+                q: Places::Cumulative(Integers::of_words(9)),
+                k: Places::Cumulative(Integers::of_words(10)),
+                longest: None,
+            }),
         };
-        assert_eq!(visited, ForwardTensors { q: 1, k: 2, v: 3, second, optional, o: 9, lse: Some(10) });
+        let (o, lse) = (11, Some(12));
+        let expected = ForwardTensors { q: 1, k: 2, v: 3, second, optional, o, lse, workspace, workspace_bytes };
+        assert_eq!(visited, expected);
     }
 
     #[test]
@@ -217,7 +269,7 @@ mod tests {
             d_o: (),
             lse: (),
             d_lse: Some(()),
-            optional: OptionalInputs { slopes: Some(Slopes::PerHead(())), sinks: Some(()), seed_offset: None },
+            optional: OptionalInputs { slopes: Some(Slopes::PerHead(())), sinks: Some(()), ..OptionalInputs::NONE },
             dq: (),
             dk: (),
             dv: (),
@@ -235,7 +287,7 @@ mod tests {
         assert_eq!((numbers, visited.d_lse), ([1, 2, 3, 4, 5, 6], Some(7)));
         assert_eq!(
             visited.optional,
-            OptionalInputs { slopes: Some(Slopes::PerHead(8)), sinks: Some(9), seed_offset: None }
+            OptionalInputs { slopes: Some(Slopes::PerHead(8)), sinks: Some(9), ..OptionalInputs::NONE }
         );
         assert_eq!(([visited.dq, visited.dk, visited.dv], visited.d_sinks), ([10, 11, 12], Some(13)));
         let second = BackwardPair { inputs: Pair { q: 14, k: 15 }, gradients: Pair { q: 16, k: 17 } };
@@ -245,10 +297,13 @@ mod tests {
     #[test]
     fn total_attention_lists_each_tensor_once() {
         let mut notes = Notes::default();
-        let visited = TotalTensors { q: (), k: (), lse: (), slopes: Some(Slopes::PerHead(())), total: () }
-            .visit(&mut notes)
-            .unwrap();
+        let slopes = Some(Slopes::PerHead(()));
+        let (lengths, workspace, workspace_bytes) = (None, 256, 512);
+        let tensors = TotalTensors { q: (), k: (), lse: (), slopes, lengths, total: (), workspace, workspace_bytes };
+        let visited = tensors.visit(&mut notes).unwrap();
         check(&notes, "q 640, k 960, lse 80, slopes 4", "total 240");
-        assert_eq!(visited, TotalTensors { q: 1, k: 2, lse: 3, slopes: Some(Slopes::PerHead(4)), total: 5 });
+        let (slopes, lengths) = (Some(Slopes::PerHead(4)), None);
+        let expected = TotalTensors { q: 1, k: 2, lse: 3, slopes, lengths, total: 5, workspace, workspace_bytes };
+        assert_eq!(visited, expected);
     }
 }

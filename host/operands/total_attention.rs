@@ -1,7 +1,7 @@
 //! The tensors of total attention.
 
 use kernels_gpu::{
-    attention::{dropout::NoDropout, features::Chosen},
+    attention::{dropout::NoDropout, features::Chosen, schedule::ScheduleParams},
     params::TotalParams,
     variants::Dtype,
 };
@@ -16,6 +16,7 @@ use super::{
 use crate::error::Error;
 use crate::{
     error::Result,
+    lengths::Lengths,
     plan::{Alibi, InputKinds, Sinks, TotalPlan},
     tensor::Tensor,
 };
@@ -31,8 +32,15 @@ pub struct TotalTensors<T, L, R> {
     pub lse: L,
     /// Slopes of ALiBi, of the kind that the plan is for; `None` for no ALiBi.
     pub slopes: Option<Slopes<L>>,
+    /// Lengths of sequences, of the kind that the plan is for; `None` for a dense batch.
+    pub lengths: Option<Lengths<L>>,
     /// The result, f32 (batch, heads_q, seqlen_k), contiguous.
     pub total: R,
+    /// Address of memory for the kernels' own use, a multiple of 256; its content does not matter. It may be 0 if the
+    /// plan needs none.
+    pub workspace: u64,
+    /// Size of the workspace in bytes: at least [`TotalPlan::workspace_bytes`].
+    pub workspace_bytes: usize,
 }
 
 /// Tensors of total attention, named by their addresses, as frameworks hold them. Arrays of f32 are
@@ -48,7 +56,10 @@ impl<T, L, R, X: Tensors<T> + Lines<L> + Lines<R>> Pass<X> for TotalTensors<T, L
             k: visitor.tensor(rows::K, Role::Input, self.k)?,
             lse: visitor.line(rows::LSE, Role::Input, self.lse)?,
             slopes: self.slopes.map(|slopes| slopes.visit(visitor)).transpose()?,
+            lengths: self.lengths.map(|lengths| lengths.visit(visitor)).transpose()?,
             total: visitor.line(rows::TOTAL, Role::Output, self.total)?,
+            workspace: self.workspace,
+            workspace_bytes: self.workspace_bytes,
         })
     }
 }
@@ -56,8 +67,8 @@ impl<T, L, R, X: Tensors<T> + Lines<L> + Lines<R>> Pass<X> for TotalTensors<T, L
 impl<S, L, R> TotalTensors<Tensor<S>, L, R> {
     /// Adds the result to inputs.
     pub(crate) fn new(inputs: TotalInputs<S, L>, total: R) -> Self {
-        let TotalInputs { q, k, lse, slopes } = inputs;
-        TotalTensors { q, k, lse, slopes, total }
+        let TotalInputs { q, k, lse, slopes, lengths } = inputs;
+        TotalTensors { q, k, lse, slopes, lengths, total, workspace: 0, workspace_bytes: 0 }
     }
 }
 
@@ -68,7 +79,8 @@ impl<T, L, R> TotalTensors<T, L, R> {
         Self: Pass<X>,
     {
         let alibi = self.slopes.as_ref().map_or(Alibi::None, Slopes::kind);
-        check_kinds(InputKinds { alibi, sinks: Sinks::None }, plan.inputs())?;
+        let sequences = self.lengths.as_ref().map(Lengths::kind);
+        check_kinds(InputKinds { alibi, sinks: Sinks::None, sequences }, plan.inputs())?;
         check_dtype(plan.problem(), dtype)?;
         self.visit(visitor)
     }
@@ -82,20 +94,29 @@ impl RawTotalAttention {
     /// [`Error::OptionalInput`], [`Error::ShapeMismatch`], [`Error::StrideNotMultiple`], [`Error::StrideTooLarge`],
     /// [`Error::SpanTooLarge`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn validate(&self, plan: &TotalPlan) -> Result<()> {
-        let mut check = Check::new(plan.problem(), AddressSpace::Device);
+        let mut check = Check::new(plan.problem(), AddressSpace::Device).of_kinds(plan.inputs());
         self.lower(plan, plan.problem().dtype, &mut check)?;
+        check.workspace(self.workspace, self.workspace_bytes, plan.workspace_bytes())?;
         check.overlaps()
+    }
+
+    /// Returns the parameters of the kernel that writes the schedule, and the number of its lists, if lengths differ.
+    pub(crate) fn schedule(&self, plan: &TotalPlan) -> Option<(ScheduleParams, u32)> {
+        let (schedule, lengths) = (plan.schedule.as_ref()?, self.lengths.as_ref()?);
+        Some((schedule.params(plan.problem(), lengths, self.workspace), schedule.count))
     }
 
     /// Returns the launch parameters of a plan that has work tiles. `q` and `k` are as the machine names them.
     pub(crate) fn params<T>(&self, plan: &TotalPlan, [q, k]: [T; 2]) -> TotalParams<T> {
+        let (problem, schedule) = (plan.problem(), plan.schedule.as_ref());
         TotalParams {
             q,
             k,
-            lse: self.lse,
-            total: self.total,
-            shape: plan.problem().kernel_shape(),
-            order: plan.order,
+            lse: lowered::row_array(Some(self.lse), problem.seqlen_q, problem, schedule),
+            total: lowered::row_array(Some(self.total), problem.seqlen_k, problem, schedule),
+            shape: problem.kernel_shape(),
+            sequences: lowered::sequences(schedule, self.workspace),
+            order: schedule.map_or(plan.order, |schedule| plan.order.with_list(schedule.list(0, self.workspace))),
             shared_from: plan.shared_from,
             features: Chosen {
                 mask: plan.mask().window(plan.problem()),
@@ -132,7 +153,10 @@ mod tests {
             k: tensor(0x20000, PROBLEM.kv_shape()),
             lse: 0x30000,
             slopes: None,
+            lengths: None,
             total: 0x40000,
+            workspace: 0,
+            workspace_bytes: 0,
         }
     }
 
@@ -188,7 +212,10 @@ mod tests {
                 k: tensor(0x20000, PROBLEM.kv_shape()),
                 lse: memory(0x30000, lse),
                 slopes: None,
+                lengths: None,
                 total: memory(0x40000, total),
+                workspace: 0,
+                workspace_bytes: 0,
             };
             tensors.lower(&plan(&PROBLEM), dtype, &mut Check::new(&PROBLEM, AddressSpace::Host))
         };
@@ -205,8 +232,8 @@ mod tests {
             q: RawTensor { address: 1, layout: Layout::strided(problem.q_shape(), [usize::MAX; 3]) },
             k: RawTensor { address: 1, layout: Layout::strided(problem.kv_shape(), [usize::MAX; 3]) },
             lse: 0,
-            slopes: None,
             total: 0,
+            ..args()
         };
         for problem in [Problem { batch: 0, ..PROBLEM }, Problem { seqlen_q: 0, seqlen_k: 0, ..PROBLEM }] {
             assert_eq!(nothing(&problem).validate(&plan(&problem)), Ok(()));

@@ -2,21 +2,25 @@
 
 use std::fmt;
 
+#[cfg(feature = "cuda")]
+use kernels_gpu::ground::constants::Constants;
 use kernels_gpu::{
     attention::{
         any_features::AnyFeatures, first_tiles::FirstTiles, key_parts::Sharing, query_blocks::MAX_QUERY_BLOCKS,
-        scheduler::TileOrder,
+        schedule::Blocks, scheduler::TileOrder,
     },
+    ground::shape::Shape,
     variants::{self, BackwardVariant, Needed, Op, PREPARE_ROWS, WARPGROUP_ROWS},
 };
 
 use super::{
-    InputKinds, MAX_WORK_TILES, Options, PassKind, Settings, WorkspaceLayout, accessors_with_extra, checked_sm_count,
-    features,
+    InputKinds, ListOf, MAX_WORK_TILES, Options, PassKind, Schedule, Settings, WorkspaceLayout, accessors_with_extra,
+    checked_sm_count, features, most_blocks,
 };
 use crate::{
     dropout::PlanDropout,
     error::{Error, Result},
+    lengths::Sequences,
     problem::{Mask, Problem, at_most},
 };
 
@@ -61,6 +65,8 @@ pub struct BackwardPlan {
     pub(crate) first: FirstTiles,
     /// Layout of the workspace; all zeros if there is nothing to do.
     pub(crate) workspace: WorkspaceLayout,
+    /// Schedule of sequences, if lengths differ: the list of query blocks, and that of key blocks.
+    pub(crate) schedule: Option<Schedule>,
 }
 
 accessors_with_extra!(BackwardPlan);
@@ -83,6 +89,9 @@ impl BackwardPlan {
         let variant = variants::backward(&needed)
             .ok_or_else(|| Error::NoVariant { needs: settings.needs(PassKind::Backward(determinism)) })?;
         let shape = problem.kernel_shape();
+        if let Some(sequences) = options.sequences {
+            return Self::of_sequences(settings, features, &sequences, variant, determinism, sm_count);
+        }
         let key_blocks = problem.seqlen_k.div_ceil(variant.block_n as usize) as u128;
         let work_tiles = problem.batch as u128 * problem.heads_kv as u128 * key_blocks;
         at_most("work_tiles", work_tiles, MAX_WORK_TILES)?;
@@ -116,7 +125,65 @@ impl BackwardPlan {
             (None, None, Determinism::Fast) => variant.first_tiles(&shape, &features.mask, &order, sharing.ctas),
             _ => FirstTiles::none(shape.batch * shape.heads_kv),
         };
-        Ok(BackwardPlan { settings, features, determinism, variant, work_tiles, order, sharing, first, workspace })
+        let schedule = None;
+        Ok(BackwardPlan {
+            settings,
+            features,
+            determinism,
+            variant,
+            work_tiles,
+            order,
+            sharing,
+            first,
+            workspace,
+            schedule,
+        })
+    }
+
+    /// Plans for sequences of different lengths. No work tile is split, and all accumulate into dQ.
+    fn of_sequences(
+        settings: Settings,
+        features: AnyFeatures,
+        sequences: &Sequences,
+        variant: &'static BackwardVariant,
+        determinism: Determinism,
+        sm_count: u32,
+    ) -> Result<BackwardPlan> {
+        let problem = &settings.problem;
+        let shape = problem.kernel_shape();
+        let exact = determinism == Determinism::Exact;
+        let queries = ListOf { blocks: Blocks::OfQueries, block: PREPARE_ROWS, heads: shape.heads_q, section: 1 };
+        // In an exact pass, blocks of keys of one head wait for each other. With all heads in a section, few of one
+        // head run at once.
+        let section = if exact { shape.heads_kv } else { 1 };
+        let keys = ListOf { blocks: Blocks::OfKeys, block: variant.block_n, heads: shape.heads_kv, section };
+        let workspace = WorkspaceLayout::of_sequences(variant, &shape, sequences, exact)?;
+        let schedule = Schedule::new(problem, sequences, &[queries, keys], workspace.bytes)?;
+        let work_tiles = most_blocks(problem, sequences, &keys) as u32 * shape.heads_kv;
+        let m_blocks = shape.seqlen_q.div_ceil(variant.block_m).max(1);
+        let sharing = Sharing::none(work_tiles, sm_count, shape.group(), m_blocks);
+        let rounds = work_tiles.div_ceil(sharing.ctas.max(1)) as u128;
+        let blocks = shape.group() as u128 * m_blocks as u128 * settings.op().pairs() as u128;
+        at_most("query blocks of a CTA", rounds * blocks, MAX_QUERY_BLOCKS as u128)?;
+        let order = TileOrder::of_list(&Shape { heads_q: shape.heads_kv, ..shape }, section);
+        Ok(BackwardPlan {
+            settings,
+            features,
+            determinism,
+            variant,
+            work_tiles,
+            order: if exact { order.one_way() } else { order },
+            sharing,
+            first: FirstTiles::none(shape.heads_kv),
+            workspace,
+            schedule: Some(schedule),
+        })
+    }
+
+    /// Returns the specialisation constants of the main kernel.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn constants(&self) -> Constants {
+        self.features.constants().with(Constants::LENGTHS, self.schedule.is_some())
     }
 
     /// Plans the same pass for a machine with another number of SMs.
@@ -170,20 +237,35 @@ impl BackwardPlan {
     /// Size of the workspace in bytes: linear in seqlen_q, plus a constant if some work tiles are split. The workspace
     /// starts at a multiple of 256.
     pub fn workspace_bytes(&self) -> usize {
-        self.workspace.bytes
+        self.schedule.map_or(self.workspace.bytes, |schedule| schedule.end)
     }
 
     /// Number of CTAs of the preprocess kernel. 0 if there is nothing to do at all.
     pub fn prepare_grid(&self) -> u32 {
+        if let Some(blocks) = self.listed_blocks() {
+            // Keys without queries still get zeros.
+            return blocks.max((self.settings.problem.seqlen_k > 0).into());
+        }
         self.workspace_rows().div_ceil(PREPARE_ROWS)
     }
 
     /// Number of CTAs of the postprocess kernel: one for 64 rows of dQ, which it converts to the tensor, and one for 64
     /// rows and columns of dK and dV of split work tiles, which it sums. 0 if there is no query.
     pub fn finish_grid(&self) -> u32 {
+        if let Some(blocks) = self.listed_blocks() {
+            return blocks * (PREPARE_ROWS / WARPGROUP_ROWS);
+        }
         let BackwardVariant { block_n, head_dim, .. } = self.variant;
         let parts = self.shared().0 * 2 * (block_n / WARPGROUP_ROWS) * (head_dim / 64);
         if self.settings.problem.seqlen_q == 0 { 0 } else { self.workspace_rows() / WARPGROUP_ROWS + parts }
+    }
+
+    /// Returns the most blocks of queries of all heads, if lengths differ.
+    fn listed_blocks(&self) -> Option<u32> {
+        let (problem, sequences) = (&self.settings.problem, self.settings.options.sequences?);
+        let heads = problem.heads_q as u32;
+        let list = ListOf { blocks: Blocks::OfQueries, block: PREPARE_ROWS, heads, section: 1 };
+        Some(most_blocks(problem, &sequences, &list) as u32 * heads)
     }
 
     /// Number of query rows of all heads. The workspace's layout has checked that it fits.

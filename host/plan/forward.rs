@@ -2,20 +2,30 @@
 
 use std::fmt;
 
+#[cfg(feature = "cuda")]
+use kernels_gpu::ground::constants::Constants;
 use kernels_gpu::{
     attention::any_features::AnyFeatures,
+    attention::schedule::Blocks,
     attention::scheduler::TileOrder,
+    ground::shape::Shape,
     variants::{self, Needed, Variant},
 };
 
 use super::{
-    InputKinds, MAX_WORK_TILES, Options, PassKind, Settings, accessors_with_extra, checked_sm_count, features,
+    InputKinds, ListOf, MAX_WORK_TILES, Options, PassKind, Schedule, Settings, accessors_with_extra, checked_sm_count,
+    features, most_blocks,
 };
 use crate::{
     dropout::PlanDropout,
     error::{Error, Result},
+    lengths::Sequences,
     problem::{Mask, Problem, at_most},
 };
+
+/// Length of sequences, and number of batch items, for which a kernel is chosen if the host does not know them.
+const LONG: usize = 8192;
+const MANY: u32 = 64;
 
 /// A validated problem, the kernel for it and its launch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,6 +38,8 @@ pub struct Plan {
     /// Order of the work tiles; meaningless if there are none.
     pub(crate) order: TileOrder,
     pub(crate) grid: u32,
+    /// Schedule of sequences, if lengths differ.
+    pub(crate) schedule: Option<Schedule>,
 }
 
 /// One way to run a problem, with its estimated time.
@@ -58,6 +70,9 @@ impl Plan {
         let shape = problem.kernel_shape();
         let mut best: Option<Choice> = None;
         let needed = Needed { dtype: problem.dtype, head_dim: problem.head_dim as u32, features };
+        if let Some(sequences) = options.sequences {
+            return Self::of_sequences(settings, features, &sequences, needed, sm_count);
+        }
         for variant in variants::forward(needed) {
             let m_blocks = problem.seqlen_q.div_ceil(variant.block_m() as usize) as u128;
             let work_tiles = m_blocks * problem.heads_q as u128 * problem.batch as u128;
@@ -77,7 +92,41 @@ impl Plan {
         let Some(Choice { variant, work_tiles, grid, order, .. }) = best else {
             return Err(Error::NoVariant { needs: settings.needs(PassKind::Forward) });
         };
-        Ok(Plan { settings, features, variant, work_tiles, order, grid })
+        Ok(Plan { settings, features, variant, work_tiles, order, grid, schedule: None })
+    }
+
+    /// Plans for sequences of different lengths. The kernel depends on the hint of the longest, and not on the number
+    /// of sequences, so that a sequence's bits do not depend on the others.
+    fn of_sequences(
+        settings: Settings,
+        features: AnyFeatures,
+        sequences: &Sequences,
+        needed: Needed,
+        sm_count: u32,
+    ) -> Result<Plan> {
+        let problem = &settings.problem;
+        let shape = problem.kernel_shape();
+        let [seqlen_q, seqlen_k] = sequences.longest.unwrap_or([LONG; 2]).map(|len| len.clamp(1, LONG) as u32);
+        let alike = Shape { batch: MANY, seqlen_q, seqlen_k, ..shape };
+        let time = |variant: &&Variant| variant.order(&alike, &features.mask, sm_count).1;
+        let variants = variants::forward(needed).filter(|variant| variant.cluster == 1);
+        let Some(variant) = variants.min_by_key(time) else {
+            return Err(Error::NoVariant { needs: settings.needs(PassKind::Forward) });
+        };
+        let section = shape.group();
+        let block = variant.block_m();
+        let list = ListOf { blocks: Blocks::OfQueries, block, heads: shape.heads_q, section };
+        let schedule = Schedule::new(problem, sequences, &[list], 0)?;
+        let work_tiles = most_blocks(problem, sequences, &list) as u32 * shape.heads_q;
+        let order = TileOrder::of_list(&shape, section);
+        let grid = work_tiles.min(sm_count);
+        Ok(Plan { settings, features, variant, work_tiles, order, grid, schedule: Some(schedule) })
+    }
+
+    /// Returns the specialisation constants of the kernel.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn constants(&self) -> Constants {
+        self.features.constants().with(Constants::LENGTHS, self.schedule.is_some())
     }
 
     /// Returns the kernel.
@@ -85,7 +134,8 @@ impl Plan {
         self.variant
     }
 
-    /// Number of work tiles: query tiles of each batch item and head. 0 if there is nothing to do.
+    /// Number of work tiles: query tiles of each batch item and head. 0 if there is nothing to do. If lengths differ,
+    /// it is the most that there may be.
     pub fn work_tiles(&self) -> u32 {
         self.work_tiles
     }
@@ -105,9 +155,10 @@ impl Plan {
         self.variant.smem_bytes()
     }
 
-    /// Memory that the kernel needs in addition to the tensors, in bytes: none.
+    /// Memory that the kernels need in addition to the tensors, in bytes: none in a dense batch, and a table and a list
+    /// of work tiles if lengths differ. The workspace starts at a multiple of 256.
     pub fn workspace_bytes(&self) -> usize {
-        0
+        self.schedule.map_or(0, |schedule| schedule.end)
     }
 }
 

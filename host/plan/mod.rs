@@ -15,6 +15,7 @@ mod forward;
 mod needs;
 mod options;
 mod run;
+mod schedule;
 mod settings;
 mod total_attention;
 mod workspace;
@@ -26,6 +27,8 @@ pub use backward::{BackwardPlan, Determinism};
 pub use forward::Plan;
 pub use needs::{Needs, PassKind};
 pub use options::{Alibi, InputKinds, Options, Sinks};
+pub(crate) use schedule::Schedule;
+use schedule::{ListOf, most_blocks};
 use settings::{Settings, accessors, accessors_with_extra};
 pub use total_attention::TotalPlan;
 pub(crate) use workspace::{WORKSPACE_ALIGNMENT, WorkspaceLayout};
@@ -44,7 +47,8 @@ fn features(settings: &Settings) -> Result<AnyFeatures> {
     let Settings { problem, scale, options } = settings;
     Ok(AnyFeatures {
         mask: AnyMask::new(options.mask.window(problem), options.dist_threshold),
-        score: Shaped::new(*scale, options.softcap, options.alibi != Alibi::None),
+        // Without sequences there are no slopes to read, but rows to fill.
+        score: Shaped::new(*scale, options.softcap, options.alibi != Alibi::None && settings.has_items()),
         dropout: options.dropout.launched()?,
     })
 }

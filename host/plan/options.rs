@@ -1,6 +1,7 @@
 //! The options of an attention, in addition to its problem.
 
 use crate::dropout::PlanDropout;
+use crate::lengths::Sequences;
 use crate::problem::Mask;
 
 /// Options of an attention, which every plan takes. The default is plain attention: no mask, the scale 1/√head_dim, one
@@ -30,6 +31,9 @@ pub struct Options {
     /// Dropout of attention weights, with fixed numbers or numbers in memory, which are an input of both passes. Total
     /// attention ignores it.
     pub dropout: PlanDropout,
+    /// Number of sequences of different lengths, if they share one tensor; `None` for a dense batch. Their lengths are
+    /// an input of every pass.
+    pub sequences: Option<Sequences>,
     /// Distance from which on scores come from a second pair of queries and keys, in piecewise attention; `None` if
     /// there is one pair. The score of query i and key j comes from the second pair if i + seqlen_k − seqlen_q − j is
     /// at least the distance.
@@ -37,9 +41,9 @@ pub struct Options {
 }
 
 impl Options {
-    /// Returns the same options for other slopes and sinks.
-    pub fn for_inputs(self, InputKinds { alibi, sinks }: InputKinds) -> Self {
-        Options { alibi, sinks, ..self }
+    /// Returns the same options for other slopes, sinks and lengths.
+    pub fn for_inputs(self, InputKinds { alibi, sinks, sequences }: InputKinds) -> Self {
+        Options { alibi, sinks, sequences, ..self }
     }
 }
 
@@ -92,12 +96,14 @@ impl Sinks {
     }
 }
 
-/// Kinds of the slopes and sinks of a call, for which its plan is made. Seed and offset of dropout follow the options'
-/// dropout.
+/// Kinds of the slopes, sinks and lengths of a call, for which its plan is made. Seed and offset of dropout follow the
+/// options' dropout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct InputKinds {
     /// Slopes of ALiBi.
     pub alibi: Alibi,
     /// Sinks.
     pub sinks: Sinks,
+    /// Sequences of different lengths.
+    pub sequences: Option<Sequences>,
 }

@@ -41,7 +41,23 @@ impl Plan {
         o: Tensor<B::SliceMut<'_, E>>,
         lse: Option<B::SliceMut<'_, f32>>,
     ) -> Result<()> {
-        backend.forward_into(self, inputs, o, lse)
+        self.run_in(backend, inputs, o, lse, &mut Workspace::new())
+    }
+
+    /// Runs the plan as [`Plan::run`] does, in a workspace that the caller keeps and that grows if it is too small.
+    /// Only plans of sequences of different lengths use it.
+    ///
+    /// # Errors
+    /// Errors of [`Plan::run`]; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn run_in<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: Inputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+        o: Tensor<B::SliceMut<'_, E>>,
+        lse: Option<B::SliceMut<'_, f32>>,
+        workspace: &mut Workspace<B>,
+    ) -> Result<()> {
+        backend.forward_into(self, inputs, o, lse, workspace)
     }
 }
 
@@ -82,6 +98,21 @@ impl TotalPlan {
         inputs: TotalInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
         total: B::SliceMut<'_, f32>,
     ) -> Result<()> {
-        backend.total_attention_into(self, inputs, total)
+        self.run_in(backend, inputs, total, &mut Workspace::new())
+    }
+
+    /// Runs the plan as [`TotalPlan::run`] does, in a workspace that the caller keeps and that grows if it is too
+    /// small. Only plans of sequences of different lengths use it.
+    ///
+    /// # Errors
+    /// Errors of [`TotalPlan::run`]; [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn run_in<B: Backend, E: Element>(
+        &self,
+        backend: &B,
+        inputs: TotalInputs<B::Slice<'_, E>, B::Slice<'_, f32>>,
+        total: B::SliceMut<'_, f32>,
+        workspace: &mut Workspace<B>,
+    ) -> Result<()> {
+        backend.total_attention_into(self, inputs, total, workspace)
     }
 }

@@ -10,6 +10,9 @@ use crate::{
     problem::{MAX_EXTENT, Mask, Problem, at_most},
 };
 
+/// Maximum number of sequences, of which each has three items of the schedule.
+const MAX_SEQUENCES: u128 = 1 << 28;
+
 /// A validated problem and the options of its attention.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Settings {
@@ -29,11 +32,22 @@ impl Settings {
             return Err(Error::Scale { value: scale });
         }
         check_factors(scale, options)?;
+        if let Some(sequences) = options.sequences {
+            if problem.batch != 1 {
+                return Err(Error::BatchOfSequences { value: problem.batch });
+            }
+            at_most("sequences", sequences.count as u128, MAX_SEQUENCES)?;
+        }
         if let Mask::Window { .. } = options.mask {
             // Kernels add a bound to a place among the keys.
             at_most("seqlen_q + seqlen_k", problem.seqlen_q as u128 + problem.seqlen_k as u128, MAX_EXTENT as u128)?;
         }
         Ok(Settings { problem: *problem, scale, options: Options { scale: Some(scale), ..*options } })
+    }
+
+    /// True if the batch has an item, or a sequence if lengths differ.
+    pub(super) fn has_items(&self) -> bool {
+        self.options.sequences.map_or(self.problem.batch, |sequences| sequences.count) > 0
     }
 
     /// Returns the operator of the plan.
@@ -43,7 +57,8 @@ impl Settings {
 
     /// Returns the kinds of the optional inputs.
     pub(super) fn inputs(&self) -> InputKinds {
-        InputKinds { alibi: self.options.alibi, sinks: self.options.sinks }
+        let Options { alibi, sinks, sequences, .. } = self.options;
+        InputKinds { alibi, sinks, sequences }
     }
 
     /// Returns the properties that a pass with these settings needs of a kernel.
@@ -65,6 +80,9 @@ impl Settings {
             options.mask,
         )?;
         write_shaping(f, options.softcap, options.alibi, options.sinks)?;
+        if let Some(sequences) = options.sequences {
+            write!(f, ", {} sequences", sequences.count)?;
+        }
         if options.dropout.p() > 0.0 {
             write!(f, ", dropout {}", options.dropout.p())?;
         }

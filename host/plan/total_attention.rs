@@ -5,11 +5,14 @@ use std::fmt;
 #[cfg(feature = "cuda")]
 use kernels_gpu::ground::constants::Constants;
 use kernels_gpu::{
-    attention::{any_features::AnyFeatures, scheduler::TileOrder, shared_tiles},
+    attention::{any_features::AnyFeatures, schedule::Blocks, scheduler::TileOrder, shared_tiles},
     variants::{self, Op, TotalVariant},
 };
 
-use super::{InputKinds, MAX_WORK_TILES, Options, PassKind, Settings, Sinks, accessors, checked_sm_count, features};
+use super::{
+    InputKinds, ListOf, MAX_WORK_TILES, Options, PassKind, Schedule, Settings, Sinks, accessors, checked_sm_count,
+    features, most_blocks,
+};
 use crate::{
     dropout::PlanDropout,
     error::{Error, Result},
@@ -29,6 +32,8 @@ pub struct TotalPlan {
     pub(crate) order: TileOrder,
     /// First work tile that is split into parts, one for each consumer.
     pub(crate) shared_from: u32,
+    /// Schedule of sequences, if lengths differ.
+    pub(crate) schedule: Option<Schedule>,
 }
 
 accessors!(TotalPlan);
@@ -49,6 +54,17 @@ impl TotalPlan {
         let variant = variants::total(problem.dtype, problem.head_dim as u32)
             .filter(|_| settings.op() == Op::Forward)
             .ok_or_else(|| Error::NoVariant { needs: settings.needs(PassKind::TotalAttention) })?;
+        if let Some(sequences) = options.sequences {
+            let shape = problem.kernel_shape();
+            let (heads, section, block) = (shape.heads_q, shape.group(), variant.block_n());
+            let list = ListOf { blocks: Blocks::OfKeys, block, heads, section };
+            let schedule = Some(Schedule::new(problem, &sequences, &[list], 0)?);
+            let most = most_blocks(problem, &sequences, &list) as u32 * heads;
+            let work_tiles = if problem.seqlen_q == 0 { 0 } else { most };
+            let (order, grid) = (TileOrder::of_list(&shape, section), work_tiles.min(sm_count));
+            let shared_from = work_tiles;
+            return Ok(TotalPlan { settings, features, variant, work_tiles, grid, order, shared_from, schedule });
+        }
         let n_blocks = problem.seqlen_k.div_ceil(variant.block_n() as usize) as u128;
         let tiles = problem.batch as u128 * problem.heads_q as u128 * n_blocks;
         at_most("work_tiles", tiles, MAX_WORK_TILES)?;
@@ -60,13 +76,20 @@ impl TotalPlan {
             0 => TileOrder::default(),
             _ => variant.order(&problem.kernel_shape(), &options.mask.window(problem), grid),
         };
-        Ok(TotalPlan { settings, features, variant, work_tiles, grid, order, shared_from })
+        Ok(TotalPlan { settings, features, variant, work_tiles, grid, order, shared_from, schedule: None })
     }
 
     /// Returns the specialisation constants of the kernel.
     #[cfg(feature = "cuda")]
     pub(crate) fn constants(&self) -> Constants {
-        self.features.constants()
+        self.features.constants().with(Constants::LENGTHS, self.schedule.is_some())
+    }
+
+    /// Memory that the kernels need in addition to the tensors, in bytes; see [`Plan::workspace_bytes`].
+    ///
+    /// [`Plan::workspace_bytes`]: super::Plan::workspace_bytes
+    pub fn workspace_bytes(&self) -> usize {
+        self.schedule.map_or(0, |schedule| schedule.end)
     }
 
     /// Returns the kernel.

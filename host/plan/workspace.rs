@@ -1,8 +1,13 @@
 //! Layout of a backward pass's workspace. Its size grows with the sequence, not with its square.
 
-use kernels_gpu::{ground::shape::Shape, params::Workspace, variants::BackwardVariant};
+use kernels_gpu::{
+    attention::sequences::{Sequences as Table, padded_rows},
+    ground::shape::Shape,
+    params::Workspace,
+    variants::BackwardVariant,
+};
 
-use crate::{error::Result, problem::at_most};
+use crate::{error::Result, lengths::Sequences, problem::at_most};
 
 /// Alignment in bytes of the workspace and of each region in it.
 pub(crate) const WORKSPACE_ALIGNMENT: usize = 256;
@@ -44,10 +49,40 @@ impl WorkspaceLayout {
     /// for more bytes than memory can have.
     pub(crate) fn new(variant: &BackwardVariant, shape: &Shape, slots: u32, exact: bool) -> Result<Self> {
         let rows = variant.rows(shape);
+        let key_heads = shape.batch as u128 * shape.heads_kv as u128;
+        Self::of_rows(variant, shape, rows, key_heads, slots, exact)
+    }
+
+    /// Returns the layout for sequences of different lengths, whose rows are those of one item.
+    ///
+    /// # Errors
+    /// As for [`WorkspaceLayout::new`], with the padding of each sequence included.
+    pub(crate) fn of_sequences(
+        variant: &BackwardVariant,
+        shape: &Shape,
+        sequences: &Sequences,
+        exact: bool,
+    ) -> Result<Self> {
+        let count = sequences.count as u64;
+        let rows = padded_rows(shape.seqlen_q as u64, count);
+        at_most("workspace_rows", rows as u128, MAX_ROWS)?;
+        let key_heads = Table::items(count) as u128 * shape.heads_kv as u128;
+        at_most("sequences and gaps times heads_kv", key_heads, MAX_ROWS)?;
+        Self::of_rows(variant, shape, rows as u32, key_heads, 0, exact)
+    }
+
+    fn of_rows(
+        variant: &BackwardVariant,
+        shape: &Shape,
+        rows: u32,
+        key_heads: u128,
+        slots: u32,
+        exact: bool,
+    ) -> Result<Self> {
         let heads = shape.batch as u128 * shape.heads_q as u128;
         let pairs = variant.op.pairs() as u128;
         at_most("workspace_rows", pairs * heads * rows as u128, MAX_ROWS)?;
-        let dq_semaphores_len = if exact { pairs * heads * variant.m_blocks(shape) as u128 } else { 0 };
+        let dq_semaphores_len = if exact { pairs * heads * (rows / variant.block_m) as u128 } else { 0 };
         let row_bytes = heads * rows as u128 * size_of::<f32>() as u128;
         let mut end = 0;
         let mut region = |bytes: u128| {
@@ -58,7 +93,6 @@ impl WorkspaceLayout {
         let neg_lse_log2 = region(row_bytes);
         let delta = region(row_bytes);
         let dq = region(pairs * row_bytes * variant.head_dim as u128);
-        let key_heads = shape.batch as u128 * shape.heads_kv as u128;
         let [tiles, first_values] = [(); 2].map(|()| region(key_heads * size_of::<u32>() as u128));
         let dq_semaphores = region(dq_semaphores_len * size_of::<u32>() as u128);
         let parts = region(slots as u128 * variant.part_bytes() as u128);

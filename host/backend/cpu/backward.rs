@@ -4,17 +4,17 @@
 //! every sum is fixed, and the bits do not depend on the number of threads.
 
 use kernels_gpu::{
-    cpu::{add_parts, finish, prepare, sink_gradient},
+    cpu::{add_parts, finish, prepare, schedule, sink_gradient},
     params::SINK_GRADIENTS,
 };
 
-use super::{Cpu, pool};
+use super::{Cpu, check, check_host_lengths, pool, reserve};
 use crate::{
     backend::Workspace,
     element::Element,
     error::Result,
     operands::{
-        AddressSpace, BackwardInputs, BackwardTensors, Check, Gradients, Pair, RawBackward, RawTensor, SecondTensors,
+        BackwardInputs, BackwardTensors, Gradients, PackedGradients, Pair, RawBackward, RawTensor, SecondTensors,
     },
     plan::BackwardPlan,
     tensor::Tensor,
@@ -35,9 +35,9 @@ pub(super) fn check_inputs<E: Element>(
     inputs: BackwardInputs<&[E], &[f32]>,
     second: Option<Pair<Tensor<&[E]>>>,
 ) -> Result<()> {
-    let mut check = Check::new(plan.problem(), AddressSpace::Host);
+    let mut check = check(plan.problem(), plan.inputs());
     BackwardTensors::inputs(inputs, second).lower(plan, E::DTYPE, &mut check)?;
-    Ok(())
+    check_host_lengths(plan.problem(), inputs.optional.lengths.as_ref())
 }
 
 /// Checks everything and runs the plan in the caller's workspace.
@@ -49,11 +49,29 @@ pub(super) fn run_into<E: Element>(
     workspace: &mut Workspace<Cpu>,
 ) -> Result<()> {
     let plan = &replan(plan)?;
-    let mut check = Check::new(plan.problem(), AddressSpace::Host);
+    let mut check = check(plan.problem(), plan.inputs());
     let args = BackwardTensors::new(inputs, second, outputs).lower(plan, E::DTYPE, &mut check)?;
     check.overlaps()?;
+    check_host_lengths(plan.problem(), inputs.optional.lengths.as_ref())?;
     // SAFETY: the arguments were checked, and come from slices that are borrowed by the caller until this function
     // returns, those of the outputs mutably.
+    unsafe { run(plan, args, workspace) }
+}
+
+/// Checks everything and runs the plan in the caller's workspace, with packed gradients.
+pub(super) fn run_packed<E: Element>(
+    plan: &BackwardPlan,
+    inputs: BackwardInputs<&[E], &[f32]>,
+    outputs: PackedGradients<Tensor<&mut [E]>, &mut [f32]>,
+    workspace: &mut Workspace<Cpu>,
+) -> Result<()> {
+    let plan = &replan(plan)?;
+    let mut check = check(plan.problem(), plan.inputs());
+    let args = outputs.lower(inputs, plan, E::DTYPE, &mut check)?;
+    check.overlaps()?;
+    check_host_lengths(plan.problem(), inputs.optional.lengths.as_ref())?;
+    // SAFETY: the arguments were checked, and come from slices that are borrowed by the caller until this function
+    // returns, those of the outputs mutably. The packed gradients lie between each other in one of them.
     unsafe { run(plan, args, workspace) }
 }
 
@@ -63,9 +81,7 @@ pub(super) fn run_into<E: Element>(
 /// The arguments, without a workspace, were checked against the plan. They are valid until this function returns, for
 /// writing the outputs and for reading the inputs.
 pub(super) unsafe fn run(plan: &BackwardPlan, mut args: RawBackward, workspace: &mut Workspace<Cpu>) -> Result<()> {
-    let workspace = workspace.reserve(&Cpu, plan.workspace_bytes())?;
-    args.workspace = workspace.as_mut_ptr().expose_provenance() as u64;
-    args.workspace_bytes = plan.workspace_bytes();
+    args.workspace = reserve(workspace, plan.workspace_bytes())?;
     // Without anything to do there is no workspace either.
     if plan.prepare_grid() == 0 {
         if let Some(d_sinks) = args.d_sinks {
@@ -75,12 +91,18 @@ pub(super) unsafe fn run(plan: &BackwardPlan, mut args: RawBackward, workspace: 
         }
         return Ok(());
     }
-    let tensors = [&args.q, &args.k, &args.v, &args.d_o].map(RawTensor::strided);
-    let named = args.second.map(|second| second.inputs.as_ref().map(RawTensor::strided));
+    if let Some((params, lists)) = args.schedule(plan) {
+        // SAFETY: the caller checked the arguments, and the workspace is as large as the plan says.
+        unsafe { schedule(&params, lists as usize) };
+    }
+    let placed = |tensor: &RawTensor| tensor.placed(plan.schedule.as_ref());
+    let tensors = [&args.q, &args.k, &args.v, &args.d_o].map(placed);
+    let named = args.second.map(|second| second.inputs.as_ref().map(placed));
     let params = args.params(plan, tensors, named);
     let preparation = args.prepare(plan);
     let (problem, shape, variant) = (plan.problem(), plan.problem().kernel_shape(), plan.variant());
-    pool::for_each(variant.symbol, shape.batch * shape.heads_kv, |unit| {
+    let items = plan.schedule.map_or(shape.batch, |schedule| schedule.items());
+    pool::for_each(variant.symbol, items * shape.heads_kv, |unit| {
         let (batch, head_kv) = (unit / shape.heads_kv, unit % shape.heads_kv);
         let heads = head_kv * shape.group()..(head_kv + 1) * shape.group();
         // SAFETY: the caller promised the memory, and checked its layouts against the plan, which also has this

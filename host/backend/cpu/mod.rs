@@ -10,15 +10,17 @@ use crate::{
     dropout::{Dropout, MaskShape},
     element::Element,
     error::{Error, Operand, Result},
+    lengths::{HostLengths, Integers},
     operands::{
-        AddressSpace, BackwardInputs, Check, ForwardTensors, Gradients, Inputs, Pair, RawForward, RawTensor,
-        SecondTensors, SeedOffset, TotalInputs, TotalTensors,
+        AddressSpace, BackwardInputs, Check, ForwardTensors, Gradients, Inputs, PackedGradients, Pair, RawForward,
+        RawTensor, SecondTensors, SeedOffset, TotalInputs, TotalTensors,
     },
-    plan::{BackwardPlan, Plan, TotalPlan},
+    plan::{BackwardPlan, InputKinds, Plan, TotalPlan},
     problem::Problem,
     tensor::Tensor,
 };
 use bytemuck::Pod;
+use kernels_gpu::cpu::schedule;
 
 mod backward;
 pub(crate) mod dropout_mask;
@@ -67,10 +69,18 @@ impl Backend for Cpu {
         from.into()
     }
 
+    fn integers(from: Self::Slice<'_, i32>) -> Integers<Self::Slice<'_, f32>> {
+        from.into()
+    }
+
+    fn check_lengths(&self, problem: &Problem, lengths: &HostLengths) -> Result<()> {
+        lengths.check(problem)
+    }
+
     fn check_inputs<E: Element>(&self, plan: &Plan, inputs: &Inputs<&[E], &[f32]>) -> Result<()> {
         let tensors = ForwardTensors::new(*inputs, (), None::<()>);
-        tensors.lower(plan, E::DTYPE, &mut Check::new(plan.problem(), AddressSpace::Host))?;
-        Ok(())
+        tensors.lower(plan, E::DTYPE, &mut check(plan.problem(), plan.inputs()))?;
+        check_host_lengths(plan.problem(), inputs.optional.lengths.as_ref())
     }
 
     fn forward_into<E: Element>(
@@ -79,13 +89,15 @@ impl Backend for Cpu {
         inputs: Inputs<&[E], &[f32]>,
         o: Tensor<&mut [E]>,
         lse: Option<&mut [f32]>,
+        workspace: &mut Workspace<Self>,
     ) -> Result<()> {
-        let mut check = Check::new(plan.problem(), AddressSpace::Host);
+        let mut check = check(plan.problem(), plan.inputs());
         let args = ForwardTensors::new(inputs, o, lse).lower(plan, E::DTYPE, &mut check)?;
         check.overlaps()?;
+        check_host_lengths(plan.problem(), inputs.optional.lengths.as_ref())?;
         // SAFETY: the arguments were checked, and come from slices that are borrowed until this function returns, `o`
         // and `lse` mutably.
-        unsafe { run(plan, &args) }
+        unsafe { run(plan, args, workspace) }
     }
 
     fn check_backward_inputs<E: Element>(
@@ -108,6 +120,16 @@ impl Backend for Cpu {
         backward::run_into(plan, inputs, outputs, second, workspace)
     }
 
+    fn backward_packed_into<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: BackwardInputs<&[E], &[f32]>,
+        outputs: PackedGradients<Tensor<&mut [E]>, &mut [f32]>,
+        workspace: &mut Workspace<Self>,
+    ) -> Result<()> {
+        backward::run_packed(plan, inputs, outputs, workspace)
+    }
+
     fn check_total_inputs<E: Element>(&self, plan: &TotalPlan, inputs: &TotalInputs<&[E], &[f32]>) -> Result<()> {
         total_attention::check_inputs(plan, TotalTensors::new(*inputs, ()))
     }
@@ -117,8 +139,10 @@ impl Backend for Cpu {
         plan: &TotalPlan,
         inputs: TotalInputs<&[E], &[f32]>,
         total: &mut [f32],
+        workspace: &mut Workspace<Self>,
     ) -> Result<()> {
-        total_attention::run_into(plan, TotalTensors::new(inputs, total))
+        check_host_lengths(plan.problem(), inputs.lengths.as_ref())?;
+        total_attention::run_into(plan, TotalTensors::new(inputs, total), workspace)
     }
 
     fn dropout_mask_into(&self, problem: &Problem, dropout: &Dropout, kept: &mut [u8]) -> Result<()> {
@@ -133,6 +157,29 @@ impl Backend for Cpu {
     }
 }
 
+/// Starts the checks of a call's tensors.
+fn check(problem: &Problem, kinds: InputKinds) -> Check<'_> {
+    Check::new(problem, AddressSpace::Host).of_kinds(kinds)
+}
+
+/// Checks lengths, if there are any. What may be read has been checked before.
+fn check_host_lengths(problem: &Problem, lengths: Option<&HostLengths>) -> Result<()> {
+    lengths.map_or(Ok(()), |lengths| lengths.check(problem))
+}
+
+/// Takes memory for a plan's workspace, and returns its address.
+fn reserve(workspace: &mut Workspace<Cpu>, bytes: usize) -> Result<u64> {
+    if bytes == 0 {
+        return Ok(0);
+    }
+    // Tables are read by 16 bytes.
+    let memory = workspace.reserve(&Cpu, bytes + TABLE_ALIGNMENT)?;
+    Ok((memory.as_mut_ptr().expose_provenance() as u64).next_multiple_of(TABLE_ALIGNMENT as u64))
+}
+
+/// Alignment of the tables in a workspace, in bytes.
+const TABLE_ALIGNMENT: usize = 16;
+
 /// Copies host memory.
 fn copy<T: Pod>(operand: Operand, from: &[T]) -> Result<Vec<T>> {
     let mut to = Vec::new();
@@ -141,14 +188,20 @@ fn copy<T: Pod>(operand: Operand, from: &[T]) -> Result<Vec<T>> {
     Ok(to)
 }
 
-/// Runs every CTA of `plan`, in parallel. Stops at the first fault.
+/// Runs every CTA of `plan`, in parallel, in the caller's workspace. Stops at the first fault.
 ///
 /// # Safety
-/// The arguments were checked against the plan. They are valid until this function returns, for writing (O, LSE) and
-/// for reading (the rest).
-unsafe fn run(plan: &Plan, args: &RawForward) -> Result<()> {
-    let tensors = [&args.q, &args.k, &args.v, &args.o].map(RawTensor::strided);
-    let second = args.second.map(|pair| pair.as_ref().map(RawTensor::strided));
+/// The arguments, without a workspace, were checked against the plan. They are valid until this function returns, for
+/// writing (O, LSE) and for reading (the rest).
+unsafe fn run(plan: &Plan, mut args: RawForward, workspace: &mut Workspace<Cpu>) -> Result<()> {
+    args.workspace = reserve(workspace, plan.workspace_bytes())?;
+    if let Some((params, lists)) = args.schedule(plan) {
+        // SAFETY: the caller checked the arguments, and the workspace is as large as the plan says.
+        unsafe { schedule(&params, lists as usize) };
+    }
+    let placed = |tensor: &RawTensor| tensor.placed(plan.schedule.as_ref());
+    let tensors = [&args.q, &args.k, &args.v, &args.o].map(placed);
+    let second = args.second.map(|pair| pair.as_ref().map(placed));
     let ctas = pool::ctas(plan.work_tiles());
     if ctas == 0 {
         return Ok(());

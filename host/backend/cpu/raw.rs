@@ -3,10 +3,10 @@
 //! They take the same arguments as the raw calls of the GPU, so a binding has one code path for both machines. They
 //! return when the results are there.
 
-use super::{Cpu, backward, pool, total_attention};
+use super::{Cpu, backward, check, pool, total_attention};
 use crate::backend::Workspace;
 use crate::error::Result;
-use crate::operands::{AddressSpace, Check, RawBackward, RawForward, RawTotalAttention};
+use crate::operands::{RawBackward, RawForward, RawTotalAttention};
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
 
 impl Cpu {
@@ -15,7 +15,7 @@ impl Cpu {
         pool::threads()
     }
 
-    /// Runs a forward plan on addresses of host memory.
+    /// Runs a forward plan on addresses of host memory. The workspace is allocated, if the plan needs one.
     ///
     /// # Errors
     /// Every error that names a tensor, before anything is written; [`Error::KernelFault`](crate::Error::KernelFault).
@@ -25,11 +25,11 @@ impl Cpu {
     /// the plan's dtype, f32 for the LSE, slopes and sinks, and u64 for seed and offset. They have exposed provenance,
     /// as pointers from outside Rust have. Nothing else writes the inputs or accesses O and the LSE.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward) -> Result<()> {
-        let mut check = Check::new(plan.problem(), AddressSpace::Host);
-        args.lower(plan, plan.problem().dtype, &mut check)?;
+        let mut check = check(plan.problem(), plan.inputs());
+        let args = args.lower(plan, plan.problem().dtype, &mut check)?;
         check.overlaps()?;
         // SAFETY: checked; the caller's promise.
-        unsafe { super::run(plan, args) }
+        unsafe { super::run(plan, args, &mut Workspace::new()) }
     }
 
     /// Runs a backward plan on addresses of host memory. The workspace is allocated: `workspace` and `workspace_bytes`
@@ -44,7 +44,7 @@ impl Cpu {
     /// offset. Nothing else writes the inputs or accesses the outputs.
     pub unsafe fn backward_raw(&self, plan: &BackwardPlan, args: &RawBackward) -> Result<()> {
         let plan = &backward::replan(plan)?;
-        let mut check = Check::new(plan.problem(), AddressSpace::Host);
+        let mut check = check(plan.problem(), plan.inputs());
         let args = args.lower(plan, plan.problem().dtype, &mut check)?;
         check.overlaps()?;
         // SAFETY: checked; the caller's promise.
@@ -60,11 +60,11 @@ impl Cpu {
     /// As for [`Cpu::forward_raw`]: f32 for the LSE, slopes and the result. Nothing else writes the inputs or accesses
     /// the result.
     pub unsafe fn total_attention_raw(&self, plan: &TotalPlan, args: &RawTotalAttention) -> Result<()> {
-        let mut check = Check::new(plan.problem(), AddressSpace::Host);
-        args.lower(plan, plan.problem().dtype, &mut check)?;
+        let mut check = check(plan.problem(), plan.inputs());
+        let args = args.lower(plan, plan.problem().dtype, &mut check)?;
         check.overlaps()?;
         // SAFETY: checked; the caller's promise.
-        unsafe { total_attention::run(plan, args) }
+        unsafe { total_attention::run(plan, args, &mut Workspace::new()) }
     }
 }
 
@@ -118,6 +118,8 @@ mod tests {
             optional: OptionalInputs::NONE,
             o: raw_mut(&mut o, q_shape),
             lse: Some(line(&mut lse)),
+            workspace: 0,
+            workspace_bytes: 0,
         };
         // SAFETY: the addresses are those of live vectors of the right lengths.
         unsafe { Cpu.forward_raw(&attention.plan(1).unwrap(), &args) }.unwrap();
@@ -149,7 +151,16 @@ mod tests {
         assert_eq!((dq, dk, dv), (gradients.dq, gradients.dk, gradients.dv));
 
         let mut total = vec![f32::NAN; PROBLEM.total_len()];
-        let args = RawTotalAttention { q: args.q, k: args.k, lse: args.lse, slopes: None, total: line(&mut total) };
+        let args = RawTotalAttention {
+            q: args.q,
+            k: args.k,
+            lse: args.lse,
+            slopes: None,
+            lengths: None,
+            total: line(&mut total),
+            workspace: 0,
+            workspace_bytes: 0,
+        };
         // SAFETY: as above.
         unsafe { Cpu.total_attention_raw(&attention.plan_total_attention(1).unwrap(), &args) }.unwrap();
         assert_eq!(total, attention.total_attention(&Cpu, qt, kt, &lse[..]).unwrap());
@@ -167,6 +178,8 @@ mod tests {
             optional: OptionalInputs::NONE,
             o: tensor(0x60000, PROBLEM.q_shape()),
             lse: None,
+            workspace: 0,
+            workspace_bytes: 0,
         };
         // SAFETY: the errors come before any access.
         let error = |args: &RawForward| unsafe { Cpu.forward_raw(&plan, args) }.unwrap_err();

@@ -3,41 +3,45 @@
 //! A work tile is a block of keys of one query head, and each of its sums has one order. So the bits do not depend on
 //! the number of threads.
 
-use super::pool;
+use kernels_gpu::cpu::schedule;
+
+use super::{Cpu, check, check_host_lengths, pool, reserve};
 use crate::{
+    backend::Workspace,
     element::Element,
     error::Result,
-    operands::{AddressSpace, Check, RawTotalAttention, TotalTensors},
+    operands::{RawTotalAttention, TotalTensors},
     plan::TotalPlan,
     tensor::Tensor,
 };
 
 /// Checks each input alone.
 pub(super) fn check_inputs<E: Element>(plan: &TotalPlan, inputs: TotalTensors<Tensor<&[E]>, &[f32], ()>) -> Result<()> {
-    inputs.lower(plan, E::DTYPE, &mut Check::new(plan.problem(), AddressSpace::Host))?;
-    Ok(())
+    inputs.lower(plan, E::DTYPE, &mut check(plan.problem(), plan.inputs()))?;
+    check_host_lengths(plan.problem(), inputs.lengths.as_ref())
 }
 
 /// Checks everything and runs the plan.
 pub(super) fn run_into<E: Element>(
     plan: &TotalPlan,
     tensors: TotalTensors<Tensor<&[E]>, &[f32], &mut [f32]>,
+    workspace: &mut Workspace<Cpu>,
 ) -> Result<()> {
-    let mut check = Check::new(plan.problem(), AddressSpace::Host);
+    let mut check = check(plan.problem(), plan.inputs());
     let args = tensors.lower(plan, E::DTYPE, &mut check)?;
     check.overlaps()?;
     // SAFETY: the arguments were checked, and come from slices that are borrowed until this function returns, `total`
     // mutably.
-    unsafe { run(plan, &args) }
+    unsafe { run(plan, args, workspace) }
 }
 
-/// Runs every CTA of a plan, in parallel. Stops at the first fault. Without work tiles, which means without queries, it
-/// writes zeros.
+/// Runs every CTA of a plan, in parallel, in the caller's workspace. Stops at the first fault. Without work tiles,
+/// which means without queries, it writes zeros.
 ///
 /// # Safety
-/// The arguments were checked against the plan. They are valid until this function returns, for writing the result and
-/// for reading the rest.
-pub(super) unsafe fn run(plan: &TotalPlan, args: &RawTotalAttention) -> Result<()> {
+/// The arguments, without a workspace, were checked against the plan. They are valid until this function returns, for
+/// writing the result and for reading the rest.
+pub(super) unsafe fn run(plan: &TotalPlan, mut args: RawTotalAttention, workspace: &mut Workspace<Cpu>) -> Result<()> {
     if plan.work_tiles() == 0 {
         let len = plan.problem().total_len();
         if len > 0 {
@@ -47,8 +51,13 @@ pub(super) unsafe fn run(plan: &TotalPlan, args: &RawTotalAttention) -> Result<(
         }
         return Ok(());
     }
+    args.workspace = reserve(workspace, plan.workspace_bytes())?;
+    if let Some((params, lists)) = args.schedule(plan) {
+        // SAFETY: the caller checked the arguments, and the workspace is as large as the plan says.
+        unsafe { schedule(&params, lists as usize) };
+    }
     let ctas = pool::ctas(plan.work_tiles());
-    let params = args.params(plan, [args.q.strided(), args.k.strided()]);
+    let params = args.params(plan, [&args.q, &args.k].map(|tensor| tensor.placed(plan.schedule.as_ref())));
     let variant = plan.variant();
     pool::for_each(variant.symbol, ctas, |cta| {
         // SAFETY: the caller promised the memory, and checked its layouts against the plan, which also has this
@@ -63,6 +72,7 @@ mod tests {
     use half::bf16;
 
     use super::*;
+    use crate::operands::TotalInputs;
     use crate::plan::Options;
     use crate::problem::{Mask, Problem};
     use kernels_gpu::variants::Dtype;
@@ -90,8 +100,8 @@ mod tests {
                 let plan = TotalPlan::new(&problem, &Options { mask, ..Options::default() }, sm_count).unwrap();
                 assert_eq!(plan.shared_from, if sm_count == 132 { 0 } else { 9 });
                 let mut total = vec![f32::NAN; problem.total_len()];
-                let tensors = TotalTensors { q, k, lse: &lse[..], slopes: None, total: &mut total[..] };
-                run_into(&plan, tensors).unwrap();
+                let tensors = TotalTensors::new(TotalInputs::new(q, k, &lse[..]), &mut total[..]);
+                run_into(&plan, tensors, &mut Workspace::new()).unwrap();
                 total.into_iter().map(f32::to_bits).collect::<Vec<_>>()
             });
             assert!(totals[0] == totals[1] && totals[0] == totals[2], "{mask:?}");

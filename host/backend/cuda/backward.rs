@@ -12,7 +12,7 @@ use super::modules::Loaded;
 use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
 use crate::backend::Workspace;
 use crate::element::Element;
-use crate::error::{Operand, Result};
+use crate::error::Result;
 use crate::operands::{
     BackwardInputs, BackwardTensors, Gradients, Pair, RawBackward, RawSecond, RawTensor, SecondTensors,
 };
@@ -38,7 +38,8 @@ impl Cuda {
         let _entered = self.device().enter()?;
         let Kernels { prepare, main, finish, sinks } = self.backward_kernels(plan, Specialise::AtFirstUse)?;
         let of_sinks = sinks.map_or(Duration::ZERO, |sinks| sinks.load_time);
-        Ok(prepare.load_time + main.load_time + finish.load_time + of_sinks)
+        let of_schedule = self.load_schedule(plan.schedule.as_ref())?;
+        Ok(prepare.load_time + main.load_time + finish.load_time + of_sinks + of_schedule)
     }
 
     /// Runs a backward plan on raw device addresses and the caller's stream. After the kernels' first use (see
@@ -66,7 +67,7 @@ impl Cuda {
         inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         second: Option<Pair<Tensor<DeviceSlice<'_, E>>>>,
     ) -> Result<()> {
-        let mut lowering = Lowering::new(plan.problem(), &self.stream);
+        let mut lowering = Lowering::new(plan.problem(), plan.inputs(), &self.stream);
         BackwardTensors::inputs(inputs, second).lower(plan, E::DTYPE, &mut lowering)?;
         Ok(())
     }
@@ -80,13 +81,22 @@ impl Cuda {
         second: Option<SecondTensors<DeviceSlice<'_, E>, DeviceSliceMut<'_, E>>>,
         workspace: &mut Workspace<Self>,
     ) -> Result<()> {
-        let mut lowering = Lowering::new(plan.problem(), &self.stream);
-        let mut args = BackwardTensors::new(inputs, second, outputs).lower(plan, E::DTYPE, &mut lowering)?;
+        let mut lowering = Lowering::new(plan.problem(), plan.inputs(), &self.stream);
+        let args = BackwardTensors::new(inputs, second, outputs).lower(plan, E::DTYPE, &mut lowering)?;
+        self.run_lowered_backward(plan, args, lowering, workspace)
+    }
+
+    /// Launches the plan on the backend's stream, in the caller's workspace. The tensors of `args` have been lowered by
+    /// `lowering`.
+    pub(super) fn run_lowered_backward<'a>(
+        &'a self,
+        plan: &BackwardPlan,
+        mut args: RawBackward,
+        mut lowering: Lowering<'a>,
+        workspace: &'a mut Workspace<Self>,
+    ) -> Result<()> {
         lowering.check.overlaps()?;
-        let workspace = workspace.reserve(self, plan.workspace_bytes())?;
-        lowering.order.add(Operand::Workspace, workspace.home)?;
-        args.workspace = workspace.address;
-        args.workspace_bytes = plan.workspace_bytes();
+        (args.workspace, args.workspace_bytes) = self.reserve(&mut lowering, workspace, plan.workspace_bytes())?;
         let _entered = self.device().enter()?;
         // SAFETY: the arguments were validated against the plan, and the workspace is borrowed mutably and large
         // enough. The slices stand for valid memory of this device, borrowed as the kernels use it. Later uses of that
@@ -97,7 +107,7 @@ impl Cuda {
     /// Returns the kernels of a plan. The device's context is current.
     fn backward_kernels(&self, plan: &BackwardPlan, policy: Specialise) -> Result<Kernels<'_>> {
         let variant = plan.variant();
-        let kernel = |symbol, smem_bytes| self.kernel(symbol, plan.features.constants(), smem_bytes, policy);
+        let kernel = |symbol, smem_bytes| self.kernel(symbol, plan.constants(), smem_bytes, policy);
         Ok(Kernels {
             prepare: kernel(variant.prepare, 0)?,
             main: kernel(variant.symbol, plan.smem_bytes())?,
@@ -127,6 +137,7 @@ impl Cuda {
         // SAFETY: these are the kernels' parameters, their context is current, and the caller promises the rest;
         // `dq_semaphores` is a part of the workspace.
         unsafe {
+            self.launch_schedule(args.schedule(plan), stream)?;
             let preparation = args.prepare(plan);
             if plan.workspace.dq_semaphores_len > 0 {
                 zero_words(
@@ -172,13 +183,13 @@ impl Cuda {
         plan: &BackwardPlan,
         args: &RawBackward,
     ) -> Result<([TensorMap; 4], Option<Pair<TensorMap>>)> {
-        let (variant, dtype) = (plan.variant(), plan.problem().dtype);
-        let encode = |tensor: &RawTensor, rows| self.device().encoder.encode(tensor, dtype, rows);
+        let variant = plan.variant();
+        let encode = |tensor: &RawTensor, rows| self.encode(tensor, plan.problem().dtype, rows, plan.schedule.as_ref());
         // The driver encodes no empty tensor. This map points at some element of its K instead, and every such query
         // has P = 0.
         let idle = plan.problem().seqlen_q == 0;
         let queries = |tensor: &RawTensor, k: &RawTensor| match idle {
-            true => encode(&k.first_row(), variant.block_m),
+            true => self.encode(&k.first_row(), plan.problem().dtype, variant.block_m, None),
             false => encode(tensor, variant.block_m),
         };
         let maps = [

@@ -5,6 +5,7 @@ use super::memory::{DeviceSlice, DeviceSliceMut};
 use super::stream::{Home, Order, Stream};
 use crate::error::Result;
 use crate::operands::{AddressSpace, Check, LinePlace, LineRow, Lines, Memory, Place, Role, Slice, TensorRow, Tensors};
+use crate::plan::InputKinds;
 use crate::problem::Problem;
 use crate::tensor::Tensor;
 
@@ -16,8 +17,8 @@ pub(super) struct Lowering<'a> {
 
 impl<'a> Lowering<'a> {
     /// Starts with a call on `stream`, so far without tensors.
-    pub(super) fn new(problem: &'a Problem, stream: &'a Stream) -> Self {
-        Lowering { check: Check::new(problem, AddressSpace::Device), order: Order::on(stream) }
+    pub(super) fn new(problem: &'a Problem, kinds: InputKinds, stream: &'a Stream) -> Self {
+        Lowering { check: Check::new(problem, AddressSpace::Device).of_kinds(kinds), order: Order::on(stream) }
     }
 }
 

@@ -12,7 +12,8 @@ use super::driver::{self, check};
 use super::stream::{Home, Stream};
 use super::sys;
 use crate::error::{Error, Operand, Result};
-use crate::operands::SeedOffset;
+use crate::lengths::Integers;
+use crate::operands::{SeedOffset, Skip};
 
 /// Device memory of plain data, freed when dropped.
 ///
@@ -220,6 +221,20 @@ impl<'a> From<DeviceSlice<'a, u64>> for SeedOffset<DeviceSlice<'a, f32>> {
         let DeviceSlice { address, len, home, .. } = numbers;
         let len = len.saturating_mul(size_of::<u64>() / size_of::<f32>());
         SeedOffset::of_words(DeviceSlice { address, len, home, memory: PhantomData })
+    }
+}
+
+impl<T> Skip for DeviceSlice<'_, T> {
+    fn skip(self, start: usize) -> Self {
+        let start = start.min(self.len);
+        DeviceSlice { address: self.address + (start * size_of::<T>()) as u64, len: self.len - start, ..self }
+    }
+}
+
+impl<'a> From<DeviceSlice<'a, i32>> for Integers<DeviceSlice<'a, f32>> {
+    fn from(numbers: DeviceSlice<'a, i32>) -> Self {
+        let DeviceSlice { address, len, home, .. } = numbers;
+        Integers::of_words(DeviceSlice { address, len, home, memory: PhantomData })
     }
 }
 

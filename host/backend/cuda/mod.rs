@@ -31,6 +31,7 @@ mod kernels;
 mod lowering;
 mod memory;
 mod modules;
+mod sequences;
 mod specialise;
 mod stream;
 mod sys;
@@ -61,9 +62,10 @@ use crate::backend::{Backend, Workspace, sealed::Sealed};
 use crate::dropout::Dropout;
 use crate::element::Element;
 use crate::error::{Operand, Result};
+use crate::lengths::{Integers, Lengths};
 use crate::operands::{
-    BackwardInputs, ForwardTensors, Gradients, Inputs, Pair, RawForward, RawTensor, SecondTensors, SeedOffset,
-    TotalInputs, TotalTensors,
+    BackwardInputs, ForwardTensors, Gradients, Inputs, PackedGradients, Pair, RawForward, RawTensor, SecondTensors,
+    SeedOffset, TotalInputs, TotalTensors,
 };
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
 use crate::problem::Problem;
@@ -238,15 +240,15 @@ impl Cuda {
         if plan.work_tiles() == 0 {
             return Ok(());
         }
-        let (variant, dtype) = (plan.variant(), plan.problem().dtype);
-        let encode = |tensor: &RawTensor, rows| self.device().encoder.encode(tensor, dtype, rows);
+        let variant = plan.variant();
+        let encode = |tensor: &RawTensor, rows| self.encode(tensor, plan.problem().dtype, rows, plan.schedule.as_ref());
         let q = encode(&args.q, WARPGROUP_ROWS)?;
         let o = encode(&args.o, WARP_ROWS)?;
         let maps = match plan.problem().seqlen_k {
             // The driver encodes no empty tensor. This map points at some element of Q instead, and every key of it is
             // masked out.
             0 => {
-                let stand_in = encode(&args.q.first_row(), variant.block_n)?;
+                let stand_in = self.encode(&args.q.first_row(), plan.problem().dtype, variant.block_n, None)?;
                 [q, stand_in, stand_in, o]
             }
             _ => [q, encode(&args.k, variant.block_n)?, encode(&args.v, variant.block_n)?, o],
@@ -256,11 +258,13 @@ impl Cuda {
             (Some(_), 0) => Some(Pair { q: maps[0], k: maps[1] }),
             (Some(Pair { q, k }), _) => Some(Pair { q: encode(q, WARPGROUP_ROWS)?, k: encode(k, variant.block_n)? }),
         };
-        let constants = plan.features.constants();
-        let function = self.kernel(variant.symbol, constants, plan.smem_bytes(), self.specialise)?.function;
+        let function = self.kernel(variant.symbol, plan.constants(), plan.smem_bytes(), self.specialise)?.function;
         let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
-        // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
-        unsafe { function.launch_with(extent, stream, args.params(plan, maps, second)) }
+        // SAFETY: these are the kernels' parameters, their context is current, and the caller promises the rest.
+        unsafe {
+            self.launch_schedule(args.schedule(plan), stream)?;
+            function.launch_with(extent, stream, args.params(plan, maps, second))
+        }
     }
 }
 
@@ -297,6 +301,14 @@ impl Backend for Cuda {
         buffer.as_slice_mut(range)
     }
 
+    fn integers(from: Self::Slice<'_, i32>) -> Integers<Self::Slice<'_, f32>> {
+        from.into()
+    }
+
+    fn check_lengths(&self, problem: &Problem, lengths: &Lengths<DeviceSlice<'_, f32>>) -> Result<()> {
+        self.check_lengths_on_host(problem, lengths)
+    }
+
     fn seed_offset(from: Self::Slice<'_, u64>) -> SeedOffset<Self::Slice<'_, f32>> {
         from.into()
     }
@@ -307,7 +319,7 @@ impl Backend for Cuda {
         inputs: &Inputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
     ) -> Result<()> {
         let tensors = ForwardTensors::new(*inputs, (), None::<()>);
-        tensors.lower(plan, E::DTYPE, &mut Lowering::new(plan.problem(), &self.stream))?;
+        tensors.lower(plan, E::DTYPE, &mut Lowering::new(plan.problem(), plan.inputs(), &self.stream))?;
         Ok(())
     }
 
@@ -317,10 +329,12 @@ impl Backend for Cuda {
         inputs: Inputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         o: Tensor<DeviceSliceMut<'_, E>>,
         lse: Option<DeviceSliceMut<'_, f32>>,
+        workspace: &mut Workspace<Self>,
     ) -> Result<()> {
-        let mut lowering = Lowering::new(plan.problem(), &self.stream);
-        let args = ForwardTensors::new(inputs, o, lse).lower(plan, E::DTYPE, &mut lowering)?;
+        let mut lowering = Lowering::new(plan.problem(), plan.inputs(), &self.stream);
+        let mut args = ForwardTensors::new(inputs, o, lse).lower(plan, E::DTYPE, &mut lowering)?;
         lowering.check.overlaps()?;
+        (args.workspace, args.workspace_bytes) = self.reserve(&mut lowering, workspace, plan.workspace_bytes())?;
         let _entered = self.device().enter()?;
         // SAFETY: the arguments were validated against the plan. The slices stand for valid memory of this device,
         // borrowed as the kernel uses it. Later uses of that memory come after the launch in its stream, by `Order`.
@@ -347,6 +361,18 @@ impl Backend for Cuda {
         self.run_backward(plan, inputs, outputs, second, workspace)
     }
 
+    fn backward_packed_into<E: Element>(
+        &self,
+        plan: &BackwardPlan,
+        inputs: BackwardInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
+        outputs: PackedGradients<Tensor<DeviceSliceMut<'_, E>>, DeviceSliceMut<'_, f32>>,
+        workspace: &mut Workspace<Self>,
+    ) -> Result<()> {
+        let mut lowering = Lowering::new(plan.problem(), plan.inputs(), &self.stream);
+        let args = outputs.lower(inputs, plan, E::DTYPE, &mut lowering)?;
+        self.run_lowered_backward(plan, args, lowering, workspace)
+    }
+
     fn check_total_inputs<E: Element>(
         &self,
         plan: &TotalPlan,
@@ -360,8 +386,9 @@ impl Backend for Cuda {
         plan: &TotalPlan,
         inputs: TotalInputs<DeviceSlice<'_, E>, DeviceSlice<'_, f32>>,
         total: DeviceSliceMut<'_, f32>,
+        workspace: &mut Workspace<Self>,
     ) -> Result<()> {
-        self.run_total(plan, TotalTensors::new(inputs, total))
+        self.run_total(plan, TotalTensors::new(inputs, total), workspace)
     }
 
     fn dropout_mask_into(&self, problem: &Problem, dropout: &Dropout, kept: DeviceSliceMut<'_, u8>) -> Result<()> {

@@ -60,6 +60,7 @@ impl Cuda {
     pub fn load(&self, plan: &Plan) -> Result<Duration> {
         let _entered = self.device().enter()?;
         let (symbol, policy) = (plan.variant().symbol, Specialise::AtFirstUse);
-        Ok(self.kernel(symbol, plan.features.constants(), plan.smem_bytes(), policy)?.load_time)
+        let of_kernel = self.kernel(symbol, plan.constants(), plan.smem_bytes(), policy)?.load_time;
+        Ok(of_kernel + self.load_schedule(plan.schedule.as_ref())?)
     }
 }

@@ -5,7 +5,7 @@
 
 use std::ffi::c_void;
 
-use kernels_gpu::ground::tensor::TensorMap;
+use kernels_gpu::ground::tensor::{Strided, TensorMap};
 use kernels_gpu::tile::smem::PANEL_COLUMNS;
 use kernels_gpu::variants::Dtype;
 
@@ -60,10 +60,23 @@ impl Encoder {
 
     /// Returns the map of a tensor that is not empty, for boxes of 64 columns and `rows` rows, in the 128-byte swizzle.
     pub(super) fn encode(self, tensor: &RawTensor, dtype: Dtype, rows: u32) -> Result<TensorMap> {
-        let [batch, heads, seqlen, head_dim] = tensor.layout.shape.map(|extent| extent as u64);
+        let [batch, ..] = tensor.layout.shape.map(|extent| extent as u64);
+        self.encode_at(tensor, tensor.strided(), batch, dtype, rows)
+    }
+
+    /// Returns the map of a tensor that is not empty and whose rows sequences of different lengths share
+    /// ([`Span`](kernels_gpu::ground::sequence::Span)). It begins before the tensor, where nothing is ever loaded from.
+    /// A sequence may end behind any row, or before the first.
+    pub(super) fn encode_shared(self, tensor: &RawTensor, dtype: Dtype, rows: u32) -> Result<TensorMap> {
+        let [_, _, seqlen, _] = tensor.layout.shape.map(|extent| extent as u64);
+        self.encode_at(tensor, tensor.shared(), seqlen + 1, dtype, rows)
+    }
+
+    fn encode_at(self, tensor: &RawTensor, at: Strided, items: u64, dtype: Dtype, rows: u32) -> Result<TensorMap> {
+        let [_, heads, seqlen, head_dim] = tensor.layout.shape.map(|extent| extent as u64);
         let [batch_stride, head_stride, row_stride] =
-            tensor.layout.lowered_strides().map(|stride| stride as u64 * size_of::<u16>() as u64);
-        let extents: [u64; RANK] = [head_dim, seqlen, heads, batch];
+            [at.stride_batch, at.stride_head, at.stride_row].map(|stride| stride as u64 * size_of::<u16>() as u64);
+        let extents: [u64; RANK] = [head_dim, seqlen, heads, items];
         let strides: [u64; RANK - 1] = [row_stride, head_stride, batch_stride];
         let tile: [u32; RANK] = [PANEL_COLUMNS, rows, 1, 1];
         let element_strides = [1u32; RANK];
@@ -78,7 +91,7 @@ impl Encoder {
                 (&raw mut map).cast(),
                 data_type,
                 RANK as u32,
-                tensor.address as *mut c_void,
+                at.address as *mut c_void,
                 extents.as_ptr(),
                 strides.as_ptr(),
                 tile.as_ptr(),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::driver::{Extent, zero_words};
 use super::lowering::Lowering;
 use super::{Cuda, DeviceSlice, DeviceSliceMut, RawStream, Specialise};
+use crate::backend::Workspace;
 use crate::element::Element;
 use crate::error::Result;
 use crate::operands::{RawTensor, RawTotalAttention, TotalTensors};
@@ -20,7 +21,8 @@ impl Cuda {
     pub fn load_total_attention(&self, plan: &TotalPlan) -> Result<Duration> {
         let _entered = self.device().enter()?;
         let (symbol, policy) = (plan.variant().symbol, Specialise::AtFirstUse);
-        Ok(self.kernel(symbol, plan.constants(), plan.smem_bytes(), policy)?.load_time)
+        let of_kernel = self.kernel(symbol, plan.constants(), plan.smem_bytes(), policy)?.load_time;
+        Ok(of_kernel + self.load_schedule(plan.schedule.as_ref())?)
     }
 
     /// Computes total attention on raw device addresses and the caller's stream. After the kernel's first use (see
@@ -51,7 +53,7 @@ impl Cuda {
         plan: &TotalPlan,
         inputs: TotalTensors<Tensor<DeviceSlice<'_, E>>, DeviceSlice<'_, f32>, ()>,
     ) -> Result<()> {
-        inputs.lower(plan, E::DTYPE, &mut Lowering::new(plan.problem(), &self.stream))?;
+        inputs.lower(plan, E::DTYPE, &mut Lowering::new(plan.problem(), plan.inputs(), &self.stream))?;
         Ok(())
     }
 
@@ -60,10 +62,12 @@ impl Cuda {
         &self,
         plan: &TotalPlan,
         tensors: TotalTensors<Tensor<DeviceSlice<'_, E>>, DeviceSlice<'_, f32>, DeviceSliceMut<'_, f32>>,
+        workspace: &mut Workspace<Self>,
     ) -> Result<()> {
-        let mut lowering = Lowering::new(plan.problem(), &self.stream);
-        let args = tensors.lower(plan, E::DTYPE, &mut lowering)?;
+        let mut lowering = Lowering::new(plan.problem(), plan.inputs(), &self.stream);
+        let mut args = tensors.lower(plan, E::DTYPE, &mut lowering)?;
         lowering.check.overlaps()?;
+        (args.workspace, args.workspace_bytes) = self.reserve(&mut lowering, workspace, plan.workspace_bytes())?;
         let _entered = self.device().enter()?;
         // SAFETY: the arguments were validated against the plan. The slices stand for valid memory of this device,
         // borrowed as the kernel uses it. Later uses of that memory come after the launch in its stream, by `Order`.
@@ -83,13 +87,16 @@ impl Cuda {
             // SAFETY: the caller's promise; the result has that many elements.
             return unsafe { zero_words(self.device().calls(), args.total, len, stream) };
         }
-        let (variant, dtype) = (plan.variant(), plan.problem().dtype);
-        let encode = |tensor: &RawTensor, rows| self.device().encoder.encode(tensor, dtype, rows);
+        let variant = plan.variant();
+        let encode = |tensor: &RawTensor, rows| self.encode(tensor, plan.problem().dtype, rows, plan.schedule.as_ref());
         let maps = [encode(&args.q, variant.block_m)?, encode(&args.k, variant.block_n())?];
         let params = args.params(plan, maps);
         let function = self.kernel(variant.symbol, plan.constants(), plan.smem_bytes(), self.specialise)?.function;
         let extent = Extent { grid: plan.grid(), block: plan.block(), shared_memory: plan.smem_bytes() };
-        // SAFETY: these are the kernel's parameters, its context is current, and the caller promises the rest.
-        unsafe { function.launch(extent, stream, &params) }
+        // SAFETY: these are the kernels' parameters, their context is current, and the caller promises the rest.
+        unsafe {
+            self.launch_schedule(args.schedule(plan), stream)?;
+            function.launch(extent, stream, &params)
+        }
     }
 }
