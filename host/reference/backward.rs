@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use super::forward::{Real, dot, factors, head_rows, live_keys, plan};
 use super::rule::Rule;
 use super::scores::Scores;
+use super::sequences::{gather, rows_of, scatter, sequences};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::operands::{AddressSpace, Check, Inputs, Lines, OptionalInputs, Pair, Role, Tensors, rows};
@@ -95,6 +96,51 @@ fn evaluate<E: Element, R: Real>(
     o.map_or(Ok(()), |o| check.tensor(rows::O, Role::Input, o).map(drop))?;
     check.tensor(rows::D_O, Role::Input, d_o)?;
     check.optional_line(rows::D_LSE, Role::Input, d_lse)?;
+    let Some(sequences) = sequences(problem, plan.options(), &optional)? else {
+        return evaluate_item(plan, scores, [v, d_o], optional, (o, d_lse), 0, round);
+    };
+    let [of_q, of_kv] = [problem.q_shape(), problem.kv_shape()].map(|shape| vec![0.0; shape.iter().product()]);
+    let mut all = Backward {
+        dq: of_q.clone(),
+        dk: of_kv.clone(),
+        dv: of_kv.clone(),
+        second: scores.pairs().nth(1).map(|_| Pair { q: of_q, k: of_kv }),
+        d_sinks: optional.sinks.map(|sinks| vec![0.0; sinks.len()]),
+        ..Backward::default()
+    };
+    let (d, queries, keys) = (problem.head_dim, problem.seqlen_q, problem.seqlen_k);
+    for of in sequences {
+        let plan = super::forward::plan(&of.problem, &of.options, &of.optional)?;
+        let scores = scores.map(|pair| Pair { q: rows_of(&pair.q, &of.q), k: rows_of(&pair.k, &of.k) });
+        let (tensors, o) = ([rows_of(&v, &of.k), rows_of(&d_o, &of.q)], o.map(|o| rows_of(&o, &of.q)));
+        let d_lse = d_lse.map(|d_lse| gather(d_lse, 1, queries, &of.q));
+        let found = evaluate_item(&plan, scores, tensors, of.optional, (o, d_lse.as_deref()), of.index, &round)?;
+        scatter(&found.dq, &mut all.dq, d, queries, &of.q);
+        scatter(&found.dk, &mut all.dk, d, keys, &of.k);
+        scatter(&found.dv, &mut all.dv, d, keys, &of.k);
+        if let (Some(found), Some(all)) = (&found.second, &mut all.second) {
+            scatter(&found.q, &mut all.q, d, queries, &of.q);
+            scatter(&found.k, &mut all.k, d, keys, &of.k);
+        }
+        if let (Some(found), Some(all)) = (&found.d_sinks, &mut all.d_sinks) {
+            all.iter_mut().zip(found).for_each(|(all, found)| *all += found);
+        }
+        all.sink_terms += found.sink_terms;
+    }
+    Ok(all)
+}
+
+/// Evaluates a dense batch, whose first item has the number `first_item`. The inputs have been checked.
+fn evaluate_item<E: Element, R: Real>(
+    plan: &Plan,
+    scores: Scores<Tensor<&[E]>>,
+    [v, d_o]: [Tensor<&[E]>; 2],
+    optional: OptionalInputs<&[f32]>,
+    (o, d_lse): (Option<Tensor<&[E]>>, Option<&[f32]>),
+    first_item: usize,
+    round: impl Fn(R) -> R + Sync,
+) -> Result<Backward> {
+    let problem = plan.problem();
     let mut all = Backward { second: scores.pairs().nth(1).map(|_| Pair::default()), ..Backward::default() };
     if d_o.layout.is_empty() && v.layout.is_empty() {
         all.d_sinks = optional.sinks.map(|sinks| vec![0.0; sinks.len()]);
@@ -120,7 +166,8 @@ fn evaluate<E: Element, R: Real>(
                 let o: Option<Vec<R>> = o.as_ref().map(|o| head_rows(o, batch, head));
                 for i in 0..problem.seqlen_q {
                     let live = live_keys(problem, plan.mask(), i);
-                    let z = factors(&plan.features.dropout, batch * problem.heads_q + head, i, live.clone());
+                    let z =
+                        factors(&plan.features.dropout, (first_item + batch) * problem.heads_q + head, i, live.clone());
                     let at = (batch * problem.heads_q + head) * problem.seqlen_q + i;
                     let d_lse = d_lse.map_or(R::default(), |d_lse| R::from_f32(d_lse[at]));
                     let dq_row = head % group * problem.seqlen_q + i;

@@ -8,9 +8,10 @@ use rayon::prelude::*;
 
 use super::rule::Rule;
 use super::scores::Scores;
+use super::sequences::{rows_of, sequences};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::operands::{AddressSpace, Check, Inputs, Lines, OptionalInputs, Role, SeedOffset, Tensors, rows};
+use crate::operands::{AddressSpace, Check, Inputs, Lines, OptionalInputs, Pair, Role, SeedOffset, Tensors, rows};
 use crate::plan::{Options, Plan};
 use crate::problem::{Mask, Problem};
 use crate::tensor::Tensor;
@@ -246,6 +247,40 @@ fn evaluate<E: Element, R: Real>(
         .pairs()
         .try_for_each(|pair| crate::Cpu.check_inputs(plan, &Inputs::new(pair.q, pair.k, v).optional(optional)))?;
     let problem = plan.problem();
+    let Some(sequences) = sequences(problem, plan.options(), &optional)? else {
+        return evaluate_item(plan, scores, v, optional, rows, 0, row);
+    };
+    let (rows, d) = (rows.of(problem.seqlen_q)?, problem.head_dim);
+    let mut o = vec![0.0; problem.heads_q * rows.len() * d];
+    let sink = |head: usize| optional.sinks.map_or(f64::NEG_INFINITY, |sinks| sinks[head].into());
+    let mut lse: Vec<f64> = (0..problem.heads_q).flat_map(|head| vec![sink(head); rows.len()]).collect();
+    for of in sequences {
+        let plan = self::plan(&of.problem, &of.options, &of.optional)?;
+        let scores = scores.map(|pair| Pair { q: rows_of(&pair.q, &of.q), k: rows_of(&pair.k, &of.k) });
+        let places: Vec<usize> = (0..rows.len()).filter(|&place| of.q.contains(&rows[place])).collect();
+        let of_sequence = Rows::Some(places.iter().map(|&place| rows[place] - of.q.start).collect());
+        let v = rows_of(&v, &of.k);
+        let found = evaluate_item(&plan, scores, v, of.optional, &of_sequence, of.index, &row)?;
+        for (at, (found_o, found_lse)) in found.o.chunks_exact(d).zip(&found.lse).enumerate() {
+            let to = at / places.len() * rows.len() + places[at % places.len()];
+            o[to * d..][..d].copy_from_slice(found_o);
+            lse[to] = *found_lse;
+        }
+    }
+    Ok(Forward { o, lse })
+}
+
+/// Evaluates the rows of a dense batch, whose first item has the number `first_item`.
+fn evaluate_item<E: Element, R: Real>(
+    plan: &Plan,
+    scores: Scores<Tensor<&[E]>>,
+    v: Tensor<&[E]>,
+    optional: OptionalInputs<&[f32]>,
+    rows: &Rows,
+    first_item: usize,
+    row: impl Fn(&Rule<R>, &mut [R], [&[R]; 2], &mut [R]) -> R + Sync,
+) -> Result<Forward> {
+    let problem = plan.problem();
     let rows = rows.of(problem.seqlen_q)?;
     if rows.is_empty() {
         // Nothing has limited the number of heads in this case.
@@ -280,7 +315,7 @@ fn evaluate<E: Element, R: Real>(
                                 let of_keys = rule.scores(&q, k, i, &part);
                                 s.iter_mut().zip(of_keys).for_each(|(s, score)| *s = score.value);
                             }
-                            let head = batch * problem.heads_q + head;
+                            let head = (first_item + batch) * problem.heads_q + head;
                             let z = factors(&plan.features.dropout, head, i, live.clone());
                             row(&rule, &mut s, [&v[live.start * d..live.end * d], &z], o)
                         })

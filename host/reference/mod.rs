@@ -6,6 +6,8 @@
 //! attention. [`Scores`] assigns scores to pairs of queries and keys, in plain and in piecewise attention. [`Accuracy`]
 //! has the error and the tolerance, and [`Limits`] says up to which LSE it holds.
 //!
+//! Sequences of different lengths are computed one by one, each as a dense attention.
+//!
 //! The results are f64 and take 8 bytes an element: four times O, or four times dQ, dK and dV, and twice that in
 //! between. Each thread also holds K and V of a key head and a row of scores. Unlike elsewhere in the crate, the memory
 //! is not checked beforehand: the process aborts if there is too little.
@@ -16,6 +18,7 @@ mod forward;
 mod limits;
 mod rule;
 mod scores;
+mod sequences;
 mod total_attention;
 
 #[cfg(test)]

@@ -34,6 +34,11 @@ impl<T> Scores<T> {
         [&self.first].into_iter().chain(self.second.as_ref().map(|(pair, _)| pair))
     }
 
+    /// Applies `f` to each pair.
+    pub(super) fn map<U>(&self, mut f: impl FnMut(&Pair<T>) -> Pair<U>) -> Scores<U> {
+        Scores { first: f(&self.first), second: self.second.as_ref().map(|(pair, distance)| (f(pair), *distance)) }
+    }
+
     /// Returns the ranges of the valid keys whose score with query `i` comes from the first pair, and from the second.
     pub(super) fn keys(&self, problem: &Problem, i: usize, live: &Range<usize>) -> [Range<usize>; 2] {
         let cut = self.second.as_ref().map_or(live.start, |&(_, dist_threshold)| {

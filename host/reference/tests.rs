@@ -81,7 +81,7 @@ impl Data {
             Slopes::PerHead(slopes) => Slopes::PerHead(&slopes[..]),
             Slopes::PerItem(slopes) => Slopes::PerItem(&slopes[..]),
         };
-        OptionalInputs { slopes: Some(slopes), sinks: Some(&self.sinks), seed_offset: None }
+        OptionalInputs { slopes: Some(slopes), sinks: Some(&self.sinks), ..OptionalInputs::NONE }
     }
 
     fn forward(&self) -> Forward {

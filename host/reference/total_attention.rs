@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::forward::{Real, head_rows, live_keys, plan};
 use super::rule::Rule;
+use super::sequences::{rows_of, scatter, sequences};
 use crate::dropout::PlanDropout;
 #[cfg(doc)]
 use crate::error::Error;
@@ -60,14 +61,40 @@ fn evaluate<E: Element, R: Real>(
     optional: OptionalInputs<&[f32]>,
     weights: impl Fn(&Rule<R>, &mut [R], usize) + Sync,
 ) -> Result<Vec<f64>> {
-    let plan = &plan(problem, &Options { dropout: PlanDropout::NONE, ..*options }, &optional)?;
-    let mut check = Check::new(problem, AddressSpace::Host);
+    let plan = plan(problem, &Options { dropout: PlanDropout::NONE, ..*options }, &optional)?;
+    let options = plan.options();
+    let mut check = Check::new(problem, AddressSpace::Host).of_kinds(optional.kinds());
     check.tensor(rows::Q, Role::Input, q)?;
     check.tensor(rows::K, Role::Input, k)?;
     optional.visit(&mut check)?;
     if k.layout.is_empty() {
         return Ok(Vec::new());
     }
+    let Some(sequences) = sequences(problem, options, &optional)? else {
+        return evaluate_item(problem, options, [q, k], optional, |rule: &Rule<R>, s, row| weights(rule, s, row));
+    };
+    let mut total = vec![0.0; problem.total_len()];
+    for of in sequences {
+        let tensors = [rows_of(&q, &of.q), rows_of(&k, &of.k)];
+        let rows = of.q.len().max(1);
+        let of_rows = |rule: &Rule<R>, s: &mut [R], row: usize| {
+            weights(rule, s, row / rows * problem.seqlen_q + of.q.start + row % rows);
+        };
+        let found = evaluate_item(&of.problem, &of.options, tensors, of.optional, of_rows)?;
+        scatter(&found, &mut total, 1, problem.seqlen_k, &of.k);
+    }
+    Ok(total)
+}
+
+/// Evaluates a dense batch. The inputs have been checked.
+fn evaluate_item<E: Element, R: Real>(
+    problem: &Problem,
+    options: &Options,
+    [q, k]: [Tensor<&[E]>; 2],
+    optional: OptionalInputs<&[f32]>,
+    weights: impl Fn(&Rule<R>, &mut [R], usize) + Sync,
+) -> Result<Vec<f64>> {
+    let plan = &plan(problem, &Options { dropout: PlanDropout::NONE, ..*options }, &optional)?;
     let (d, group) = (problem.head_dim, problem.heads_q / problem.heads_kv);
     let heads: Vec<Vec<R>> = (0..problem.batch * problem.heads_q)
         .into_par_iter()
