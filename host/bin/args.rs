@@ -1,7 +1,7 @@
 //! The flags.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ferroflash::cases::{Case, Order};
+use ferroflash::cases::{Case, CaseLengths, Gaps, Order};
 use ferroflash::{Determinism, Dtype, Mask, Problem};
 
 use crate::op::OpName;
@@ -90,6 +90,8 @@ Examples:
   ferroflash check --op total-attention --seqlen-q 1000 --seqlen-k 300
   ferroflash check --dropout 0.1 --head-dim 128
   ferroflash check --softcap 30 --alibi --sinks --window 200,0 --head-dim 128
+  ferroflash check --lengths 7x7,0x12,137x349 --mask causal
+  ferroflash check --random-lengths --cases 200
   ferroflash check --op forward --device cuda --seqlen-q 1048576 --seqlen-k 1048576 --heads-q 1 --heads-kv 1
 
 With --cases, or with no flag that describes a case, shapes are drawn at random from the seed, and so are softcap, ALiBi
@@ -111,6 +113,9 @@ pub struct CheckArgs {
     /// Random cases to run [default: 50].
     #[arg(long, conflicts_with = "case", value_parser = clap::value_parser!(u64).range(1..))]
     pub cases: Option<u64>,
+    /// Sequences of random lengths in every random case.
+    #[arg(long, conflicts_with = "case")]
+    pub random_lengths: bool,
     /// Seed of the cases, of their inputs and of dropout.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -154,6 +159,13 @@ pub struct CaseArgs {
     /// Order of the dimensions in memory.
     #[arg(long, value_parser = order, default_value = "bhsd", value_name = "bhsd|bshd")]
     pub layout: Order,
+    /// Queries x keys of each sequence, in one tensor: 7x7,0x12,137x349, or none, or log-normal:SEQUENCES:TOKENS:SEED.
+    /// It takes the place of --batch, --seqlen-q and --seqlen-k.
+    #[arg(long, value_parser = lengths, conflicts_with_all = ["batch", "seqlen_q", "seqlen_k"])]
+    pub lengths: Option<CaseLengths>,
+    /// Rows that belong to no sequence: none, behind the keys of each (used), or anywhere (slots).
+    #[arg(long, value_parser = gaps, default_value = "none", value_name = "none|used|slots", requires = "lengths")]
+    pub gaps: Gaps,
     /// Standard deviation of the random inputs.
     #[arg(long, value_parser = input_std, default_value = "1", allow_negative_numbers = true)]
     pub input_std: f32,
@@ -170,12 +182,16 @@ impl CaseArgs {
             head_dim: self.head_dim,
             dtype: self.dtype,
         };
-        Case {
+        let case = Case {
             scale: self.scale,
             order: self.layout,
             input_std: self.input_std,
             seed,
             ..Case::new(problem, self.window.unwrap_or(self.mask))
+        };
+        match self.lengths {
+            None => case,
+            Some(lengths) => case.with_lengths(CaseLengths { gaps: self.gaps, ..lengths }),
         }
     }
 }
@@ -191,6 +207,7 @@ Examples:
   ferroflash bench --op forward,total-attention --head-dims 64
   ferroflash bench --head-dims 128 --dropout 0.1
   ferroflash bench --head-dims 128 --window 1024,0 --softcap 50 --sinks
+  ferroflash bench --lengths log-normal:64:65536:7 --heads-kv 8 --hidden 4096 --head-dims 128 --mask causal
   ferroflash bench --sustained
 
 The batch is tokens / seqlen and the heads are hidden / head_dim, so every measurement has about the same size. \
@@ -222,6 +239,10 @@ pub struct BenchArgs {
     /// The distance from which on scores come from the second pair, for piecewise attention [default: seqlen / 2].
     #[arg(long, allow_negative_numbers = true)]
     pub dist_threshold: Option<i32>,
+    /// Queries x keys of each sequence, in one tensor: 7x7,0x12,137x349, or log-normal:SEQUENCES:TOKENS:SEED. It takes
+    /// the place of --seqlens and --tokens.
+    #[arg(long, value_parser = lengths_and_text, conflicts_with_all = ["seqlens", "tokens"])]
+    pub lengths: Option<(String, CaseLengths)>,
     /// Tokens of a batch [default: 32768; on the CPU 1024].
     #[arg(long)]
     pub tokens: Option<usize>,
@@ -242,6 +263,19 @@ pub struct BenchArgs {
     /// Also write the results to this file.
     #[arg(long, value_name = "FILE")]
     pub json: Option<std::path::PathBuf>,
+}
+
+fn lengths(text: &str) -> Result<CaseLengths, String> {
+    text.parse().map_err(|error: ferroflash::Error| error.to_string())
+}
+
+fn lengths_and_text(text: &str) -> Result<(String, CaseLengths), String> {
+    Ok((text.to_owned(), lengths(text)?))
+}
+
+fn gaps(text: &str) -> Result<Gaps, String> {
+    let found = Gaps::NAMES.iter().find(|(name, _)| *name == text);
+    found.map(|(_, gaps)| *gaps).ok_or_else(|| "allowed are none, used and slots".to_owned())
 }
 
 fn dtype(text: &str) -> Result<Dtype, String> {

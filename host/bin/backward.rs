@@ -1,12 +1,12 @@
 //! A backward pass that runs again and again, in memory that was taken once.
 
 use ferroflash::{
-    Backend, BackwardInputs, BackwardPlan, Element, Gradients, InputKinds, Operand, Options, Pair, Plan, Result,
-    SecondTensors, Sinks, Tensor, Workspace,
+    Backend, BackwardInputs, BackwardPlan, Element, Gradients, Operand, Pair, Plan, Result, SecondTensors, Sinks,
+    Workspace,
 };
 
-use crate::inputs::Inputs;
-use crate::shaping::Lines;
+use crate::inputs::{Inputs, tensor};
+use crate::shaping::{Lines, Shaping};
 
 /// The tensors of a backward pass, each contiguous, and its workspace.
 pub struct BackwardMemory<'a, B: Backend, E: Element> {
@@ -26,18 +26,17 @@ pub struct BackwardMemory<'a, B: Backend, E: Element> {
 
 impl<'a, B: Backend, E: Element> BackwardMemory<'a, B, E> {
     /// Memory for the gradients, and O and the LSE from one forward pass over the inputs.
-    pub fn new(backend: &B, forward: &Plan, inputs: &'a Inputs<B, E>) -> Result<Self> {
+    pub fn new(backend: &B, forward: &Plan, shaping: &Shaping, inputs: &'a Inputs<B, E>) -> Result<Self> {
         let problem = forward.problem();
         let [q_len, kv_len] = [problem.q_shape(), problem.kv_shape()].map(|shape| shape.iter().product());
         let memory = |operand, len| backend.allocate::<E>(operand, len);
         let mut o = memory(Operand::O, q_len)?;
         let mut lse = backend.allocate(Operand::Lse, problem.lse_len())?;
-        let o_view = Tensor::bhsd(B::slice_mut(&mut o, 0..q_len), problem.q_shape());
+        let o_view = tensor(forward.options(), B::slice_mut(&mut o, 0..q_len), problem.q_shape());
         let lse_view = B::slice_mut(&mut lse, 0..problem.lse_len());
-        let Options { alibi, sinks, .. } = *forward.options();
-        let lines = Lines::new(backend, problem, InputKinds { alibi, sinks })?;
-        backend.forward_into(forward, inputs.tensors(forward).optional(lines.inputs()), o_view, Some(lse_view))?;
-        let d_sinks = match sinks {
+        let lines = Lines::new(backend, problem, shaping)?;
+        forward.run(backend, inputs.tensors(forward).optional(lines.inputs()), o_view, Some(lse_view))?;
+        let d_sinks = match forward.options().sinks {
             Sinks::None => None,
             Sinks::PerHead => Some(backend.allocate(Operand::DSinks, problem.heads_q)?),
         };
@@ -55,27 +54,28 @@ impl<'a, B: Backend, E: Element> BackwardMemory<'a, B, E> {
         let (of_q, of_kv) = (plan.problem().q_shape(), plan.problem().kv_shape());
         let (q_len, kv_len) = (of_q.iter().product(), of_kv.iter().product());
         let Inputs { q, k, v, second, d_o } = self.inputs;
+        let options = plan.options();
         let inputs = BackwardInputs {
-            q: q.tensor(of_q),
-            k: k.tensor(of_kv),
-            v: v.tensor(of_kv),
-            o: Tensor::bhsd(B::slice(&self.o), of_q),
-            d_o: d_o.tensor(of_q),
+            q: q.tensor(options, of_q),
+            k: k.tensor(options, of_kv),
+            v: v.tensor(options, of_kv),
+            o: tensor(options, B::slice(&self.o), of_q),
+            d_o: d_o.tensor(options, of_q),
             lse: B::slice(&self.lse),
             d_lse: None,
             optional: self.lines.inputs(),
         };
         let outputs = Gradients {
-            dq: Tensor::bhsd(B::slice_mut(&mut self.dq, 0..q_len), of_q),
-            dk: Tensor::bhsd(B::slice_mut(&mut self.dk, 0..kv_len), of_kv),
-            dv: Tensor::bhsd(B::slice_mut(&mut self.dv, 0..kv_len), of_kv),
+            dq: tensor(options, B::slice_mut(&mut self.dq, 0..q_len), of_q),
+            dk: tensor(options, B::slice_mut(&mut self.dk, 0..kv_len), of_kv),
+            dv: tensor(options, B::slice_mut(&mut self.dv, 0..kv_len), of_kv),
             d_sinks: self.d_sinks.as_mut().map(|d_sinks| B::slice_mut(d_sinks, 0..plan.problem().heads_q)),
         };
         let second = self.second.as_mut().map(|Pair { q: dq, k: dk }| SecondTensors {
-            inputs: Pair { q: second.q.tensor(of_q), k: second.k.tensor(of_kv) },
+            inputs: Pair { q: second.q.tensor(options, of_q), k: second.k.tensor(options, of_kv) },
             gradients: Pair {
-                q: Tensor::bhsd(B::slice_mut(dq, 0..q_len), of_q),
-                k: Tensor::bhsd(B::slice_mut(dk, 0..kv_len), of_kv),
+                q: tensor(options, B::slice_mut(dq, 0..q_len), of_q),
+                k: tensor(options, B::slice_mut(dk, 0..kv_len), of_kv),
             },
         });
         plan.run(backend, inputs, second, outputs, &mut self.workspace)

@@ -5,7 +5,7 @@
 //! memory never holds more than the inputs of one step.
 
 use ferroflash::cases::normal_values;
-use ferroflash::{Backend, Element, Inputs as AttentionInputs, Operand, Pair, Plan, Problem, Result, Tensor};
+use ferroflash::{Backend, Element, Inputs as AttentionInputs, Operand, Options, Pair, Plan, Problem, Result, Tensor};
 
 use crate::op::OpName;
 
@@ -56,10 +56,11 @@ impl<B: Backend, E: Element> Inputs<B, E> {
     /// What a forward pass reads.
     pub fn tensors(&self, plan: &Plan) -> AttentionInputs<B::Slice<'_, E>, B::Slice<'_, f32>> {
         let (of_q, of_kv) = (plan.problem().q_shape(), plan.problem().kv_shape());
-        let (q, k, v) = (self.q.tensor(of_q), self.k.tensor(of_kv), self.v.tensor(of_kv));
+        let options = plan.options();
+        let (q, k, v) = (self.q.tensor(options, of_q), self.k.tensor(options, of_kv), self.v.tensor(options, of_kv));
         match plan.dist_threshold() {
             Some(_) => {
-                let second = Pair { q: self.second.q.tensor(of_q), k: self.second.k.tensor(of_kv) };
+                let second = Pair { q: self.second.q.tensor(options, of_q), k: self.second.k.tensor(options, of_kv) };
                 AttentionInputs::piecewise(Pair { q, k }, second, v)
             }
             None => AttentionInputs::new(q, k, v),
@@ -92,9 +93,15 @@ impl<B: Backend, E: Element> Input<B, E> {
     }
 
     /// All of it, as a contiguous tensor.
-    pub fn tensor(&self, shape: [usize; 4]) -> Tensor<B::Slice<'_, E>> {
-        Tensor::bhsd(B::slice(&self.buffer), shape)
+    pub fn tensor(&self, options: &Options, shape: [usize; 4]) -> Tensor<B::Slice<'_, E>> {
+        tensor(options, B::slice(&self.buffer), shape)
     }
+}
+
+/// Returns a contiguous tensor: (batch, heads, seqlen, head_dim) in a dense batch, and (tokens, heads, head_dim) if
+/// sequences share it, as their users have it.
+pub fn tensor<S>(options: &Options, data: S, shape: [usize; 4]) -> Tensor<S> {
+    if options.sequences.is_some() { Tensor::bshd(data, shape) } else { Tensor::bhsd(data, shape) }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The passes that a command can run, and what each costs.
 
 use clap::ValueEnum;
+use ferroflash::cases::CaseLengths;
 use ferroflash::{Attention, Determinism, Mask, Operand, Piecewise, Problem, Result};
 
 use crate::shaping::Shaping;
@@ -72,7 +73,7 @@ impl OpName {
             OpName::Backward => attention.plan_backward(1)?.workspace_bytes(),
             OpName::Piecewise => piecewise.plan(1)?.workspace_bytes(),
             OpName::PiecewiseBackward => piecewise.plan_backward(1)?.workspace_bytes(),
-            OpName::TotalAttention => attention.plan_total_attention(1).map(|_| 0)?,
+            OpName::TotalAttention => attention.plan_total_attention(1)?.workspace_bytes(),
         })
     }
 
@@ -111,8 +112,11 @@ impl OpName {
 
     /// Floating-point operations by the field's convention: the backward pass has five products where the forward pass
     /// has two, total attention has one. Piecewise attention counts as plain attention does, each score once.
-    pub fn flops(self, problem: &Problem, mask: Mask) -> f64 {
-        let forward = problem.flops_forward(mask);
+    pub fn flops(self, problem: &Problem, mask: Mask, lengths: Option<CaseLengths>) -> f64 {
+        let forward = match lengths {
+            None => problem.flops_forward(mask),
+            Some(lengths) => lengths.problems(*problem).map(|problem| problem.flops_forward(mask)).sum(),
+        };
         match self {
             OpName::Forward | OpName::Piecewise => forward,
             OpName::Backward | OpName::PiecewiseBackward => 2.5 * forward,
@@ -146,9 +150,11 @@ mod tests {
         let total = 2 * 6 * 300 * 4;
         assert_eq!(OpName::TotalAttention.bytes(&problem), (q + kv + lse + total) as f64);
         for mask in [Mask::None, Mask::Causal] {
-            assert_eq!(OpName::TotalAttention.flops(&problem, mask), 0.5 * problem.flops_forward(mask));
-            assert_eq!(OpName::Forward.flops(&problem, mask), problem.flops_forward(mask));
-            assert_eq!(OpName::Backward.flops(&problem, mask), 2.5 * problem.flops_forward(mask));
+            assert_eq!(OpName::TotalAttention.flops(&problem, mask, None), 0.5 * problem.flops_forward(mask));
+            assert_eq!(OpName::Forward.flops(&problem, mask, None), problem.flops_forward(mask));
+            let two = Some(CaseLengths::new(vec![[50, 150], [50, 150]]));
+            assert_eq!(OpName::Forward.flops(&problem, mask, two), problem.flops_forward(mask) / 4.0);
+            assert_eq!(OpName::Backward.flops(&problem, mask, None), 2.5 * problem.flops_forward(mask));
         }
     }
 }

@@ -170,7 +170,11 @@ impl Case {
     /// otherwise 1.
     fn cancelled<E: Element>(&self, scores: &Scores<Tensor<&[E]>>, outputs: [&[E]; 2]) -> f64 {
         let Problem { seqlen_k, head_dim, .. } = self.problem;
-        if seqlen_k > 1 {
+        let single = match self.lengths {
+            None => seqlen_k <= 1,
+            Some(lengths) => lengths.sequences.iter().any(|sequence| sequence[1] <= 1),
+        };
+        if !single {
             return 1.0;
         }
         let [o, d_o] = outputs.map(|x| self.gather(x, self.problem.q_shape()));

@@ -129,9 +129,10 @@ impl Case {
         let Inputs { q, k, v, second } = inputs;
         let pair = second.map(|second| second.pair);
         let (shaping, o, lse) = (self.shaping(), Output::<E>::new(), Some(Output::<f32>::new()));
-        let tensors = ForwardTensors { q, k, second: pair, v, optional: shaping.inputs(), o, lse };
+        let (optional, workspace, workspace_bytes) = (shaping.inputs(), 0, 0);
+        let tensors = ForwardTensors { q, k, second: pair, v, optional, o, lse, workspace, workspace_bytes };
         let uploaded = tensors.visit(&mut Upload::new(backend, self))?;
-        let ForwardTensors { q, k, second: pair, v, optional, mut o, mut lse } = uploaded;
+        let ForwardTensors { q, k, second: pair, v, optional, mut o, mut lse, .. } = uploaded;
         let optional = optional_of::<B>(&optional);
         let (attention, line) = (self.attention(), lse.as_mut().map(GuardedLine::line));
         match (second, &pair) {

@@ -24,6 +24,7 @@ mod backward;
 mod forward;
 mod guarded;
 mod launch;
+mod lengths;
 mod limits;
 mod piecewise;
 mod shaping;
@@ -34,6 +35,7 @@ pub use backward::{BackwardData, BackwardOutcome, CaseGradients};
 pub use forward::{CaseOutput, Outcome};
 use guarded::POISON;
 pub use launch::Judging;
+pub use lengths::{CaseLengths, Gaps};
 pub use piecewise::PiecewiseCase;
 pub use shaping::Shaping;
 pub use total_attention::{CaseTotal, TotalData, TotalOutcome};
@@ -75,6 +77,8 @@ pub struct Case {
     pub input_std: f32,
     /// Probability that a weight is dropped; the seed is the case's.
     pub dropout: f32,
+    /// Lengths of sequences that share one tensor, with which the problem agrees; `None` for a dense batch.
+    pub lengths: Option<CaseLengths>,
     pub seed: u64,
 }
 
@@ -108,6 +112,7 @@ impl Case {
             padding: 0,
             input_std: 1.0,
             dropout: 0.0,
+            lengths: None,
             seed: 0,
         }
     }
@@ -292,10 +297,17 @@ pub fn for_rows(layout: &Layout, mut f: impl FnMut(usize)) {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Problem { batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, dtype } = self.problem;
+        if self.lengths.is_none() {
+            write!(f, "--batch {batch} ")?;
+        }
+        write!(f, "--heads-q {heads_q} --heads-kv {heads_kv} ")?;
+        match self.lengths {
+            None => write!(f, "--seqlen-q {seqlen_q} --seqlen-k {seqlen_k}")?,
+            Some(lengths) => write!(f, "{lengths}")?,
+        }
         write!(
             f,
-            "--batch {batch} --heads-q {heads_q} --heads-kv {heads_kv} --seqlen-q {seqlen_q} --seqlen-k {seqlen_k} \
-             --head-dim {head_dim} --dtype {} --mask {} --scale {} --layout {} --input-std {} --seed {}",
+            " --head-dim {head_dim} --dtype {} --mask {} --scale {} --layout {} --input-std {} --seed {}",
             dtype.name(),
             self.mask,
             self.effective_scale(),

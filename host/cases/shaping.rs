@@ -5,6 +5,7 @@ use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 
 use super::Case;
+use crate::lengths::Lengths;
 use crate::operands::{OptionalInputs, Slopes};
 use crate::plan::{Alibi, InputKinds, Options, Sinks};
 
@@ -20,13 +21,19 @@ pub struct Shaping(OptionalInputs<Vec<f32>>);
 impl Shaping {
     /// Borrows the values.
     pub fn inputs(&self) -> OptionalInputs<&[f32]> {
-        let OptionalInputs { slopes, sinks, .. } = &self.0;
+        let OptionalInputs { slopes, sinks, lengths, .. } = &self.0;
         let slopes = slopes.as_ref().map(|slopes| match slopes {
             Slopes::PerHead(slopes) => Slopes::PerHead(&slopes[..]),
             Slopes::PerItem(slopes) => Slopes::PerItem(&slopes[..]),
         });
-        OptionalInputs { slopes, sinks: sinks.as_deref(), seed_offset: None }
+        let lengths = lengths.as_ref().map(lengths_of);
+        OptionalInputs { slopes, sinks: sinks.as_deref(), seed_offset: None, lengths }
     }
+}
+
+/// Borrows lengths.
+pub(super) fn lengths_of(lengths: &Lengths<Vec<f32>>) -> Lengths<&[f32]> {
+    lengths.map_ref(|numbers| &numbers[..])
 }
 
 impl Case {
@@ -53,26 +60,29 @@ impl Case {
         let slopes = match self.alibi {
             Alibi::None => None,
             Alibi::PerHead => Some(Slopes::PerHead(slopes(heads))),
-            Alibi::PerItem => Some(Slopes::PerItem(slopes(self.problem.batch * heads))),
+            Alibi::PerItem => Some(Slopes::PerItem(slopes(self.items() * heads))),
         };
         let mut sink = || -> f32 { 2.0 * rng.sample::<f32, _>(StandardNormal) };
         let sinks = match self.sinks {
             Sinks::None => None,
             Sinks::PerHead => Some((0..heads).map(|_| sink()).collect()),
         };
-        Shaping(OptionalInputs { slopes, sinks, seed_offset: None })
+        let lengths = self.lengths.map(|lengths| lengths.input(self.seed));
+        Shaping(OptionalInputs { slopes, sinks, seed_offset: None, lengths })
     }
 
     /// Returns the kinds of the optional inputs.
     pub fn kinds(&self) -> InputKinds {
-        InputKinds { alibi: self.alibi, sinks: self.sinks }
+        let sequences = self.lengths.map(|lengths| lengths.input(self.seed).kind());
+        InputKinds { alibi: self.alibi, sinks: self.sinks, sequences }
     }
 
     /// Returns the options of the case.
     pub fn options(&self) -> Options {
         let (mask, scale, softcap) = (self.mask, Some(self.effective_scale()), self.softcap);
         let (alibi, sinks, dropout) = (self.alibi, self.sinks, self.dropped().into());
-        Options { mask, scale, softcap, alibi, sinks, dropout, dist_threshold: None }
+        let sequences = self.kinds().sequences;
+        Options { mask, scale, softcap, alibi, sinks, dropout, sequences, dist_threshold: None }
     }
 }
 
@@ -100,6 +110,9 @@ mod tests {
         let (shaping, other) = (case.shaping(), Case { seed: case.seed + 1, ..case }.shaping());
         assert_eq!(shaping, case.shaping());
         assert!(shaping.inputs() != other.inputs());
-        assert_eq!(shaping.inputs().kinds(), InputKinds { alibi: Alibi::PerItem, sinks: Sinks::PerHead });
+        assert_eq!(
+            shaping.inputs().kinds(),
+            InputKinds { alibi: Alibi::PerItem, sinks: Sinks::PerHead, sequences: None }
+        );
     }
 }

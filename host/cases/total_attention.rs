@@ -9,7 +9,7 @@ use super::Case;
 use super::upload::{Output, Upload, slopes_of};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::operands::{Pass, TotalInputs, TotalTensors};
+use crate::operands::{OptionalInputs, Pass, TotalInputs, TotalTensors};
 use crate::reference::{Accuracy, Beyond, Limits, Scores, total_f64, total_plain};
 
 /// Inputs of a case's total attention.
@@ -118,11 +118,15 @@ impl Case {
     pub fn total<B: Backend, E: Element>(&self, backend: &B, data: &TotalData<E>) -> Result<CaseTotal> {
         let [q, k, _] = data.inputs.each_ref().map(Vec::as_slice);
         let shaping = self.shaping();
-        let slopes = shaping.inputs().slopes;
-        let tensors = TotalTensors { q, k, lse: &data.lse[..], slopes, total: Output::<f32>::new() };
-        let TotalTensors { q, k, lse, slopes, mut total } = tensors.visit(&mut Upload::new(backend, self))?;
+        let OptionalInputs { slopes, lengths, .. } = shaping.inputs();
+        let (total, workspace, workspace_bytes) = (Output::<f32>::new(), 0, 0);
+        let lse = &data.lse[..];
+        let tensors = TotalTensors { q, k, lse, slopes, lengths, total, workspace, workspace_bytes };
+        let TotalTensors { q, k, lse, slopes, lengths, mut total, .. } =
+            tensors.visit(&mut Upload::new(backend, self))?;
         let slopes = slopes.as_ref().map(slopes_of::<B>);
-        let inputs = TotalInputs { q: q.tensor(), k: k.tensor(), lse: B::slice(&lse), slopes };
+        let lengths = lengths.as_ref().map(|lengths| lengths.map_ref(B::slice));
+        let inputs = TotalInputs { q: q.tensor(), k: k.tensor(), lse: B::slice(&lse), slopes, lengths };
         self.attention().total_attention_into(backend, inputs, total.line())?;
         let (total, untouched) = total.content(backend)?;
         Ok(CaseTotal { total, untouched })

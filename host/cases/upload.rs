@@ -72,6 +72,7 @@ pub(super) fn optional_of<B: Backend>(uploaded: &OptionalInputs<B::Buffer<f32>>)
         slopes: uploaded.slopes.as_ref().map(slopes_of::<B>),
         sinks: uploaded.sinks.as_ref().map(B::slice),
         seed_offset: uploaded.seed_offset.as_ref().map(|numbers| numbers.as_ref().map(B::slice)),
+        lengths: uploaded.lengths.as_ref().map(|lengths| lengths.map_ref(B::slice)),
     }
 }
 
@@ -149,6 +150,6 @@ impl<B: Backend> Lines<Output<f32>> for Upload<'_, B> {
     type To = GuardedLine<B>;
 
     fn line(&mut self, row: LineRow, _: Role, _: Output<f32>) -> Result<GuardedLine<B>> {
-        GuardedLine::new(self.backend, row.operand, (row.len)(&self.case.problem))
+        GuardedLine::new(self.backend, row.operand, (row.len)(&self.case.problem, self.case.items()))
     }
 }

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use ferroflash::{Element, Inputs as AttentionInputs, Operand, Result, Tensor, TotalInputs};
+use ferroflash::{Element, Inputs as AttentionInputs, Operand, Result, TotalInputs, Workspace};
 
 use super::Step;
 use super::protocol::{FEWEST_RUNS, Method};
 use crate::backward::BackwardMemory;
-use crate::inputs::Inputs;
+use crate::inputs::{Inputs, tensor};
 use crate::machine::Timed;
 use crate::memory::forget_peak_memory;
 use crate::op::OpName;
@@ -44,10 +44,11 @@ fn forward<B: Timed, E: Element>(
     let (plan, shape) = (step.plan(backend.sm_count())?, step.problem.q_shape());
     let len = shape.iter().product();
     let mut o = backend.allocate(Operand::O, len)?;
-    let lines = Lines::new(backend, &step.problem, step.shaping.kinds)?;
+    let lines = Lines::new(backend, &step.problem, &step.shaping)?;
+    let mut workspace = Workspace::new();
     let launch = || {
-        let o = Tensor::bhsd(B::slice_mut(&mut o, 0..len), shape);
-        backend.forward_into(&plan, inputs.tensors(&plan).optional(lines.inputs()), o, None)
+        let o = tensor(plan.options(), B::slice_mut(&mut o, 0..len), shape);
+        plan.run_in(backend, inputs.tensors(&plan).optional(lines.inputs()), o, None, &mut workspace)
     };
     median(backend, launch, method, plan.workspace_bytes())
 }
@@ -60,7 +61,7 @@ fn backward<B: Timed, E: Element>(
     method: &Method,
 ) -> Result<Option<Measured>> {
     let (forward, plan) = (step.plan(backend.sm_count())?, step.plan_backward(backend.sm_count())?);
-    let mut memory = BackwardMemory::new(backend, &forward, inputs)?;
+    let mut memory = BackwardMemory::new(backend, &forward, &step.shaping, inputs)?;
     let lse_bytes = step.problem.lse_len() * size_of::<f32>();
     median(backend, || memory.run(backend, &plan), method, lse_bytes + plan.workspace_bytes())
 }
@@ -74,19 +75,20 @@ fn total_attention<B: Timed, E: Element>(
 ) -> Result<Option<Measured>> {
     let (attention, problem) = (step.attention(), &step.problem);
     let plan = attention.plan_total_attention(backend.sm_count())?;
-    let q = || inputs.q.tensor(problem.q_shape());
-    let k = || inputs.k.tensor(problem.kv_shape());
+    let q = || inputs.q.tensor(plan.options(), problem.q_shape());
+    let k = || inputs.k.tensor(plan.options(), problem.kv_shape());
     // The LSE is the same whatever V is.
-    let lines = Lines::new(backend, problem, step.shaping.kinds)?;
+    let lines = Lines::new(backend, problem, &step.shaping)?;
     let lse = attention.forward_with(backend, AttentionInputs::new(q(), k(), k()).optional(lines.inputs()))?.lse;
     let lse = lse.map_or_else(|| backend.allocate(Operand::Lse, 0), Ok)?;
     let len = problem.total_len();
     let mut total = backend.allocate(Operand::Total, len)?;
+    let mut workspace = Workspace::new();
     let launch = || {
         let inputs = TotalInputs::new(q(), k(), B::slice(&lse)).optional(lines.inputs());
-        backend.total_attention_into(&plan, inputs, B::slice_mut(&mut total, 0..len))
+        plan.run_in(backend, inputs, B::slice_mut(&mut total, 0..len), &mut workspace)
     };
-    median(backend, launch, method, problem.lse_len() * size_of::<f32>())
+    median(backend, launch, method, problem.lse_len() * size_of::<f32>() + plan.workspace_bytes())
 }
 
 fn median<B: Timed>(

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use ferroflash::{
-    Attention, BackwardPlan, Determinism, Dropout, Dtype, Mask, Piecewise, Plan, Problem, Result, bf16, f16,
+    Attention, BackwardPlan, Determinism, Dropout, Dtype, InputKinds, Mask, Piecewise, Plan, Problem, Result, bf16, f16,
 };
 
 use crate::args::BenchArgs;
@@ -17,7 +17,7 @@ use crate::machine::{Job, Machine, Timed};
 use crate::memory::check_memory;
 use crate::op::OpName;
 use crate::say;
-use crate::shaping::Shaping;
+use crate::shaping::{Shaping, sequences};
 use crate::sweep::{Swept, sweep};
 use measure::measure;
 use protocol::{Method, Protocol};
@@ -68,6 +68,8 @@ struct Step {
     determinism: Determinism,
     dropout: f32,
     shaping: Shaping,
+    /// The flag of its lengths.
+    lengths_text: Option<String>,
 }
 
 impl Step {
@@ -120,7 +122,12 @@ fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
     let seqlens = pick(&args.seqlens, &[1024, 4096, 16384], &[256, 1024]);
     let tokens = args.tokens.unwrap_or(if machine.is_cpu() { 1024 } else { 32768 });
     let hidden = args.hidden.unwrap_or(if machine.is_cpu() { 512 } else { 2048 });
-    let shaping = Shaping { softcap: args.pass.shaping.softcap, kinds: args.pass.shaping.kinds() };
+    let lengths = args.lengths.as_ref().map(|(_, lengths)| *lengths);
+    let kinds = InputKinds { sequences: lengths.map(sequences), ..args.pass.shaping.kinds() };
+    let shaping = Shaping { softcap: args.pass.shaping.softcap, kinds, lengths };
+    let all = |side: usize| lengths.map(|lengths| lengths.sequences.iter().map(|sequence| sequence[side]).sum());
+    // With lengths, one measurement takes the place of those of all lengths of a dense batch.
+    let seqlens = all(0).map_or(seqlens, |rows: usize| vec![rows]);
     let mut steps = Vec::new();
     for &op in &args.pass.op {
         for &dtype in &args.dtype {
@@ -129,18 +136,28 @@ fn steps(args: &BenchArgs, machine: &Machine) -> Vec<Step> {
                     for &mask in args.window.as_ref().map_or(&args.mask[..], std::slice::from_ref) {
                         let heads_q = (hidden / head_dim.max(1)).max(1);
                         let problem = Problem {
-                            batch: (tokens / seqlen.max(1)).max(1),
+                            batch: if lengths.is_some() { 1 } else { (tokens / seqlen.max(1)).max(1) },
                             heads_q,
                             heads_kv: args.heads_kv.unwrap_or(heads_q),
                             seqlen_q: seqlen,
-                            seqlen_k: seqlen,
+                            seqlen_k: all(1).unwrap_or(seqlen),
                             head_dim,
                             dtype,
                         };
                         let half = i32::try_from(seqlen / 2).unwrap_or(i32::MAX);
                         let dist_threshold = op.is_piecewise().then(|| args.dist_threshold.unwrap_or(half));
                         let (determinism, dropout) = (args.pass.determinism, args.pass.dropout);
-                        steps.push(Step { op, problem, mask, dist_threshold, determinism, dropout, shaping });
+                        let lengths_text = args.lengths.as_ref().map(|(text, _)| text.clone());
+                        steps.push(Step {
+                            op,
+                            problem,
+                            mask,
+                            dist_threshold,
+                            determinism,
+                            dropout,
+                            shaping,
+                            lengths_text,
+                        });
                     }
                 }
             }

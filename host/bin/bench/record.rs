@@ -47,6 +47,11 @@ pub struct Record {
     /// What there is a sink for.
     #[serde(skip_serializing_if = "Option::is_none")]
     sinks: Option<&'static str>,
+    /// Where lengths differ: their flag, and the number of sequences. The lengths are those of all together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lengths: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sequences: Option<usize>,
     /// Of piecewise attention.
     #[serde(skip_serializing_if = "Option::is_none")]
     dist_threshold: Option<i32>,
@@ -62,7 +67,7 @@ pub struct Record {
 impl Record {
     /// What a step took.
     pub fn new(step: &Step, machine: &Machine, measured: &Measured) -> Self {
-        let Step { op, problem, mask, dist_threshold, determinism, dropout, shaping } = step;
+        let Step { op, problem, mask, dist_threshold, determinism, dropout, shaping, lengths_text } = step;
         let seconds = measured.median.as_secs_f64();
         // On a GPU, what the tensors and the workspace take; on the CPU, the process's peak while it measured.
         let own = if machine.is_cpu() { peak_memory() } else { None };
@@ -94,10 +99,12 @@ impl Record {
                 Sinks::None => None,
                 Sinks::PerHead => Some("heads"),
             },
+            lengths: lengths_text.clone(),
+            sequences: shaping.lengths.map(|lengths| lengths.sequences.len()),
             dist_threshold: *dist_threshold,
             dtype: problem.dtype.name(),
             ms: seconds * 1e3,
-            tflops: op.flops(problem, *mask) / seconds / 1e12,
+            tflops: op.flops(problem, *mask, shaping.lengths) / seconds / 1e12,
             gbps: op.bytes(problem) / seconds / 1e9,
             peak_bytes: own.unwrap_or(tensors + measured.extra_bytes),
             runs: measured.runs,

@@ -45,7 +45,8 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
         Some(case) => vec![shaped(Case { dropout: args.pass.dropout, ..case.case(args.seed) }, args)],
         None => {
             let count = args.cases.unwrap_or(DEFAULT_CASES);
-            let random = |i| Case::random(args.seed.wrapping_mul(1 << 32).wrapping_add(i), limit);
+            let draw = if args.random_lengths { Case::random_lengths } else { Case::random };
+            let random = |i| draw(args.seed.wrapping_mul(1 << 32).wrapping_add(i), limit);
             (0..count).map(|i| shaped(Case { dropout: args.pass.dropout, ..random(i) }, args)).collect()
         }
     };
@@ -90,7 +91,7 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
 
 /// Returns a case with the softcap, ALiBi and sinks of the flags.
 fn shaped(case: Case, args: &CheckArgs) -> Case {
-    let InputKinds { alibi, sinks } = args.pass.shaping.kinds();
+    let InputKinds { alibi, sinks, .. } = args.pass.shaping.kinds();
     Case {
         softcap: args.pass.shaping.softcap.or(case.softcap),
         alibi: if alibi == Alibi::None { case.alibi } else { alibi },
@@ -196,6 +197,11 @@ fn rows(case: &Case) -> Rows {
 /// Scores of a case; rows and keys cost something even where there is no score.
 fn scores(case: &Case) -> usize {
     let problem = &case.problem;
+    if let Some(lengths) = case.lengths {
+        let of_sequence = |[q, k]: &[usize; 2]| q.max(&1).saturating_mul(*k.max(&1));
+        let all = lengths.sequences.iter().map(of_sequence).fold(1, usize::saturating_add);
+        return all.saturating_mul(problem.heads_q);
+    }
     [problem.batch, problem.heads_q, problem.seqlen_q.max(1), problem.seqlen_k.max(1)]
         .into_iter()
         .fold(1, usize::saturating_mul)

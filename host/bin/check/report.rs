@@ -145,7 +145,7 @@ fn row(Judged { step, verdict }: &Judged) -> Vec<String> {
     let Step { op, case, determinism, .. } = step;
     let (p, Verdict { accuracy, lse, .. }) = (&case.problem, verdict);
     let number = |x: f64| format!("{x:.1e}");
-    let shaping = Shaping { softcap: case.softcap, kinds: case.kinds() };
+    let shaping = Shaping { softcap: case.softcap, kinds: case.kinds(), lengths: case.lengths };
     let mut row = vec![op.title(*determinism, case.dropout, &shaping)];
     row.extend([p.batch, p.heads_q, p.heads_kv, p.seqlen_q, p.seqlen_k, p.head_dim].map(|x| x.to_string()));
     row.extend([p.dtype.name().to_owned(), case.mask.to_string(), case.order.to_string()]);
