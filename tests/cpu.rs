@@ -3,6 +3,8 @@
 mod common;
 #[path = "cpu/dropout.rs"]
 mod dropout;
+#[path = "cpu/lengths.rs"]
+mod lengths;
 #[path = "cpu/piecewise.rs"]
 mod piecewise;
 #[path = "cpu/shaping.rs"]

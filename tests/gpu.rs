@@ -16,6 +16,8 @@ mod first_tiles;
 mod graph;
 #[path = "gpu/interop.rs"]
 mod interop;
+#[path = "gpu/lengths.rs"]
+mod lengths;
 #[path = "gpu/parts.rs"]
 mod parts;
 #[path = "gpu/piecewise.rs"]
@@ -157,6 +159,7 @@ fn main() {
         trials.push(test(&format!("20 repeats with softcap, ALiBi and sinks, head dim {head_dim}"), Box::new(repeat)));
     }
     trials.push(test("sinks are logits", Box::new(common::shaping::sinks_are_logits)));
+    trials.extend(lengths::tests().into_iter().map(|(name, run)| test(&name, run)));
     trials.extend(piecewise::tests().into_iter().map(|(name, run)| test(&name, run)));
     trials.extend(specialise::tests().into_iter().map(|(name, run)| test(name, run)));
     trials.push(test("nan gradient stays in its head", Box::new(common::nan_gradient_stays_in_its_head)));
@@ -347,6 +350,8 @@ fn raw_addresses(cuda: &Cuda) {
         v: tensor(v, BIG.kv_shape()),
         o: tensor(o.address(), BIG.q_shape()),
         lse: None,
+        workspace: 0,
+        workspace_bytes: 0,
     };
     let bad = RawForward { k: tensor(k + 2, BIG.kv_shape()), ..args };
     let overlap = RawForward { o: tensor(q, BIG.q_shape()), ..args };

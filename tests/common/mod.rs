@@ -7,6 +7,7 @@ use ferroflash::reference::Rows;
 use ferroflash::{Backend, Determinism, Dtype, Element, Mask, Problem, bf16, f16};
 
 pub mod dropout;
+pub mod lengths;
 pub mod shaping;
 
 /// Returns (name, case): the shapes that are easy to get wrong in attention kernels.

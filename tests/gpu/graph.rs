@@ -38,6 +38,8 @@ pub fn forward(cuda: &Cuda) {
         v: of_kv(&BIG, v),
         o: of_q(&BIG, o.address()),
         lse: Some(lse.address()),
+        workspace: 0,
+        workspace_bytes: 0,
     };
     let stream = Stream::new();
     // SAFETY: the buffers outlive the graph, and nothing uses them while it runs; the stream is of the device's
@@ -136,6 +138,8 @@ pub fn dropout_from_memory(cuda: &Cuda) {
         v: of_kv(&BIG, v),
         o: of_q(&BIG, o.address()),
         lse: None,
+        workspace: 0,
+        workspace_bytes: 0,
     };
     let args = RawBackward { optional, ..raw(&BIG, &inputs, &rows, &outputs, &workspace) };
     // These launches are ordinary, with the same numbers in the launch parameters.
@@ -251,6 +255,8 @@ pub fn beside_another(cuda: &Cuda) {
         v: of_kv(&other, k.address()),
         o: of_q(&other, o.address()),
         lse: None,
+        workspace: 0,
+        workspace_bytes: 0,
     };
     let streams = [0, 1].map(|_| Stream::new());
     for run in 0..20 {

@@ -37,7 +37,10 @@ pub fn raw_addresses(cuda: &Cuda) {
         k: tensor(k.address(), BIG.kv_shape()),
         lse: lse.address() + 4,
         slopes: None,
+        lengths: None,
         total: total.address() + 4,
+        workspace: 0,
+        workspace_bytes: 0,
     };
     let bad = RawTotalAttention { lse: args.lse + 2, ..args };
     let overlap = RawTotalAttention { total: args.lse, ..args };
