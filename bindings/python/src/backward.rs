@@ -7,10 +7,11 @@ use crate::{
     dropout::{Drawn, Given},
     error::{exception, is_layout},
     forward::{Inputs, Second, allocate, refused},
-    machine::PLANS,
+    lengths,
+    machine::{PLANS, Workspace},
     optional,
     settings::Settings,
-    tensor::{LSE_DIMS, Tensor, address, read_float32},
+    tensor::{Dims, Tensor, address, read_lse},
     torch::Torch,
 };
 
@@ -30,6 +31,7 @@ pub fn backward(
     second: Option<Second<'_>>,
     slopes: Option<&Bound<'_, PyAny>>,
     sinks: Option<&Bound<'_, PyAny>>,
+    lengths: Option<lengths::Given<'_>>,
     o: &Bound<'_, PyAny>,
     lse: &Bound<'_, PyAny>,
     d_o: &Bound<'_, PyAny>,
@@ -43,7 +45,7 @@ pub fn backward(
     deterministic: bool,
 ) -> PyResult<Py<PyAny>> {
     let torch = Torch::get(py)?;
-    let (inputs, q_name) = Inputs::read(torch, [q, k, v], second.as_ref())?;
+    let (inputs, q_name) = Inputs::read(torch, [q, k, v], second.as_ref(), Dims::of(lengths.as_ref()))?;
     let results = [inputs.q.another(torch, o, "o", q_name)?, inputs.q.another(torch, d_o, "d_o", q_name)?];
     let all = || {
         // The bits of o and d_o do not depend on the number of pairs.
@@ -53,13 +55,11 @@ pub fn backward(
     if !inputs.iter().chain(&results).all(Tensor::is_packed) {
         return all().into_py_any(py);
     }
-    let [batch, heads, seqlen, _] = inputs.q.raw.layout.shape;
-    let line = |object, name| read_float32(torch, object, name, [batch, heads, seqlen], LSE_DIMS, &inputs.q);
-    let lse = line(lse, "lse")?;
-    let d_lse = d_lse.map(|d_lse| line(d_lse, "d_lse")).transpose()?;
+    let lse = read_lse(torch, lse, "lse", &inputs.q)?;
+    let d_lse = d_lse.map(|d_lse| read_lse(torch, d_lse, "d_lse", &inputs.q)).transpose()?;
 
     let drawn = Drawn::read(torch, dropout, &inputs.q)?;
-    let optional = optional::read(torch, slopes, sinks, drawn.seed_offset, &inputs.q)?;
+    let optional = optional::read(torch, slopes, sinks, lengths.as_ref(), drawn.seed_offset, &inputs.q)?;
     let settings = Settings { window: (left, right), scale, softcap, dropout: drawn.plan, deterministic };
     let attention = settings.attention(&inputs.q, &inputs.k).for_inputs(optional.kinds());
     let machine = inputs.q.device.open(py, torch)?;
@@ -86,12 +86,8 @@ pub fn backward(
             }
         })
         .collect::<PyResult<_>>()?;
-    let d_sinks = sinks.map(|_| torch.empty_float32(q, [heads])).transpose()?;
-    // The CPU allocates its own.
-    let workspace = match machine.takes_workspace() && plan.workspace_bytes() > 0 {
-        true => Some(torch.empty_bytes(q, plan.workspace_bytes())?),
-        false => None,
-    };
+    let d_sinks = sinks.map(|_| torch.empty_float32(q, &[inputs.q.raw.layout.shape[1]])).transpose()?;
+    let workspace = Workspace::allocate(torch, q, machine, plan.workspace_bytes())?;
     let raw = |i: usize| outputs.get(i).map_or(inputs.q.raw, |(_, tensor)| tensor.raw);
     let args = RawBackward {
         q: inputs.q.raw,
@@ -110,7 +106,7 @@ pub fn backward(
         dk: raw(1),
         dv: raw(2),
         d_sinks: d_sinks.as_ref().map(address).transpose()?,
-        workspace: workspace.as_ref().map(address).transpose()?.unwrap_or(0),
+        workspace: workspace.address()?,
         workspace_bytes: plan.workspace_bytes(),
     };
     match machine.backward(py, &plan, &args) {

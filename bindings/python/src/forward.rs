@@ -6,10 +6,11 @@ use pyo3::{Bound, IntoPyObjectExt, Py, PyAny, PyResult, Python, pyfunction};
 use crate::{
     dropout::{Drawn, Given},
     error::{exception, is_layout},
-    machine::PLANS,
+    lengths,
+    machine::{PLANS, Workspace},
     optional,
     settings::Settings,
-    tensor::{Tensor, address},
+    tensor::{Dims, Tensor, address, lines},
     torch::Torch,
 };
 
@@ -30,9 +31,10 @@ impl Inputs {
         torch: &Torch,
         [q, k, v]: [&Bound<'_, PyAny>; 3],
         second: Option<&Second<'_>>,
+        dims: Dims,
     ) -> PyResult<(Self, &'static str)> {
         let (q_name, k_name) = if second.is_some() { ("q1", "k1") } else { ("q", "k") };
-        let q = Tensor::read(torch, q, q_name)?;
+        let q = Tensor::read(torch, q, q_name, dims)?;
         let k = q.another(torch, k, k_name, q_name)?;
         let v = q.another(torch, v, "v", q_name)?;
         let second = match second {
@@ -65,7 +67,8 @@ pub fn allocate<'py>(torch: &Torch, like: &Bound<'py, PyAny>, read: &Tensor) -> 
     }
     // Torch has no order of strides for a tensor that repeats elements.
     let [batch, heads, seqlen, head_dim] = read.raw.layout.shape;
-    let result = torch.empty(like, [batch, seqlen, heads, head_dim])?;
+    let shape = [batch, seqlen, heads, head_dim];
+    let result = torch.empty(like, if read.dims == Dims::Total { &shape[1..] } else { &shape })?;
     let tensor = read.allocated(&result)?;
     Ok((result, tensor))
 }
@@ -82,6 +85,7 @@ pub fn forward(
     second: Option<Second<'_>>,
     slopes: Option<&Bound<'_, PyAny>>,
     sinks: Option<&Bound<'_, PyAny>>,
+    lengths: Option<lengths::Given<'_>>,
     left: i64,
     right: i64,
     scale: Option<f32>,
@@ -90,12 +94,12 @@ pub fn forward(
     return_lse: bool,
 ) -> PyResult<Py<PyAny>> {
     let torch = Torch::get(py)?;
-    let (inputs, _) = Inputs::read(torch, [q, k, v], second.as_ref())?;
+    let (inputs, _) = Inputs::read(torch, [q, k, v], second.as_ref(), Dims::of(lengths.as_ref()))?;
     if !inputs.iter().all(Tensor::is_packed) {
         return refused(inputs.iter()).into_py_any(py);
     }
     let drawn = Drawn::read(torch, dropout, &inputs.q)?;
-    let optional = optional::read(torch, slopes, sinks, drawn.seed_offset, &inputs.q)?;
+    let optional = optional::read(torch, slopes, sinks, lengths.as_ref(), drawn.seed_offset, &inputs.q)?;
     let settings = Settings { window: (left, right), scale, softcap, dropout: drawn.plan, deterministic: false };
     let attention: Attention = settings.attention(&inputs.q, &inputs.k).for_inputs(optional.kinds());
     let machine = inputs.q.device.open(py, torch)?;
@@ -107,11 +111,9 @@ pub fn forward(
     let (o, raw_o) = allocate(torch, q, &inputs.q)?;
     let lse = match return_lse {
         false => None,
-        true => {
-            let [batch, heads, seqlen, _] = inputs.q.raw.layout.shape;
-            Some(torch.empty_float32(q, [batch, heads, seqlen])?)
-        }
+        true => Some(torch.empty_float32(q, &lines(&inputs.q, inputs.q.raw.layout.shape[2]))?),
     };
+    let workspace = Workspace::allocate(torch, q, machine, plan.workspace_bytes())?;
     let args = RawForward {
         q: inputs.q.raw,
         k: inputs.k.raw,
@@ -120,6 +122,8 @@ pub fn forward(
         optional,
         o: raw_o.raw,
         lse: lse.as_ref().map(address).transpose()?,
+        workspace: workspace.address()?,
+        workspace_bytes: plan.workspace_bytes(),
     };
     match machine.forward(py, &plan, &args) {
         Ok(()) => (o, lse).into_py_any(py),

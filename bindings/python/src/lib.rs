@@ -14,6 +14,7 @@ mod error;
 mod forward;
 #[cfg_attr(not(feature = "cuda"), path = "no_gpu.rs")]
 mod gpu;
+mod lengths;
 mod machine;
 mod optional;
 mod settings;

@@ -9,6 +9,7 @@ use pyo3::{Bound, PyAny, PyResult, Python, exceptions::PyValueError, intern, pyf
 use crate::{
     error::exception,
     gpu::{self, Gpu},
+    tensor::address,
     torch::Torch,
 };
 
@@ -98,8 +99,8 @@ impl Machine {
         }
     }
 
-    /// True if the caller allocates the workspace of a backward pass.
-    pub fn takes_workspace(self) -> bool {
+    /// True if the caller allocates the workspace of a pass.
+    fn takes_workspace(self) -> bool {
         matches!(self, Machine::Cuda { .. })
     }
 
@@ -161,6 +162,24 @@ impl Machine {
             // SAFETY: see the `impl` block. The tensor has the mask's number of bytes.
             Machine::Cuda { gpu, stream } => unsafe { gpu.dropout_mask(problem, dropout, kept, stream) },
         })
+    }
+}
+
+/// Memory for the kernels' own use in one pass. The tensor lives until the pass is enqueued.
+pub struct Workspace<'py>(Option<Bound<'py, PyAny>>);
+
+impl<'py> Workspace<'py> {
+    /// Allocates so many bytes with torch, on the device of `like`. The CPU allocates its own.
+    pub fn allocate(torch: &Torch, like: &Bound<'py, PyAny>, machine: Machine, bytes: usize) -> PyResult<Self> {
+        match machine.takes_workspace() && bytes > 0 {
+            true => Ok(Workspace(Some(torch.empty_bytes(like, bytes)?))),
+            false => Ok(Workspace(None)),
+        }
+    }
+
+    /// Returns its address; 0 if there is none.
+    pub fn address(&self) -> PyResult<u64> {
+        self.0.as_ref().map_or(Ok(0), address)
     }
 }
 

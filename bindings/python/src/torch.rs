@@ -1,9 +1,7 @@
 //! The parts of torch that native functions call: dtypes, allocation, the current stream.
 
 use pyo3::{
-    Bound, Py, PyAny, PyResult, Python,
-    call::PyCallArgs,
-    intern,
+    Bound, Py, PyAny, PyResult, Python, intern,
     sync::PyOnceLock,
     types::{IntoPyDict, PyAnyMethods, PyDict},
 };
@@ -15,6 +13,7 @@ pub struct Torch {
     float16: Py<PyAny>,
     bfloat16: Py<PyAny>,
     float32: Py<PyAny>,
+    int32: Py<PyAny>,
     int64: Py<PyAny>,
     empty_like: Py<PyAny>,
     /// `{"dtype": torch.float32}`
@@ -36,6 +35,7 @@ impl Torch {
             Ok(Torch {
                 float16: get("float16")?.unbind(),
                 bfloat16: get("bfloat16")?.unbind(),
+                int32: get("int32")?.unbind(),
                 int64: get("int64")?.unbind(),
                 empty_like: get("empty_like")?.unbind(),
                 as_float32: [("dtype", &float32)].into_py_dict(py)?.unbind(),
@@ -62,6 +62,11 @@ impl Torch {
         dtype.is(&self.float32)
     }
 
+    /// True for `torch.int32`.
+    pub fn is_int32(&self, dtype: &Bound<'_, PyAny>) -> bool {
+        dtype.is(&self.int32)
+    }
+
     /// True for `torch.int64`.
     pub fn is_int64(&self, dtype: &Bound<'_, PyAny>) -> bool {
         dtype.is(&self.int64)
@@ -73,19 +78,12 @@ impl Torch {
     }
 
     /// Allocates a contiguous tensor of the same dtype and device.
-    pub fn empty<'py>(&self, like: &Bound<'py, PyAny>, shape: [usize; 4]) -> PyResult<Bound<'py, PyAny>> {
+    pub fn empty<'py>(&self, like: &Bound<'py, PyAny>, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {
         like.call_method1(intern!(like.py(), "new_empty"), (shape,))
     }
 
     /// Allocates a contiguous f32 tensor on the same device.
-    pub fn empty_float32<'py, const N: usize>(
-        &self,
-        like: &Bound<'py, PyAny>,
-        shape: [usize; N],
-    ) -> PyResult<Bound<'py, PyAny>>
-    where
-        ([usize; N],): PyCallArgs<'py>,
-    {
+    pub fn empty_float32<'py>(&self, like: &Bound<'py, PyAny>, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {
         let py = like.py();
         like.call_method(intern!(py, "new_empty"), (shape,), Some(self.as_float32.bind(py)))
     }

@@ -73,6 +73,45 @@ def attention(
     return o, lse, weights
 
 
+def of_sequences(q, k, v, cu_q, cu_k, *, used=None, slopes=None, second=None, kept=None, **options):
+    """Returns (O, LSE, total attention) of sequences that share tensors (total, heads, head_dim), one after the other.
+
+    `cu_q` and `cu_k` are lists of cumulative lengths, `used` is a list of the numbers of keys that count, and `kept` a
+    dropout mask (sequences, heads_q, longest, longest). Rows of no sequence get 0, -inf and 0.
+    """
+    dtype = options.get("dtype", torch.float64)
+    o = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=kind, device=q.device)
+    total = torch.zeros(q.shape[1], k.shape[0], dtype=torch.float64, device=q.device)
+    for b in range(len(cu_q) - 1):
+        rows = slice(cu_q[b], cu_q[b + 1])
+        keys = slice(cu_k[b], cu_k[b + 1] if used is None else cu_k[b] + used[b])
+        queries, count = rows.stop - rows.start, keys.stop - keys.start
+        if queries == 0:
+            continue
+        one = dict(options)
+        if slopes is not None:
+            one["slopes"] = slopes[b] if slopes.dim() == 2 else slopes
+        if second is not None:
+            one["second"] = (second[0][None, rows], second[1][None, keys], second[2])
+        if kept is not None:
+            one["kept"] = kept[b : b + 1, :, :queries, :count]
+        result, of_rows, weights = attention(q[None, rows], k[None, keys], v[None, keys], **one)
+        o = torch.cat((o[: rows.start], result[0], o[rows.stop :]))
+        lse = torch.cat((lse[:, : rows.start], of_rows[0], lse[:, rows.stop :]), 1)
+        total[:, keys] = weights[0].detach().double().sum(1)
+    return o, lse, total
+
+
+def cumulative(lengths, device="cpu"):
+    """Returns cumulative lengths as a list, and as the int32 tensor that functions take."""
+    result = [0]
+    for length in lengths:
+        result.append(result[-1] + length)
+    return result, torch.tensor(result, dtype=torch.int32, device=device)
+
+
 def assert_close(found, exact, plain, name="result"):
     """Fails if the error is above twice that of the same computation in 16 bits, plus 1e-5."""
     found, exact, plain = found.detach().double(), exact.detach().double(), plain.detach().double()

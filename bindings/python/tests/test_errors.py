@@ -18,7 +18,7 @@ def test_types():
     with pytest.raises(TypeError, match=r"^k is f16; q is bf16"):
         ferroflash.attention(q, k.half(), v)
     with pytest.raises(TypeError, match="^v is <class 'list'>; a torch.Tensor is needed|has no attribute"):
-        ferroflash._native.forward(q, k, [1.0], None, None, None, -1, -1, None, None, None, False)
+        ferroflash._native.forward(q, k, [1.0], None, None, None, None, -1, -1, None, None, None, False)
     with pytest.raises(TypeError, match=r"^lse is torch.bfloat16; torch.float32 is needed"):
         ferroflash.total_attention(q, k, torch.zeros(1, 4, 20, dtype=torch.bfloat16))
 
@@ -74,13 +74,20 @@ def test_errors_in_a_call_with_gradients_and_in_operators():
 def test_devices():
     q, k, v = (x.to("meta") for x in inputs())
     with pytest.raises(ValueError, match="^q is on meta; the CPU or a CUDA device is needed"):
-        ferroflash._native.forward(q, k, v, None, None, None, -1, -1, None, None, None, False)
+        ferroflash._native.forward(q, k, v, None, None, None, None, -1, -1, None, None, None, False)
 
 
 def test_tensors_on_two_devices(gpu):
     q, k, v = inputs()
     with pytest.raises(ValueError, match="^k is on cpu; q is on cuda:0"):
         ferroflash.attention(q.to(gpu), k, v)
+
+
+def test_lengths_on_another_device(gpu):
+    q, k, v = (x[0].to(gpu) for x in inputs())
+    cu = torch.tensor([0, 20], dtype=torch.int32)
+    with pytest.raises(ValueError, match="^cu_seqlens_q is on cpu; q is on cuda:0"):
+        ferroflash.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
 
 
 def test_memory(device):

@@ -17,7 +17,7 @@ SIGNATURES = {
     "flash_attn_qkvpacked_func": f"(qkv, {REST})",
     "flash_attn_kvpacked_func": f"(q, kv, {REST})",
     "flash_attn_varlen_func": (
-        f"(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {REST}, block_table=None)"
+        f"(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {REST}, block_table=None, seqused_k=None)"
     ),
     "flash_attn_varlen_qkvpacked_func": f"(qkv, cu_seqlens, max_seqlen, {REST})",
     "flash_attn_varlen_kvpacked_func": (f"(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {REST})"),
@@ -177,24 +177,11 @@ def test_packed_gradients_through_the_lse(device):
 def test_what_is_not_built_yet():
     q, k, v = tensors((1, 20, 2, 64), (1, 20, 2, 64))
     lengths = torch.tensor([0, 20], dtype=torch.int32)
+    varlen = (q[0], k[0], v[0], lengths, lengths, 20, 20)
+    table = torch.zeros(1, 1, dtype=torch.int32)
     calls = [
-        ("cu_seqlens_q", lambda: ferroflash.flash_attn_varlen_func(q[0], k[0], v[0], lengths, lengths, 20, 20)),
-        (
-            "block_table",
-            lambda: ferroflash.flash_attn_varlen_func(
-                q[0], k[0], v[0], lengths, lengths, 20, 20, block_table=torch.zeros(1, 1, dtype=torch.int32)
-            ),
-        ),
-        (
-            "cu_seqlens",
-            lambda: ferroflash.flash_attn_varlen_qkvpacked_func(torch.stack((q, k, v), 2)[0], lengths, 20),
-        ),
-        (
-            "cu_seqlens_q",
-            lambda: ferroflash.flash_attn_varlen_kvpacked_func(
-                q[0], torch.stack((k, v), 2)[0], lengths, lengths, 20, 20
-            ),
-        ),
+        ("block_table", lambda: ferroflash.flash_attn_varlen_func(*varlen, block_table=table)),
+        ("return_attn_probs", lambda: ferroflash.flash_attn_varlen_func(*varlen, 0.5, return_attn_probs=True)),
         ("k_cache", lambda: ferroflash.flash_attn_with_kvcache(q, k, v)),
     ]
     for argument, call in calls:

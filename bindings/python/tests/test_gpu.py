@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ferroflash
-from reference import assert_close, attention, tensors
+from reference import assert_close, attention, cumulative, of_sequences, tensors
 
 
 def both_passes(inputs, d_o, **options):
@@ -80,6 +80,52 @@ def test_graph_of_a_training_step(gpu, deterministic, with_scores):
         graph.replay()
         for found, exact in zip(captured, run(), strict=True):
             assert found.equal(exact) if deterministic else torch.allclose(found, exact, atol=1e-2, rtol=1e-2)
+
+
+def test_cpu_and_gpu_agree_on_sequences(gpu):
+    lengths = (100, 0, 37, 260)
+    inputs, (_, cu) = tensors((397, 4, 64), (397, 2, 64)), cumulative(lengths)
+    d_o = torch.randn_like(inputs[0])
+    options = {"dropout_p": 0.25, "seed_offset": (9, 4)}
+    expected = both_passes(inputs, d_o, cu_seqlens_q=cu, cu_seqlens_k=cu, **options, **scores(inputs))
+    moved, cu = [x.detach().to(gpu).requires_grad_() for x in inputs], cu.to(gpu)
+    found = both_passes(moved, d_o.to(gpu), cu_seqlens_q=cu, cu_seqlens_k=cu, **options, **scores(moved))
+    for one, exact in zip(found, expected, strict=True):
+        assert torch.allclose(one.cpu(), exact, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_graph_with_other_lengths(gpu, deterministic):
+    """A graph of a training step is replayed with other sequences, whose lengths the host never reads."""
+    inputs, cu = tensors((300, 4, 64), (300, 2, 64), device=gpu), cumulative((100, 100, 100), gpu)[1]
+    d_o = torch.randn_like(inputs[0])
+
+    def run():
+        o = ferroflash.flash_attn_varlen_func(*inputs, cu, cu, 300, 300, causal=True, deterministic=deterministic)
+        return o, *torch.autograd.grad(o, inputs, d_o)
+
+    graph, captured = capture(run)
+    for lengths in ((300, 0, 0), (1, 150, 80), (0, 0, 0), (37, 200, 63)):
+        ends, numbers = cumulative(lengths, gpu)
+        cu.copy_(numbers)
+        graph.replay()
+        exact, plain = (
+            of_sequences(*inputs, ends, ends, right=0, dtype=dtype)[0] for dtype in (torch.float64, torch.bfloat16)
+        )
+        assert_close(captured[0], exact, plain)
+        for found, again in zip(captured, run(), strict=True):
+            assert found.equal(again) if deterministic else torch.allclose(found, again, atol=1e-2, rtol=1e-2)
+
+
+def test_lengths_outside_of_the_tensor_touch_nothing_else(gpu):
+    q, k, v = (x.detach() for x in tensors((100, 4, 64), (100, 2, 64), device=gpu))
+    for lengths in ([0, 50, 1 << 20], [-7, 50, 100], [90, 10, 100], [2**31 - 1, 0, -(2**31)]):
+        cu = torch.tensor(lengths, dtype=torch.int32, device=gpu)
+        ferroflash.attention(q, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    torch.cuda.synchronize()
+    cu = torch.tensor((0, 50, 100), dtype=torch.int32, device=gpu)
+    o = ferroflash.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    assert torch.allclose(o[50:], ferroflash.attention(q[None, 50:], k[None, 50:], v[None, 50:])[0], atol=1e-2)
 
 
 def training_step(inputs, d_o, **options):

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ferroflash
-from reference import tensors
+from reference import cumulative, tensors
 
 OPS = torch.ops.ferroflash
 
@@ -69,6 +69,24 @@ def test_opcheck_total_attention_and_dropout_mask(device):
     torch.library.opcheck(OPS.dropout_mask, (q.detach(), (2, 4, 20, 30), 0.25, seed_offset()))
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_opcheck_of_sequences(device, used):
+    q, k, v, q2, k2 = tensors((40, 4, 32), (60, 2, 32), torch.float16, device, 5)
+    slopes, sinks = torch.rand(3, 4, device=device), torch.randn(4, device=device).requires_grad_()
+    lengths = cumulative((20, 0, 20), device)[1], cumulative((30, 20, 7), device)[1]
+    lengths += (torch.tensor((25, 20, 0), dtype=torch.int32, device=device), 20, 30) if used else ()
+    options = (5, 0, 0.2, 3.0, 0.25, seed_offset(), True)
+    torch.library.opcheck(OPS.forward, (q, k, v, slopes, sinks, *options, True, *lengths))
+    torch.library.opcheck(OPS.piecewise_forward, (q, k, q2, k2, v, slopes, sinks, 7, *options, True, *lengths))
+    q, k, v, q2, k2, sinks = (x.detach() for x in (q, k, v, q2, k2, sinks))
+    o, lse = OPS.forward(q, k, v, slopes, sinks, *options, True, *lengths)
+    torch.library.opcheck(OPS.forward, (q, k, v, slopes, sinks, *options, False, *lengths))
+    results = (o, lse, torch.randn_like(o), torch.randn_like(lse))
+    torch.library.opcheck(OPS.backward, (q, k, v, slopes, sinks, *results, *options, *lengths))
+    torch.library.opcheck(OPS.piecewise_backward, (q, k, q2, k2, v, slopes, sinks, *results, 7, *options, *lengths))
+    torch.library.opcheck(OPS.total_attention, (q, k, lse, slopes, *options[:4], *lengths))
+
+
 def test_opcheck_strided(device):
     none = (None, None, -1, 0, None, None, 0.0, None, False, True)
     qkv = torch.randn(2, 20, 3, 4, 32, device=device).to(torch.float16).requires_grad_()
@@ -83,6 +101,27 @@ def scores(q, softcap=2.0):
     return {"softcap": softcap, "alibi_slopes": torch.linspace(0.1, 0.4, 4, device=q.device), "sinks": sinks}
 
 
+def joined(q, k, v, **options):
+    """Returns tensors of sequences that share them, and keyword arguments."""
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    cu_q, cu_k = (torch.tensor(ends, dtype=torch.int32, device=q.device) for ends in ([0, 13, 13, 40], [0, 30, 35, 60]))
+    return (q, k, v), {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, **options}
+
+
+def varlen(q, k, v, cut=32, **options):
+    """Attention of sequences of different lengths."""
+    inputs, options = joined(q[..., :cut], k[..., :cut], v[..., :cut], causal=True, return_lse=True, **options)
+    return ferroflash.attention(*inputs, **options)
+
+
+def varlen_packed(q, k, v):
+    """The packed functions, with tensors and numbers as the longest lengths."""
+    (q, k, v), lengths = joined(q, k, v)
+    cu_q, cu_k = lengths.values()
+    first = ferroflash.flash_attn_varlen_kvpacked_func(q, torch.stack((k, v), 1), cu_q, cu_k, 27, cu_k.diff().max())
+    return first, ferroflash.flash_attn_varlen_qkvpacked_func(torch.stack((k, k, v), 1), cu_k, 30, causal=True)
+
+
 FUNCTIONS = {
     "attention": lambda q, k, v: ferroflash.attention(q, k, v, causal=True, window_size=(9, 4)),
     "lse": lambda q, k, v: ferroflash.attention(q, k, v, return_lse=True),
@@ -94,6 +133,10 @@ FUNCTIONS = {
     "scores padded": lambda q, k, v: ferroflash.attention(q[..., :27], k[..., :27], v[..., :27], **scores(q)),
     "piecewise": lambda q, k, v: ferroflash.piecewise(q, k, q * 0.5, k * 2, v, 8, causal=True),
     "piecewise scores": lambda q, k, v: ferroflash.piecewise(q, k, q * 0.5, k * 2, v, 8, **scores(q)),
+    "varlen": varlen,
+    "varlen padded": lambda q, k, v: varlen(q, k, v, 27, max_seqlen_q=27, max_seqlen_k=30),
+    "varlen scores": lambda q, k, v: varlen(q, k, v, **scores(q)),
+    "varlen packed": varlen_packed,
     "total": lambda q, k, v: ferroflash.total_attention(q, k, ferroflash.attention(q, k, v, return_lse=True)[1]),
 }
 
@@ -101,7 +144,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compile(device, name, backend):
-    few = ("attention",) if device == "cpu" else ("attention", "padded", "piecewise", "scores")
+    few = ("attention",) if device == "cpu" else ("attention", "padded", "piecewise", "scores", "varlen")
     if backend == "inductor" and name not in few:
         pytest.skip("slow to compile, and the same operators as others")
     if backend == "inductor" and device == "cpu" and shutil.which("g++") is None:
@@ -130,6 +173,20 @@ def test_compile_with_dynamic_shapes(device):
     for seqlen in (20, 33, 50):
         q, k, v = tensors((2, seqlen, 4, 32), (2, seqlen + 3, 2, 32), device=device)
         assert run(q, k, v).equal(ferroflash.attention(q, k, v, causal=True))
+
+
+def test_compile_with_dynamic_lengths(device):
+    """One graph serves batches of other sequences, and of other numbers of tokens."""
+    torch._dynamo.reset()
+
+    def run(q, k, cu_q, cu_k, longest):
+        return ferroflash.flash_attn_varlen_func(q, k, k, cu_q, cu_k, longest, longest, causal=True)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    for lengths in ((20, 3), (33, 5, 12), (50, 4, 4, 4)):
+        _, cu = cumulative(lengths, device)
+        q, k, _ = tensors((sum(lengths), 4, 32), (sum(lengths), 2, 32), device=device)
+        assert compiled(q, k, cu, cu, max(lengths)).equal(run(q, k, cu, cu, max(lengths)))
 
 
 def test_export(device):
@@ -201,6 +258,26 @@ def test_fake_tensors_have_the_strides_of_real_ones(device):
             result = ferroflash.attention(fake, fake, fake)
         assert result.stride() == real.stride(), name
         assert result.dtype == real.dtype and result.device.type == real.device.type
+
+
+def test_fake_tensors_of_sequences_have_the_strides_of_real_ones(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    _, cu = cumulative((13, 7), device)
+    layouts = {
+        "rows first": lambda: torch.randn(20, 4, 32, device=device),
+        "heads first": lambda: torch.randn(4, 20, 32, device=device).transpose(0, 1),
+        "packed": lambda: torch.randn(20, 3, 4, 32, device=device)[:, 1],
+        "repeated": lambda: torch.randn(20, 1, 32, device=device).expand(20, 4, 32),
+    }
+    for name, make in layouts.items():
+        x = make().half()
+        real = ferroflash.attention(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu, return_lse=True)
+        with FakeTensorMode() as mode:
+            fake, lengths = mode.from_tensor(x), mode.from_tensor(cu)
+            found = ferroflash.attention(fake, fake, fake, cu_seqlens_q=lengths, cu_seqlens_k=lengths, return_lse=True)
+        for a, b in zip(found, real, strict=True):
+            assert a.stride() == b.stride() and a.shape == b.shape and a.dtype == b.dtype, name
 
 
 def test_gradients_need_the_lse(device):

@@ -50,11 +50,11 @@ def _copied(bits, tensors):
     return result
 
 
-def forward(q, k, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse):
+def forward(q, k, v, second, slopes, sinks, lengths, left, right, scale, softcap, dropout, return_lse):
     """Returns (O, LSE or None). `second` is None or (q2, k2, dist_threshold), `dropout` None, (p, seed, offset) or
-    (p, seed_offset) with a tensor.
+    (p, seed_offset) with a tensor, `lengths` None or what `lengths_of` returns.
     """
-    done = _native.forward(q, k, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
+    done = _native.forward(q, k, v, second, slopes, sinks, lengths, left, right, scale, softcap, dropout, return_lse)
     if type(done) is not int:
         return done
     if second is None:
@@ -62,10 +62,10 @@ def forward(q, k, v, second, slopes, sinks, left, right, scale, softcap, dropout
     else:
         q, k, v, q2, k2 = _copied(done, (q, k, v, *second[:2]))
         second = (q2, k2, second[2])
-    return _native.forward(q, k, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
+    return _native.forward(q, k, v, second, slopes, sinks, lengths, left, right, scale, softcap, dropout, return_lse)
 
 
-def backward(q, k, v, second, slopes, sinks, o, lse, d_o, d_lse, gradients, *options):
+def backward(q, k, v, second, slopes, sinks, lengths, o, lse, d_o, d_lse, gradients, *options):
     """Returns (dQ, dK, dV), with a second pair also dQ2 and dK2, and with sinks also their gradient.
 
     `gradients` are tensors to write, or None. The gradient of a result may be None, which is zero. `options` are
@@ -75,24 +75,44 @@ def backward(q, k, v, second, slopes, sinks, o, lse, d_o, d_lse, gradients, *opt
         d_o = torch.zeros_like(o)
     if d_lse is not None:
         d_lse = d_lse.contiguous()
-    done = _native.backward(q, k, v, second, slopes, sinks, o, lse, d_o, d_lse, gradients, *options)
+    done = _native.backward(q, k, v, second, slopes, sinks, lengths, o, lse, d_o, d_lse, gradients, *options)
     if type(done) is not int:
         return done
     q2, k2 = (None, None) if second is None else second[:2]
     q, k, v, q2, k2, o, d_o = _copied(done, (q, k, v, q2, k2, o, d_o))
     if second is not None:
         second = (q2, k2, second[2])
-    return _native.backward(q, k, v, second, slopes, sinks, o, lse, d_o, d_lse, gradients, *options)
+    return _native.backward(q, k, v, second, slopes, sinks, lengths, o, lse, d_o, d_lse, gradients, *options)
 
 
-def total_attention(q, k, lse, slopes, left, right, scale, softcap):
-    """Returns the total attention, f32 (batch, heads_q, seqlen_k)."""
+def total_attention(q, k, lse, slopes, lengths, left, right, scale, softcap):
+    """Returns the total attention, f32 (batch, heads_q, seqlen_k), with lengths (heads_q, total_k)."""
     lse = lse.contiguous()
-    done = _native.total_attention(q, k, lse, slopes, left, right, scale, softcap)
+    done = _native.total_attention(q, k, lse, slopes, lengths, left, right, scale, softcap)
     if type(done) is not int:
         return done
     q, k = _copied(done, (q, k))
-    return _native.total_attention(q, k, lse, slopes, left, right, scale, softcap)
+    return _native.total_attention(q, k, lse, slopes, lengths, left, right, scale, softcap)
+
+
+def lengths_of(cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k):
+    """Returns lengths of sequences as the functions here take them; None for a dense batch."""
+    if cu_seqlens_q is None and cu_seqlens_k is None and seqused_k is None:
+        return None
+    for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if given is None:
+            raise ValueError(f"{name} is None; sequences of different lengths need cu_seqlens_q and cu_seqlens_k")
+    return cu_seqlens_q, cu_seqlens_k, seqused_k, _longest(max_seqlen_q), _longest(max_seqlen_k)
+
+
+def _longest(length):
+    """Returns the longest length of a sequence as a number; None if a tensor has it that is not read here.
+
+    It is a hint. Reading it would wait for the GPU, or break a graph that is compiled.
+    """
+    if not isinstance(length, torch.Tensor):
+        return length
+    return int(length) if length.is_cpu and not torch.compiler.is_compiling() else None
 
 
 def dropout_mask(shape, dropout_p, seed_offset, device):

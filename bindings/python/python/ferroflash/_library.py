@@ -6,7 +6,8 @@ They are defined for the CPU and for CUDA, with fake kernels and gradients. Plai
 `seed_offset` is an int64 tensor of two elements, so that a graph can draw it anew in every run; it is None without
 dropout. Kernels read it on the device of the queries; on the CPU, queries on a GPU take its numbers at the call. A
 negative `left` or `right` is no bound. Without `return_lse` the LSE has no elements, and without `sinks` neither has
-their gradient. `slopes` and `sinks` are float32 and contiguous.
+their gradient. `slopes` and `sinks` are float32 and contiguous. With `cu_seqlens_q`, tensors are (total, heads,
+head_dim).
 """
 
 from __future__ import annotations
@@ -18,24 +19,35 @@ from . import _launch
 _OPTIONS = (
     "SymInt left, SymInt right, float? scale, float? softcap, float dropout_p, Tensor? seed_offset, bool deterministic"
 )
+_LENGTHS = (
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, SymInt? max_seqlen_q=None, "
+    "SymInt? max_seqlen_k=None"
+)
+# Places of `return_lse` among the arguments of the two forward operators.
+_RETURN_LSE, _RETURN_LSE_OF_PIECEWISE = 12, 15
+# Number of `_LENGTHS`, the last arguments of every operator but one.
+_LENGTHS_COUNT = 5
 _OPTIONAL = "Tensor? slopes, Tensor? sinks"
 _RESULTS = "Tensor o, Tensor lse, Tensor d_o, Tensor? d_lse"
 _SCHEMAS = {
-    "forward": f"(Tensor q, Tensor k, Tensor v, {_OPTIONAL}, {_OPTIONS}, bool return_lse) -> (Tensor, Tensor)",
+    "forward": (
+        f"(Tensor q, Tensor k, Tensor v, {_OPTIONAL}, {_OPTIONS}, bool return_lse, {_LENGTHS}) -> (Tensor, Tensor)"
+    ),
     "backward": (
-        f"(Tensor q, Tensor k, Tensor v, {_OPTIONAL}, {_RESULTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+        f"(Tensor q, Tensor k, Tensor v, {_OPTIONAL}, {_RESULTS}, {_OPTIONS}, {_LENGTHS})"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "piecewise_forward": (
         f"(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, {_OPTIONAL}, SymInt dist_threshold, {_OPTIONS}, "
-        "bool return_lse) -> (Tensor, Tensor)"
+        f"bool return_lse, {_LENGTHS}) -> (Tensor, Tensor)"
     ),
     "piecewise_backward": (
         f"(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, {_OPTIONAL}, {_RESULTS}, SymInt dist_threshold, "
-        f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"{_OPTIONS}, {_LENGTHS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "total_attention": (
-        "(Tensor q, Tensor k, Tensor lse, Tensor? slopes, SymInt left, SymInt right, float? scale, float? softcap)"
-        " -> Tensor"
+        "(Tensor q, Tensor k, Tensor lse, Tensor? slopes, SymInt left, SymInt right, float? scale, float? softcap, "
+        f"{_LENGTHS}) -> Tensor"
     ),
     "dropout_mask": "(Tensor device_of, SymInt[] shape, float dropout_p, Tensor seed_offset) -> Tensor",
 }
@@ -50,45 +62,51 @@ def _dropout(q, p, seed_offset):
     return _launch.dropout(q, p, seed_offset)
 
 
+def _lengths(arguments):
+    """Returns lengths of sequences from the last arguments of an operator, which are left out if they are None."""
+    return _launch.lengths_of(*arguments, *(None,) * (_LENGTHS_COUNT - len(arguments)))
+
+
 def _or_empty(q, result):
     """Returns a float32 result, or a tensor without elements if there is none."""
     return q.new_empty((0,), dtype=torch.float32) if result is None else result
 
 
-def forward(q, k, v, slopes, sinks, left, right, scale, softcap, dropout_p, seed_offset, deterministic, return_lse):
-    dropout = _dropout(q, dropout_p, seed_offset)
-    o, lse = _launch.forward(q, k, v, None, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
+def forward(q, k, v, slopes, sinks, *options):
+    left, right, scale, softcap, dropout_p, seed_offset, _, return_lse, *lengths = options
+    options = (left, right, scale, softcap, _dropout(q, dropout_p, seed_offset), return_lse)
+    o, lse = _launch.forward(q, k, v, None, slopes, sinks, _lengths(lengths), *options)
     return o, _or_empty(q, lse)
 
 
-def backward(
-    q, k, v, slopes, sinks, o, lse, d_o, d_lse, left, right, scale, softcap, dropout_p, seed_offset, deterministic
-):
-    dropout = _dropout(q, dropout_p, seed_offset)
+def backward(q, k, v, slopes, sinks, o, lse, d_o, d_lse, *options):
+    left, right, scale, softcap, dropout_p, seed_offset, deterministic, *lengths = options
+    options = (left, right, scale, softcap, _dropout(q, dropout_p, seed_offset), deterministic)
     dq, dk, dv, *d_sinks = _launch.backward(
-        q, k, v, None, slopes, sinks, o, lse, d_o, d_lse, None, left, right, scale, softcap, dropout, deterministic
+        q, k, v, None, slopes, sinks, _lengths(lengths), o, lse, d_o, d_lse, None, *options
     )
     return dq, dk, dv, _or_empty(q, d_sinks[0] if d_sinks else None)
 
 
 def piecewise_forward(q1, k1, q2, k2, v, slopes, sinks, dist_threshold, *options):
-    left, right, scale, softcap, dropout_p, seed_offset, _, return_lse = options
-    dropout, second = _dropout(q1, dropout_p, seed_offset), (q2, k2, dist_threshold)
-    o, lse = _launch.forward(q1, k1, v, second, slopes, sinks, left, right, scale, softcap, dropout, return_lse)
+    left, right, scale, softcap, dropout_p, seed_offset, _, return_lse, *lengths = options
+    options = (left, right, scale, softcap, _dropout(q1, dropout_p, seed_offset), return_lse)
+    o, lse = _launch.forward(q1, k1, v, (q2, k2, dist_threshold), slopes, sinks, _lengths(lengths), *options)
     return o, _or_empty(q1, lse)
 
 
 def piecewise_backward(q1, k1, q2, k2, v, slopes, sinks, o, lse, d_o, d_lse, dist_threshold, *options):
-    left, right, scale, softcap, dropout_p, seed_offset, deterministic = options
-    dropout, second = _dropout(q1, dropout_p, seed_offset), (q2, k2, dist_threshold)
+    left, right, scale, softcap, dropout_p, seed_offset, deterministic, *lengths = options
+    second = (q2, k2, dist_threshold)
+    options = (left, right, scale, softcap, _dropout(q1, dropout_p, seed_offset), deterministic)
     dq1, dk1, dv, dq2, dk2, *d_sinks = _launch.backward(
-        q1, k1, v, second, slopes, sinks, o, lse, d_o, d_lse, None, left, right, scale, softcap, dropout, deterministic
+        q1, k1, v, second, slopes, sinks, _lengths(lengths), o, lse, d_o, d_lse, None, *options
     )
     return dq1, dk1, dq2, dk2, dv, _or_empty(q1, d_sinks[0] if d_sinks else None)
 
 
-def total_attention(q, k, lse, slopes, left, right, scale, softcap):
-    return _launch.total_attention(q, k, lse, slopes, left, right, scale, softcap)
+def total_attention(q, k, lse, slopes, left, right, scale, softcap, *lengths):
+    return _launch.total_attention(q, k, lse, slopes, _lengths(lengths), left, right, scale, softcap)
 
 
 def dropout_mask(device_of, shape, dropout_p, seed_offset):
@@ -101,10 +119,15 @@ def _result_like(x):
     return result if result.stride(-1) == 1 else x.new_empty(x.shape)
 
 
+def _lines_like(q, rows):
+    """Returns a float32 tensor with a number for each row of `rows` and each head of `q`, as an LSE has."""
+    *batch, _, heads, _ = q.shape
+    return q.new_empty((*batch, heads, rows), dtype=torch.float32)
+
+
 def _fake_forward(q, return_lse):
-    batch, seqlen_q, heads_q, _ = q.shape
-    shape = (batch, heads_q, seqlen_q) if return_lse else (0,)
-    return _result_like(q), q.new_empty(shape, dtype=torch.float32)
+    lse = _lines_like(q, q.shape[-3]) if return_lse else q.new_empty((0,), dtype=torch.float32)
+    return _result_like(q), lse
 
 
 def _fake_gradients(inputs, sinks):
@@ -113,17 +136,18 @@ def _fake_gradients(inputs, sinks):
 
 
 def _fake_total_attention(q, k, *rest):
-    return q.new_empty((q.shape[0], q.shape[2], k.shape[1]), dtype=torch.float32)
+    return _lines_like(q, k.shape[-3])
 
 
 def _save(ctx, inputs, output, count):
     """Saves `count` tensors of the inputs, and the results."""
+    inputs, lengths = inputs[:-_LENGTHS_COUNT], inputs[-_LENGTHS_COUNT:]
     # Before the last, `return_lse`, are the options, and with two pairs the threshold.
     *rest, seed_offset, deterministic, return_lse = inputs[count:]
     if not return_lse:
         raise RuntimeError("return_lse is False; gradients need the LSE: pass True")
-    ctx.save_for_backward(*inputs[:count], *output, seed_offset)
-    ctx.rest, ctx.deterministic = rest, deterministic
+    ctx.save_for_backward(*inputs[:count], *output, seed_offset, *lengths[:3])
+    ctx.rest, ctx.deterministic, ctx.longest = rest, deterministic, lengths[3:]
     ctx.set_materialize_grads(False)
 
 
@@ -136,12 +160,14 @@ def _setup_piecewise_context(ctx, inputs, output):
 
 
 def _gradients(op, ctx, d_o, d_lse):
-    *tensors, o, lse, seed_offset = ctx.saved_tensors
+    *tensors, o, lse, seed_offset, cu_seqlens_q, cu_seqlens_k, seqused_k = ctx.saved_tensors
     if d_o is None:
         d_o = torch.zeros_like(o)
-    *gradients, d_sinks = op(*tensors, o, lse, d_o, d_lse, *ctx.rest, seed_offset, ctx.deterministic)
-    # Slopes have no gradient.
-    return *gradients, None, None if tensors[-1] is None else d_sinks, *(None for _ in ctx.rest), None, None, None
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k, *ctx.longest)
+    *gradients, d_sinks = op(*tensors, o, lse, d_o, d_lse, *ctx.rest, seed_offset, ctx.deterministic, *lengths)
+    # Slopes, options and lengths have no gradient.
+    others = (None,) * (len(ctx.rest) + 3 + _LENGTHS_COUNT)
+    return *gradients, None, None if tensors[-1] is None else d_sinks, *others
 
 
 def _backward(ctx, d_o, d_lse):
@@ -163,9 +189,12 @@ def _no_derivative(ctx, *gradients):
 def _register():
     """Defines the operators. The tags promise what torch.compile needs, and ask it for inputs strided as traced."""
     kernels = {
-        "forward": (forward, lambda q, *rest: _fake_forward(q, rest[-1])),
+        "forward": (forward, lambda *inputs: _fake_forward(inputs[0], inputs[_RETURN_LSE])),
         "backward": (backward, lambda q, k, v, slopes, sinks, *rest: _fake_gradients((q, k, v), sinks)),
-        "piecewise_forward": (piecewise_forward, lambda q1, *rest: _fake_forward(q1, rest[-1])),
+        "piecewise_forward": (
+            piecewise_forward,
+            lambda *inputs: _fake_forward(inputs[0], inputs[_RETURN_LSE_OF_PIECEWISE]),
+        ),
         "piecewise_backward": (piecewise_backward, lambda *inputs: _fake_gradients(inputs[:5], inputs[6])),
         "total_attention": (total_attention, _fake_total_attention),
         "dropout_mask": (

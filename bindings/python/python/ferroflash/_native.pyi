@@ -1,10 +1,11 @@
 """Native functions, for the package's own use: `ferroflash.ops` has those for users.
 
-Tensors are (batch, seqlen, heads, head_dim). `slopes` are float32 (heads_q) or (batch, heads_q), `sinks` float32
-(heads_q). A negative `left` or `right` is no bound, `scale` None is 1 / sqrt(head_dim), `softcap` None or 0 no bound,
-and `dropout` is (p, seed, offset), or (p, seed_offset) with an int64 tensor of two elements on the device of q, which
-kernels read when they run. An integer as the result tells which inputs to copy first: bit i stands for input i of q, k,
-v, q2, k2, o, d_o.
+Tensors are (batch, seqlen, heads, head_dim), and with `lengths` (total, heads, head_dim). `slopes` are float32
+(heads_q) or (batch, heads_q), `sinks` float32 (heads_q). `lengths` are (cu_seqlens_q, cu_seqlens_k, seqused_k,
+max_seqlen_q, max_seqlen_k), of which tensors are int32 on the device of q. A negative `left` or `right` is no bound,
+`scale` None is 1 / sqrt(head_dim), `softcap` None or 0 no bound, and `dropout` is (p, seed, offset), or (p,
+seed_offset) with an int64 tensor of two elements on the device of q, which kernels read when they run. An integer as
+the result tells which inputs to copy first: bit i stands for input i of q, k, v, q2, k2, o, d_o.
 """
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 __version__: str
 
 _Second = tuple[Tensor, Tensor, int]
+_Lengths = tuple[Tensor, Tensor, Tensor | None, int | None, int | None]
 _Dropout = tuple[float, int, int] | tuple[float, Tensor]
 
 def forward(
@@ -21,6 +23,7 @@ def forward(
     second: _Second | None,
     slopes: Tensor | None,
     sinks: Tensor | None,
+    lengths: _Lengths | None,
     left: int,
     right: int,
     scale: float | None,
@@ -37,6 +40,7 @@ def backward(
     second: _Second | None,
     slopes: Tensor | None,
     sinks: Tensor | None,
+    lengths: _Lengths | None,
     o: Tensor,
     lse: Tensor,
     d_o: Tensor,
@@ -59,12 +63,13 @@ def total_attention(
     k: Tensor,
     lse: Tensor,
     slopes: Tensor | None,
+    lengths: _Lengths | None,
     left: int,
     right: int,
     scale: float | None,
     softcap: float | None,
 ) -> Tensor | int:
-    """Returns the total attention, float32 (batch, heads_q, seqlen_k)."""
+    """Returns the total attention, float32 (batch, heads_q, seqlen_k), with lengths (heads_q, total_k)."""
 
 def dropout_mask(kept: Tensor, shape: tuple[int, int, int, int], dropout: tuple[float, int, int]) -> None:
     """Writes True for kept weights to a contiguous tensor of bools; `shape` is (batch, heads_q, seqlen_q, seqlen_k)."""

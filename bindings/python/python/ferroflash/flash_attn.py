@@ -5,12 +5,15 @@ Replace `from flash_attn import flash_attn_func` by `from ferroflash import flas
 
 - The LSE of a query that attends to no key is -inf, and not +inf. Its O is 0 in both.
 - The tensors may also be on the CPU.
-- Packed sequences (varlen) and KV caches are not built yet. They raise NotImplementedError, which names the argument.
+- KV caches and block tables are not built yet. They raise NotImplementedError, which names the argument.
 
 With `return_attn_probs` a function returns (out, softmax_lse, S_dmask); softmax_lse is float32 (batch, heads_q,
 seqlen_q). S_dmask is None without dropout. With dropout it is exp(score - largest score of its row), (batch, heads_q,
 seqlen_q, seqlen_k) in the dtype of q, negative for weights that were dropped. It is for tests: torch operators compute
 it, and it takes the memory of all scores.
+
+In the varlen functions softmax_lse is (heads_q, total_q), and `return_attn_probs` with dropout raises
+NotImplementedError.
 """
 
 from __future__ import annotations
@@ -90,13 +93,7 @@ def flash_attn_qkvpacked_func(
     right = 0 if causal else right
     options = (left, right, softmax_scale, softcap)
     seed_offset = _seed_offset(qkv, dropout_p, return_attn_probs)
-    if _is_eager(qkv, qkv):
-        dropout = ops.drawn_dropout(qkv, dropout_p, seed_offset)
-        slopes = ops.slopes_of(alibi_slopes)
-        result = _eager.qkv_packed(qkv, slopes, (*options, dropout, deterministic), return_attn_probs)
-    else:
-        rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, None, seed_offset)
-        result = _run(*qkv.unbind(2), *options, *rest)
+    result = _qkv_packed(qkv, options, dropout_p, deterministic, return_attn_probs, alibi_slopes, seed_offset, None)
     if not return_attn_probs:
         return result
     return _with_probs(result, *qkv.unbind(2)[:2], *options, alibi_slopes, dropout_p, seed_offset)
@@ -122,24 +119,10 @@ def flash_attn_kvpacked_func(
     right = 0 if causal else right
     options = (left, right, softmax_scale, softcap)
     seed_offset = _seed_offset(q, dropout_p, return_attn_probs)
-    if _is_eager(q, kv):
-        dropout = ops.drawn_dropout(q, dropout_p, seed_offset)
-        slopes = ops.slopes_of(alibi_slopes)
-        result = _eager.kv_packed(q, kv, slopes, (*options, dropout, deterministic), return_attn_probs)
-    else:
-        rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, None, seed_offset)
-        result = _run(q, *kv.unbind(2), *options, *rest)
+    result = _kv_packed(q, kv, options, dropout_p, deterministic, return_attn_probs, alibi_slopes, seed_offset, None)
     if not return_attn_probs:
         return result
     return _with_probs(result, q, kv.unbind(2)[0], *options, alibi_slopes, dropout_p, seed_offset)
-
-
-def _is_eager(q, packed):
-    """True for a plain eager call that needs no padding."""
-    return not _is_compiling() and _eager.is_plain(q, packed, packed) and q.size(-1) % 8 == 0
-
-
-_VARLEN = "call flash_attn_func for each sequence, or pad the sequences to one length"
 
 
 def flash_attn_varlen_func(
@@ -159,11 +142,23 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
-) -> NoReturn:
-    """Raises NotImplementedError: packed sequences are not built yet."""
+    seqused_k: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+    """Computes attention of sequences of different lengths, one after the other in q, k and v.
+
+    q is (total_q, heads_q, head_dim), and k and v are (total_k, heads_kv, head_dim). See `ferroflash.attention` for the
+    lengths, and for `seqused_k`, which is that of vLLM's flash-attention. The longest lengths are hints: results do not
+    depend on them. A block table is not supported yet.
+    """
     if block_table is not None:
-        raise _unsupported("block_table", "gather the pages into tensors and call flash_attn_func")
-    raise _unsupported("cu_seqlens_q", _VARLEN)
+        raise _unsupported("block_table", "gather the pages into one tensor of keys and one of values")
+    _check_probs(dropout_p, return_attn_probs)
+    left, right = window_size
+    right = 0 if causal else right
+    lengths = ops.lengths_of(cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k)
+    rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, None, None, _given(lengths))
+    result = _run(q, k, v, left, right, softmax_scale, softcap, *rest)
+    return (*result, None) if return_attn_probs else result
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -178,9 +173,17 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> NoReturn:
-    """Raises NotImplementedError: packed sequences are not built yet."""
-    raise _unsupported("cu_seqlens", _VARLEN)
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+    """Computes attention of sequences of different lengths in one tensor (total, 3, heads, head_dim).
+
+    Its gradient is one tensor too.
+    """
+    _check_probs(dropout_p, return_attn_probs)
+    left, right = window_size
+    options = (left, 0 if causal else right, softmax_scale, softcap)
+    lengths = _given(ops.lengths_of(cu_seqlens, cu_seqlens, None, max_seqlen, max_seqlen), "cu_seqlens")
+    result = _qkv_packed(qkv, options, dropout_p, deterministic, return_attn_probs, alibi_slopes, None, lengths)
+    return (*result, None) if return_attn_probs else result
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -198,9 +201,56 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> NoReturn:
-    """Raises NotImplementedError: packed sequences are not built yet."""
-    raise _unsupported("cu_seqlens_q", _VARLEN)
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+    """Computes attention of sequences of different lengths, with keys and values in one tensor.
+
+    q is (total_q, heads_q, head_dim) and kv (total_k, 2, heads_kv, head_dim). The gradient of `kv` is one tensor too.
+    """
+    _check_probs(dropout_p, return_attn_probs)
+    left, right = window_size
+    options = (left, 0 if causal else right, softmax_scale, softcap)
+    lengths = _given(ops.lengths_of(cu_seqlens_q, cu_seqlens_k, None, max_seqlen_q, max_seqlen_k))
+    result = _kv_packed(q, kv, options, dropout_p, deterministic, return_attn_probs, alibi_slopes, None, lengths)
+    return (*result, None) if return_attn_probs else result
+
+
+def _given(lengths, name="cu_seqlens_q"):
+    """Returns the lengths; refuses None, which would be a dense batch."""
+    if lengths is None:
+        raise ValueError(f"{name} is None; an int32 tensor of cumulative lengths is needed")
+    return lengths
+
+
+def _check_probs(dropout_p, return_attn_probs):
+    """Refuses S_dmask for sequences of different lengths."""
+    if return_attn_probs and dropout_p != 0.0:
+        raise _unsupported(
+            "return_attn_probs with dropout_p and cu_seqlens",
+            "ferroflash.attention returns the LSE with return_lse, and ferroflash.dropout_mask the mask",
+        )
+
+
+def _qkv_packed(qkv, options, dropout_p, deterministic, return_lse, alibi_slopes, seed_offset, lengths):
+    """Runs attention over one tensor. Its gradient is written as one tensor if the call is a plain eager one."""
+    if not _is_eager(qkv, qkv):
+        rest = (dropout_p, deterministic, return_lse, alibi_slopes, None, seed_offset, lengths)
+        return _run(*qkv.unbind(-3), *options, *rest)
+    dropout, slopes = ops.drawn_dropout(qkv, dropout_p, seed_offset), ops.slopes_of(alibi_slopes)
+    return _eager.qkv_packed(qkv, slopes, lengths, (*options, dropout, deterministic), return_lse)
+
+
+def _kv_packed(q, kv, options, dropout_p, deterministic, return_lse, alibi_slopes, seed_offset, lengths):
+    """Runs attention over queries, and keys and values in one tensor, whose gradient is written likewise."""
+    if not _is_eager(q, kv):
+        rest = (dropout_p, deterministic, return_lse, alibi_slopes, None, seed_offset, lengths)
+        return _run(q, *kv.unbind(-3), *options, *rest)
+    dropout, slopes = ops.drawn_dropout(q, dropout_p, seed_offset), ops.slopes_of(alibi_slopes)
+    return _eager.kv_packed(q, kv, slopes, lengths, (*options, dropout, deterministic), return_lse)
+
+
+def _is_eager(q, packed):
+    """True for a plain eager call that needs no padding."""
+    return not _is_compiling() and _eager.is_plain(q, packed, packed) and q.size(-1) % 8 == 0
 
 
 def flash_attn_with_kvcache(
