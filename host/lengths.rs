@@ -248,6 +248,15 @@ impl<L, X: Lines<L>> Pass<X> for Lengths<L> {
 /// Lengths in the host's memory, which can be checked.
 pub(crate) type HostLengths<'a> = Lengths<&'a [f32]>;
 
+impl Lengths<u64> {
+    /// Returns lengths in the host's memory. `read` gets the address and the number of elements of each array.
+    pub(crate) fn read_with<'a>(self, read: impl Fn(u64, usize) -> &'a [f32]) -> Result<HostLengths<'a>> {
+        let Lengths { sequences, q, k, longest } = self;
+        let array = |array, address| Ok(read(address, sequences + usize::from(array == Array::Cumulative)));
+        Ok(Lengths { sequences, q: q.visit_with(array)?, k: k.visit_with(array)?, longest })
+    }
+}
+
 impl<'a> Lengths<&'a [f32]> {
     /// Returns cumulative lengths in the host's memory after checking them, with the hint of the longest.
     ///

@@ -3,11 +3,13 @@
 //! They take the same arguments as the raw calls of the GPU, so a binding has one code path for both machines. They
 //! return when the results are there.
 
-use super::{Cpu, backward, check, pool, total_attention};
+use super::{Cpu, backward, check, check_host_lengths, pool, total_attention};
 use crate::backend::Workspace;
 use crate::error::Result;
+use crate::lengths::Lengths;
 use crate::operands::{RawBackward, RawForward, RawTotalAttention};
 use crate::plan::{BackwardPlan, Plan, TotalPlan};
+use crate::problem::Problem;
 
 impl Cpu {
     /// Number of threads that run work tiles. Plans take it as the number of SMs.
@@ -22,12 +24,14 @@ impl Cpu {
     ///
     /// # Safety
     /// Until the call returns, the addresses are valid for the whole span of their layouts, as initialised elements of
-    /// the plan's dtype, f32 for the LSE, slopes and sinks, and u64 for seed and offset. They have exposed provenance,
+    /// the plan's dtype, f32 for the LSE, slopes and sinks, u64 for seed and offset, and i32 for lengths. They have exposed provenance,
     /// as pointers from outside Rust have. Nothing else writes the inputs or accesses O and the LSE.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward) -> Result<()> {
         let mut check = check(plan.problem(), plan.inputs());
         let args = args.lower(plan, plan.problem().dtype, &mut check)?;
         check.overlaps()?;
+        // SAFETY: checked; the caller's promise.
+        unsafe { check_lengths(plan.problem(), args.optional.lengths)? };
         // SAFETY: checked; the caller's promise.
         unsafe { super::run(plan, args, &mut Workspace::new()) }
     }
@@ -48,6 +52,8 @@ impl Cpu {
         let args = args.lower(plan, plan.problem().dtype, &mut check)?;
         check.overlaps()?;
         // SAFETY: checked; the caller's promise.
+        unsafe { check_lengths(plan.problem(), args.optional.lengths)? };
+        // SAFETY: checked; the caller's promise.
         unsafe { backward::run(plan, args, &mut Workspace::new()) }
     }
 
@@ -64,8 +70,26 @@ impl Cpu {
         let args = args.lower(plan, plan.problem().dtype, &mut check)?;
         check.overlaps()?;
         // SAFETY: checked; the caller's promise.
+        unsafe { check_lengths(plan.problem(), args.lengths)? };
+        // SAFETY: checked; the caller's promise.
         unsafe { total_attention::run(plan, args, &mut Workspace::new()) }
     }
+}
+
+/// Checks lengths of sequences, if there are any: kernels take them as they are.
+///
+/// # Safety
+/// The addresses were checked, and are valid for reading as many i32 as there are sequences, and one more if lengths are
+/// cumulative.
+unsafe fn check_lengths(problem: &Problem, lengths: Option<Lengths<u64>>) -> Result<()> {
+    let read = |address: u64, len: usize| match len {
+        // An empty array may have any address.
+        0 => &[][..],
+        // SAFETY: the caller's promise. Every i32 is an f32, too.
+        _ => unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address as usize), len) },
+    };
+    let lengths = lengths.map(|lengths| lengths.read_with(read)).transpose()?;
+    check_host_lengths(problem, lengths.as_ref())
 }
 
 #[cfg(test)]
@@ -188,5 +212,31 @@ mod tests {
         assert_eq!(error(&odd), Error::Misaligned { operand: Operand::Q, address: 0x10001, alignment: 2 });
         let overlapping = RawForward { q: args.o, ..args };
         assert_eq!(error(&overlapping), Error::Overlap { output: Operand::O, other: Operand::Q });
+    }
+    /// Lengths at addresses are refused as those in slices are.
+    #[test]
+    fn raw_calls_refuse_bad_lengths() {
+        let problem = Problem { batch: 1, ..PROBLEM };
+        let (q, k) = (values(problem.q_shape(), 1.7), values(problem.kv_shape(), 2.3));
+        let mut o = vec![bf16::ZERO; q.len()];
+        let address = |numbers: &[i32]| numbers.as_ptr().expose_provenance() as u64;
+        let (good, used, bad) = ([0, 30, 70], [30, 40], [0, 80, 70]);
+        let forward = |lengths: Lengths<u64>, o: RawTensor| {
+            let optional = OptionalInputs { lengths: Some(lengths), ..OptionalInputs::NONE };
+            let plan = Attention::new(problem).for_inputs(optional.kinds()).plan(1).unwrap();
+            let (q, k) = (raw(&q, problem.q_shape()), raw(&k, problem.kv_shape()));
+            let args =
+                RawForward { q, k, v: k, second: None, optional, o, lse: None, workspace: 0, workspace_bytes: 0 };
+            // SAFETY: the addresses are those of live vectors of the right lengths.
+            unsafe { Cpu.forward_raw(&plan, &args) }
+        };
+        let o = raw_mut(&mut o, problem.q_shape());
+        let lengths = Lengths::cumulative(2, address(&good), address(&good)).used_keys(address(&used));
+        assert_eq!(forward(lengths, o), Ok(()));
+        let place = |operand, index, value, least, most| Error::SequencePlace { operand, index, value, least, most };
+        let error = forward(Lengths::cumulative(2, address(&bad), address(&good)), o).unwrap_err();
+        assert_eq!(error, place(Operand::CumulativeQ, 1, 80, 0, 70));
+        let error = forward(lengths.used_keys(address(&good[1..])), o).unwrap_err();
+        assert_eq!(error, place(Operand::LengthsK, 1, 70, 0, 40));
     }
 }
