@@ -128,20 +128,120 @@ def test_generation_is_that_of_eager(kind, device, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "both", "holes"])
 def test_padded_batches_are_right(kind, side, device, monkeypatch):
     calls = kernel_calls(monkeypatch)
     ids = tokens(device, batch=2, length=16)
     attention_mask = torch.ones_like(ids)
-    attention_mask[1, slice(0, 5) if side == "left" else slice(-5, None)] = 0
+    if side != "right":
+        attention_mask[1, 3 if side == "holes" else 0 : 5] = 0
+    if side in ("right", "both"):
+        attention_mask[1, -5:] = 0
     logits = {}
     for implementation in ("eager", "ferroflash"):
         with torch.no_grad():
             logits[implementation] = build(kind, implementation, device)(ids, attention_mask=attention_mask).logits
-    assert not calls
+    # Holes change the distances that windows count.
+    windows = {"mistral": 3, "qwen2": 1, "gemma2": 2, "gpt_oss": 2}.get(kind, 0) if side == "holes" else 0
+    assert len(calls) == 3 - windows
+    assert all(call["cu_seqlens_q"] is call["cu_seqlens_k"] for call in calls)
     seen = attention_mask.bool()
     a, b = (logits[name].float()[seen] for name in ("eager", "ferroflash"))
     torch.testing.assert_close(a, b, atol=0.06 * a.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("how", ["positions", "lengths", "both"])
+def test_packed_sequences_are_those_of_eager(kind, how, device, monkeypatch):
+    """Logits and gradients of each sequence, by the bar of the other tests."""
+    lengths = (9, 1, 14, 5)
+    ids = tokens(device, batch=1, length=sum(lengths))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    cu = torch.tensor([0, 9, 10, 24, 29], dtype=torch.int32, device=device)
+    given = {"position_ids": positions}
+    if how != "positions":
+        given |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 14, "max_length_k": 14}
+    weights = torch.randn(1, sum(lengths), 97, device=device)
+    found = {}
+    for name in ("exact", "eager", "ferroflash"):
+        model = build(kind, "eager" if name == "exact" else name, device)
+        model = model.float() if name == "exact" else model
+        if name == "ferroflash":
+            calls = kernel_calls(monkeypatch)
+            logits = model(ids, use_cache=False, **given).logits
+            assert len(calls) == 3 and all(call["cu_seqlens_q"].equal(cu) for call in calls)
+            assert all((call["cu_seqlens_q"] is cu) == (how != "positions") for call in calls)
+        else:
+            logits = torch.cat([model(part).logits for part in ids.split(lengths, 1)], 1)
+        (logits.float() * weights).sum().backward()
+        found[name] = logits.float().detach(), torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    for i in range(2):
+        error = {name: (found[name][i] - found["exact"][i]).norm() for name in found}
+        assert error["ferroflash"] <= 2 * error["eager"] + 1e-5
+
+
+def test_packed_sequences_in_several_batch_items(device, monkeypatch):
+    ids = tokens(device, batch=2, length=12)
+    positions = torch.stack((torch.arange(12), torch.cat((torch.arange(7), torch.arange(5))))).to(device)
+    calls = kernel_calls(monkeypatch)
+    with torch.no_grad():
+        found = build("llama", "ferroflash", device)(ids, position_ids=positions, use_cache=False).logits.float()
+        exact = build("llama", "eager", device)(ids, position_ids=positions, use_cache=False).logits.float()
+    assert calls[0]["cu_seqlens_q"].tolist() == [0, 12, 19, 24]
+    torch.testing.assert_close(found, exact, atol=0.06 * exact.abs().max().item(), rtol=0)
+
+
+def test_positions_are_read_again_when_they_change(device):
+    """Models that make their mask without positions leave packed sequences to the attention function."""
+    torch.manual_seed(3)
+    module, positions = torch.nn.Module(), torch.cat((torch.arange(7), torch.arange(5)))[None].to(device)
+    q = torch.randn(1, 2, 12, 16, dtype=torch.bfloat16, device=device)
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            given = positions.clone()
+            for length in (7, 4):
+                given[0, length:] = torch.arange(12 - length, device=device)
+                given[0, :length] = torch.arange(length, device=device)
+                out, _ = integration.attention(module, q, q, q, None, is_causal=True, position_ids=given)
+                rows = q[:, :, length:].transpose(1, 2)
+                expected = ferroflash.attention(rows, rows, rows, causal=True)
+                torch.testing.assert_close(out[:, length:], expected, atol=0.02, rtol=0)
+            given.copy_(torch.arange(12, device=device))
+            out, _ = integration.attention(module, q, q, q, None, is_causal=True, position_ids=given)
+            rows = q.transpose(1, 2)
+            assert out.equal(ferroflash.attention(rows, rows, rows, causal=True))
+
+
+def test_a_batch_of_the_flattening_collator(device):
+    """The collator's batch, with its own lengths, gives the loss of a padded batch."""
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    parts = [{"input_ids": x.tolist()} for x in tokens("cpu", 1, 29)[0].split((9, 14, 6))]
+    batch = {name: x.to(device) if hasattr(x, "to") else x for name, x in collator(parts).items()}
+    model = build("llama", "ferroflash", device)
+    with torch.no_grad():
+        loss = model(**batch, use_cache=False).loss
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p["input_ids"]) for p in parts], batch_first=True)
+        padded = padded.to(device)
+        labels = padded.masked_fill(padded == 0, -100)
+        expected = model(padded, attention_mask=(padded != 0).long(), labels=labels).loss
+    torch.testing.assert_close(loss, expected, atol=0.02, rtol=0)
+
+
+def test_padded_encoders_are_right(device, monkeypatch):
+    """Full attention: every query counts, and keys without padding."""
+    small = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    config = transformers.BertConfig(**small, num_attention_heads=4, initializer_range=0.2)
+    ids = tokens(device, batch=3, length=16)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[1, -5:] = attention_mask[2, 3:] = 0
+    states, calls = {}, kernel_calls(monkeypatch)
+    for implementation in ("eager", "ferroflash"):
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16)
+        with torch.no_grad():
+            states[implementation] = model.to(device).eval()(ids, attention_mask=attention_mask).last_hidden_state
+    assert len(calls) == 3 and calls[0]["cu_seqlens_k"].tolist() == [0, 16, 27, 30]
+    torch.testing.assert_close(states["ferroflash"].float(), states["eager"].float(), atol=0.1, rtol=0)
 
 
 def test_padded_generation_is_right(device):
@@ -179,7 +279,7 @@ def test_other_masks_are_right(case, device, monkeypatch):
     a, b = logits["eager"], logits["ferroflash"]
     torch.testing.assert_close(a, b, atol=0.06 * a.abs().max().item(), rtol=0)
     # Several queries behind a cache need no mask: a causal mask is aligned to the last query and the last key.
-    assert len(calls) == (6 if case == "cached chunk" else 0)
+    assert len(calls) == {"cached chunk": 6, "packed": 3, "static cache": 0}[case]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

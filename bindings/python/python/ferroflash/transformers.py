@@ -6,9 +6,14 @@
 
 transformers asks an implementation for two functions: one that makes a mask, one that computes attention. The mask
 function here returns None for the masks that ferroflash's kernels compute by themselves: full, causal, and causal with
-a sliding window. For every other mask (padded batches, packed sequences, static caches, custom masks) it returns
-transformers' boolean mask. The attention function hands such a call to torch's `scaled_dot_product_attention`, or to
-plain torch operators if the model bounds its scores (softcap) or has sinks. Both are right but slower; it says so once.
+a sliding window. Padded batches and packed sequences have a mask of two dimensions (`_padding_free.py`) if their mask
+is of this kind otherwise: kernels compute them as sequences of different lengths, without padding. Lengths that a
+caller gives (cu_seq_lens_q and its relatives, from transformers' DataCollatorWithFlattening) are taken as they are, and
+positions that start again tell packed sequences, as with transformers' flash-attention.
+
+For every other mask (static caches, custom masks) it returns transformers' boolean mask. The attention function hands
+such a call to torch's `scaled_dot_product_attention`, or to plain torch operators if the model bounds its scores
+(softcap) or has sinks. Both are right but slower; it says so once.
 
 Under torch.compile every call has a mask, because transformers cannot tell there whether sequences are packed. So
 compiled models are right, but do not use ferroflash's kernels.
@@ -24,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_torchdynamo_compiling, logging
 
-from . import ops
+from . import _padding_free, ops
 
 logger = logging.get_logger(__name__)
 
@@ -109,20 +114,18 @@ def attention(
         raise NotImplementedError('ferroflash has no position bias yet; use attn_implementation="eager" for this model')
     if kwargs.get("output_attentions", False):
         logger.warning_once('ferroflash returns no attention weights; use attn_implementation="eager" for them.')
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dim() != 2:
         if not is_torchdynamo_compiling():
             logger.warning_once(
-                "ferroflash computes full, causal and sliding-window attention without a mask. This batch needs a mask "
-                "(padding, packed sequences, a static cache, or a custom one), so torch computes it, which is slower."
+                "ferroflash computes full, causal and sliding-window attention, also of padded batches and packed "
+                "sequences. This batch needs another mask (a static cache, or a custom one), so torch computes it, "
+                "which is slower."
             )
         if softcap is not None or s_aux is not None:
             return _masked(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    if kwargs.get("cu_seq_lens_q") is not None:
-        raise NotImplementedError("ferroflash has no packed sequences (cu_seq_lens) yet; pass position_ids instead")
-
     query, key, value = (_half(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = _window(module, sliding_window, causal, key.shape[2])
@@ -135,18 +138,51 @@ def attention(
         scaling = head_dim**-0.5 if scaling is None else scaling
         query, key = (F.pad(x, (0, value_dim - head_dim)) for x in (query, key))
 
-    out = ops.attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        causal=causal,
-        window_size=window,
-        softmax_scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout_p=dropout,
-    )
+    options = {
+        "causal": causal,
+        "window_size": window,
+        "softmax_scale": scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "dropout_p": dropout,
+    }
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    joined = _joined(attention_mask, query.shape[1], key.shape[1], causal, **kwargs)
+    if joined is None:
+        out = ops.attention(query, key, value, **options)
+    else:
+        batch, tokens = query.shape[:2]
+        out = ops.attention(*joined.join(query, key, value), **options, **joined.lengths)
+        out = joined.part(out, batch, tokens)
     return out[..., :value_dim], None
+
+
+def _joined(
+    mask,
+    queries,
+    keys,
+    causal,
+    cu_seq_lens_q=None,
+    cu_seq_lens_k=None,
+    max_length_q=None,
+    max_length_k=None,
+    position_ids=None,
+    **kwargs,
+):
+    """Returns the sequences of a batch: those of a padding mask, those that the caller gives, or packed ones.
+
+    The result is None for a dense batch.
+    """
+    padded = mask is not None and mask.dtype == torch.bool
+    if cu_seq_lens_q is not None and not padded:
+        return _padding_free.of_arguments(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    if mask is not None:
+        return _padding_free.of_mask(mask, queries, causal)
+    # Some models make their mask without positions.
+    one = position_ids is not None and position_ids.dim() == 2 and position_ids.shape[0] == 1
+    if one and position_ids.shape[1] == queries == keys > 1 and not is_torchdynamo_compiling():
+        return _padding_free.of_positions(position_ids)
+    return None
 
 
 def _masked(module, query, key, value, attention_mask, dropout, scaling, softcap, sinks):
@@ -182,10 +218,14 @@ def mask(
 ):
     """Returns None if ferroflash computes the mask by itself, otherwise a boolean mask, (batch, 1, queries, keys).
 
+    For padded batches and packed sequences it is a mask of two dimensions if that is enough (`_padding_free.py`).
+
     transformers passes parameters by name. `queries` are those that say where the queries are: their number and the
     first one's position, or in the first versions 5 the tensor of their positions; and others of `sdpa_mask`.
     """
-    if allow_is_causal_skip and not is_torchdynamo_compiling():
+    function, custom = queries.get("mask_function"), queries.get("use_vmap", False)
+    packed = None if custom else _padding_free.packed_sequences(function)
+    if (allow_is_causal_skip or packed is not None) and not is_torchdynamo_compiling():
         if "cache_position" in queries:
             end = int(queries["cache_position"][-1]) + 1
         else:
@@ -194,8 +234,20 @@ def mask(
         aligned = end == kv_offset + kv_length
         # A local mask is a sliding window or, in a few models, chunks. Chunks larger than the keys are no restriction.
         causal = local_size is None or kv_length < local_size or _slides(config, local_size)
-        if aligned and causal and not _padded(attention_mask, kv_length, kv_offset):
-            return None
+        if aligned and causal:
+            if packed is not None:
+                return packed
+            if not _padded(attention_mask, kv_length, kv_offset):
+                return None
+            tokens = _tokens(attention_mask, kv_length, kv_offset)
+            local = local_size is not None and kv_length >= local_size
+            if tokens is not None and (not local or _padding_free.is_contiguous(tokens)):
+                return tokens
+    full = getattr(function, "__name__", None) == "bidirectional_mask_function" and not custom
+    if full and allow_is_bidirectional_skip and not is_torchdynamo_compiling():
+        tokens = _tokens(attention_mask, kv_length, kv_offset)
+        if tokens is not None and not tokens.all():
+            return tokens
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -214,6 +266,14 @@ def _padded(attention_mask, kv_length, kv_offset):
         return False
     visible = attention_mask[:, kv_offset : kv_offset + kv_length]
     return visible.shape[-1] < kv_length or not visible.all()
+
+
+def _tokens(attention_mask, kv_length, kv_offset):
+    """Returns the part of a mask of two dimensions that is for the keys, as bools; None if it has not all of them."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    visible = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+    return visible if visible.shape[-1] == kv_length else None
 
 
 def _slides(config, local_size):
