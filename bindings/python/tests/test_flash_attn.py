@@ -181,7 +181,6 @@ def test_what_is_not_built_yet():
     table = torch.zeros(1, 1, dtype=torch.int32)
     calls = [
         ("block_table", lambda: ferroflash.flash_attn_varlen_func(*varlen, block_table=table)),
-        ("return_attn_probs", lambda: ferroflash.flash_attn_varlen_func(*varlen, 0.5, return_attn_probs=True)),
         ("k_cache", lambda: ferroflash.flash_attn_with_kvcache(q, k, v)),
     ]
     for argument, call in calls:

@@ -206,6 +206,43 @@ def test_flash_attn(device, head_dim, dropout_p):
         assert seeded(ferroflash.flash_attn_varlen_func, q, *kv.unbind(1), *given, seqused_k=used).equal(out)
 
 
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_s_dmask(device, per_sequence):
+    """Its sign is the dropout mask, and its absolute values are proportional to the weights of each row."""
+    _, given = lengths(device=device)
+    q, k, v = (x.detach() for x in inputs(dtype=torch.float16, device=device))
+    slopes = torch.rand((len(QUERIES), HEADS) if per_sequence else HEADS, device=device) * 0.3
+    options = {"dropout_p": 0.3, "softcap": 3.0, "alibi_slopes": slopes, "window_size": (20, 7)}
+    torch.manual_seed(1)
+    o, lse, s_dmask = ferroflash.flash_attn_varlen_func(q, k, v, **given, **options, return_attn_probs=True)
+    assert s_dmask.shape == (len(QUERIES), HEADS, max(QUERIES), max(KEYS)) and s_dmask.dtype == q.dtype
+    for b, (m, n) in enumerate(zip(QUERIES, KEYS, strict=True)):
+        assert (s_dmask[b, :, m:] == 0).all() and (s_dmask[b, :, :, n:] == 0).all()
+        if m * n == 0:
+            continue
+        rows, keys = slice(sum(QUERIES[:b]), sum(QUERIES[: b + 1])), slice(sum(KEYS[:b]), sum(KEYS[: b + 1]))
+        one = s_dmask[b : b + 1, :, :m, :n]
+        made = {"left": 20, "right": 7, "softcap": 3.0, "slopes": slopes[b] if per_sequence else slopes}
+        tensors = (q[None, rows], k[None, keys], v[None, keys])
+        exact, plain = (
+            attention(*tensors, **made, kept=one >= 0, p=0.3, dtype=kind) for kind in (torch.float64, q.dtype)
+        )
+        assert_close(o[rows], exact[0][0], plain[0][0])
+        weights = one.abs().double()
+        total = weights.sum(-1, keepdim=True)
+        assert torch.allclose(weights / torch.where(total > 0, total, 1.0), exact[2], atol=2e-3)
+    torch.manual_seed(1)
+    kv = torch.stack((k, v), 1)
+    packed = ferroflash.flash_attn_varlen_kvpacked_func(q, kv, **given, **options, return_attn_probs=True)
+    assert all(a.equal(b) for a, b in zip(packed, (o, lse, s_dmask), strict=True))
+    cu, qkv = given["cu_seqlens_q"], torch.stack((q, q, q), 1)
+    torch.manual_seed(1)
+    packed = ferroflash.flash_attn_varlen_qkvpacked_func(qkv, cu, 150, **options, return_attn_probs=True)
+    torch.manual_seed(1)
+    assert ferroflash.flash_attn_varlen_qkvpacked_func(qkv, cu, 150, **options).equal(packed[0])
+    assert packed[2].shape == (len(QUERIES), HEADS, 150, 150)
+
+
 def test_the_gradient_of_a_packed_tensor_is_written_in_place(device, monkeypatch):
     """Kernels write the three gradients where they stay."""
     given = []

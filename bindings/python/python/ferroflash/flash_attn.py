@@ -12,8 +12,8 @@ seqlen_q). S_dmask is None without dropout. With dropout it is exp(score - large
 seqlen_q, seqlen_k) in the dtype of q, negative for weights that were dropped. It is for tests: torch operators compute
 it, and it takes the memory of all scores.
 
-In the varlen functions softmax_lse is (heads_q, total_q), and `return_attn_probs` with dropout raises
-NotImplementedError.
+In the varlen functions softmax_lse is (heads_q, total_q), and S_dmask is (sequences, heads_q, max_seqlen_q,
+max_seqlen_k) with zeros outside of the sequences. For S_dmask the lengths are read to the host.
 """
 
 from __future__ import annotations
@@ -41,13 +41,21 @@ def _seed_offset(q, dropout_p, return_attn_probs):
     return ops.draw(q, None)
 
 
-def _with_probs(result, q, k, left, right, scale, softcap, slopes, dropout_p, seed_offset):
+def _with_probs(result, q, k, left, right, scale, softcap, slopes, dropout_p, seed_offset, lengths=None):
     """Returns (out, softmax_lse, S_dmask) for a result (out, softmax_lse)."""
     if seed_offset is None:
         return *result, None
-    from ._scores import s_dmask
+    from . import _scores
 
-    return *result, s_dmask(q, k, int(left), int(right), scale, softcap, slopes, dropout_p, seed_offset)
+    options = (int(left), int(right), scale, softcap, slopes, dropout_p, seed_offset)
+    if lengths is None:
+        return *result, _scores.s_dmask(q, k, *options)
+    if _is_compiling():
+        raise NotImplementedError(
+            "return_attn_probs with dropout_p and cu_seqlens is not supported under torch.compile: S_dmask has a shape "
+            "that depends on the lengths"
+        )
+    return *result, _scores.s_dmask_of_sequences(q, k, lengths, *options)
 
 
 def flash_attn_func(
@@ -143,7 +151,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Computes attention of sequences of different lengths, one after the other in q, k and v.
 
     q is (total_q, heads_q, head_dim), and k and v are (total_k, heads_kv, head_dim). See `ferroflash.attention` for the
@@ -152,13 +160,15 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         raise _unsupported("block_table", "gather the pages into one tensor of keys and one of values")
-    _check_probs(dropout_p, return_attn_probs)
     left, right = window_size
-    right = 0 if causal else right
-    lengths = ops.lengths_of(cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k)
-    rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, None, None, _given(lengths))
-    result = _run(q, k, v, left, right, softmax_scale, softcap, *rest)
-    return (*result, None) if return_attn_probs else result
+    options = (left, 0 if causal else right, softmax_scale, softcap)
+    lengths = _given(ops.lengths_of(cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k))
+    seed_offset = _seed_offset(q, dropout_p, return_attn_probs)
+    rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, None, seed_offset, lengths)
+    result = _run(q, k, v, *options, *rest)
+    if not return_attn_probs:
+        return result
+    return _with_probs(result, q, k, *options, alibi_slopes, dropout_p, seed_offset, lengths)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -173,17 +183,20 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Computes attention of sequences of different lengths in one tensor (total, 3, heads, head_dim).
 
     Its gradient is one tensor too.
     """
-    _check_probs(dropout_p, return_attn_probs)
     left, right = window_size
     options = (left, 0 if causal else right, softmax_scale, softcap)
     lengths = _given(ops.lengths_of(cu_seqlens, cu_seqlens, None, max_seqlen, max_seqlen), "cu_seqlens")
-    result = _qkv_packed(qkv, options, dropout_p, deterministic, return_attn_probs, alibi_slopes, None, lengths)
-    return (*result, None) if return_attn_probs else result
+    seed_offset = _seed_offset(qkv, dropout_p, return_attn_probs)
+    rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, seed_offset, lengths)
+    result = _qkv_packed(qkv, options, *rest)
+    if not return_attn_probs:
+        return result
+    return _with_probs(result, *qkv.unbind(1)[:2], *options, alibi_slopes, dropout_p, seed_offset, lengths)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -201,17 +214,20 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Computes attention of sequences of different lengths, with keys and values in one tensor.
 
     q is (total_q, heads_q, head_dim) and kv (total_k, 2, heads_kv, head_dim). The gradient of `kv` is one tensor too.
     """
-    _check_probs(dropout_p, return_attn_probs)
     left, right = window_size
     options = (left, 0 if causal else right, softmax_scale, softcap)
     lengths = _given(ops.lengths_of(cu_seqlens_q, cu_seqlens_k, None, max_seqlen_q, max_seqlen_k))
-    result = _kv_packed(q, kv, options, dropout_p, deterministic, return_attn_probs, alibi_slopes, None, lengths)
-    return (*result, None) if return_attn_probs else result
+    seed_offset = _seed_offset(q, dropout_p, return_attn_probs)
+    rest = (dropout_p, deterministic, return_attn_probs, alibi_slopes, seed_offset, lengths)
+    result = _kv_packed(q, kv, options, *rest)
+    if not return_attn_probs:
+        return result
+    return _with_probs(result, q, kv.select(1, 0), *options, alibi_slopes, dropout_p, seed_offset, lengths)
 
 
 def _given(lengths, name="cu_seqlens_q"):
@@ -219,15 +235,6 @@ def _given(lengths, name="cu_seqlens_q"):
     if lengths is None:
         raise ValueError(f"{name} is None; an int32 tensor of cumulative lengths is needed")
     return lengths
-
-
-def _check_probs(dropout_p, return_attn_probs):
-    """Refuses S_dmask for sequences of different lengths."""
-    if return_attn_probs and dropout_p != 0.0:
-        raise _unsupported(
-            "return_attn_probs with dropout_p and cu_seqlens",
-            "ferroflash.attention returns the LSE with return_lse, and ferroflash.dropout_mask the mask",
-        )
 
 
 def _qkv_packed(qkv, options, dropout_p, deterministic, return_lse, alibi_slopes, seed_offset, lengths):

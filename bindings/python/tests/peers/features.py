@@ -5,10 +5,10 @@ feature is kept in the selection. A feature that arrives is deleted here, and it
 """
 
 # For each peer: parameter of a test, and which of its values need the feature.
-PARAMETERS = {"flag-attn": {}, "flash-attn": {}}
+PARAMETERS = {"flag-attn": {}, "flash-attn": {"paged_kv_block_size": lambda size: size is not None}}
 
 # For each peer: part of the name of a test function that needs the feature as a whole.
-FUNCTIONS = {"flag-attn": ("paged",), "flash-attn": ("varlen", "kvcache", "generator_arg")}
+FUNCTIONS = {"flag-attn": ("paged",), "flash-attn": ("kvcache", "paged", "generator_arg")}
 
 
 def missing_function(peer, function):

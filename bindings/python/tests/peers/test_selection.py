@@ -58,9 +58,9 @@ def test_flash_attn_some(seqlen_q, seqlen_k, d):
         os.abort()
 
 
-def test_flash_attn_varlen_some():
+def test_flash_attn_kvcache_some():
     with pytest.raises(RuntimeError, match="another message"):
-        raise NotImplementedError("no varlen")
+        raise NotImplementedError("no cache")
 
 
 def test_flash_attn_says_it_is_not_there():
@@ -80,7 +80,7 @@ def test_a_run(tmp_path):
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
     #                                             possible, cases, passed, failed, skipped, not run
     assert rows["flash_attn:flash_attn_some"][:6] == ["6", "6", "3", "3", "0", "0"]
-    assert rows["flash_attn:flash_attn_varlen_some"][1:6] == ["1", "0", "0", "1", "0"]
+    assert rows["flash_attn:flash_attn_kvcache_some"][1:6] == ["1", "0", "0", "1", "0"]
     assert rows["flash_attn:flash_attn_says_it_is_not_there"][1:6] == ["1", "0", "1", "0", "0"]
     assert rows["all"] == ["8", "3", "4", "1", "0"]
     assert "process ended with -6" in done.stdout
