@@ -17,6 +17,7 @@ pub struct Integers<L>(L);
 
 impl<L> Integers<L> {
     /// Names memory of i32 by the same memory as f32.
+    #[cfg(any(feature = "cli", feature = "cuda", test))]
     pub(crate) fn of_words(words: L) -> Self {
         Integers(words)
     }
