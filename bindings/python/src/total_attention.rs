@@ -14,8 +14,8 @@ use crate::{
     torch::Torch,
 };
 
-/// Returns the total attention, f32 (batch, heads_q, seqlen_k), with lengths (heads_q, total_k); or an integer whose bit
-/// i tells that input i (q, k) has to be copied first.
+/// Returns the total attention, f32 (batch, heads_q, seqlen_k), with lengths (heads_q, total_k); or an integer whose
+/// bit i tells that input i (q, k) has to be copied first.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "a call with a few positional arguments is the fastest there is")]
 pub fn total_attention(

@@ -24,8 +24,9 @@ impl Cpu {
     ///
     /// # Safety
     /// Until the call returns, the addresses are valid for the whole span of their layouts, as initialised elements of
-    /// the plan's dtype, f32 for the LSE, slopes and sinks, u64 for seed and offset, and i32 for lengths. They have exposed provenance,
-    /// as pointers from outside Rust have. Nothing else writes the inputs or accesses O and the LSE.
+    /// the plan's dtype, f32 for the LSE, slopes and sinks, u64 for seed and offset, and i32 for lengths. They have
+    /// exposed provenance, as pointers from outside Rust have. Nothing else writes the inputs or accesses O and the
+    /// LSE.
     pub unsafe fn forward_raw(&self, plan: &Plan, args: &RawForward) -> Result<()> {
         let mut check = check(plan.problem(), plan.inputs());
         let args = args.lower(plan, plan.problem().dtype, &mut check)?;
@@ -79,8 +80,8 @@ impl Cpu {
 /// Checks lengths of sequences, if there are any: kernels take them as they are.
 ///
 /// # Safety
-/// The addresses were checked, and are valid for reading as many i32 as there are sequences, and one more if lengths are
-/// cumulative.
+/// The addresses were checked, and are valid for reading as many i32 as there are sequences, and one more if lengths
+/// are cumulative.
 unsafe fn check_lengths(problem: &Problem, lengths: Option<Lengths<u64>>) -> Result<()> {
     let read = |address: u64, len: usize| match len {
         // An empty array may have any address.
