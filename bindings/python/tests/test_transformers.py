@@ -151,6 +151,28 @@ def test_padded_batches_are_right(kind, side, device, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients_of_padded_batches_are_those_of_eager(kind, side, device, monkeypatch):
+    calls = kernel_calls(monkeypatch)
+    ids = tokens(device, batch=3, length=16)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[1, slice(0, 5) if side == "left" else slice(-5, None)] = 0
+    attention_mask[2, slice(0, 15) if side == "left" else slice(-15, None)] = 0
+    labels = ids.masked_fill(attention_mask == 0, -100)
+    # The label of a sequence's first token would be that of a padding token.
+    labels[:, 1:] = labels[:, 1:].masked_fill(attention_mask[:, :-1] == 0, -100)
+    gradients = {}
+    for name in ("exact", "eager", "ferroflash"):
+        model = build(kind, "eager" if name == "exact" else name, device)
+        model = model.float() if name == "exact" else model
+        model(ids, attention_mask=attention_mask, labels=labels).loss.backward()
+        gradients[name] = torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    assert len(calls) == 3
+    error = {name: (x - gradients["exact"]).norm() for name, x in gradients.items()}
+    assert error["ferroflash"] <= 2 * error["eager"]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("how", ["positions", "lengths", "both"])
 def test_packed_sequences_are_those_of_eager(kind, how, device, monkeypatch):
     """Logits and gradients of each sequence, by the bar of the other tests."""
