@@ -51,9 +51,9 @@ impl Machine for CpuMachine {
         }
     }
 
-    unsafe fn run(&self, plan: &ff::Plan, args: &ff::RawForward) -> ff::Result<()> {
+    unsafe fn run(&self, plan: &ff::Plan, args: ff::RawForward) -> Result<()> {
         // SAFETY: the caller's promise. The addresses were exposed, and the memory has values.
-        unsafe { ff::Cpu.forward_raw(plan, args) }
+        unsafe { ff::Cpu.forward_raw(plan, &args) }.map_err(Error::wrap)
     }
 
     unsafe fn run_backward(&self, plan: &ff::BackwardPlan, args: ff::RawBackward) -> Result<()> {

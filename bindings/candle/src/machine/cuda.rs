@@ -33,6 +33,11 @@ impl CudaMachine {
         self.stream.cu_stream().cast()
     }
 
+    /// Allocates a plan's workspace; `None` if the plan needs none. The allocator aligns it to 256 bytes.
+    fn workspace(&self, bytes: usize) -> Result<Option<CudaStorage>> {
+        (bytes > 0).then(|| self.allocate(bytes, DType::U8)).transpose()
+    }
+
     fn reading<'a, T>(&'a self, slice: &'a CudaSlice<T>) -> Place<SyncOnDrop<'a>> {
         let (address, used) = slice.device_ptr(&self.stream);
         Place { address, bytes: slice.num_bytes(), _used: used }
@@ -90,19 +95,25 @@ impl Machine for CudaMachine {
         }
     }
 
-    unsafe fn run(&self, plan: &ff::Plan, args: &ff::RawForward) -> ff::Result<()> {
+    unsafe fn run(&self, plan: &ff::Plan, args: ff::RawForward) -> Result<()> {
+        let workspace_bytes = plan.workspace_bytes();
+        let mut workspace = self.workspace(workspace_bytes)?;
+        let place = workspace.as_mut().map(|workspace| self.write(workspace)).transpose()?;
+        let workspace = place.as_ref().map_or(0, |place| place.address);
+        let args = ff::RawForward { workspace, workspace_bytes, ..args };
         // SAFETY: the caller's promise. The places order the launch with other uses of the memory, and memory is freed
-        // in the order of a stream that waits for its uses. The stream is one of the primary context.
-        unsafe { self.cuda.forward_raw(plan, args, self.raw_stream()) }
+        // in the order of a stream that waits for its uses. The workspace is memory of its own. The stream is one of
+        // the primary context.
+        unsafe { self.cuda.forward_raw(plan, &args, self.raw_stream()) }.map_err(Error::wrap)
     }
 
     unsafe fn run_backward(&self, plan: &ff::BackwardPlan, args: ff::RawBackward) -> Result<()> {
         let workspace_bytes = plan.workspace_bytes();
-        let mut workspace = self.allocate(workspace_bytes, DType::U8)?;
-        let place = self.write(&mut workspace)?;
-        let args = ff::RawBackward { workspace: place.address, workspace_bytes, ..args };
-        // SAFETY: the caller's promise, and the reasons of `run`. The workspace is memory of its own, freed in the
-        // stream's order.
+        let mut workspace = self.workspace(workspace_bytes)?;
+        let place = workspace.as_mut().map(|workspace| self.write(workspace)).transpose()?;
+        let workspace = place.as_ref().map_or(0, |place| place.address);
+        let args = ff::RawBackward { workspace, workspace_bytes, ..args };
+        // SAFETY: the caller's promise, and the reasons of `run`.
         unsafe { self.cuda.backward_raw(plan, &args, self.raw_stream()) }.map_err(Error::wrap)
     }
 }

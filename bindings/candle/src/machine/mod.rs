@@ -52,12 +52,12 @@ pub(crate) trait Machine {
     /// Begins to write memory.
     fn write<'a>(&'a self, storage: &'a mut Self::Storage) -> Result<Place<Self::Use<'a>>>;
 
-    /// Runs a forward plan.
+    /// Runs a forward plan. The workspace of `args` is not used: the machine allocates it.
     ///
     /// # Safety
     /// The addresses are those of [`Place`]s of this machine that exist until the call returns, each in a place that
     /// the layout does not leave. The elements have the plan's dtype.
-    unsafe fn run(&self, plan: &ff::Plan, args: &ff::RawForward) -> ff::Result<()>;
+    unsafe fn run(&self, plan: &ff::Plan, args: ff::RawForward) -> Result<()>;
 
     /// Runs a backward plan. The workspace of `args` is not used: the machine allocates it.
     ///
@@ -183,11 +183,13 @@ pub(crate) fn forward<M: Machine>(
             optional: optional_lines(problem, &optional)?,
             o: result(&o, problem.q_shape()),
             lse: lse.as_ref().map(|lse| lse.address),
+            workspace: 0,
+            workspace_bytes: 0,
         };
         // SAFETY: each address is that of a place above. `Read` has checked the inputs' bounds and dtype, and the
         // results were allocated for the plan's shapes, to which the call compares all layouts. The lines have the
         // plan's lengths, and the call compares the kinds of the optional inputs to the plan's.
-        unsafe { machine.run(plan, &args) }.map_err(Error::wrap)?;
+        unsafe { machine.run(plan, args) }?;
     }
     Ok((o, lse))
 }
