@@ -68,7 +68,7 @@ pub trait Backend: sealed::Sealed {
     /// Returns a range of a buffer, or an empty slice if the range is not within the buffer.
     fn slice_mut<T: Pod>(buffer: &mut Self::Buffer<T>, range: Range<usize>) -> Self::SliceMut<'_, T>;
 
-    /// Returns memory of i32 as numbers of [`Lengths`](crate::Lengths).
+    /// Returns memory of i32 as numbers of [`Lengths`].
     fn integers(from: Self::Slice<'_, i32>) -> Integers<Self::Slice<'_, f32>>;
 
     /// Checks lengths where they are: every entry lies within the problem, and no sequence begins before the end of the
